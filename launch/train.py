@@ -1,0 +1,53 @@
+"""Train a model.
+
+    deepspeed launch/train.py --config configs/quickstart.yaml [key=value …]
+    deepspeed --num_accelerators 2 launch/train.py --config …
+    torchrun --nproc-per-node 2 launch/train.py --config …
+    python launch/train.py --config …                       one process
+
+To resume, run the same command. Exit codes: 0 finished, 2 wrong settings or missing data.
+"""
+
+import argparse
+import sys
+
+from vaescale import distributed
+from vaescale.config import ConfigError
+from vaescale.data import DataError
+from vaescale.training import settings
+from vaescale.training.checkpoint import CheckpointError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; the environment tells
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    try:
+        config = settings.load(arguments.config, arguments.overrides)
+        # Imported only now, so that a typo is answered before DeepSpeed's import or a process group cost time.
+        if arguments.dry_run:
+            from vaescale.training.dry_run import describe
+
+            if distributed.place().rank == 0:
+                print(describe(config, distributed.place().world))
+            return 0
+        from vaescale.training.trainer import Trainer
+
+        Trainer(config).train()
+    except (ConfigError, DataError, CheckpointError) as error:
+        # An error from a loader's worker carries that worker's traceback; its last line is the sentence.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("vaescale.data.DataError: ")
+        place = distributed.place()
+        if place.rank == 0 or not isinstance(error, ConfigError):
+            print(f"error: {f'rank {place.rank}: ' if place.world > 1 else ''}{sentence}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        distributed.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

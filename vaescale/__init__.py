@@ -1,0 +1,1 @@
+"""vaescale: variational autoencoders at scale."""

@@ -1,0 +1,98 @@
+"""YAML and `key=value` overrides → one frozen dataclass. The only importer of OmegaConf.
+
+This file is the mechanics; each class's Config stands beside the class.
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """The user's settings are wrong; the text is one sentence: what, where, what to do. Exit code 2."""
+
+
+def read(path: str | Path, overrides: list[str]) -> DictConfig:
+    """The YAML file with the overrides merged over it, not yet checked against a schema."""
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"'{override}' is not an override: write key=value, as in steps=100")
+    try:
+        raw = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}: the ready ones are in configs/") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(f"{path} holds no settings: it must be a mapping of key: value")
+    try:
+        merged = OmegaConf.merge(raw, OmegaConf.from_dotlist(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"the overrides {overrides} cannot be read: {_one_line(error)}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def check(schema: T, raw: DictConfig, source: str | Path) -> T:
+    """Merge `raw` over the defaults `schema` (a dataclass instance) and return a frozen object of its type.
+
+    An unknown key, a wrong type, a missing value or a `${resolver:…}` raises ConfigError. Only `${other.key}`
+    interpolates: a resolver such as `${oc.env:…}` would let a file read any variable of this process.
+    """
+    _refuse_resolvers(OmegaConf.to_container(raw), "")
+    try:
+        typed = OmegaConf.structured(schema)
+        _writable(typed)
+        merged = OmegaConf.merge(typed, raw)
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise ConfigError(f"{source}: {', '.join(sorted(missing))} must be given, as in {min(missing)}=…")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source}: {_one_line(error)}") from None
+
+
+def save(config: Any, path: Path) -> None:
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _one_line(error: Exception) -> str:
+    """OmegaConf's message with the full key in front: "model.quantizer.codez: Key 'codez' not in …"."""
+    lines = str(error).splitlines()
+    key = getattr(error, "full_key", None)
+    text = lines[0] if lines else type(error).__name__
+    if key and (options := getattr(error, "object_type", None)) and "Did you mean" not in text:
+        fields = ", ".join(getattr(options, "__dataclass_fields__", {}))
+        text += f" (known here: {fields})" if "not in" in text and fields else ""
+    return f"{key}: {text}" if key else text
+
+
+def _refuse_resolvers(node: Any, where: str) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_resolvers(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(node, list):
+        for item in node:
+            _refuse_resolvers(item, where)
+    elif isinstance(node, str) and "${" in node and ":" in node.split("${", 1)[1].split("}", 1)[0]:
+        raise ConfigError(f"{where}: resolvers such as {node} are not read; give the value as {where}=… instead")
+
+
+def _writable(node: Any) -> None:
+    """Frozen dataclasses come read-only, at every level, and must take the user's values once."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            _writable(child)

@@ -1,0 +1,96 @@
+"""The demo photographs: colour pictures that ship inside scikit-image and scikit-learn, cut into tiles.
+
+Each photograph is split once, by a vertical line: tiles left of it are for training, tiles right of it for
+validation. A tile is cut from its own side before it is resized, so no pixel and no resampling filter crosses.
+"""
+
+import importlib.util
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import DataError
+from .order import permutation
+from .shards import Sample, write
+
+PHOTOGRAPHS = {
+    "astronaut": "skimage/data/astronaut.png",
+    "chelsea": "skimage/data/chelsea.png",
+    "coffee": "skimage/data/coffee.png",
+    "hubble": "skimage/data/hubble_deep_field.jpg",
+    "ihc": "skimage/data/ihc.png",
+    "motorcycle": "skimage/data/motorcycle_left.png",
+    "retina": "skimage/data/retina.jpg",
+    "rocket": "skimage/data/rocket.jpg",
+    "china": "sklearn/datasets/images/china.jpg",
+    "flower": "sklearn/datasets/images/flower.jpg",
+}
+TILE = 160  # pixels a side
+WINDOWS = (112, 160, 224, 320)  # pixels of the photograph that become one tile, a side
+HELD_OUT = 0.25  # of each photograph's width
+MOST_PER_WINDOW = {"train": 80, "val": 8}  # tiles of one photograph and window size: no photograph dominates
+FLAT = 8.0  # standard deviation of the grey values under which a tile shows nothing
+PER_SHARD = 250
+QUALITY = 95
+
+
+def write_demo(root: Path) -> dict[str, int]:
+    """Write root/train and root/val; returns how many tiles each has. Raises DataError without the two packages."""
+    photographs = {name: Image.open(path).convert("RGB") for name, path in find_photographs().items()}
+    counts = {}
+    for split in ("train", "val"):
+        samples = list(tiles(photographs, split))
+        order = permutation(len(samples), 0)
+        shards = write(root / split, (samples[i] for i in order), PER_SHARD, list(photographs))
+        counts[split] = len(shards)
+    return counts
+
+
+def find_photographs() -> dict[str, Path]:
+    found = {}
+    for name, inside in PHOTOGRAPHS.items():
+        package, _, rest = inside.partition("/")
+        spec = importlib.util.find_spec(package)
+        path = Path(spec.origin).parent / rest if spec and spec.origin else None
+        if path is None or not path.exists():
+            raise DataError(f"the photograph {inside} is not installed: `pip install 'vaescale[demo]'` brings it")
+        found[name] = path
+    return found
+
+
+def tiles(photographs: dict[str, Image.Image], split: str) -> Iterator[Sample]:
+    """JPEG tiles of one split in a fixed order; the label is the photograph's place in the list."""
+    for label, (name, photograph) in enumerate(photographs.items()):
+        part = photograph.crop(part_box(photograph.size, split))
+        for window in WINDOWS:
+            boxes = [box for box in _boxes(part.size, window) if not _flat(part.crop(box))]
+            chosen = sorted(permutation(len(boxes), label, window)[: MOST_PER_WINDOW[split]])
+            for box in (boxes[i] for i in chosen):
+                tile = part.resize((TILE, TILE), Image.Resampling.LANCZOS, box=box)
+                file = io.BytesIO()
+                tile.save(file, "JPEG", quality=QUALITY)
+                yield Sample(f"{name}-{window}-{box[0]:04d}-{box[1]:04d}", file.getvalue(), label)
+
+
+def part_box(size: tuple[int, int], split: str) -> tuple[int, int, int, int]:
+    """The part of a photograph that a split may use: left, upper, right, lower in pixels."""
+    width, height = size
+    border = round(width * (1 - HELD_OUT))
+    return (0, 0, border, height) if split == "train" else (border, 0, width, height)
+
+
+def _boxes(size: tuple[int, int], window: int) -> list[tuple[int, int, int, int]]:
+    """Windows at a third of their side from one another, for at least 1,500 training tiles of ten photographs."""
+    stride = window // 3
+    return [
+        (x, y, x + window, y + window)
+        for y in range(0, size[1] - window + 1, stride)
+        for x in range(0, size[0] - window + 1, stride)
+    ]
+
+
+def _flat(tile: Image.Image) -> bool:
+    return float(np.asarray(tile.convert("L"), np.float32).std()) < FLAT

@@ -1,0 +1,81 @@
+"""Ranks and their four collectives. All of them are no-ops on one process."""
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where this process stands, as its launcher says."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+
+def place() -> Place:
+    """Read from RANK/LOCAL_RANK/WORLD_SIZE (deepspeed, torchrun) or the SLURM_* variables of `srun`.
+
+    `sbatch` sets SLURM_PROCID for the batch shell too, so a job step is told by SLURM_STEP_ID together with
+    SLURM_NTASKS > 1; everything else is one process.
+    """
+    env = os.environ
+    if "RANK" in env:
+        return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"]))
+    return Place(0, 0, 1)
+
+
+def init() -> torch.device:
+    """Join the process group and return this rank's device. One process needs neither address nor port."""
+    rank, local_rank, world = place()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
+    backend = "nccl" if cuda else "gloo"
+    # DeepSpeed reads these three again, whoever launched us.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world))
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, device_id=device if cuda else None)
+    return device
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place. Every rank receives identical copies of the result."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_(tensor: Tensor) -> Tensor:
+    """Rank 0's values on all ranks, in place."""
+    if world() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()

@@ -1,0 +1,1 @@
+"""Encode and decode only: any Codec, trained here or not."""

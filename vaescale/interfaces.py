@@ -1,0 +1,58 @@
+"""The nouns of the project, and nothing else.
+
+Images are uint8 [B, 3, H, W] until they are on the device, and float in [0, 1] inside `decode` and `Output`.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    x: Tensor  # uint8 [B, 3, H, W]
+    label: Tensor  # int64 [B]
+    sample: Tensor  # int64 [B]: training: the place g in the endless sequence; validation: the place in the index
+
+
+class Output(NamedTuple):
+    loss: Tensor  # scalar, fp32
+    metrics: dict[str, Tensor]  # scalars, detached, means over the batch
+    reconstruction: Tensor | None  # [B, 3, H, W], in [0, 1] up to over-shoot
+
+
+class Quantized(NamedTuple):
+    z: Tensor  # [..., D] what the decoder reads; the gradient passes straight through to the encoder
+    codes: Tensor  # int64 [...]
+    loss: Tensor  # scalar: what the codebook and the commitment add to the loss
+    commitment: Tensor  # scalar, detached: mean squared distance between encoder output and code
+
+
+class Usage(NamedTuple):
+    """What a codebook has been used for; equal on all ranks, since every count is summed over them."""
+
+    window: Tensor  # int64 [K] uses since the last report
+    ever: Tensor  # bool [K]
+    age: Tensor  # int64 [K] steps since the last use or reset
+    resets: Tensor  # int64 [] dead codes replaced since the last report
+
+
+class Codec(Protocol):
+    def encode(self, batch: Batch) -> list[Tensor]:
+        """Latents, coarse to fine; int64 codes where they are discrete."""
+        ...
+
+    def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """Images in [0, 1] up to over-shoot, float [B, 3, H, W]."""
+        ...
+
+
+class Model(Codec, Protocol):
+    def __call__(self, batch: Batch, step: int) -> Output: ...
+
+    def update(self, step: int, lr: float) -> None:
+        """Called once after each optimiser step on all ranks: learn what is not learned by gradient."""
+        ...
+
+    def usage(self, clear: bool) -> dict[str, Usage]:
+        """Per codebook by name, {} for a model without one; `clear` begins a new window."""
+        ...

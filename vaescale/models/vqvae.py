@@ -1,0 +1,102 @@
+"""VQ-VAE: van den Oord, Vinyals, Kavukcuoglu 2017, "Neural discrete representation learning", section 4.1.
+
+    image [B, 3, H, W] → encoder → [B, D, H/f, W/f] → nearest codes int64 [B, H/f, W/f] → decoder → [B, 3, H, W]
+
+With H = W = 128, f = 4 and K = 512 this is the paper's ImageNet setting: 32 × 32 × 1 codes.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..interfaces import Batch, Output, Usage
+from ..nn import quantize
+from ..nn.blocks import ResidualBlock, downsample, upsample
+
+QuantizerConfig = quantize.Config  # under a name of its own: a class body sees its own Config first
+
+
+@dataclass(frozen=True)
+class Config:
+    kind: str = "vqvae"
+    downsampling: int = 4  # f, a power of two: log2(f) strided convolutions
+    width: int = 256  # hidden units; the outermost convolution of each side has half of them
+    residual_blocks: int = 2
+    residual_width: int = 32
+    # The squared error is divided by this: the variance of pixels in [0, 1], so that a reconstruction no better than
+    # the mean costs 1 and β keeps its meaning on any data.
+    variance: float = 0.06
+    quantizer: quantize.Config = field(default_factory=quantize.Config)
+
+
+class VQVAE(nn.Module):
+    Config: ClassVar = Config
+
+    def __init__(self, config: Config, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        halvings = config.downsampling.bit_length() - 1
+        if config.downsampling != 2**halvings or halvings < 1:
+            raise ValueError(f"model.downsampling={config.downsampling} must be a power of two, at least 2")
+        width, dim = config.width, config.quantizer.dim
+        channels = [3, width // 2, *[width] * (halvings - 1)]
+
+        layers: list[nn.Module] = []
+        for before, after in pairwise(channels):
+            layers += [downsample(before, after), nn.ReLU()]
+        layers += [nn.Conv2d(channels[-1], width, 3, padding=1), *self._residual_stack(), nn.Conv2d(width, dim, 1)]
+        self.encoder = nn.Sequential(*layers)
+
+        self.quantizer = quantize.VectorQuantizer(config.quantizer, seed)
+
+        layers = [nn.Conv2d(dim, width, 3, padding=1), *self._residual_stack()]
+        for before, after in pairwise([width, *reversed(channels[:-1])]):
+            layers += [upsample(before, after), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers[:-1])  # no ReLU after the image
+
+    def forward(self, batch: Batch, step: int) -> Output:
+        del step
+        x = batch.x / 255
+        quantized = self.quantizer(self._features(x))
+        reconstruction = self._images(quantized.z)
+        squared_errors = (reconstruction.float() - x).square().mean(dim=(1, 2, 3))
+        distortion = squared_errors.mean()
+        metrics = {
+            "distortion": distortion.detach(),
+            "psnr": -10 * squared_errors.detach().log10().mean(),
+            "commitment": quantized.commitment,
+        }
+        return Output(distortion / self.config.variance + quantized.loss, metrics, reconstruction)
+
+    def encode(self, batch: Batch) -> list[Tensor]:
+        """[codes int64 [B, H/f, W/f]]."""
+        return [self.quantizer(self._features(batch.x / 255)).codes]
+
+    def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """Raises ValueError without codes: a VQ-VAE has no prior of its own to draw them from."""
+        del label, temperature  # the decoder is deterministic and unconditional
+        if not latents:
+            raise ValueError("a VQ-VAE draws no samples by itself: it decodes the codes of a prior")
+        return self._images(self.quantizer.lookup(latents[0])).float()
+
+    def update(self, step: int, lr: float) -> None:
+        self.quantizer.update(step, lr)
+
+    def usage(self, clear: bool) -> dict[str, Usage]:
+        return {"codebook": self.quantizer.usage(clear)}
+
+    def _residual_stack(self) -> list[nn.Module]:
+        config = self.config
+        blocks = [ResidualBlock(config.width, config.residual_width) for _ in range(config.residual_blocks)]
+        return [*blocks, nn.ReLU()]
+
+    def _features(self, x: Tensor) -> Tensor:
+        centred = (x - 0.5).to(self.encoder[0].weight.dtype)
+        return rearrange(self.encoder(centred), "b d h w -> b h w d")
+
+    def _images(self, z: Tensor) -> Tensor:
+        features = rearrange(z, "b h w d -> b d h w").to(self.encoder[0].weight.dtype)
+        return self.decoder(features) + 0.5

@@ -1,0 +1,1 @@
+"""Numbers and pictures → TensorBoard, one log line, JSONL. Knows no model class."""

@@ -1,0 +1,53 @@
+"""What a person at the terminal, or in the log file, sees."""
+
+import sys
+import time
+from datetime import timedelta
+
+from tqdm import tqdm
+
+
+class Console:
+    """One line a report, and a progress bar only where somebody watches. Silent unless `loud` (rank 0)."""
+
+    def __init__(self, start: int, steps: int, loud: bool) -> None:
+        watched = loud and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not watched)
+        self._loud = loud
+        self._start, self._steps = start, steps
+        self._begun = time.monotonic()
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def report(self, step: int, values: dict[str, float]) -> None:
+        """The numbers one looks at first. Missing ones (a model without codebook) are left out."""
+        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
+        for name, (key, form) in COLUMNS.items():
+            if key in values:
+                parts.append(f"{name} {values[key]:{form}}")
+        parts.append(f"ETA {self._left(step)}")
+        self.say("  ".join(parts))
+
+    def say(self, line: str) -> None:
+        if self._loud:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(line, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _left(self, step: int) -> timedelta:
+        per_step = (time.monotonic() - self._begun) / max(1, step - self._start)
+        return timedelta(seconds=round(per_step * (self._steps - step)))
+
+
+COLUMNS = {
+    "loss": ("train/loss", ".4f"),
+    "PSNR": ("train/psnr", ".2f"),
+    "usage": ("codebook/usage_window", ".3f"),
+    "|g|": ("optim/gradient_norm", ".3f"),
+    "lr": ("optim/lr", ".2e"),
+    "img/s": ("perf/images_per_second", ".1f"),
+    "data wait": ("data/wait_share", ".1%"),
+}

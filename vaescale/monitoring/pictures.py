@@ -1,0 +1,68 @@
+"""Pictures for people: uint8 [H, W, 3] arrays of captioned images."""
+
+import colorsys
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Picture = NDArray[np.uint8]
+
+GAP = 4  # pixels between images
+CAPTION = 18  # pixels of the line above them
+PAPER, INK = (250, 250, 248), (40, 40, 40)
+ERROR_GAIN = 4  # |error| is multiplied by this, or one would see black
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """float [B, 3, H, W] in [0, 1] up to over-shoot → uint8, rounded to the nearest."""
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def reconstructions(x: Tensor, reconstruction: Tensor, per_row: int = 2) -> Picture:
+    """Rows of input | reconstruction | error, `per_row` images to a row. Both uint8 [B, 3, H, W]."""
+    error = (x.int() - reconstruction.int()).abs().mul(ERROR_GAIN).clamp(max=255).to(torch.uint8)
+    columns = {"input": x, "reconstruction": reconstruction, f"|error| ×{ERROR_GAIN}": error}
+    return _sheet(columns, per_row)
+
+
+def code_map(x: Tensor, codes: Tensor, size: int) -> Picture:
+    """Rows of input | codes: each code of [B, h, w] in a colour of its own among `size`. x: uint8 [B, 3, H, W]."""
+    colours = torch.tensor([_colour(code) for code in range(size)], dtype=torch.uint8)
+    blocks = colours[codes.cpu()].permute(0, 3, 1, 2)
+    repeat = x.shape[-1] // blocks.shape[-1]
+    return _sheet({"input": x, "codes": blocks.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3)}, per_row=3)
+
+
+def save(picture: Picture, path: Any) -> None:
+    Image.fromarray(picture).save(path)
+
+
+def _colour(code: int) -> tuple[int, ...]:
+    """Hues a golden angle apart, in three brightnesses, so that neighbouring numbers differ."""
+    hue = code * 0.6180339887 % 1.0
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.65, (1.0, 0.8, 0.6)[code % 3]))
+
+
+def _sheet(columns: dict[str, Tensor], per_row: int) -> Picture:
+    """The columns side by side under their captions, again and again until a row holds `per_row` images."""
+    stacked = torch.stack(list(columns.values()), dim=1).cpu()
+    count, kinds, _, height, width = stacked.shape
+    per_row = min(per_row, count)
+    rows = -(-count // per_row)
+    group = kinds * (width + GAP) + 2 * GAP
+    sheet = Image.new("RGB", (per_row * group - GAP, CAPTION + rows * (height + GAP) + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=11)
+    for number in range(count):
+        row, place = divmod(number, per_row)
+        for kind, caption in enumerate(columns):
+            left = place * group + GAP + kind * (width + GAP)
+            if row == 0:
+                draw.text((left, 3), caption, INK, font)
+            image = Image.fromarray(stacked[number, kind].permute(1, 2, 0).numpy())
+            sheet.paste(image, (left, CAPTION + row * (height + GAP)))
+    return np.asarray(sheet)

@@ -1,0 +1,1 @@
+"""Pure torch: blocks, nearest codes, quantizers. Knows no model, no data, no files."""

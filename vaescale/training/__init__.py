@@ -1,0 +1,1 @@
+"""The trainer and what it stands on. `engine` is the only importer of deepspeed."""

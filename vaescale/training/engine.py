@@ -1,0 +1,170 @@
+"""DeepSpeed: the only importer. What its version 0.19.8 does differently from its word is settled here.
+
+- An omitted `gradient_clipping` means 1.0, so it is always written. At ZeRO 0 DeepSpeed clips without telling the
+  norm, so there we clip ourselves and write 0.
+- bf16 is `torch_autocast`: fp32 weights, bf16 operations, the same losses as `torch.autocast` at every stage.
+- fp16 at ZeRO 0 is `torch_autocast` with torch's GradScaler. At ZeRO 1 and 2 DeepSpeed would clip those gradients
+  while they are still scaled, so there it is the `fp16` engine: half weights, fp32 masters.
+- A JSON optimizer compiles FusedAdam for a minute and a half: torch's own fused AdamW is passed in instead.
+- Initialisation broadcasts parameters, not buffers: codebooks are broadcast here.
+"""
+
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from .. import distributed
+from ..interfaces import Batch, Output
+from .settings import Config, micro_batch
+
+logger.setLevel(logging.WARNING)
+# Only inference_all_reduce uses this kernel, and it would be compiled for 39 s on every new machine.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Engine:
+    """One model under one DeepSpeed engine with one AdamW.
+
+    State is read and written a parameter at a time, in full and in fp32, so a checkpoint depends neither on the
+    world size nor on the ZeRO stage. Nothing of it passes through pickle.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self.model = model
+        self.clip = config.optimizer.clip
+        self.sharded = config.zero > 0
+        self.parameters = dict(model.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            config.optimizer.lr,
+            config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        # DeepSpeed looks at the environment for a launcher unless a process group stands already.
+        deepspeed.init_distributed(dist_init_required=False)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=_deepspeed_config(config), dist_init_required=False
+        )
+        for buffer in model.buffers():
+            distributed.broadcast_(buffer)
+
+    def forward(self, batch: Batch, step: int) -> Output:
+        return self.deepspeed(batch, step)
+
+    def backward(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss)
+
+    def micro_step(self) -> None:
+        """After each accumulated backward pass but the last."""
+        self.deepspeed.step()
+
+    def step(self, lr: float) -> Tensor:
+        """Clip and move the weights once; returns the global gradient norm before clipping, fp32 []."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = None if self.sharded else self._clip()
+        self.deepspeed.step()
+        if norm is None:
+            norm = torch.as_tensor(float(self.deepspeed.get_global_grad_norm() or 0.0))
+        return norm
+
+    def _clip(self) -> Tensor:
+        if self.deepspeed.torch_autocast_z0_gradscaler:
+            self.deepspeed.torch_autocast_z0_gradscaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or float("inf"), foreach=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters in fp32 and buffers as they are, by name. Collective."""
+        full = {name: self._master(p).detach() for name, p in self.parameters.items()}
+        return full | dict(self.model.named_buffers())
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(weights)
+        if self.sharded:
+            for name, parameter in self.parameters.items():
+                safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's averages, "name/exp_avg" and "name/exp_avg_sq", fp32; {} before the first step. Collective."""
+        if not self.optimizer_steps():
+            return {}
+        return {f"{name}/{key}": self._moment(p, key) for name, p in self.parameters.items() for key in MOMENTS}
+
+    def load_moments(self, moments: dict[str, Tensor], steps: int) -> None:
+        if not steps:
+            return
+        held = [group["params"][0] for group in self.optimizer.param_groups] if self.sharded else None
+        for tensor in held or self.parameters.values():
+            state = self.optimizer.state[tensor]
+            state["step"] = torch.tensor(float(steps), device=tensor.device)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(tensor)
+        if self.sharded:
+            # DeepSpeed links the flat state to the parameters at its first step, which is yet to come.
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.parameters.items():
+            for key in MOMENTS:
+                value = moments[f"{name}/{key}"].to(parameter.device)
+                if self.sharded:
+                    safe_set_full_optimizer_state(parameter, value, key)
+                else:
+                    self.optimizer.state[parameter][key].copy_(value)
+
+    def optimizer_steps(self) -> int:
+        """Steps the optimiser has taken: fewer than the trainer's where fp16 overflowed."""
+        states = list(self.optimizer.state.values())
+        return int(states[0]["step"]) if states else 0
+
+    def scaler(self) -> dict[str, float]:
+        """The loss scaler of fp16; {} for other precisions."""
+        if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
+            return scaler.state_dict()
+        if self.deepspeed.fp16_enabled():
+            return {key: getattr(self.deepspeed.optimizer.loss_scaler, key) for key in SCALER}
+        return {}
+
+    def load_scaler(self, state: dict[str, float]) -> None:
+        if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
+            scaler.load_state_dict(state)
+        elif self.deepspeed.fp16_enabled():
+            for key in SCALER:
+                setattr(self.deepspeed.optimizer.loss_scaler, key, state[key])
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter) if self.sharded else parameter
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.sharded:
+            return safe_get_full_optimizer_state(parameter, key)
+        return self.optimizer.state[parameter][key]
+
+
+def _deepspeed_config(config: Config) -> dict[str, Any]:
+    autocast = config.precision == "bf16" or (config.precision == "fp16" and config.zero == 0)
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.precision]
+    zero = config.deepspeed.get("zero_optimization", {})
+    return {
+        **config.deepspeed,
+        "train_batch_size": config.batch,
+        "train_micro_batch_size_per_gpu": micro_batch(config, distributed.world()),
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optimizer.clip if config.zero else 0.0,
+        "zero_optimization": {**zero, "stage": config.zero},
+        "torch_autocast": {"enabled": autocast, "dtype": dtype},
+        "fp16": {"enabled": config.precision == "fp16" and not autocast},
+        "steps_per_print": 2**62,  # we report ourselves
+    }

@@ -1,0 +1,109 @@
+"""Everything a config file may say. Importing this file loads neither deepspeed nor a process group."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import config as mechanics
+from ..config import ConfigError
+from ..data import stream
+from ..models import MODELS
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, and a learning rate that rises linearly and falls along a cosine."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global gradient norm; 0: no clipping
+    warmup: int = 100  # steps
+    final: float = 0.05  # share of lr at the last step
+
+
+@dataclass(frozen=True)
+class Every:
+    """Steps between …"""
+
+    report: int = 20
+    validate: int = 500
+    checkpoint: int = 500
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Any  # the Config of the class that model.kind names
+    run: str = "runs/run"  # the run directory; running the same command again resumes it
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 128  # images a step, over all ranks and all accumulated micro-batches
+    accumulation: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
+    ema: float = 0.999  # decay of the averaged weights that validation and evaluation use
+    keep: int = 2  # checkpoints
+    data: stream.Config = field(default_factory=stream.Config)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    every: Every = field(default_factory=Every)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
+
+
+# What DeepSpeed is told from the fields above; to say it twice is to contradict oneself.
+OWNED = {
+    "train_batch_size": "batch",
+    "train_micro_batch_size_per_gpu": "batch and accumulation",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.warmup and optimizer.final",
+    "torch_autocast": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+}
+
+
+def load(path: str | Path, overrides: list[str]) -> Config:
+    """Raises ConfigError, one sentence, for anything that is not a setting or cannot work."""
+    raw = mechanics.read(path, overrides)
+    model = raw.get("model")
+    kind = model.get("kind") if hasattr(model, "get") else None
+    if kind not in MODELS:
+        raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
+    config = mechanics.check(Config(model=MODELS[kind].Config()), raw, path)
+    _require(config)
+    return config
+
+
+def micro_batch(config: Config, world: int) -> int:
+    """Images of one forward pass on one rank. Raises ConfigError unless they divide the batch evenly."""
+    parts = config.accumulation * world
+    if config.batch % parts:
+        lower = config.batch // parts * parts
+        raise ConfigError(
+            f"batch={config.batch} cannot be split into {config.accumulation} micro-batches on {world} ranks: "
+            f"take batch={lower or parts} or batch={lower + parts}"
+        )
+    return config.batch // parts
+
+
+def _require(config: Config) -> None:
+    positive = {
+        "steps": config.steps,
+        "batch": config.batch,
+        "accumulation": config.accumulation,
+        "keep": config.keep,
+        "data.size": config.data.size,
+        "data.columns": config.data.columns,
+        "every.report": config.every.report,
+        "every.validate": config.every.validate,
+        "every.checkpoint": config.every.checkpoint,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{key}={value} must be at least 1")
+    for key in config.deepspeed:
+        if key in OWNED:
+            raise ConfigError(f"deepspeed.{key} is set by this trainer: use {OWNED[key]} instead")
+    if "stage" in (config.deepspeed.get("zero_optimization") or {}):
+        raise ConfigError("deepspeed.zero_optimization.stage is set by this trainer: use zero instead")

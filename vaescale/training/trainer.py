@@ -1,0 +1,257 @@
+"""The training loop.
+
+A run's position is one integer, the number of images consumed; with the seed it decides all that follows. To resume,
+run the same command. What is taken, in this order: the newest checkpoint of the run directory; else scratch.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import config as mechanics
+from .. import distributed
+from ..config import ConfigError
+from ..data import DataError, stream
+from ..evaluation.evaluate import evaluate, reconstruct
+from ..interfaces import Batch
+from ..models import MODELS
+from ..monitoring import codebook, pictures
+from ..monitoring.board import Board
+from ..monitoring.console import Console
+from . import checkpoint
+from .ema import WeightEMA
+from .engine import Engine
+from .learner import Learner, learning_rate
+from .settings import Config, micro_batch
+
+SHOWN = 8  # fixed validation images in the grids
+
+
+@dataclass
+class Position:
+    """All that a run remembers beside its tensors."""
+
+    step: int = 0
+    images: int = 0  # consumed; the next batch begins with sample number g = images
+    damaged: int = 0  # samples replaced so far, over all ranks
+
+
+@dataclass
+class Window:
+    """What is gathered between two reports: sums on the device, seconds on the host."""
+
+    steps: int = 0
+    waited: float = 0.0
+    damaged: int = 0
+    begun: float = field(default_factory=time.monotonic)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+
+class Trainer:
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = distributed.init()
+        self.run = Path(config.run)
+        self.rank, self.world = distributed.rank(), distributed.world()
+        self.micro = micro_batch(config, self.world)
+        # The data are opened first: of all that can be wrong they are the most likely, and the cheapest to find.
+        self.slices = stream.TrainSlices(config.data, config.seed)
+        self.validation = stream.ValidationSlices(config.data)
+
+        torch.manual_seed(config.seed)
+        self.model = build(config).to(self.device)
+        self.ema = WeightEMA(self.model, config.ema)
+        self.engine = Engine(self.model, config)
+        self.learner = Learner(self.model, self.engine, config)
+        self.position = Position()
+        self.resume()
+
+        self.console = Console(self.position.step, config.steps, loud=self.rank == 0)
+        self.board: Board | None = None
+        if self.rank == 0:
+            self.run.mkdir(parents=True, exist_ok=True)
+            mechanics.save(config, self.run / "config.yaml")
+            self.board = Board(self.run, self.position.step)
+            self.board.text("config", _verbatim(mechanics.to_yaml(config)), self.position.step)
+
+    def train(self) -> None:
+        config, position = self.config, self.position
+        self.console.say(self.banner())
+        batches = self.batches()
+        window = Window()
+        for step in range(position.step, config.steps):
+            last = step + 1 == config.steps
+            metrics = self.learner.step(self.next_batches(batches, window), step)
+            self.ema.update(self.model, step)
+            position.step, position.images = step + 1, position.images + config.batch
+            window.add(metrics)
+            self.console.advance()
+
+            if position.step % config.every.report == 0 or last:
+                self.report(window)
+                window = Window()
+            if position.step % config.every.validate == 0 or last:
+                self.validate()
+                window.begun = time.monotonic()
+            if position.step % config.every.checkpoint == 0 or last:
+                self.save()
+                window.begun = time.monotonic()
+        self.console.close()
+        self.console.say(f"finished at step {position.step}: {self.run}")
+        if self.board:
+            self.board.close()
+
+    def batches(self) -> Iterator[stream.Decoded]:
+        config, pin = self.config, self.device.type == "cuda"
+        start = self.position.images
+        return stream.train_loader(
+            self.slices, start, config.batch, config.accumulation, self.rank, self.world, pin
+        )
+
+    def next_batches(self, batches: Iterator[stream.Decoded], window: Window) -> Iterator[Batch]:
+        """One step's micro-batches on the device; the time spent waiting for them is measured."""
+        for _ in range(self.config.accumulation):
+            begun = time.monotonic()
+            batch, damage = next(batches)
+            window.waited += time.monotonic() - begun
+            window.damaged += len(damage)
+            for one in damage:
+                print(f"damaged sample replaced: {one.key} in {one.shard} (g={one.g}): {one.cause}", flush=True)
+            yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+
+    def report(self, window: Window) -> None:
+        """Means over the window and over all ranks; the only place between checkpoints that waits for the device."""
+        config, position = self.config, self.position
+        names = sorted(window.sums)
+        sums = [window.sums[name].to(self.device) / window.steps for name in names]
+        shared = torch.stack([*sums, torch.tensor(float(window.damaged), device=self.device)]).double()
+        *means, damaged = distributed.sum_(shared).tolist()
+        position.damaged += round(damaged)
+        seconds = time.monotonic() - window.begun
+
+        values = {f"train/{name}": value / self.world for name, value in zip(names, means, strict=True)}
+        values["optim/gradient_norm"] = values.pop("train/gradient_norm")
+        values["optim/lr"] = learning_rate(config.optimizer, position.step - 1, config.steps)
+        values |= {f"optim/{name}": float(value) for name, value in self.engine.scaler().items()}
+        for name, usage in self.model.usage(clear=True).items():
+            values |= {f"{name}/{key}": value for key, value in codebook.scalars(usage).items()}
+            if self.board:
+                self.board.code_counts(f"{name}/counts", usage.window, position.step)
+        values["perf/images_per_second"] = window.steps * config.batch / seconds
+        values["perf/seconds_per_step"] = seconds / window.steps
+        if self.device.type == "cuda":
+            values["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        values["data/wait_share"] = window.waited / seconds
+        values["data/epoch"] = position.images / len(self.slices.samples.index)
+        values["data/damaged"] = float(position.damaged)
+        if self.board:
+            self.board.scalars(values, position.step)
+        self.console.report(position.step, values)
+        allowed = config.data.damaged_free + config.data.damaged_share * position.images
+        if position.damaged > allowed:
+            raise DataError(
+                f"{position.damaged} damaged samples among {position.images} are more than data.damaged_share="
+                f"{config.data.damaged_share} allows: mend the shards named above, or raise it"
+            )
+
+    def validate(self) -> None:
+        """The averaged weights on the whole validation set, and the fixed images as pictures."""
+        step = self.position.step
+        loader = stream.validation_loader(
+            self.validation, self.micro, self.rank, self.world, self.device.type == "cuda"
+        )
+        averaged = self.ema.model
+        sizes = {name: len(usage.window) for name, usage in averaged.usage(clear=False).items()}
+        values = evaluate(averaged, loader, sizes, self.device)
+        self.console.say(f"validation at step {step}: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.4f}")
+        if not self.board:
+            return
+        self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
+        shown = fixed_images(self.validation)
+        x = shown.x.to(self.device)
+        y, latents = reconstruct(averaged, x, shown.label.to(self.device))
+        self.board.picture("val/reconstructions", pictures.reconstructions(x, y), step)
+        for (name, size), codes in zip(sizes.items(), latents, strict=False):
+            self.board.picture(f"{name}/map", pictures.code_map(x, codes, size), step)
+
+    def save(self) -> None:
+        """Collective: every rank takes part in gathering, rank 0 writes."""
+        position, config = self.position, self.config
+        tensors = {
+            "model": self.engine.weights(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": self.engine.moments(),
+        }
+        if self.rank == 0:
+            state = {
+                "step": position.step,
+                "images": position.images,
+                "damaged": position.damaged,
+                "optimizer_steps": self.engine.optimizer_steps(),
+                "scaler": self.engine.scaler(),
+                "order": self.order(),
+            }
+            checkpoint.save(self.run / "checkpoints", position.step, tensors, state, config.keep)
+        distributed.barrier()
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint, if there is one."""
+        found = checkpoint.newest(self.run / "checkpoints")
+        if found is None:
+            return
+        state = checkpoint.read_state(found)
+        for key, value in self.order().items():
+            if state["order"][key] != value:
+                raise ConfigError(
+                    f"{self.run} was begun with {key}={state['order'][key]}, now it is {value}: the order of samples "
+                    f"would break; set it back, or give another run=…"
+                )
+        self.engine.load_weights(checkpoint.read_tensors(found, "model"))
+        self.engine.load_moments(checkpoint.read_tensors(found, "optimizer"), state["optimizer_steps"])
+        self.engine.load_scaler(state["scaler"])
+        self.ema.model.load_state_dict(checkpoint.read_tensors(found, "ema"))
+        self.position = Position(state["step"], state["images"], state["damaged"])
+
+    def order(self) -> dict[str, int | str]:
+        """What decides which sample is number g."""
+        config = self.config
+        return {"seed": config.seed, "data.columns": config.data.columns, "data": self.slices.samples.index.fingerprint()}
+
+    def banner(self) -> str:
+        config, index = self.config, self.slices.samples.index
+        weights = sum(p.numel() for p in self.model.parameters())
+        begin = f"resumes at step {self.position.step}" if self.position.step else "begins"
+        return (
+            f"{config.run} {begin}: {config.model.kind}, {weights / 1e6:.2f} M parameters, {config.precision}, ZeRO "
+            f"{config.zero}, {self.world} rank(s) on {self.device.type}; batch {config.batch} = {self.micro} × "
+            f"{config.accumulation} × {self.world}; {len(index)} training images, "
+            f"{len(self.validation.samples.index)} validation images"
+        )
+
+
+def build(config: Config) -> nn.Module:
+    """The model that the config names, on the CPU; raises ConfigError for a size it cannot have."""
+    try:
+        return MODELS[config.model.kind](config.model, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def fixed_images(slices: stream.ValidationSlices) -> Batch:
+    """The same few validation images at every step, spread over the set."""
+    total = len(slices.samples.index)
+    return slices[range(0, total, max(1, total // SHOWN))[:SHOWN]].batch
+
+
+def _verbatim(text: str) -> str:
+    """Indented, Markdown leaves it as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
