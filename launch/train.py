@@ -27,6 +27,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         config = settings.load(arguments.config, arguments.overrides)
+        settings.check(config, distributed.place().world)
         # Imported only now, so that a typo is answered before DeepSpeed's import or a process group cost time.
         if arguments.dry_run:
             from vaescale.training.dry_run import describe

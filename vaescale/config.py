@@ -3,12 +3,13 @@
 This file is the mechanics; each class's Config stands beside the class.
 """
 
+import difflib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ def check(schema: T, raw: DictConfig, source: str | Path) -> T:
     try:
         typed = OmegaConf.structured(schema)
         _writable(typed)
+        _require_sections(typed, raw, "")
         merged = OmegaConf.merge(typed, raw)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -68,13 +70,15 @@ def to_yaml(config: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """OmegaConf's message with the full key in front: "model.quantizer.codez: Key 'codez' not in …"."""
-    lines = str(error).splitlines()
-    key = getattr(error, "full_key", None)
-    text = lines[0] if lines else type(error).__name__
-    if key and (options := getattr(error, "object_type", None)) and "Did you mean" not in text:
-        fields = ", ".join(getattr(options, "__dataclass_fields__", {}))
-        text += f" (known here: {fields})" if "not in" in text and fields else ""
+    """What is wrong with which key, in one sentence; for an unknown key the nearest right one."""
+    key = str(getattr(error, "full_key", None) or "")
+    if isinstance(error, ConfigKeyError):
+        parent, _, name = key.rpartition(".")
+        known = list(getattr(getattr(error, "object_type", None), "__dataclass_fields__", {}))
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {f'{parent}.{near[0]}' if parent else near[0]}?" if near else f"known are {', '.join(known)}"
+        return f"unknown key {key}: {hint}"
+    text = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{key}: {text}" if key else text
 
 
@@ -87,6 +91,17 @@ def _refuse_resolvers(node: Any, where: str) -> None:
             _refuse_resolvers(item, where)
     elif isinstance(node, str) and "${" in node and ":" in node.split("${", 1)[1].split("}", 1)[0]:
         raise ConfigError(f"{where}: resolvers such as {node} are not read; give the value as {where}=… instead")
+
+
+def _require_sections(schema: DictConfig, raw: DictConfig, where: str) -> None:
+    """OmegaConf's own message for a plain value in a section's place names no key."""
+    for key, section in schema.items_ex(resolve=False):
+        if OmegaConf.is_dict(section) and key in raw:
+            path = f"{where}.{key}" if where else str(key)
+            given = raw._get_node(key)
+            if not isinstance(given, DictConfig):
+                raise ConfigError(f"{path} is a section, not a value: give its settings, as in {path}.name=…")
+            _require_sections(section, given, path)
 
 
 def _writable(node: Any) -> None:

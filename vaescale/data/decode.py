@@ -10,6 +10,9 @@ from .order import uniforms
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_PIXELS = 100_000_000  # the largest ImageNet picture has 40 megapixels; a decompression bomb claims far more
+# The decoder's cheap halvings stop this far above the wanted size: measured on the demo photographs at 64 and 128 px,
+# 1.5 keeps every one of them at 36 dB or more against full decoding, 1.25 lets some fall to 27.
+HEADROOM = 1.5
 TRIES = 10  # random-resized-crop: draws before falling back to the centre, as in torchvision
 
 Pixels = NDArray[np.uint8]
@@ -52,17 +55,18 @@ def _open(data: bytes) -> Image.Image:
 
 def _resize(image: Image.Image, box: Box, size: int) -> Pixels:
     width, height = image.size
-    reduction = max(1, int(min(box[2] - box[0], box[3] - box[1]) / size))
+    reduction = max(1, int(min(box[2] - box[0], box[3] - box[1]) / (HEADROOM * size)))
     try:
         # The JPEG decoder can halve while it decodes. Asked with anything but the floor it decodes in full.
-        image.draft("RGB", (width // reduction, height // reduction))
+        drafted = image.draft("RGB", (width // reduction, height // reduction))
         image.load()
         if image.mode != "RGB":
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
         raise Damaged("the picture's data are cut or corrupt") from None
-    x, y = image.width / width, image.height / height
-    scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+    # Its exact scale, 1/2, 1/4 or 1/8: sizes are rounded up, and their quotient would shift the picture.
+    scale = drafted[1][2] / width if drafted else 1.0
+    scaled = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=scaled))
 
 

@@ -42,12 +42,15 @@ class Index:
         except FileNotFoundError:
             raise DataError(missing(folder)) from None
         except ValueError:
-            raise DataError(f"{path} is damaged: write it again with {how_to_index(folder)}") from None
+            raise DataError(f"{path} is damaged: {how_to_index(folder)}") from None
         self.folder = folder
         self.shard_root = folder / head["shard_root"]
         self.shards = [Shard(**shard) for shard in head["shards"]]
         self.classes: list[str] = head["classes"]
-        self.records = np.load(folder / "samples.npy", mmap_mode="r", allow_pickle=False)
+        try:
+            self.records = np.load(folder / "samples.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder / 'samples.npy'} cannot be read ({error}): {how_to_index(folder)}") from None
         self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
         if len(self.records) != self.sizes.sum() or not len(self.records):
@@ -71,7 +74,7 @@ class Index:
 
 def missing(folder: Path) -> str:
     if any(folder.glob("*.tar")):
-        return f"{folder} holds shards but no index: make it with {how_to_index(folder)}"
+        return f"{folder} holds shards but no index: {how_to_index(folder)}"
     return (
         f"there are no shards in {folder}: `python launch/shards.py demo data/photos` writes the demo photographs, "
         f"or set data.root to a folder with your own (README, 'Your own ImageNet')"
@@ -79,7 +82,7 @@ def missing(folder: Path) -> str:
 
 
 def how_to_index(folder: Path) -> str:
-    return f"`python launch/shards.py index {folder}`"
+    return f"`python launch/shards.py index {folder}` makes it"
 
 
 def write_index(folder: Path, shards: Iterable[Path], classes: list[str]) -> Index:
@@ -120,18 +123,17 @@ def scan(path: Path) -> Iterator[tuple[str, int, int, int]]:
     """(key, offset, length, label) of each sample of one tar, in order; webdataset's rule: key = name up to the
     first dot of its last part, consecutive members with one key are one sample.
 
-    Raises DataError if the tar ends early: the library stops without an error at a damaged header.
+    Raises DataError if the tar ends early: at a damaged header the library mostly stops without an error.
     """
+    end = 0
+    key, image, label = "", None, -1
     with tarfile.open(path, "r:") as tar:
-        key, image, label = "", None, -1
-        end = 0
-        for member in tar:
+        for member in _members(tar, path):
             end = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
             if not member.isfile():
                 continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            if (here := f"{folder}/{stem}" if folder else stem) != key:
+            here, extension = split_name(member.name)
+            if here != key:
                 if image is not None:
                     yield key, *image, label
                 key, image, label = here, None, -1
@@ -141,7 +143,30 @@ def scan(path: Path) -> Iterator[tuple[str, int, int, int]]:
                 label = _label(tar, member, path)
         if image is not None:
             yield key, *image, label
-    _require_end(path, end)
+    with path.open("rb") as file:
+        file.seek(end)
+        tail = file.read(2 * BLOCK)
+    # A whole tar ends in zeros; anything else after the last member that could be read means lost samples.
+    if len(tail) < BLOCK or tail.strip(b"\0"):
+        raise DataError(damaged(path, end))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's (key, extension)."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension
+
+
+def damaged(path: Path, place: int) -> str:
+    return f"{path} is damaged or cut at byte {place}: fetch or write this shard again"
+
+
+def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    try:
+        yield from tar
+    except tarfile.TarError:
+        raise DataError(damaged(path, tar.offset)) from None
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
@@ -154,21 +179,9 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
         raise DataError(f"{path}: {member.name} holds {text!r}, not a class number") from None
 
 
-def _require_end(path: Path, end: int) -> None:
-    """A whole tar ends in zeros; anything else after the last member that could be read means lost samples."""
-    with path.open("rb") as file:
-        file.seek(end)
-        tail = file.read(2 * BLOCK)
-    if len(tail) < BLOCK or tail.strip(b"\0"):
-        raise DataError(f"{path} is damaged or cut at byte {end}: fetch or write this shard again")
-
-
 def key_of(path: Path, offset: int) -> str:
     """The key of the sample whose image begins at `offset`: the tar header stands in the block before it."""
     with path.open("rb") as file:
         file.seek(offset - BLOCK)
         header = file.read(BLOCK)
-    name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-    folder, _, last = name.rpartition("/")
-    stem = last.partition(".")[0]
-    return f"{folder}/{stem}" if folder else stem
+    return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]

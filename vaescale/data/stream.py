@@ -17,6 +17,7 @@ from .index import Index, key_of
 from .order import Order, mix
 
 OPEN_SHARDS = 64  # file descriptors a worker keeps
+SHOWN = 8  # validation images in a picture
 REPLACEMENTS = 8  # samples tried in place of a damaged one; all damaged means the data are, not the sample
 
 
@@ -155,6 +156,12 @@ def validation_loader(slices: ValidationSlices, micro: int, rank: int, world: in
     first, last = rank * total // world, (rank + 1) * total // world
     ranges = [range(start, min(start + micro, last)) for start in range(first, last, micro)]
     return _loader(slices, ranges, slices.config, pin)
+
+
+def fixed_images(slices: ValidationSlices) -> Batch:
+    """The same few validation images whenever it is asked, spread over the set."""
+    total = len(slices.samples.index)
+    return slices[range(0, total, max(1, total // SHOWN))[:SHOWN]].batch
 
 
 def _loader(slices: Dataset[Decoded], ranges: Iterable[range], config: Config, pin: bool) -> Iterable[Decoded]:

@@ -10,22 +10,27 @@
 """
 
 import logging
+import os
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import (
+from torch import Tensor, nn
+
+# Said outright, DeepSpeed does not look for one, nor warn that it found none.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
     logger,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from torch import Tensor, nn
 
-from .. import distributed
-from ..interfaces import Batch, Output
-from .settings import Config, micro_batch
+from .. import distributed  # noqa: E402
+from ..interfaces import Batch, Output  # noqa: E402
+from .settings import Config, micro_batch  # noqa: E402
 
 logger.setLevel(logging.WARNING)
 # Only inference_all_reduce uses this kernel, and it would be compiled for 39 s on every new machine.

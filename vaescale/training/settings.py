@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
 from .. import config as mechanics
 from ..config import ConfigError
 from ..data import stream
@@ -73,6 +76,21 @@ def load(path: str | Path, overrides: list[str]) -> Config:
     config = mechanics.check(Config(model=MODELS[kind].Config()), raw, path)
     _require(config)
     return config
+
+
+def build(config: Config) -> nn.Module:
+    """The model that the config names; raises ConfigError for a shape it cannot have."""
+    try:
+        return MODELS[config.model.kind](config.model, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check(config: Config, world: int) -> None:
+    """Everything that can be known to be wrong before a process group or an accelerator is touched."""
+    micro_batch(config, world)
+    with torch.device("meta"):
+        build(config)
 
 
 def micro_batch(config: Config, world: int) -> int:

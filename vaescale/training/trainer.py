@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import config as mechanics
 from .. import distributed
@@ -18,7 +18,6 @@ from ..config import ConfigError
 from ..data import DataError, stream
 from ..evaluation.evaluate import evaluate, reconstruct
 from ..interfaces import Batch
-from ..models import MODELS
 from ..monitoring import codebook, pictures
 from ..monitoring.board import Board
 from ..monitoring.console import Console
@@ -26,9 +25,7 @@ from . import checkpoint
 from .ema import WeightEMA
 from .engine import Engine
 from .learner import Learner, learning_rate
-from .settings import Config, micro_batch
-
-SHOWN = 8  # fixed validation images in the grids
+from .settings import Config, build, micro_batch
 
 
 @dataclass
@@ -176,7 +173,7 @@ class Trainer:
         if not self.board:
             return
         self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
-        shown = fixed_images(self.validation)
+        shown = stream.fixed_images(self.validation)
         x = shown.x.to(self.device)
         y, latents = reconstruct(averaged, x, shown.label.to(self.device))
         self.board.picture("val/reconstructions", pictures.reconstructions(x, y), step)
@@ -236,20 +233,6 @@ class Trainer:
             f"{config.accumulation} × {self.world}; {len(index)} training images, "
             f"{len(self.validation.samples.index)} validation images"
         )
-
-
-def build(config: Config) -> nn.Module:
-    """The model that the config names, on the CPU; raises ConfigError for a size it cannot have."""
-    try:
-        return MODELS[config.model.kind](config.model, config.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def fixed_images(slices: stream.ValidationSlices) -> Batch:
-    """The same few validation images at every step, spread over the set."""
-    total = len(slices.samples.index)
-    return slices[range(0, total, max(1, total // SHOWN))[:SHOWN]].batch
 
 
 def _verbatim(text: str) -> str:

@@ -1,0 +1,104 @@
+"""What several tests share: marks by folder, a tiny data set of real JPEGs, and launched processes that end."""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vaescale.data.shards import Sample, write
+
+ROOT = Path(__file__).parent.parent
+KINDS = {"integration": "launch", "browser": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(KINDS.get(folder, "unit"))
+
+
+def jpeg(seed: int, width: int = 40, height: int = 36) -> bytes:
+    """A smooth random picture: what JPEG is made for."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def samples(count: int, seed: int = 0) -> list[Sample]:
+    return [Sample(f"{seed}-{i:05d}", jpeg(1000 * seed + i), i % 7) for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data.root with 90 training pictures in 5 shards and 11 for validation."""
+    root = tmp_path_factory.mktemp("pictures")
+    write(root / "train", samples(90), 20, [])
+    write(root / "val", samples(11, seed=1), 4, [])
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """start(command, **environment) → a process in a session of its own; whatever is left of it ends with the test."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        begun.append(process)
+        return process
+
+    yield start
+    for process in begun:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.communicate()
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
+    """(exit code, output)."""
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def ranks(start: Start, count: int, arguments: list[str]) -> list[subprocess.Popen[str]]:
+    """`count` ranks of a script, with the environment that a launcher would give them: the quickest real launch."""
+    port = str(free_port())
+    return [
+        start(
+            [sys.executable, *arguments],
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(count)
+    ]

@@ -1,0 +1,219 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaescale.monitoring import codebook as monitoring
+from vaescale.nn.quantize import LAPLACE, Config, VectorQuantizer
+
+LEARNING = ["ema", "gradient"]
+
+
+def batches(steps: int, rows: int, dim: int, seed: int = 0) -> list[Tensor]:
+    """A mixture of 12 clusters, so that codes are used unevenly."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(12, dim, generator=generator)
+    return [
+        centres[torch.randint(12, (rows,), generator=generator)] + torch.randn(rows, dim, generator=generator)
+        for _ in range(steps)
+    ]
+
+
+def place_codes(quantizer: VectorQuantizer, codebook: Tensor) -> None:
+    """Give all codes a position, as if they had long been in use there."""
+    quantizer.codebook.copy_(codebook)
+    quantizer.age.zero_()
+    if quantizer.config.learning == "ema":
+        quantizer.learner.sum.copy_(codebook)
+        quantizer.learner.count.fill_(1)
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+def test_lookup_of_codes_is_z(learning: str) -> None:
+    quantizer = VectorQuantizer(Config(codes=20, dim=6, learning=learning))  # type: ignore[arg-type]
+    z = torch.randn(2, 3, 5, 6)
+    out = quantizer(z)
+    assert out.codes.shape == (2, 3, 5)
+    assert out.codes.dtype == torch.int64
+    # z + (e − z) is e but for the rounding of two additions
+    torch.testing.assert_close(quantizer.lookup(out.codes), out.z, rtol=0, atol=1e-6)
+
+
+def test_loss_and_gradient_are_those_of_the_paper() -> None:
+    """Equation 3 by autograd, on a codebook that is a parameter."""
+    quantizer = VectorQuantizer(Config(codes=20, dim=6, beta=0.3, learning="gradient"))
+    quantizer.codebook.copy_(torch.randn(20, 6))
+    z = torch.randn(50, 6, requires_grad=True)
+    target = torch.randn(50, 6)
+    out = quantizer(z)
+    (F.mse_loss(out.z, target) + out.loss).backward()
+
+    z2 = z.detach().clone().requires_grad_()
+    e = quantizer.codebook.clone().requires_grad_()
+    chosen = e[torch.cdist(z2, e).argmin(1)]
+    through = z2 + (chosen - z2).detach()
+    loss = F.mse_loss(through, target) + F.mse_loss(chosen, z2.detach()) + 0.3 * F.mse_loss(z2, chosen.detach())
+    loss.backward()
+    torch.testing.assert_close(F.mse_loss(out.z, target) + out.loss, loss)
+    torch.testing.assert_close(z.grad, z2.grad)
+
+
+def test_ema_is_the_published_recursion() -> None:
+    """Appendix A.1, equations 6 to 8, in float64, one row at a time."""
+    config = Config(codes=10, dim=3, decay=0.9, reset_every=0)
+    quantizer = VectorQuantizer(config)
+    place_codes(quantizer, torch.randn(10, 3))
+    e = quantizer.codebook.double().numpy().copy()
+    count, total = np.ones(10), e.copy()
+    for step, z in enumerate(batches(30, 64, 3)):
+        quantizer(z)
+        quantizer.update(step, lr=0.1)
+        rows, codes = z.double().numpy(), ((z.double().numpy()[:, None] - e) ** 2).sum(2).argmin(1)
+        n, s = np.zeros(10), np.zeros((10, 3))
+        for row, code in zip(rows, codes, strict=True):
+            n[code] += 1
+            s[code] += row
+        count = 0.9 * count + 0.1 * n
+        total = 0.9 * total + 0.1 * s
+        e = total / ((count + LAPLACE) / (count.sum() + 10 * LAPLACE) * count.sum())[:, None]
+    torch.testing.assert_close(quantizer.codebook, torch.tensor(e).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_learning_is_torchs_adam_on_a_parameter() -> None:
+    """Straight-through VQ-VAE gradients by autograd and torch.optim.Adam, on the joined micro-batches."""
+    quantizer = VectorQuantizer(Config(codes=10, dim=3, learning="gradient", reset_every=0))
+    quantizer.codebook.copy_(torch.randn(10, 3))
+    e = torch.nn.Parameter(quantizer.codebook.double().clone())
+    adam = torch.optim.Adam([e], lr=0.02)
+    for step, z in enumerate(batches(50, 64, 3)):
+        for part in z.chunk(4):
+            quantizer(part)
+        quantizer.update(step, lr=0.02)
+        adam.zero_grad()
+        chosen = e[torch.cdist(z.double(), e).argmin(1)]
+        F.mse_loss(chosen, z.double()).backward()
+        adam.step()
+    torch.testing.assert_close(quantizer.codebook, e.detach().float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+def test_accumulated_micro_batches_are_one_batch(learning: str) -> None:
+    whole, parts = (VectorQuantizer(Config(codes=16, dim=4, learning=learning)) for _ in range(2))  # type: ignore[arg-type]
+    parts.load_state_dict(whole.state_dict())
+    for step, z in enumerate(batches(30, 64, 4)):
+        whole(z)
+        for part in z.chunk(4):
+            parts(part)
+        for quantizer in (whole, parts):
+            quantizer.update(step, lr=0.01)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+def test_dead_codes_return(learning: str) -> None:
+    """At the start all codes but three lie far from every row, and 200 steps later nearly all are in use."""
+    config = Config(codes=64, dim=4, learning=learning, reset_every=10, dead_after=20)  # type: ignore[arg-type]
+    quantizer = VectorQuantizer(config)
+    codebook = torch.randn(64, 4)
+    codebook[3:] += 1000.0
+    place_codes(quantizer, codebook)
+    for step, z in enumerate(batches(200, 512, 4)):
+        quantizer(z)
+        quantizer.update(step, lr=0.01)
+        if step == 5:
+            assert monitoring.used(quantizer.usage(clear=True).window) < 0.1
+        if step == 190:
+            quantizer.usage(clear=True)
+    assert monitoring.used(quantizer.usage(clear=False).window) > 0.95
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+def test_a_reset_takes_a_row_and_forgets_the_past(learning: str) -> None:
+    quantizer = VectorQuantizer(Config(codes=8, dim=4, learning=learning, reset_every=4, dead_after=3))  # type: ignore[arg-type]
+    codebook = torch.randn(8, 4)
+    codebook[5:] += 1000.0
+    place_codes(quantizer, codebook)
+    z = batches(5, 32, 4)
+    for step in range(5):
+        quantizer(z[step])
+        quantizer.update(step, lr=0.01)
+    for code in range(5, 8):
+        assert (z[4] == quantizer.codebook[code]).all(1).any()
+        if learning == "ema":
+            assert quantizer.learner.count[code] == 1
+            assert torch.equal(quantizer.learner.sum[code], quantizer.codebook[code])
+        else:
+            assert not quantizer.learner.mean[code].any()
+            assert not quantizer.learner.square[code].any()
+            assert quantizer.learner.steps[code] == 0
+    assert int(quantizer.resets) >= 3
+    assert len(torch.unique(quantizer.codebook[5:], dim=0)) == 3
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+def test_a_nan_cannot_poison_the_codebook(learning: str) -> None:
+    quantizer = VectorQuantizer(Config(codes=8, dim=4, learning=learning))  # type: ignore[arg-type]
+    for step, z in enumerate(batches(12, 32, 4)):
+        if step == 10:  # a reset step too
+            z[7, 2] = float("nan")
+        quantizer(z)
+        quantizer.update(step, lr=0.01)
+        if step == 9:
+            before = quantizer.codebook.clone()
+        if step == 10:
+            torch.testing.assert_close(quantizer.codebook, before, rtol=1e-5, atol=1e-5)
+    for name, value in quantizer.state_dict().items():
+        assert value.double().isfinite().all(), name
+
+
+def test_usage_is_a_plain_count() -> None:
+    config = Config(codes=30, dim=3, reset_every=0)
+    quantizer = VectorQuantizer(config)
+    place_codes(quantizer, torch.randn(30, 3))
+    window: list[np.ndarray] = []
+    ever: set[int] = set()
+    last = np.full(30, -1)
+    for step, z in enumerate(batches(20, 40, 3)):
+        codes = quantizer(z).codes.numpy()
+        quantizer.update(step, lr=0.0)
+        window.append(codes)
+        ever |= set(codes)
+        last[codes] = step
+        if step == 9:
+            quantizer.usage(clear=True)
+            window = []
+    usage = quantizer.usage(clear=False)
+    counts = np.bincount(np.concatenate(window), minlength=30)
+    assert usage.window.tolist() == counts.tolist()
+    assert set(np.flatnonzero(usage.ever)) == ever
+    used = sorted(ever)
+    assert usage.age[used].tolist() == (19 - last[used]).tolist()
+    share = counts[counts > 0] / counts.sum()
+    numbers = monitoring.scalars(usage)
+    assert numbers["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    assert numbers["usage_window"] == (counts > 0).mean()
+    assert numbers["usage_ever"] == len(ever) / 30
+
+
+def test_quantisation_is_an_fp32_island() -> None:
+    quantizer = VectorQuantizer(Config(codes=300, dim=8))
+    quantizer.codebook.copy_(torch.randn(300, 8))
+    z = torch.randn(500, 8).bfloat16()
+    plain = quantizer(z.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = quantizer(z)
+    assert inside.z.dtype == torch.float32
+    assert torch.equal(inside.codes, plain.codes)
+    assert torch.equal(inside.loss, plain.loss)
+    assert not list(quantizer.parameters())
+
+
+def test_evaluation_leaves_no_trace() -> None:
+    quantizer = VectorQuantizer(Config(codes=8, dim=4)).eval()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer(torch.randn(10, 4))
+    assert not quantizer._seen
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -1,0 +1,68 @@
+"""What a config would run, said before anything is run."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import config as mechanics
+from ..interfaces import Batch
+from .settings import Config, build, micro_batch
+
+
+def describe(config: Config, world: int) -> str:
+    """The resolved config, the batch arithmetic, parameters, and the memory of one rank."""
+    micro = micro_batch(config, world)
+    model = build(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    images = config.steps * config.batch
+    memory = state_bytes(parameters, config, world) | {
+        "buffers": 2 * buffers,  # the model's and the averaged copy's
+        "activations": activation_bytes(model, config) * micro,
+    }
+    total = sum(memory.values())
+    lines = [
+        mechanics.to_yaml(config),
+        f"batch       {micro} (micro) × {config.accumulation} (accumulation) × {world} (world) = {config.batch} images",
+        f"run         {config.steps} steps, {images} images",
+        f"parameters  {parameters / 1e6:.3f} M",
+        f"memory      {_size(total)} a rank, estimated: "
+        + ", ".join(f"{name} {_size(value)}" for name, value in memory.items()),
+    ]
+    return "\n".join(lines)
+
+
+def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]:
+    """fp32 weights, gradients, AdamW's two moments and the averaged weights; ZeRO divides the moments (1) and the
+    gradients (2) by the world size and adds a sharded fp32 master copy. The fp16 engine halves weights and gradients.
+    """
+    shards = world if config.zero else 1
+    width = 2 if config.precision == "fp16" and config.zero else 4
+    return {
+        "weights": width * parameters,
+        "gradients": width * parameters / (world if config.zero == 2 else 1),
+        "moments": 8 * parameters / shards,
+        "masters": 4 * parameters / shards if config.zero else 0,
+        "EMA": 4 * parameters,
+    }
+
+
+def activation_bytes(model: nn.Module, config: Config) -> int:
+    """Bytes that one image keeps for the backward pass: counted in a real forward pass on the CPU."""
+    held: dict[int, int] = {}
+
+    def hold(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    size = config.data.size
+    batch = Batch(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.zeros(1).long(), torch.zeros(1).long())
+    model.eval()  # a training forward would wait for an update that never comes
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        model(batch, 0)
+    return sum(held.values()) // (1 if config.precision == "fp32" else 2)
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
