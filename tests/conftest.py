@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +76,11 @@ def start() -> Iterator[Start]:
 
     yield start
     for process in begun:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.communicate()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
@@ -88,17 +89,17 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, s
     return process.returncode, output
 
 
-def ranks(start: Start, count: int, arguments: list[str]) -> list[subprocess.Popen[str]]:
-    """`count` ranks of a script, with the environment that a launcher would give them: the quickest real launch."""
-    port = str(free_port())
+def ranks(start: Start, count: int, arguments: list[str], slurm: bool = False) -> list[subprocess.Popen[str]]:
+    """`count` ranks of a script, with the environment that a launcher (or `srun`) gives them: the quickest real launch."""
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS") if slurm else ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    step = {"SLURM_STEP_ID": "0"} if slurm else {}
     return [
         start(
             [sys.executable, *arguments],
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(count),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
+            **dict(zip(names, (str(rank), str(rank), str(count)), strict=True)),
+            **rendezvous,
+            **step,
         )
         for rank in range(count)
     ]

@@ -159,9 +159,11 @@ def validation_loader(slices: ValidationSlices, micro: int, rank: int, world: in
 
 
 def fixed_images(slices: ValidationSlices) -> Batch:
-    """The same few validation images whenever it is asked, spread over the set."""
-    total = len(slices.samples.index)
-    return slices[range(0, total, max(1, total // SHOWN))[:SHOWN]].batch
+    """The same few validation images whenever it is asked: the first of each of as many classes, spread over them."""
+    labels, first = np.unique(slices.samples.index.records["label"], return_index=True)
+    chosen = first[np.linspace(0, len(labels) - 1, min(SHOWN, len(labels))).astype(int)]
+    batches = [slices[range(number, number + 1)].batch for number in chosen.tolist()]
+    return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
 def _loader(slices: Dataset[Decoded], ranges: Iterable[range], config: Config, pin: bool) -> Iterable[Decoded]:

@@ -15,7 +15,7 @@ class Board:
     each curve stays one line."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self._lines = run / "metrics.jsonl"
         kept = self._lines.read_text().splitlines() if self._lines.exists() else []
         kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= step]

@@ -1,0 +1,73 @@
+"""TensorBoard as a person opens it: a real run's pictures and scalars in headless Chromium."""
+
+import shutil
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.conftest import Start, free_port
+from vaescale.monitoring import pictures
+from vaescale.monitoring.board import Board
+
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1500,2400"
+)
+WAIT = 120  # seconds; a page that is ready ends it at once
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[WebDriver]:
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("no chromedriver on the PATH (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path / 'chromium'}"]:
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=Service(driver))
+    yield browser
+    browser.quit()
+
+
+def run(folder: Path) -> Path:
+    """Two lives of a run, with everything a trainer writes."""
+    x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    for begin, end in ((0, 6), (4, 9)):
+        board = Board(folder, begin)
+        board.text("config", "    steps: 9", begin)
+        for step in range(begin + 1, end):
+            board.scalars({"codebook/usage_window": step / 10, "codebook/perplexity": 3.0, "train/loss": 1 / step}, step)
+            board.code_counts("codebook/counts", torch.arange(30), step)
+        board.picture("val/reconstructions", pictures.reconstructions(x, x), end - 1)
+        board.close()
+    return folder / "tensorboard"
+
+
+def test_grids_and_codebook_scalars_are_there(tmp_path: Path, start: Start, browser: WebDriver) -> None:
+    port = free_port()
+    logs = run(tmp_path / "run")
+    start([sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port), "--host", "127.0.0.1"])
+    waiting = WebDriverWait(browser, WAIT, ignored_exceptions=[OSError, WebDriverException])
+    waiting.until(lambda _: urllib.request.urlopen(f"http://127.0.0.1:{port}/data/environment", timeout=5).status == 200)
+    browser.get(f"http://127.0.0.1:{port}/#timeseries")
+
+    def tags() -> set[str]:
+        return {card.text.replace("\n", "") for card in browser.find_elements(By.CSS_SELECTOR, "card-view .tag")}
+
+    wanted = {"codebook/usage_window", "codebook/perplexity", "codebook/counts", "train/loss", "val/reconstructions"}
+    waiting.until(lambda _: wanted <= tags())
+    picture = waiting.until(lambda _: browser.find_element(By.CSS_SELECTOR, "image-card img"))
+    drawn = "return arguments[0].complete && arguments[0].naturalWidth"
+    waiting.until(lambda _: (browser.execute_script(drawn, picture) or 0) > 200)
+    curves = "scalar-card line-chart"
+    assert len(browser.find_elements(By.CSS_SELECTOR, curves)) >= 3

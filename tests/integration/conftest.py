@@ -1,0 +1,83 @@
+"""The cases that are trained on forked ranks, once for all tests here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import ROOT
+
+STEPS, BATCH, SEED = 12, 12, 0  # those of tiny.yaml
+
+
+class Case(NamedTuple):
+    world: int
+    precision: str = "fp32"
+    zero: int = 0
+    accumulation: int = 1
+    learning: str = "ema"
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(part) for part in self)
+
+
+CASES = [
+    Case(1),
+    Case(1, learning="gradient"),
+    *(Case(2, precision, zero) for precision in ("fp32", "bf16", "fp16") for zero in (0, 1, 2)),
+    Case(1, "bf16"),
+    Case(1, "fp16"),
+    Case(1, accumulation=3),
+    Case(2, zero=1, accumulation=3),
+    Case(4, accumulation=3),
+    Case(2, learning="gradient"),
+    Case(2, zero=2, learning="gradient", accumulation=2),
+]
+
+
+def overrides(case: Case, run: Path, pictures: Path) -> list[str]:
+    values = {
+        "run": run,
+        "data.root": pictures,
+        "precision": case.precision,
+        "zero": case.zero,
+        "accumulation": case.accumulation,
+        "model.quantizer.learning": case.learning,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def forked(folder: Path, cases: list[Case], pictures: Path) -> None:
+    """Train the cases one after another; what each leaves lies in folder/NAME, its run in folder/NAME/run."""
+    described = []
+    for case in cases:
+        out = folder / case.name
+        out.mkdir(exist_ok=True)
+        described.append({"world": case.world, "out": str(out), "overrides": overrides(case, out / "run", pictures)})
+    (folder / "cases.json").write_text(json.dumps(described))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.forked", str(folder / "cases.json")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    forked(folder, CASES, pictures)
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [value["train/loss"] for value in map(json.loads, lines) if "train/loss" in value]

@@ -1,0 +1,123 @@
+"""The commands that a user types, as processes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import Start, finish, free_port, ranks, samples
+from tests.integration.conftest import Case, overrides
+from tests.integration.test_resume import TRAIN, same_bits
+from vaescale.data.shards import write
+
+QUICKSTART = ["launch/train.py", "--config", "configs/quickstart.yaml"]
+BIN = Path(sys.executable).parent
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "srun"])
+def test_every_launcher_trains_the_same_bits(
+    trained: Path, pictures: Path, tmp_path: Path, start: Start, launcher: str
+) -> None:
+    command = [*TRAIN, *overrides(Case(2), tmp_path, pictures)]
+    port = str(free_port())
+    if launcher == "deepspeed":
+        processes = [start([str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, *command])]
+    elif launcher == "torchrun":
+        processes = [start([str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, *command])]
+    else:
+        processes = ranks(start, 2, command, slurm=True)
+    for process in processes:
+        code, output = finish(process)
+        assert code == 0, output
+    same_bits(tmp_path, trained / Case(2).name / "run")
+
+
+def test_a_typo_stops_the_launcher_with_2_and_a_suggestion(start: Start) -> None:
+    port = str(free_port())
+    command = [str(BIN / "deepspeed"), "--master_port", port, *QUICKSTART, "model.quantizer.codez=5"]
+    code, output = finish(start(command))
+    assert code == 2
+    assert "unknown key model.quantizer.codez: did you mean model.quantizer.codes?" in output
+    assert "Traceback" not in output
+
+
+def test_missing_data_are_one_sentence_that_tells_how(tmp_path: Path, start: Start) -> None:
+    code, output = finish(start([sys.executable, *QUICKSTART, f"run={tmp_path / 'run'}", f"data.root={tmp_path}"]))
+    assert code == 2
+    assert f"error: there are no shards in {tmp_path}/train: `python launch/shards.py demo" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_trains_nothing(tmp_path: Path, start: Start) -> None:
+    code, output = finish(start([sys.executable, *QUICKSTART, "--dry-run", f"run={tmp_path / 'run'}", "batch=32"]))
+    assert code == 0, output
+    assert "32 (micro) × 1 (accumulation) × 1 (world) = 32 images" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_many_damaged_samples_stop_all_ranks(pictures: Path, tmp_path: Path, start: Start) -> None:
+    """The damaged ones are named; one worker meets a sample whose shard is gone from under it."""
+    whole = samples(40)
+    write(tmp_path / "train", [one._replace(jpg=b"none") if i % 5 == 0 else one for i, one in enumerate(whole)], 10, [])
+    shutil.copytree(pictures / "val", tmp_path / "val")
+    command = [*TRAIN, *overrides(Case(2), tmp_path / "run", tmp_path), "data.damaged_free=2", "data.workers=1"]
+    outputs = []
+    for process in ranks(start, 2, command):
+        code, output = finish(process)
+        assert code == 2, output
+        outputs.append(output)
+    assert "damaged samples among" in outputs[0]
+    assert "damaged sample replaced: 0-000" in "".join(outputs)
+    assert "not a JPEG, PNG or WebP picture" in "".join(outputs)
+
+
+def test_a_shard_that_vanishes_is_named_by_its_worker(pictures: Path, tmp_path: Path, start: Start) -> None:
+    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train" / "000002.tar").unlink()
+    command = [*TRAIN, *overrides(Case(1), tmp_path / "run", tmp_path), "data.workers=1"]
+    code, output = finish(ranks(start, 1, command)[0])
+    assert code == 2, output
+    assert "error: the shard" in output
+    assert "000002.tar of the index cannot be read" in output
+    assert "Traceback" not in output
+
+
+def test_evaluation_is_the_same_on_one_and_two_ranks(trained: Path, tmp_path: Path, start: Start) -> None:
+    results = []
+    for world in (1, 2):
+        run = tmp_path / str(world)
+        shutil.copytree(trained / Case(2).name / "run", run)
+        for process in ranks(start, world, ["launch/evaluate.py", "--run", str(run)]):
+            code, output = finish(process)
+            assert code == 0, output
+        results.append(json.loads((run / "evaluation.json").read_text()))
+        with Image.open(run / "reconstructions.png") as picture:
+            assert picture.width > 100
+    one, two = results
+    assert one["images"] == 11
+    assert one["step"] == 12
+    assert "8 bits" in one["protocol"]["rounding"]
+    assert one.keys() == two.keys()
+    for name in ("psnr", "ssim", "mse", "usage", "usage_ever", "perplexity", "images"):
+        assert one[name] == pytest.approx(two[name], rel=1e-6), name
+
+
+def test_evaluating_what_is_not_there_is_one_sentence(tmp_path: Path, start: Start) -> None:
+    code, output = finish(start([sys.executable, "launch/evaluate.py", "--run", str(tmp_path / "none")]))
+    assert code == 2
+    assert output.startswith("error: ")
+    assert "Traceback" not in output
+
+
+def test_shards_command(pictures: Path, tmp_path: Path, start: Start) -> None:
+    command = [sys.executable, "launch/shards.py", "index", str(tmp_path), "--shards", str(pictures / "train")]
+    code, output = finish(start(command))
+    assert code == 0, output
+    assert "90 samples in 5 shards, 7 classes" in output
+    code, output = finish(start([*command, "--pattern", "none-*.tar"]))
+    assert code == 1
+    assert output.startswith("error: no file in")

@@ -1,0 +1,108 @@
+"""A run that stopped and was started again ends in the same bits as one that never did (its twin among CASES)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Start, finish, ranks
+from tests.integration.conftest import STEPS, Case, forked, losses, overrides
+
+TRAIN = ["launch/train.py", "--config", "tests/integration/tiny.yaml"]
+RESUMED = [
+    Case(2, "bf16", 1),
+    Case(2, "fp16", 0),
+    Case(2, "fp16", 1),
+    Case(2, zero=1, accumulation=3),
+    Case(2, zero=2, learning="gradient", accumulation=2),
+]
+
+
+@pytest.mark.parametrize(("case", "step"), [(Case(1), 7), (Case(2), 2), (Case(2, zero=2), 10)], ids=str)
+def test_killed_anywhere(trained: Path, pictures: Path, tmp_path: Path, start: Start, case: Case, step: int) -> None:
+    """SIGKILL to all ranks once `step` is reported (2: before the first checkpoint); then the same command."""
+    command = [*TRAIN, *overrides(case, tmp_path, pictures)]
+    kill_at(ranks(start, case.world, command), step)
+    for process in ranks(start, case.world, command):
+        code, output = finish(process)
+        assert code == 0, output
+    same_bits(tmp_path, trained / case.name / "run")
+
+
+@pytest.fixture(scope="module")
+def resumed(trained: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case of RESUMED taken up from its twin's checkpoint of step 8; and one of them by another world."""
+    folder = tmp_path_factory.mktemp("resumed")
+    for case in RESUMED:
+        rewind(trained / case.name / "run", folder / case.name / "run")
+    rewind(trained / Case(2, zero=1, accumulation=3).name / "run", folder / Case(1).name / "run")
+    forked(folder, [*RESUMED, Case(1)], pictures)
+    return folder
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=str)
+def test_every_precision_and_stage_resumes_to_the_same_bits(trained: Path, resumed: Path, case: Case) -> None:
+    seen = json.loads((resumed / case.name / "rank-0.json").read_text())
+    assert len(seen) == 4 * 12 // case.world  # four steps were made, not twelve
+    same_bits(resumed / case.name / "run", trained / case.name / "run")
+
+
+def test_another_world_and_stage_may_resume(trained: Path, resumed: Path) -> None:
+    """Saved by two ranks under ZeRO 1, taken up by one rank under ZeRO 0: the loss curve of never having changed."""
+    found, twin = (losses(path / Case(1).name / "run") for path in (resumed, trained))
+    assert len(found) == STEPS
+    assert found == pytest.approx(twin, rel=1e-4)
+
+
+def test_a_finished_run_is_left_as_it_is(trained: Path, pictures: Path, tmp_path: Path, start: Start) -> None:
+    shutil.copytree(trained / Case(1).name / "run", tmp_path / "run")
+    (process,) = ranks(start, 1, [*TRAIN, *overrides(Case(1), tmp_path / "run", pictures)])
+    code, output = finish(process)
+    assert code == 0, output
+    assert "resumes at step 12" in output
+    same_bits(tmp_path / "run", trained / Case(1).name / "run")
+
+
+def test_another_order_of_samples_is_refused(trained: Path, pictures: Path, tmp_path: Path, start: Start) -> None:
+    shutil.copytree(trained / Case(1).name / "run", tmp_path / "run")
+    (process,) = ranks(start, 1, [*TRAIN, *overrides(Case(1), tmp_path / "run", pictures), "seed=1"])
+    code, output = finish(process)
+    assert code == 2
+    assert "was begun with seed=0, now it is 1" in output
+
+
+def kill_at(processes: Sequence[subprocess.Popen[str]], step: int) -> None:
+    assert processes[0].stdout is not None
+    lines = []
+    for line in processes[0].stdout:
+        lines.append(line)
+        if line.startswith(f"step {step:>2}/"):
+            break
+    else:
+        pytest.fail(f"step {step} was never reported: {''.join(lines)}")
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.communicate()
+
+
+def rewind(run: Path, copy: Path) -> None:
+    """A copy of the run as it was when its checkpoint of step 8 was the newest."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:08d}")
+    (copy / "checkpoints" / "latest").write_text("step-00000008\n")
+
+
+def same_bits(run: Path, twin: Path) -> None:
+    newest = f"checkpoints/step-{STEPS:08d}"
+    for name in ("model", "ema", "optimizer"):
+        file = f"{newest}/{name}.safetensors"
+        assert (run / file).read_bytes() == (twin / file).read_bytes(), name
+    states = [json.loads((path / newest / "state.json").read_text()) for path in (run, twin)]
+    assert states[0] == states[1]
+    assert losses(run) == losses(twin)

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from vaescale.interfaces import Batch
+from vaescale.models.vqvae import VQVAE, Config, QuantizerConfig
+
+
+def model(**changes: object) -> VQVAE:
+    torch.manual_seed(0)
+    config = Config(width=16, residual_width=8, quantizer=QuantizerConfig(codes=32, dim=8), **changes)  # type: ignore[arg-type]
+    return VQVAE(config)
+
+
+def batch(count: int = 4, size: int = 32) -> Batch:
+    x = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    return Batch(x, torch.zeros(count, dtype=torch.int64), torch.arange(count))
+
+
+@pytest.mark.parametrize("downsampling", [2, 4, 8, 16])
+def test_shapes(downsampling: int) -> None:
+    vqvae = model(downsampling=downsampling)
+    (codes,) = vqvae.encode(batch())
+    assert codes.shape == (4, 32 // downsampling, 32 // downsampling)
+    assert codes.dtype == torch.int64
+    assert vqvae.decode([codes]).shape == (4, 3, 32, 32)
+
+
+def test_the_papers_setting_has_the_papers_codes() -> None:
+    """ImageNet, section 4.1: 128 × 128 × 3 → 32 × 32 × 1 codes, K = 512, 256 hidden units."""
+    with torch.device("meta"):
+        vqvae = VQVAE(Config())
+    assert vqvae.config.width == 256
+    assert vqvae.quantizer.size == 512
+    features = vqvae.encoder(torch.empty(1, 3, 128, 128, device="meta"))
+    assert features.shape == (1, 64, 32, 32)
+
+
+def test_decoding_codes_is_reconstructing() -> None:
+    vqvae, images = model().eval(), batch()
+    torch.testing.assert_close(vqvae.decode(vqvae.encode(images)), vqvae(images, 0).reconstruction)
+
+
+def test_the_loss_is_its_parts() -> None:
+    vqvae, images = model(), batch()
+    out = vqvae(images, 0)
+    error = (out.reconstruction - images.x / 255).square()
+    expected = error.mean() / 0.06 + 0.25 * out.metrics["commitment"]
+    torch.testing.assert_close(out.loss, expected)
+    psnr = (-10 * error.mean(dim=(1, 2, 3)).log10()).mean()
+    torch.testing.assert_close(out.metrics["psnr"], psnr)
+
+
+def test_gradients_reach_every_parameter() -> None:
+    vqvae = model()
+    vqvae(batch(), 0).loss.backward()
+    for name, parameter in vqvae.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_it_learns_four_pictures() -> None:
+    """Overfits a batch: no better check of a straight-through path."""
+    vqvae, images = model(), batch(size=16)
+    images = images._replace(x=images.x[:, :, :2, :2].repeat_interleave(8, 2).repeat_interleave(8, 3))
+    adam = torch.optim.Adam(vqvae.parameters(), 3e-3)
+    psnr = []
+    for step in range(150):
+        out = vqvae(images, step)
+        adam.zero_grad()
+        out.loss.backward()
+        adam.step()
+        vqvae.update(step, 3e-3)
+        psnr.append(float(out.metrics["psnr"]))
+    assert psnr[-1] > psnr[0] + 10
+
+
+def test_it_cannot_sample_without_a_prior() -> None:
+    with pytest.raises(ValueError, match="codes of a prior"):
+        model().decode([])

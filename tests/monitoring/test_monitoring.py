@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vaescale.monitoring import codebook, pictures
+from vaescale.monitoring.board import Board
+from vaescale.monitoring.console import Console
+
+
+def test_perplexity_of_known_counts() -> None:
+    assert codebook.perplexity(torch.full((512,), 7)) == pytest.approx(512)
+    assert codebook.perplexity(torch.tensor([9, 0, 0])) == pytest.approx(1)
+    assert codebook.perplexity(torch.tensor([1, 1, 2])) == pytest.approx(2**1.5)
+    assert codebook.perplexity(torch.zeros(5).long()) == 1  # an empty window says nothing, and is no NaN
+
+
+def test_a_resumed_board_is_one_monotone_curve(tmp_path: Path) -> None:
+    """A first life writes to step 9 and dies; the second resumes from 5."""
+    first = Board(tmp_path, 0)
+    for step in range(1, 10):
+        first.scalars({"train/loss": 100.0 + step}, step)
+    first.close()
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 10, "train/lo')  # died while writing
+    second = Board(tmp_path, 5)
+    for step in range(6, 12):
+        second.scalars({"train/loss": float(step)}, step)
+    second.close()
+    expected = [(step, 100.0 + step) for step in range(1, 6)] + [(step, float(step)) for step in range(6, 12)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == expected
+
+
+def test_a_grid_holds_input_reconstruction_and_error() -> None:
+    x = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    y = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    picture = pictures.reconstructions(x, y, per_row=2)
+    error = np.clip(4 * np.abs(x.numpy().astype(int) - y.numpy()), 0, 255)
+    for number, row, place in ((0, 0, 0), (1, 0, 1), (2, 1, 0)):
+        top = pictures.CAPTION + row * (16 + pictures.GAP)
+        for kind, images in enumerate((x.numpy(), y.numpy(), error)):
+            left = pictures.GAP + place * (3 * (16 + pictures.GAP) + 2 * pictures.GAP) + kind * (16 + pictures.GAP)
+            shown = picture[top : top + 16, left : left + 16]
+            assert np.array_equal(shown, images[number].transpose(1, 2, 0))
+
+
+def test_a_code_map_gives_each_code_one_colour() -> None:
+    x = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    codes = torch.arange(16).view(1, 4, 4)
+    picture = pictures.code_map(x, codes, size=16)
+    left = pictures.GAP + 16 + pictures.GAP
+    shown = picture[pictures.CAPTION : pictures.CAPTION + 16, left : left + 16]
+    assert len(np.unique(shown.reshape(-1, 3), axis=0)) == 16
+    assert (shown[:4, :4] == shown[0, 0]).all()
+
+
+def test_rounding_is_to_the_nearest() -> None:
+    values = torch.tensor([-0.1, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 1.2])
+    assert pictures.to_bytes(values).tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def test_a_log_line_says_what_one_looks_at_first(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(0, 200, loud=True)
+    console.report(20, {"train/loss": 0.5, "train/psnr": 30.0, "data/wait_share": 0.012, "optim/lr": 1e-3})
+    line = capsys.readouterr().out
+    assert "step  20/200  loss 0.5000  PSNR 30.00  lr 1.00e-03  data wait 1.2%  ETA" in line
+    Console(0, 200, loud=False).report(20, {"train/loss": 0.5})
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,115 @@
+"""The parts of training that need no launch."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vaescale.training import checkpoint, settings
+from vaescale.training.checkpoint import CheckpointError
+from vaescale.training.dry_run import activation_bytes, describe
+from vaescale.training.ema import WeightEMA
+from vaescale.training.learner import learning_rate
+from vaescale.training.settings import Optimizer
+
+QUICKSTART = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    optimizer = Optimizer(lr=2.0, warmup=10, final=0.1)
+    rates = [learning_rate(optimizer, step, 110) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == 2.0
+    assert rates[60] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
+    assert learning_rate(optimizer, 110, 110) == pytest.approx(0.2)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def test_averaged_weights_are_the_weighted_sum() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.register_buffer("codebook", torch.zeros(2))
+    ema = WeightEMA(model, decay=0.9)
+    expected = model.weight.item()
+    for step in range(200):
+        model.weight.data.fill_(math.sin(step))
+        model.codebook.fill_(step)  # type: ignore[operator]
+        ema.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * math.sin(step)
+    assert float(ema.model.weight) == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(ema.model.codebook, model.codebook)  # type: ignore[arg-type]
+
+
+def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"w": torch.full((2,), value), "n": torch.tensor(3)}}
+
+
+def test_checkpoints_are_kept_and_pointed_to(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        checkpoint.save(tmp_path, step, tensors(step), {"step": step}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010", "step-00000015"]
+    found = checkpoint.newest(tmp_path)
+    assert found == tmp_path / "step-00000015"
+    assert checkpoint.read_state(found) == {"step": 15}
+    assert torch.equal(checkpoint.read_tensors(found, "model")["w"], torch.full((2,), 15.0))
+
+
+def test_what_a_killed_save_leaves_is_never_taken(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 5, tensors(5), {}, keep=2)
+    (tmp_path / ".partial-step-00000010").mkdir()
+    (tmp_path / ".partial-step-00000010" / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000005"
+    checkpoint.save(tmp_path, 10, tensors(10), {}, keep=2)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000010"
+
+
+def test_without_latest_the_newest_is_taken_and_never_nothing(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    for step in (5, 10):
+        checkpoint.save(tmp_path, step, tensors(step), {}, keep=2)
+    (tmp_path / "latest").unlink()
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000010"
+    (tmp_path / "latest").write_text("step-00000099\n")
+    with pytest.raises(CheckpointError, match="step-00000099, which is not there"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    saved = checkpoint.save(tmp_path, 5, tensors(5), {}, keep=2)
+    (saved / "model.safetensors").write_bytes(b"\x80\x04 not safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        checkpoint.read_tensors(saved, "model")
+
+
+def test_the_state_is_readable(tmp_path: Path) -> None:
+    saved = checkpoint.save(tmp_path, 5, tensors(5), {"step": 5, "images": 80}, keep=2)
+    assert json.loads((saved / "state.json").read_text()) == {"step": 5, "images": 80}
+
+
+def test_a_dry_run_says_the_batch_arithmetic_and_the_memory() -> None:
+    config = settings.load(QUICKSTART, ["batch=24", "accumulation=3", "zero=2", "steps=10"])
+    text = describe(config, world=4)
+    assert "2 (micro) × 3 (accumulation) × 4 (world) = 24 images" in text
+    assert "10 steps, 240 images" in text
+    assert f"{sum(p.numel() for p in settings.build(config).parameters()) / 1e6:.3f} M" in text
+    assert "codes: 512" in text
+
+
+def test_activations_are_counted() -> None:
+    """A VQ-VAE keeps at least each convolution's input, and not more than a few times that."""
+    config = settings.load(QUICKSTART, ["precision=fp32"])
+    model = settings.build(config)
+    inputs = 0
+
+    def count(module: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        nonlocal inputs
+        inputs += arguments[0].numel() * 4
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_pre_hook(count)  # type: ignore[arg-type]
+    counted = activation_bytes(model, config)
+    assert 0.8 * inputs < counted < 2 * inputs
