@@ -23,8 +23,15 @@ from vaescale.evaluation.evaluate import PROTOCOL, evaluate, reconstruct
 from vaescale.monitoring import codebook, pictures
 from vaescale.training import checkpoint, settings
 
-SHOWN = {"psnr": "PSNR (dB)", "ssim": "SSIM", "mse": "MSE", "usage": "codes used", "usage_ever": "codes ever used in training",
-         "perplexity": "perplexity", "images": "images"}
+SHOWN = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "mse": "MSE",
+    "usage": "codes used",
+    "usage_ever": "codes ever used in training",
+    "perplexity": "perplexity",
+    "images": "images",
+}
 
 
 def main() -> int:

@@ -1,9 +1,9 @@
 """Make and index shards.
 
-    python launch/shards.py demo data/photos            the demo photographs, as training and validation shards
-    python launch/shards.py index DIR                   an index for webdataset shards that others made
-    python launch/shards.py index DIR --shards SRC --pattern 'imagenet1k-train-*.tar'
-                                                        the index in DIR, the shards where they are
+python launch/shards.py demo data/photos            the demo photographs, as training and validation shards
+python launch/shards.py index DIR                   an index for webdataset shards that others made
+python launch/shards.py index DIR --shards SRC --pattern 'imagenet1k-train-*.tar'
+                                                    the index in DIR, the shards where they are
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> int:
     try:
         if arguments.command == "demo":
             for split, count in demo.write_demo(arguments.root).items():
-                print(f"{arguments.root / split}: {count} tiles of {demo.TILE} px from {len(demo.PHOTOGRAPHS)} photographs")
+                print(f"{arguments.root / split}: {count} tiles of {demo.TILE} px")
         else:
             made = shards.index(arguments.folder, arguments.shards, arguments.pattern)
             print(f"{arguments.folder}: {len(made)} samples in {len(made.shards)} shards, {len(made.classes)} classes")

@@ -43,7 +43,11 @@ def main() -> int:
         sentence = str(error).strip().splitlines()[-1].removeprefix("vaescale.data.DataError: ")
         place = distributed.place()
         if place.rank == 0 or not isinstance(error, ConfigError):
-            print(f"error: {f'rank {place.rank}: ' if place.world > 1 else ''}{sentence}", file=sys.stderr, flush=True)
+            print(
+                f"error: {f'rank {place.rank}: ' if place.world > 1 else ''}{sentence}",
+                file=sys.stderr,
+                flush=True,
+            )
         return 2
     finally:
         distributed.finish()

@@ -90,7 +90,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, s
 
 
 def ranks(start: Start, count: int, arguments: list[str], slurm: bool = False) -> list[subprocess.Popen[str]]:
-    """`count` ranks of a script, with the environment that a launcher (or `srun`) gives them: the quickest real launch."""
+    """`count` ranks of a script in the environment that a launcher (or `srun`) gives them: the quickest real launch."""
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS") if slurm else ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     step = {"SLURM_STEP_ID": "0"} if slurm else {}

@@ -76,7 +76,9 @@ def _one_line(error: Exception) -> str:
         parent, _, name = key.rpartition(".")
         known = list(getattr(getattr(error, "object_type", None), "__dataclass_fields__", {}))
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {f'{parent}.{near[0]}' if parent else near[0]}?" if near else f"known are {', '.join(known)}"
+        hint = (
+            f"did you mean {f'{parent}.{near[0]}' if parent else near[0]}?" if near else f"known are {', '.join(known)}"
+        )
         return f"unknown key {key}: {hint}"
     text = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{key}: {text}" if key else text
@@ -95,9 +97,10 @@ def _refuse_resolvers(node: Any, where: str) -> None:
 
 def _require_sections(schema: DictConfig, raw: DictConfig, where: str) -> None:
     """OmegaConf's own message for a plain value in a section's place names no key."""
-    for key, section in schema.items_ex(resolve=False):
-        if OmegaConf.is_dict(section) and key in raw:
-            path = f"{where}.{key}" if where else str(key)
+    for key in map(str, schema):
+        section = schema._get_node(key)
+        if isinstance(section, DictConfig) and key in raw:
+            path = f"{where}.{key}" if where else key
             given = raw._get_node(key)
             if not isinstance(given, DictConfig):
                 raise ConfigError(f"{path} is a section, not a value: give its settings, as in {path}.name=…")

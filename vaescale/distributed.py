@@ -34,8 +34,10 @@ def init() -> torch.device:
     """Join the process group and return this rank's device. One process needs neither address nor port."""
     rank, local_rank, world = place()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        local_rank %= torch.cuda.device_count()  # SLURM may show each task its own device only
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return device

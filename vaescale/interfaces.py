@@ -3,9 +3,10 @@
 Images are uint8 [B, 3, H, W] until they are on the device, and float in [0, 1] inside `decode` and `Output`.
 """
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
@@ -46,13 +47,22 @@ class Codec(Protocol):
         ...
 
 
-class Model(Codec, Protocol):
-    def __call__(self, batch: Batch, step: int) -> Output: ...
+class Model(nn.Module, ABC):
+    """What is trained: a Codec that is a torch module and knows its own loss."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: int) -> Output: ...
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> list[Tensor]: ...
+
+    @abstractmethod
+    def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor: ...
 
     def update(self, step: int, lr: float) -> None:
-        """Called once after each optimiser step on all ranks: learn what is not learned by gradient."""
-        ...
+        """Called once after each optimiser step, on all ranks: learn what is not learned by the optimiser."""
 
     def usage(self, clear: bool) -> dict[str, Usage]:
-        """Per codebook by name, {} for a model without one; `clear` begins a new window."""
-        ...
+        """Per codebook by name, coarse to fine; `clear` begins a new window."""
+        del clear
+        return {}

@@ -46,7 +46,9 @@ def run(folder: Path) -> Path:
         board = Board(folder, begin)
         board.text("config", "    steps: 9", begin)
         for step in range(begin + 1, end):
-            board.scalars({"codebook/usage_window": step / 10, "codebook/perplexity": 3.0, "train/loss": 1 / step}, step)
+            board.scalars(
+                {"codebook/usage_window": step / 10, "codebook/perplexity": 3.0, "train/loss": 1 / step}, step
+            )
             board.code_counts("codebook/counts", torch.arange(30), step)
         board.picture("val/reconstructions", pictures.reconstructions(x, x), end - 1)
         board.close()
@@ -56,15 +58,39 @@ def run(folder: Path) -> Path:
 def test_grids_and_codebook_scalars_are_there(tmp_path: Path, start: Start, browser: WebDriver) -> None:
     port = free_port()
     logs = run(tmp_path / "run")
-    start([sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port), "--host", "127.0.0.1"])
+    start(
+        [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            "--logdir",
+            str(logs),
+            "--port",
+            str(port),
+            "--host",
+            "127.0.0.1",
+        ]
+    )
     waiting = WebDriverWait(browser, WAIT, ignored_exceptions=[OSError, WebDriverException])
-    waiting.until(lambda _: urllib.request.urlopen(f"http://127.0.0.1:{port}/data/environment", timeout=5).status == 200)
+    waiting.until(
+        lambda _: urllib.request.urlopen(f"http://127.0.0.1:{port}/data/environment", timeout=5).status == 200
+    )
     browser.get(f"http://127.0.0.1:{port}/#timeseries")
 
     def tags() -> set[str]:
+        for closed in browser.find_elements(
+            By.CSS_SELECTOR, 'metrics-card-group-toolbar mat-icon[svgicon="expand_more_24px"]'
+        ):
+            closed.click()  # TensorBoard opens the first two groups by itself
         return {card.text.replace("\n", "") for card in browser.find_elements(By.CSS_SELECTOR, "card-view .tag")}
 
-    wanted = {"codebook/usage_window", "codebook/perplexity", "codebook/counts", "train/loss", "val/reconstructions"}
+    wanted = {
+        "codebook/usage_window",
+        "codebook/perplexity",
+        "codebook/counts",
+        "train/loss",
+        "val/reconstructions",
+    }
     waiting.until(lambda _: wanted <= tags())
     picture = waiting.until(lambda _: browser.find_element(By.CSS_SELECTOR, "image-card img"))
     drawn = "return arguments[0].complete && arguments[0].naturalWidth"

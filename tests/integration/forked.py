@@ -69,7 +69,10 @@ def train(case: dict, rank: int) -> None:
 
     trainer.learner.step = recording  # type: ignore[method-assign]
     trainer.train()
-    save_file({name: value.contiguous() for name, value in trainer.model.state_dict().items()}, out / f"rank-{rank}.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in trainer.model.state_dict().items()},
+        out / f"rank-{rank}.safetensors",
+    )
     (out / f"rank-{rank}.json").write_text(json.dumps(seen))
     distributed.finish()
 

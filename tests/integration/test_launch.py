@@ -62,9 +62,19 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, start: Start) -> None:
 def test_too_many_damaged_samples_stop_all_ranks(pictures: Path, tmp_path: Path, start: Start) -> None:
     """The damaged ones are named; one worker meets a sample whose shard is gone from under it."""
     whole = samples(40)
-    write(tmp_path / "train", [one._replace(jpg=b"none") if i % 5 == 0 else one for i, one in enumerate(whole)], 10, [])
+    write(
+        tmp_path / "train",
+        [one._replace(jpg=b"none") if i % 5 == 0 else one for i, one in enumerate(whole)],
+        10,
+        [],
+    )
     shutil.copytree(pictures / "val", tmp_path / "val")
-    command = [*TRAIN, *overrides(Case(2), tmp_path / "run", tmp_path), "data.damaged_free=2", "data.workers=1"]
+    command = [
+        *TRAIN,
+        *overrides(Case(2), tmp_path / "run", tmp_path),
+        "data.damaged_free=2",
+        "data.workers=1",
+    ]
     outputs = []
     for process in ranks(start, 2, command):
         code, output = finish(process)
@@ -114,7 +124,14 @@ def test_evaluating_what_is_not_there_is_one_sentence(tmp_path: Path, start: Sta
 
 
 def test_shards_command(pictures: Path, tmp_path: Path, start: Start) -> None:
-    command = [sys.executable, "launch/shards.py", "index", str(tmp_path), "--shards", str(pictures / "train")]
+    command = [
+        sys.executable,
+        "launch/shards.py",
+        "index",
+        str(tmp_path),
+        "--shards",
+        str(pictures / "train"),
+    ]
     code, output = finish(start(command))
     assert code == 0, output
     assert "90 samples in 5 shards, 7 classes" in output

@@ -11,6 +11,7 @@ from tests.integration.conftest import BATCH, CASES, SEED, STEPS, Case, losses
 from vaescale.data.order import Order
 from vaescale.data.stream import Samples
 
+
 def tensors(trained: Path, case: Case, rank: int = 0) -> dict[str, torch.Tensor]:
     return load_file(trained / case.name / f"rank-{rank}.safetensors")
 

@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from vaescale.interfaces import Batch
-from vaescale.models.vqvae import VQVAE, Config, QuantizerConfig
+from vaescale.models.vqvae import VQVAE, Config
+from vaescale.nn import quantize
 
 
 def model(**changes: object) -> VQVAE:
     torch.manual_seed(0)
-    config = Config(width=16, residual_width=8, quantizer=QuantizerConfig(codes=32, dim=8), **changes)  # type: ignore[arg-type]
+    config = Config(width=16, residual_width=8, quantizer=quantize.Config(codes=32, dim=8), **changes)  # type: ignore[arg-type]
     return VQVAE(config)
 
 

@@ -6,7 +6,8 @@ from vaescale.nn.nearest import nearest
 
 
 @pytest.mark.parametrize(
-    ("rows", "codes", "dim"), [(1, 1, 1), (3, 5, 2), (513, 512, 64), (1000, 2049, 8), (700, 5000, 16), (2048, 4096, 3)]
+    ("rows", "codes", "dim"),
+    [(1, 1, 1), (3, 5, 2), (513, 512, 64), (1000, 2049, 8), (700, 5000, 16), (2048, 4096, 3)],
 )
 def test_agrees_with_brute_force_in_float64(rows: int, codes: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(rows)

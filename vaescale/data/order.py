@@ -44,7 +44,7 @@ def mix(*keys: int | Ints | Words) -> Words:
 
 def uniforms(*keys: int | Ints | Words) -> NDArray[np.float64]:
     """`mix` as numbers in [0, 1): its upper 53 bits."""
-    return (mix(*keys) >> np.uint64(11)) * 2.0**-53
+    return (mix(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(count: int, *keys: int) -> Ints:

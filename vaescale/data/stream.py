@@ -98,7 +98,8 @@ class TrainSlices(Dataset[Decoded]):
 
     def _one(self, g: int, sample: int) -> tuple[decode.Pixels, int, list[Damage]]:
         """A damaged sample is replaced by one that only (seed, g) and the try decide, at any world size."""
-        config, damage = self.config, []
+        config = self.config
+        damage: list[Damage] = []
         for attempt in range(REPLACEMENTS):
             try:
                 data, label = self.samples.read(sample)
@@ -169,11 +170,11 @@ def fixed_images(slices: ValidationSlices) -> Batch:
 def _loader(slices: Dataset[Decoded], ranges: Iterable[range], config: Config, pin: bool) -> Iterable[Decoded]:
     return DataLoader(
         slices,
-        sampler=ranges,  # type: ignore[arg-type]  # any iterable serves, an endless one too
+        sampler=ranges,  # any iterable serves, an endless one too
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
-        collate_fn=_as_is,
+        collate_fn=_as_is,  # type: ignore[arg-type]  # without a batch size it is given one item, not a list
         pin_memory=pin,
         worker_init_fn=_quiet_worker,
     )

@@ -1,6 +1,5 @@
 """Image metrics on uint8 pairs [B, 3, H, W]; one fp64 value an image, so that means are over images."""
 
-import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -24,7 +23,12 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004): data range 1, Gaussian window 11, σ 1.5, where the window lies wholly
     inside the image, as in the authors' code. fp64 [B]; sides of at least 11 pixels."""
     _, similarity = structural_similarity_index_measure(
-        y.float() / 255, x.float() / 255, data_range=1.0, sigma=SIGMA, reduction="none", return_full_image=True
+        y.float() / 255,
+        x.float() / 255,
+        data_range=1.0,
+        sigma=SIGMA,
+        reduction="none",
+        return_full_image=True,
     )
     # The library also counts windows over a mirrored border, which moves the mean by up to .001.
     return similarity[..., BORDER:-BORDER, BORDER:-BORDER].double().mean(dim=(1, 2, 3))

@@ -1,5 +1,9 @@
 """One file per idea. A model knows no DeepSpeed and no files."""
 
-from .vqvae import VQVAE
+from typing import Any
 
-MODELS = {"vqvae": VQVAE}
+from ..interfaces import Model
+from . import vqvae
+
+# model.kind → (its settings, its class)
+MODELS: dict[str, tuple[type[Any], type[Model]]] = {"vqvae": (vqvae.Config, vqvae.VQVAE)}

@@ -7,16 +7,14 @@ With H = W = 128, f = 4 and K = 512 this is the paper's ImageNet setting: 32 × 
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..interfaces import Batch, Output, Usage
+from ..interfaces import Batch, Model, Output, Usage
 from ..nn import quantize
 from ..nn.blocks import ResidualBlock, downsample, upsample
-
-QuantizerConfig = quantize.Config  # under a name of its own: a class body sees its own Config first
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,7 @@ class Config:
     quantizer: quantize.Config = field(default_factory=quantize.Config)
 
 
-class VQVAE(nn.Module):
-    Config: ClassVar = Config
-
+class VQVAE(Model):
     def __init__(self, config: Config, seed: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -47,7 +43,11 @@ class VQVAE(nn.Module):
         layers: list[nn.Module] = []
         for before, after in pairwise(channels):
             layers += [downsample(before, after), nn.ReLU()]
-        layers += [nn.Conv2d(channels[-1], width, 3, padding=1), *self._residual_stack(), nn.Conv2d(width, dim, 1)]
+        layers += [
+            nn.Conv2d(channels[-1], width, 3, padding=1),
+            *self._residual_stack(),
+            nn.Conv2d(width, dim, 1),
+        ]
         self.encoder = nn.Sequential(*layers)
 
         self.quantizer = quantize.VectorQuantizer(config.quantizer, seed)
@@ -88,15 +88,20 @@ class VQVAE(nn.Module):
     def usage(self, clear: bool) -> dict[str, Usage]:
         return {"codebook": self.quantizer.usage(clear)}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights: half under DeepSpeed's fp16 engine."""
+        return next(self.encoder.parameters()).dtype
+
     def _residual_stack(self) -> list[nn.Module]:
         config = self.config
         blocks = [ResidualBlock(config.width, config.residual_width) for _ in range(config.residual_blocks)]
         return [*blocks, nn.ReLU()]
 
     def _features(self, x: Tensor) -> Tensor:
-        centred = (x - 0.5).to(self.encoder[0].weight.dtype)
+        centred = (x - 0.5).to(self.dtype)
         return rearrange(self.encoder(centred), "b d h w -> b h w d")
 
     def _images(self, z: Tensor) -> Tensor:
-        features = rearrange(z, "b h w d -> b d h w").to(self.encoder[0].weight.dtype)
+        features = rearrange(z, "b h w d -> b d h w").to(self.dtype)
         return self.decoder(features) + 0.5

@@ -3,7 +3,9 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..interfaces import Model
 
 
 class WeightEMA:
@@ -12,16 +14,16 @@ class WeightEMA:
     The codebook is copied, not averaged: it already is an average, and a reset code must not lag behind its reset.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self._averages = list(self.model.parameters())
+        self._averages: list[Tensor] = list(self.model.parameters())
         self._copies = list(self.model.buffers())
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: Model, step: int) -> None:
         """decay rises to its value as (1 + t) / (10 + t), so that the start is soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights: list[Tensor] = [p.detach().float() for p in model.parameters()]
+        weights = [p.detach().float() for p in model.parameters()]
         torch._foreach_lerp_(self._averages, weights, 1 - decay)
         torch._foreach_copy_(self._copies, list(model.buffers()))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 # Said outright, DeepSpeed does not look for one, nor warn that it found none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -28,9 +28,9 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_full_optimizer_state,
 )
 
-from .. import distributed  # noqa: E402
-from ..interfaces import Batch, Output  # noqa: E402
-from .settings import Config, micro_batch  # noqa: E402
+from .. import distributed
+from ..interfaces import Batch, Model, Output
+from .settings import Config, micro_batch
 
 logger.setLevel(logging.WARNING)
 # Only inference_all_reduce uses this kernel, and it would be compiled for 39 s on every new machine.
@@ -47,7 +47,7 @@ class Engine:
     world size nor on the ZeRO stage. Nothing of it passes through pickle.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: Model, config: Config) -> None:
         self.model = model
         self.clip = config.optimizer.clip
         self.sharded = config.zero > 0

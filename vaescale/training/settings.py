@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from .. import config as mechanics
 from ..config import ConfigError
 from ..data import stream
+from ..interfaces import Model
 from ..models import MODELS
 
 
@@ -73,15 +73,17 @@ def load(path: str | Path, overrides: list[str]) -> Config:
     kind = model.get("kind") if hasattr(model, "get") else None
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
-    config = mechanics.check(Config(model=MODELS[kind].Config()), raw, path)
+    schema, _ = MODELS[kind]
+    config = mechanics.check(Config(model=schema()), raw, path)
     _require(config)
     return config
 
 
-def build(config: Config) -> nn.Module:
+def build(config: Config) -> Model:
     """The model that the config names; raises ConfigError for a shape it cannot have."""
     try:
-        return MODELS[config.model.kind](config.model, config.seed)
+        _, model = MODELS[config.model.kind]
+        return model(config.model, config.seed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

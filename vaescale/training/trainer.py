@@ -110,9 +110,7 @@ class Trainer:
     def batches(self) -> Iterator[stream.Decoded]:
         config, pin = self.config, self.device.type == "cuda"
         start = self.position.images
-        return stream.train_loader(
-            self.slices, start, config.batch, config.accumulation, self.rank, self.world, pin
-        )
+        return stream.train_loader(self.slices, start, config.batch, config.accumulation, self.rank, self.world, pin)
 
     def next_batches(self, batches: Iterator[stream.Decoded], window: Window) -> Iterator[Batch]:
         """One step's micro-batches on the device; the time spent waiting for them is measured."""
@@ -221,7 +219,11 @@ class Trainer:
     def order(self) -> dict[str, int | str]:
         """What decides which sample is number g."""
         config = self.config
-        return {"seed": config.seed, "data.columns": config.data.columns, "data": self.slices.samples.index.fingerprint()}
+        return {
+            "seed": config.seed,
+            "data.columns": config.data.columns,
+            "data": self.slices.samples.index.fingerprint(),
+        }
 
     def banner(self) -> str:
         config, index = self.config, self.slices.samples.index
