@@ -14,7 +14,7 @@ Picture = NDArray[np.uint8]
 GAP = 4  # pixels between images
 CAPTION = 18  # pixels of the line above them
 PAPER, INK = (250, 250, 248), (40, 40, 40)
-ERROR_GAIN = 4  # |error| is multiplied by this, or one would see black
+ERROR_GAIN = 4  # the absolute error is multiplied by this, or one would see black
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def to_bytes(images: Tensor) -> Tensor:
 def reconstructions(x: Tensor, reconstruction: Tensor, per_row: int = 2) -> Picture:
     """Rows of input | reconstruction | error, `per_row` images to a row. Both uint8 [B, 3, H, W]."""
     error = (x.int() - reconstruction.int()).abs().mul(ERROR_GAIN).clamp(max=255).to(torch.uint8)
-    columns = {"input": x, "reconstruction": reconstruction, f"|error| ×{ERROR_GAIN}": error}
+    columns = {"input": x, "reconstruction": reconstruction, f"error x{ERROR_GAIN}": error}
     return _sheet(columns, per_row)
 
 
