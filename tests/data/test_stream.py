@@ -1,0 +1,129 @@
+import io
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import samples
+from vaescale.data import DataError, stream
+from vaescale.data.shards import write
+
+
+def config(root: Path, **changes: object) -> stream.Config:
+    return stream.Config(**{"root": str(root), "size": 16, "columns": 8, "workers": 0, **changes})  # type: ignore[arg-type]
+
+
+def take(root: Path, steps: int, images: int = 0, batch: int = 12, accumulation: int = 1, world: int = 1,
+         **changes: object) -> list[stream.Batch]:
+    """The global batches of `steps` steps, joined over ranks and micro-batches."""
+    slices = stream.TrainSlices(config(root, **changes), seed=7)
+    loaders = [stream.train_loader(slices, images, batch, accumulation, rank, world, pin=False) for rank in range(world)]
+    joined = []
+    for _ in range(steps):
+        parts = [part.batch for loader in loaders for part in islice(loader, accumulation)]
+        joined.append(stream.Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
+    return joined
+
+
+def same(a: list[stream.Batch], b: list[stream.Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(one, two) for x, y in zip(a, b, strict=True) for one, two in zip(x, y, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("world", "workers", "accumulation"), [(1, 2, 1), (2, 0, 1), (2, 1, 3), (4, 0, 1), (3, 2, 2), (12, 0, 1)]
+)
+def test_pixels_and_order_do_not_depend_on_ranks_and_workers(
+    pictures: Path, world: int, workers: int, accumulation: int
+) -> None:
+    """16 steps of 12 are two epochs and a bit of 90 pictures in 5 shards; 12 ranks are more than there are shards."""
+    assert same(take(pictures, 16), take(pictures, 16, world=world, workers=workers, accumulation=accumulation))
+
+
+def test_each_epoch_holds_each_sample_once(pictures: Path) -> None:
+    slices = stream.TrainSlices(config(pictures), seed=7)
+    gs = torch.cat([batch.sample for batch in take(pictures, 15, world=2, workers=1)])
+    keys = [slices.samples.name(sample)[1] for sample in slices.order(gs.numpy()).tolist()]
+    every = sorted(f"0-{i:05d}" for i in range(90))
+    assert sorted(keys[:90]) == every
+    assert sorted(keys[90:]) == every
+    assert keys[:90] != keys[90:]
+
+
+def test_one_integer_resumes(pictures: Path) -> None:
+    whole = take(pictures, 16)
+    assert same(whole[5:], take(pictures, 11, images=5 * 12, workers=2))
+
+
+def test_labels_belong_to_their_pictures(pictures: Path) -> None:
+    slices = stream.TrainSlices(config(pictures), seed=7)
+    batch = take(pictures, 1)[0]
+    for sample, label in zip(slices.order(batch.sample.numpy()), batch.label, strict=True):
+        assert int(label) == int(slices.samples.name(int(sample))[1][2:]) % 7
+
+
+def test_batches_are_uint8_and_channels_last(pictures: Path) -> None:
+    x = take(pictures, 1)[0].x
+    assert (x.dtype, x.shape) == (torch.uint8, (12, 3, 16, 16))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("micro", [1, 4, 100])
+def test_validation_counts_each_sample_once(pictures: Path, world: int, micro: int) -> None:
+    slices = stream.ValidationSlices(config(pictures))
+    seen = [
+        int(sample)
+        for rank in range(world)
+        for part in stream.validation_loader(slices, micro, rank, world, pin=False)
+        for sample in part.batch.sample
+    ]
+    assert sorted(seen) == list(range(11))
+
+
+def test_a_damaged_sample_is_replaced_named_and_the_same_everywhere(tmp_path: Path) -> None:
+    whole = samples(40)
+    broken = [one._replace(jpg=one.jpg[:100]) if i in (3, 17) else one for i, one in enumerate(whole)]
+    write(tmp_path / "train", broken, 10, [])
+    slices = stream.TrainSlices(config(tmp_path), seed=7)
+    found = [slices[range(start, start + 10)] for start in range(0, 80, 10)]
+    damage = [one for part in found for one in part.damage]
+    assert {one.key for one in damage} == {"0-00003", "0-00017"}
+    assert len(damage) >= 4  # two epochs; a replacement may be damaged itself
+    assert {one.shard for one in damage} == {"000000.tar", "000001.tar"}
+    assert all(one.cause for one in damage)
+    assert all(len(part.batch.x) == 10 for part in found)
+    assert same(take(tmp_path, 6, batch=12), take(tmp_path, 6, batch=12, world=4, workers=1))
+
+
+def test_nothing_but_damaged_samples_stops(tmp_path: Path) -> None:
+    write(tmp_path / "train", [one._replace(jpg=b"no picture") for one in samples(5)], 10, [])
+    with pytest.raises(DataError, match="8 samples in a row are damaged"):
+        take(tmp_path, 1, batch=2)
+
+
+def test_damage_in_validation_stops(tmp_path: Path) -> None:
+    write(tmp_path / "val", [one._replace(jpg=b"no picture") for one in samples(1)], 10, [])
+    with pytest.raises(DataError, match="validation sample 0-00000 in 000000.tar is damaged"):
+        stream.ValidationSlices(config(tmp_path))[range(1)]
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "train", samples(5), 10, [])
+    (tmp_path / "train" / "000000.tar").unlink()
+    with pytest.raises(DataError, match=r"000000\.tar of the index cannot be read"):
+        take(tmp_path, 1, batch=2)
+
+
+def test_validation_pictures_are_the_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30] = 200
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    write(tmp_path / "val", [samples(1)[0]._replace(jpg=file.getvalue())], 1, [])
+    x = stream.ValidationSlices(config(tmp_path, size=20))[range(1)].batch.x
+    assert (x == 200).all()
