@@ -48,8 +48,10 @@ def test_crops_have_the_asked_area_and_ratio() -> None:
 def test_half_of_the_pictures_are_flipped() -> None:
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))).convert("RGB")
     data = encode(ramp, "PNG")
-    flipped = sum(image[8, 0, 0] > image[8, -1, 0] for image in
-                  (decode.train_image(data, 16, 1.0, True, 0, g) for g in range(1000)))
+    flipped = sum(
+        image[8, 0, 0] > image[8, -1, 0]
+        for image in (decode.train_image(data, 16, 1.0, True, 0, g) for g in range(1000))
+    )
     assert 420 < flipped < 580  # five standard deviations
     assert all((image := decode.train_image(data, 16, 1.0, False, 0, g))[8, 0, 0] < image[8, -1, 0] for g in range(20))
 

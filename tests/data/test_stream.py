@@ -16,11 +16,14 @@ def config(root: Path, **changes: object) -> stream.Config:
     return stream.Config(**{"root": str(root), "size": 16, "columns": 8, "workers": 0, **changes})  # type: ignore[arg-type]
 
 
-def take(root: Path, steps: int, images: int = 0, batch: int = 12, accumulation: int = 1, world: int = 1,
-         **changes: object) -> list[stream.Batch]:
+def take(
+    root: Path, steps: int, images: int = 0, batch: int = 12, accumulation: int = 1, world: int = 1, **changes: object
+) -> list[stream.Batch]:
     """The global batches of `steps` steps, joined over ranks and micro-batches."""
     slices = stream.TrainSlices(config(root, **changes), seed=7)
-    loaders = [stream.train_loader(slices, images, batch, accumulation, rank, world, pin=False) for rank in range(world)]
+    loaders = [
+        stream.train_loader(slices, images, batch, accumulation, rank, world, pin=False) for rank in range(world)
+    ]
     joined = []
     for _ in range(steps):
         parts = [part.batch for loader in loaders for part in islice(loader, accumulation)]

@@ -78,13 +78,14 @@ class Engine:
         self.deepspeed.step()
 
     def step(self, lr: float) -> Tensor:
-        """Clip and move the weights once; returns the global gradient norm before clipping, fp32 []."""
+        """Clip and move the weights once; returns the global gradient norm before clipping, fp32 []: not finite where
+        fp16 overflowed, and then the optimiser has not moved."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = None if self.sharded else self._clip()
         self.deepspeed.step()
         if norm is None:
-            norm = torch.as_tensor(float(self.deepspeed.get_global_grad_norm() or 0.0))
+            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32)
         return norm
 
     def _clip(self) -> Tensor:

@@ -38,7 +38,8 @@ class Learner:
             else:
                 norm = self.engine.step(lr)
         self.model.update(step, lr)
-        return {**total, "gradient_norm": norm}
+        finite = norm.isfinite()
+        return {**total, "gradient_norm": torch.where(finite, norm, 0.0), "overflow": (~finite).float()}
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

@@ -134,7 +134,9 @@ class Trainer:
         seconds = time.monotonic() - window.begun
 
         values = {f"train/{name}": value / self.world for name, value in zip(names, means, strict=True)}
-        values["optim/gradient_norm"] = values.pop("train/gradient_norm")
+        overflow = values.pop("train/overflow")
+        values["optim/overflow"] = overflow  # share of the window's steps
+        values["optim/gradient_norm"] = values.pop("train/gradient_norm") / max(1 - overflow, 1e-9)  # of the others
         values["optim/lr"] = learning_rate(config.optimizer, position.step - 1, config.steps)
         values |= {f"optim/{name}": float(value) for name, value in self.engine.scaler().items()}
         for name, usage in self.model.usage(clear=True).items():
