@@ -23,6 +23,7 @@ from vaescale.evaluation.evaluate import PROTOCOL, evaluate, reconstruct
 from vaescale.monitoring import codebook, pictures
 from vaescale.training import checkpoint, settings
 
+BATCH = 32  # images at a time on one rank; the numbers do not depend on it
 SHOWN = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
@@ -53,14 +54,15 @@ def main() -> int:
 
 def evaluate_run(run: Path, overrides: list[str]) -> dict[str, Any]:
     """Collective; rank 0 writes the two files. Returns what evaluation.json holds."""
+    if not (run / "config.yaml").exists():
+        raise ConfigError(f"{run} is no run directory: it has no config.yaml; give the run= of a training as --run")
     config = settings.load(run / "config.yaml", overrides)
     device = distributed.init()
     model = settings.build(config)
     state = checkpoint.load_averaged(model, run)
     model.to(device).eval()
     slices = stream.ValidationSlices(config.data)
-    micro = settings.micro_batch(config, distributed.world())
-    loader = stream.validation_loader(slices, micro, distributed.rank(), distributed.world(), device.type == "cuda")
+    loader = stream.validation_loader(slices, BATCH, distributed.rank(), distributed.world(), device.type == "cuda")
     usage = model.usage(clear=False)
     sizes = {name: len(one.window) for name, one in usage.items()}
     watched = distributed.rank() == 0 and sys.stderr.isatty()

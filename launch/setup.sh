@@ -13,7 +13,7 @@ setup() {
         echo "error: Python 3.10, 3.11 or 3.12 is needed and none is on the PATH: install one and run this again" >&2
         return 1
     fi
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -x .venv/bin/pip ]; then
         echo "   making .venv with $("$python" --version)"
         if ! "$python" -m venv .venv; then
             rm -rf .venv

@@ -32,7 +32,7 @@ def main() -> int:
             print(f"{arguments.folder}: {len(made)} samples in {len(made.shards)} shards, {len(made.classes)} classes")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -39,12 +39,10 @@ def main() -> int:
 
         Trainer(config).train()
     except (ConfigError, DataError, CheckpointError) as error:
-        # An error from a loader's worker carries that worker's traceback; its last line is the sentence.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("vaescale.data.DataError: ")
         place = distributed.place()
         if place.rank == 0 or not isinstance(error, ConfigError):
             print(
-                f"error: {f'rank {place.rank}: ' if place.world > 1 else ''}{sentence}",
+                f"error: {f'rank {place.rank}: ' if place.world > 1 else ''}{error}",
                 file=sys.stderr,
                 flush=True,
             )

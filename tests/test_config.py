@@ -23,7 +23,7 @@ def test_overrides_are_typed_and_frozen() -> None:
     assert tuple(config.optimizer.betas) == (0.5, 0.6)
     assert config.deepspeed == {"a": {"b": 1}}
     with pytest.raises(AttributeError):
-        config.steps = 8  # type: ignore[misc]
+        config.steps = 8
     with pytest.raises(AttributeError):
         config.model.quantizer.codes = 8
 
@@ -50,6 +50,13 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("steps", "'steps' is not an override"),
         ("run=${oc.env:HOME}", "run: resolvers such as"),
         ("run=a-${oc.env:HOME}-b", "run: resolvers such as"),
+        ("run=${seed}${oc.env:HOME}", "run: resolvers such as"),
+        ("model.kind=${oc.env:HOME}", "model.kind: resolvers such as"),
+        ("model.kind=${nope}", "model.kind=${nope} is none of the models"),
+        ("run=${nope}", "run: Interpolation key 'nope' not found"),
+        ("data.workers=-1", "data.workers=-1 must be at least 0"),
+        ("ema=1", "ema=1.0 must be below 1"),
+        ("optimizer.lr=-1", "optimizer.lr=-1.0 must be positive"),
         ("deepspeed.bf16.enabled=true", "deepspeed.bf16 is set by this trainer: use precision"),
         ("deepspeed.zero_optimization.stage=2", "use zero instead"),
     ],
@@ -86,7 +93,15 @@ def test_a_batch_that_does_not_divide_names_two_that_do() -> None:
         settings.check(config, world=2)
 
 
-def test_a_model_that_cannot_be_built_is_refused_before_training() -> None:
-    config = settings.load(QUICKSTART, ["model.downsampling=3"])
-    with pytest.raises(ConfigError, match="power of two"):
-        settings.check(config, world=1)
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.downsampling=3", "power of two"),
+        ("model.width=1", "model.width=1 must be at least 2"),
+        ("model.quantizer.codes=0", "model.quantizer.codes=0 must be at least 2"),
+        ("data.size=130", "data.size=130 does not fit the model, which would decode 128 px: take data.size=128"),
+    ],
+)
+def test_a_model_that_cannot_work_is_refused_before_training(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        settings.check(settings.load(QUICKSTART, [override]), world=1)

@@ -4,6 +4,7 @@ This file is the mechanics; each class's Config stands beside the class.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,11 @@ class ConfigError(ValueError):
 
 
 def read(path: str | Path, overrides: list[str]) -> DictConfig:
-    """The YAML file with the overrides merged over it, not yet checked against a schema."""
+    """The YAML file with the overrides merged over it, not yet checked against a schema.
+
+    Only `${other.key}` may interpolate: a resolver such as `${oc.env:…}` would let a file read any variable of this
+    process, and is refused.
+    """
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"'{override}' is not an override: write key=value, as in steps=100")
@@ -36,16 +41,21 @@ def read(path: str | Path, overrides: list[str]) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"the overrides {overrides} cannot be read: {_one_line(error)}") from None
     assert isinstance(merged, DictConfig)
+    _refuse_resolvers(OmegaConf.to_container(merged), "")
     return merged
+
+
+def as_written(raw: DictConfig, section: str, key: str) -> Any:
+    """raw.section.key before any interpolation; None where there is none."""
+    given = OmegaConf.to_container(raw).get(section)  # type: ignore[union-attr]
+    return given.get(key) if isinstance(given, dict) else None
 
 
 def check(schema: T, raw: DictConfig, source: str | Path) -> T:
     """Merge `raw` over the defaults `schema` (a dataclass instance) and return a frozen object of its type.
 
-    An unknown key, a wrong type, a missing value or a `${resolver:…}` raises ConfigError. Only `${other.key}`
-    interpolates: a resolver such as `${oc.env:…}` would let a file read any variable of this process.
+    An unknown key, a wrong type or a missing value raises ConfigError.
     """
-    _refuse_resolvers(OmegaConf.to_container(raw), "")
     try:
         typed = OmegaConf.structured(schema)
         _writable(typed)
@@ -91,7 +101,7 @@ def _refuse_resolvers(node: Any, where: str) -> None:
     elif isinstance(node, list):
         for item in node:
             _refuse_resolvers(item, where)
-    elif isinstance(node, str) and "${" in node and ":" in node.split("${", 1)[1].split("}", 1)[0]:
+    elif isinstance(node, str) and re.search(r"\$\{[^}]*:", node):
         raise ConfigError(f"{where}: resolvers such as {node} are not read; give the value as {where}=… instead")
 
 

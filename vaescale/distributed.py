@@ -1,4 +1,4 @@
-"""Ranks and their four collectives. All of them are no-ops on one process."""
+"""Ranks and their collectives, which are no-ops on one process."""
 
 import os
 from typing import NamedTuple

@@ -91,6 +91,21 @@ def test_a_label_that_is_no_number_is_named(tmp_path: Path) -> None:
         list(scan(path))
 
 
+def test_a_picture_without_a_class_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("k.jpg"), io.BytesIO())
+    with pytest.raises(DataError, match="the sample k has a picture but no class"):
+        list(scan(path))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x1f\x8b compressed" * 100])
+def test_what_is_no_tar_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.tar is no plain tar"):
+        list(scan(tmp_path / "a.tar"))
+
+
 def test_missing_things_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"shards\.py demo"):
         Index(tmp_path / "none")

@@ -13,7 +13,7 @@ from vaescale.data.shards import write
 
 
 def config(root: Path, **changes: object) -> stream.Config:
-    return stream.Config(**{"root": str(root), "size": 16, "columns": 8, "workers": 0, **changes})  # type: ignore[arg-type]
+    return stream.Config(**{"root": str(root), "size": 16, "columns": 8, "workers": 0, **changes})
 
 
 def take(
@@ -111,7 +111,7 @@ def test_nothing_but_damaged_samples_stops(tmp_path: Path) -> None:
 
 def test_damage_in_validation_stops(tmp_path: Path) -> None:
     write(tmp_path / "val", [one._replace(jpg=b"no picture") for one in samples(1)], 10, [])
-    with pytest.raises(DataError, match="validation sample 0-00000 in 000000.tar is damaged"):
+    with pytest.raises(DataError, match=r"validation sample 0-00000 in 000000\.tar is damaged"):
         stream.ValidationSlices(config(tmp_path))[range(1)]
 
 
@@ -119,6 +119,14 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path / "train", samples(5), 10, [])
     (tmp_path / "train" / "000000.tar").unlink()
     with pytest.raises(DataError, match=r"000000\.tar of the index cannot be read"):
+        take(tmp_path, 1, batch=2)
+
+
+def test_a_shard_that_changed_under_its_index_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "train", samples(5), 10, [])
+    with (tmp_path / "train" / "000000.tar").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match=r"000000\.tar has changed since it was indexed"):
         take(tmp_path, 1, batch=2)
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,15 +62,21 @@ def forked(folder: Path, cases: list[Case], pictures: Path) -> None:
         out.mkdir(exist_ok=True)
         described.append({"world": case.world, "out": str(out), "overrides": overrides(case, out / "run", pictures)})
     (folder / "cases.json").write_text(json.dumps(described))
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tests.integration.forked", str(folder / "cases.json")],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        output, _ = process.communicate(timeout=500)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever rank is left
+    assert process.returncode == 0, output
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def train(case: dict, rank: int) -> None:
         seen.extend(int(g) for batch in held for g in batch.sample)
         return step(held, number)
 
-    trainer.learner.step = recording  # type: ignore[method-assign]
+    trainer.learner.step = recording
     trainer.train()
     save_file(
         {name: value.contiguous() for name, value in trainer.model.state_dict().items()},

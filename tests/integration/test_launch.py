@@ -60,7 +60,7 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, start: Start) -> None:
 
 
 def test_too_many_damaged_samples_stop_all_ranks(pictures: Path, tmp_path: Path, start: Start) -> None:
-    """The damaged ones are named; one worker meets a sample whose shard is gone from under it."""
+    """And the damaged ones are named."""
     whole = samples(40)
     write(
         tmp_path / "train",
@@ -119,7 +119,7 @@ def test_evaluation_is_the_same_on_one_and_two_ranks(trained: Path, tmp_path: Pa
 def test_evaluating_what_is_not_there_is_one_sentence(tmp_path: Path, start: Start) -> None:
     code, output = finish(start([sys.executable, "launch/evaluate.py", "--run", str(tmp_path / "none")]))
     assert code == 2
-    assert output.startswith("error: ")
+    assert "none is no run directory" in output
     assert "Traceback" not in output
 
 
@@ -136,5 +136,5 @@ def test_shards_command(pictures: Path, tmp_path: Path, start: Start) -> None:
     assert code == 0, output
     assert "90 samples in 5 shards, 7 classes" in output
     code, output = finish(start([*command, "--pattern", "none-*.tar"]))
-    assert code == 1
+    assert code == 2
     assert output.startswith("error: no file in")

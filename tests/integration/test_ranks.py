@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.integration.conftest import BATCH, CASES, SEED, STEPS, Case, losses
 from vaescale.data.order import Order
@@ -57,10 +58,11 @@ def test_fp32_training_is_that_of_one_process_on_the_joined_batch(trained: Path,
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_has_the_same_losses_at_every_stage(trained: Path, precision: str) -> None:
-    """As one rank has, up to gradients that travel in half precision."""
+    """As one rank has; DeepSpeed's fp16 engine holds weights in half precision, and gradients travel so."""
+    tolerance = 1e-3 if precision == "bf16" else 2e-2
     alone = losses(trained / Case(1, precision).name / "run")
     for zero in (0, 1, 2):
-        assert losses(trained / Case(2, precision, zero).name / "run") == pytest.approx(alone, rel=2e-2)
+        assert losses(trained / Case(2, precision, zero).name / "run") == pytest.approx(alone, rel=tolerance)
 
 
 def test_it_learns(trained: Path) -> None:
@@ -68,3 +70,18 @@ def test_it_learns(trained: Path) -> None:
         curve = losses(trained / case.name / "run")
         assert len(curve) == STEPS
         assert curve[-1] < 0.95 * curve[0], case
+
+
+def test_the_board_of_a_real_run(trained: Path) -> None:
+    """Every group of scalars, the pictures, the histogram and the config are there, at the steps they should be."""
+    events = EventAccumulator(str(trained / Case(2).name / "run" / "tensorboard")).Reload()
+    tags = events.Tags()
+    groups = {tag.split("/")[0] for tag in tags["scalars"]}
+    assert groups == {"train", "val", "codebook", "optim", "perf", "data"}
+    wanted = ["usage_window", "usage_ever", "perplexity", "age_mean", "age_max", "resets"]
+    assert {f"codebook/{name}" for name in wanted} <= set(tags["scalars"])
+    assert {"val/reconstructions", "codebook/map"} == set(tags["images"])
+    assert "codebook/counts" in tags["histograms"]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert [event.step for event in events.Images("val/reconstructions")] == [6, 12]
+    assert "codes: 24" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()

@@ -8,7 +8,7 @@ from vaescale.nn import quantize
 
 def model(**changes: object) -> VQVAE:
     torch.manual_seed(0)
-    config = Config(width=16, residual_width=8, quantizer=quantize.Config(codes=32, dim=8), **changes)  # type: ignore[arg-type]
+    config = Config(width=16, residual_width=8, quantizer=quantize.Config(codes=32, dim=8), **changes)
     return VQVAE(config)
 
 
@@ -31,7 +31,7 @@ def test_the_papers_setting_has_the_papers_codes() -> None:
     with torch.device("meta"):
         vqvae = VQVAE(Config())
     assert vqvae.config.width == 256
-    assert vqvae.quantizer.size == 512
+    assert vqvae.config.quantizer.codes == 512
     features = vqvae.encoder(torch.empty(1, 3, 128, 128, device="meta"))
     assert features.shape == (1, 64, 32, 32)
 

@@ -36,6 +36,22 @@ def test_a_resumed_board_is_one_monotone_curve(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == expected
 
 
+def test_a_life_that_ended_before_its_first_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        board = Board(tmp_path, 0)
+        for step in range(1, 4):
+            board.scalars({"train/loss": value}, step)
+        board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_json_lines_are_json_whatever_happens(tmp_path: Path) -> None:
+    Board(tmp_path, 0).scalars({"a": float("nan"), "b": float("inf"), "c": 1.0}, 1)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 1.0}
+
+
 def test_a_grid_holds_input_reconstruction_and_error() -> None:
     x = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     y = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)

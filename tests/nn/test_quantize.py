@@ -31,7 +31,7 @@ def place_codes(quantizer: VectorQuantizer, codebook: Tensor) -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_lookup_of_codes_is_z(learning: str) -> None:
-    quantizer = VectorQuantizer(Config(codes=20, dim=6, learning=learning))  # type: ignore[arg-type]
+    quantizer = VectorQuantizer(Config(codes=20, dim=6, learning=learning))
     z = torch.randn(2, 3, 5, 6)
     out = quantizer(z)
     assert out.codes.shape == (2, 3, 5)
@@ -66,7 +66,7 @@ def test_ema_is_the_published_recursion() -> None:
     place_codes(quantizer, torch.randn(10, 3))
     e = quantizer.codebook.double().numpy().copy()
     count, total = np.ones(10), e.copy()
-    for step, z in enumerate(batches(30, 64, 3)):
+    for step, z in enumerate(batches(30, 64, 3), start=1):
         quantizer(z)
         quantizer.update(step, lr=0.1)
         rows, codes = z.double().numpy(), ((z.double().numpy()[:, None] - e) ** 2).sum(2).argmin(1)
@@ -86,7 +86,7 @@ def test_gradient_learning_is_torchs_adam_on_a_parameter() -> None:
     quantizer.codebook.copy_(torch.randn(10, 3))
     e = torch.nn.Parameter(quantizer.codebook.double().clone())
     adam = torch.optim.Adam([e], lr=0.02)
-    for step, z in enumerate(batches(50, 64, 3)):
+    for step, z in enumerate(batches(50, 64, 3), start=1):
         for part in z.chunk(4):
             quantizer(part)
         quantizer.update(step, lr=0.02)
@@ -99,9 +99,9 @@ def test_gradient_learning_is_torchs_adam_on_a_parameter() -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_accumulated_micro_batches_are_one_batch(learning: str) -> None:
-    whole, parts = (VectorQuantizer(Config(codes=16, dim=4, learning=learning)) for _ in range(2))  # type: ignore[arg-type]
+    whole, parts = (VectorQuantizer(Config(codes=16, dim=4, learning=learning)) for _ in range(2))
     parts.load_state_dict(whole.state_dict())
-    for step, z in enumerate(batches(30, 64, 4)):
+    for step, z in enumerate(batches(30, 64, 4), start=1):
         whole(z)
         for part in z.chunk(4):
             parts(part)
@@ -112,14 +112,27 @@ def test_accumulated_micro_batches_are_one_batch(learning: str) -> None:
 
 
 @pytest.mark.parametrize("learning", LEARNING)
+def test_the_first_update_puts_every_code_on_a_row(learning: str) -> None:
+    quantizer = VectorQuantizer(Config(codes=64, dim=4, learning=learning, reset_every=0))
+    (z,) = batches(1, 512, 4)
+    quantizer(z)
+    quantizer.update(0, lr=0.01)
+    assert (quantizer.codebook[:, None] == z).all(2).any(1).all()
+    assert len(torch.unique(quantizer.codebook, dim=0)) == 64
+    usage = quantizer.usage(clear=False)
+    assert not usage.ever.any()
+    assert not usage.window.any()
+
+
+@pytest.mark.parametrize("learning", LEARNING)
 def test_dead_codes_return(learning: str) -> None:
     """At the start all codes but three lie far from every row, and 200 steps later nearly all are in use."""
-    config = Config(codes=64, dim=4, learning=learning, reset_every=10, dead_after=20)  # type: ignore[arg-type]
+    config = Config(codes=64, dim=4, learning=learning, reset_every=10, dead_after=20)
     quantizer = VectorQuantizer(config)
     codebook = torch.randn(64, 4)
     codebook[3:] += 1000.0
     place_codes(quantizer, codebook)
-    for step, z in enumerate(batches(200, 512, 4)):
+    for step, z in enumerate(batches(200, 512, 4), start=1):
         quantizer(z)
         quantizer.update(step, lr=0.01)
         if step == 5:
@@ -131,12 +144,12 @@ def test_dead_codes_return(learning: str) -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_a_reset_takes_a_row_and_forgets_the_past(learning: str) -> None:
-    quantizer = VectorQuantizer(Config(codes=8, dim=4, learning=learning, reset_every=4, dead_after=3))  # type: ignore[arg-type]
+    quantizer = VectorQuantizer(Config(codes=8, dim=4, learning=learning, reset_every=4, dead_after=3))
     codebook = torch.randn(8, 4)
     codebook[5:] += 1000.0
     place_codes(quantizer, codebook)
     z = batches(5, 32, 4)
-    for step in range(5):
+    for step in range(1, 5):
         quantizer(z[step])
         quantizer.update(step, lr=0.01)
     for code in range(5, 8):
@@ -154,8 +167,8 @@ def test_a_reset_takes_a_row_and_forgets_the_past(learning: str) -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_a_nan_cannot_poison_the_codebook(learning: str) -> None:
-    quantizer = VectorQuantizer(Config(codes=8, dim=4, learning=learning))  # type: ignore[arg-type]
-    for step, z in enumerate(batches(12, 32, 4)):
+    quantizer = VectorQuantizer(Config(codes=8, dim=4, learning=learning))
+    for step, z in enumerate(batches(12, 32, 4), start=1):
         if step == 10:  # a reset step too
             z[7, 2] = float("nan")
         quantizer(z)
@@ -175,13 +188,13 @@ def test_usage_is_a_plain_count() -> None:
     window: list[np.ndarray] = []
     ever: set[int] = set()
     last = np.full(30, -1)
-    for step, z in enumerate(batches(20, 40, 3)):
+    for step, z in enumerate(batches(20, 40, 3), start=1):
         codes = quantizer(z).codes.numpy()
         quantizer.update(step, lr=0.0)
         window.append(codes)
         ever |= set(codes)
         last[codes] = step
-        if step == 9:
+        if step == 10:
             quantizer.usage(clear=True)
             window = []
     usage = quantizer.usage(clear=False)
@@ -189,7 +202,7 @@ def test_usage_is_a_plain_count() -> None:
     assert usage.window.tolist() == counts.tolist()
     assert set(np.flatnonzero(usage.ever)) == ever
     used = sorted(ever)
-    assert usage.age[used].tolist() == (19 - last[used]).tolist()
+    assert usage.age[used].tolist() == (20 - last[used]).tolist()
     share = counts[counts > 0] / counts.sum()
     numbers = monitoring.scalars(usage)
     assert numbers["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))

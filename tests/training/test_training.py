@@ -35,12 +35,12 @@ def test_averaged_weights_are_the_weighted_sum() -> None:
     expected = model.weight.item()
     for step in range(200):
         model.weight.data.fill_(math.sin(step))
-        model.codebook.fill_(step)  # type: ignore[operator]
+        model.codebook.fill_(step)
         ema.update(model, step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * math.sin(step)
     assert float(ema.model.weight) == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(ema.model.codebook, model.codebook)  # type: ignore[arg-type]
+    assert torch.equal(ema.model.codebook, model.codebook)
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -110,6 +110,6 @@ def test_activations_are_counted() -> None:
 
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.register_forward_pre_hook(count)  # type: ignore[arg-type]
+            module.register_forward_pre_hook(count)
     counted = activation_bytes(model, config)
     assert 0.8 * inputs < counted < 2 * inputs

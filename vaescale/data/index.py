@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from tqdm import tqdm
 
 from . import DataError
 
@@ -91,7 +92,7 @@ def write_index(folder: Path, shards: Iterable[Path], classes: list[str]) -> Ind
     paths = list(shards)
     root = paths[0].parent
     described, records = [], []
-    for path in paths:
+    for path in tqdm(paths, desc=f"index {root}", unit="shard", disable=None):  # None: only where somebody watches
         entries = list(scan(path))
         records.append(np.array([entry[1:] for entry in entries], RECORD))
         with path.open("rb") as file:
@@ -126,8 +127,8 @@ def scan(path: Path) -> Iterator[tuple[str, int, int, int]]:
     Raises DataError if the tar ends early: at a damaged header the library mostly stops without an error.
     """
     end = 0
-    key, image, label = "", None, -1
-    with tarfile.open(path, "r:") as tar:
+    key, image, label = "", None, None
+    with _open(path) as tar:
         for member in _members(tar, path):
             end = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
             if not member.isfile():
@@ -135,14 +136,14 @@ def scan(path: Path) -> Iterator[tuple[str, int, int, int]]:
             here, extension = split_name(member.name)
             if here != key:
                 if image is not None:
-                    yield key, *image, label
-                key, image, label = here, None, -1
+                    yield key, *image, _given(label, path, key)
+                key, image, label = here, None, None
             if extension.lower() in IMAGES:
                 image = (member.offset_data, member.size)
             elif extension == "cls":
                 label = _label(tar, member, path)
         if image is not None:
-            yield key, *image, label
+            yield key, *image, _given(label, path, key)
     with path.open("rb") as file:
         file.seek(end)
         tail = file.read(2 * BLOCK)
@@ -160,6 +161,19 @@ def split_name(name: str) -> tuple[str, str]:
 
 def damaged(path: Path, place: int) -> str:
     return f"{path} is damaged or cut at byte {place}: fetch or write this shard again"
+
+
+def _open(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:")
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path} is no plain tar file ({error}): only uncompressed shards can be indexed") from None
+
+
+def _given(label: int | None, path: Path, key: str) -> int:
+    if label is None:
+        raise DataError(f"{path}: the sample {key} has a picture but no class (no {key}.cls)")
+    return label
 
 
 def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:

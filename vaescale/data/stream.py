@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..interfaces import Batch
 from . import DataError, decode
-from .index import Index, key_of
+from .index import Index, how_to_index, key_of
 from .order import Order, mix
 
 OPEN_SHARDS = 64  # file descriptors a worker keeps
@@ -52,6 +52,7 @@ class Samples:
     def __init__(self, folder: Path) -> None:
         self.index = Index(folder)
         self._files: dict[Path, int] = {}
+        self._sizes = {shard.name: shard.bytes for shard in self.index.shards}
 
     def read(self, sample: int) -> tuple[bytes, int]:
         """(the image's bytes, its label)."""
@@ -71,9 +72,12 @@ class Samples:
             if len(self._files) >= OPEN_SHARDS:
                 os.close(self._files.pop(next(iter(self._files))))
             try:
-                self._files[path] = os.open(path, os.O_RDONLY)
+                file = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise DataError(f"the shard {path} of the index cannot be read ({error.strerror})") from None
+            self._files[path] = file
+            if os.fstat(file).st_size != self._sizes[path.name]:
+                raise DataError(f"the shard {path} has changed since it was indexed: {how_to_index(self.index.folder)}")
         return self._files[path]
 
 

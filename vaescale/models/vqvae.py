@@ -37,6 +37,8 @@ class VQVAE(Model):
         halvings = config.downsampling.bit_length() - 1
         if config.downsampling != 2**halvings or halvings < 1:
             raise ValueError(f"model.downsampling={config.downsampling} must be a power of two, at least 2")
+        if config.width < 2:
+            raise ValueError(f"model.width={config.width} must be at least 2")
         width, dim = config.width, config.quantizer.dim
         channels = [3, width // 2, *[width] * (halvings - 1)]
 

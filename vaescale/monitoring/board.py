@@ -1,6 +1,7 @@
 """TensorBoard and metrics.jsonl. x is the step; rank 0 writes."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ class Board:
     each curve stays one line."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._lines = run / "metrics.jsonl"
         kept = self._lines.read_text().splitlines() if self._lines.exists() else []
         kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -27,12 +28,15 @@ class Board:
         """Names carry their group: "train/loss". One JSONL line a call."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        # JSON knows no NaN: what is not finite becomes null.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._lines.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         self._writer.flush()
 
     def picture(self, name: str, picture: Picture, step: int) -> None:
         self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.flush()
 
     def code_counts(self, name: str, counts: Tensor, step: int) -> None:
         """Histogram of how often codes are used, as log10(1 + count): a few loved codes and many rare ones show."""

@@ -31,15 +31,15 @@ class Config:
     beta: float = 0.25  # weight of the commitment ‖z − sg[e]‖²
     learning: Literal["ema", "gradient"] = "ema"
     decay: float = 0.99  # of the EMA
-    reset_every: int = 10  # steps between resets; 0: never
+    reset_every: int = 10  # steps between resets; 0: never after the first
     dead_after: int = 50  # steps without a use after which a code counts as dead
 
 
 class VectorQuantizer(nn.Module):
     """VQ-VAE's quantizer (van den Oord, Vinyals, Kavukcuoglu 2017, equations 1 to 3; EMA: appendix A.1).
 
-    `forward` is an fp32 island. The first update is also the initialisation: no code has been used yet, so all
-    are replaced by encoder outputs.
+    `forward` is an fp32 island. The update of step 0 is the initialisation: all codes count as dead and are replaced
+    by encoder outputs.
     """
 
     codebook: Tensor  # fp32 [K, D]
@@ -50,6 +50,13 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, config: Config, seed: int = 0) -> None:
         super().__init__()
+        for key, value, least in (
+            ("codes", config.codes, 2),
+            ("dim", config.dim, 1),
+            ("dead_after", config.dead_after, 1),
+        ):
+            if value < least:
+                raise ValueError(f"model.quantizer.{key}={value} must be at least {least}")
         self.config = config
         self.seed = seed
         codes, dim = config.codes, config.dim
@@ -61,12 +68,8 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
         learner = EMA if config.learning == "ema" else Adam
         self.learner: EMA | Adam = learner(codebook, config)
-        # This step's micro-batches: (rows [N, D], codes [N]). The backward pass keeps them alive anyway.
+        # This step's micro-batches: (rows [N, D], codes [N]).
         self._seen: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def size(self) -> int:
-        return self.config.codes
 
     def forward(self, z: Tensor) -> Quantized:
         """z: [..., D] of any float type → z fp32 [..., D], codes int64 [...], loss, commitment."""
@@ -95,7 +98,7 @@ class VectorQuantizer(nn.Module):
         rows = torch.cat([rows for rows, _ in self._seen])
         codes = torch.cat([codes for _, codes in self._seen])
         self._seen.clear()
-        resetting = self.config.reset_every > 0 and step % self.config.reset_every == 0
+        resetting = step == 0 or (self.config.reset_every > 0 and step % self.config.reset_every == 0)
 
         # One all-reduce: [K, D] sums, [K, 1] counts and, on reset steps, [K, D] candidates. Counts are exact in
         # fp32 below 2**24 rows a step.
@@ -107,6 +110,9 @@ class VectorQuantizer(nn.Module):
         total = torch.where(sane, total, 0.0)
         sums, counts, candidates = total.split([self.config.dim, 1, total.shape[1] - self.config.dim - 1], dim=1)
         counts = counts.squeeze(1)
+        if step == 0:
+            # Which code of a random codebook a row was given says nothing: nobody has been used, all are replaced.
+            sums, counts = torch.zeros_like(sums), torch.zeros_like(counts)
 
         self.learner.learn(self.codebook, sums, counts, torch.where(sane, lr, 0.0))
         used = counts > 0

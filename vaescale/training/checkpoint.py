@@ -43,6 +43,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     if final.exists():  # left by a life that went on from an older one
         shutil.rmtree(final)
     partial.rename(final)
+    _sync(folder)
     latest = folder / ".latest"
     latest.write_text(final.name + "\n")
     _sync(latest)
@@ -66,11 +67,17 @@ def newest(folder: Path) -> Path | None:
     named = folder / pointer.read_text().strip()
     if named in there:
         return named
-    raise CheckpointError(f"{pointer} names {named.name}, which is not there: remove the file to take {there[-1:]}")
+    raise CheckpointError(
+        f"{pointer} names {named.name}, which is not there: remove the file to take the newest of {len(there)} others"
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
+    path = checkpoint / "state.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(unreadable(path, error)) from None
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
@@ -78,7 +85,12 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): remove {checkpoint} to take the one before") from None
+        raise CheckpointError(unreadable(path, error)) from None
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    folder = path.parent.parent
+    return f"{path} cannot be read ({error}): remove {path.parent} and {folder / 'latest'} to take the one before"
 
 
 def load_averaged(model: torch.nn.Module, run: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 - An omitted `gradient_clipping` means 1.0, so it is always written. At ZeRO 0 DeepSpeed clips without telling the
   norm, so there we clip ourselves and write 0.
-- bf16 is `torch_autocast`: fp32 weights, bf16 operations, the same losses as `torch.autocast` at every stage.
+- bf16 is `torch_autocast`: fp32 weights, bf16 operations, the same losses as `torch.autocast` at every stage, once
+  gradients are kept from travelling in bf16 (`lower_precision_safe_modules`).
 - fp16 at ZeRO 0 is `torch_autocast` with torch's GradScaler. At ZeRO 1 and 2 DeepSpeed would clip those gradients
   while they are still scaled, so there it is the `fp16` engine: half weights, fp32 masters.
 - A JSON optimizer compiles FusedAdam for a minute and a half: torch's own fused AdamW is passed in instead.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -29,6 +31,7 @@ from deepspeed.utils import (
 )
 
 from .. import distributed
+from ..config import ConfigError
 from ..interfaces import Batch, Model, Output
 from .settings import Config, micro_batch
 
@@ -62,7 +65,7 @@ class Engine:
         # DeepSpeed looks at the environment for a launcher unless a process group stands already.
         deepspeed.init_distributed(dist_init_required=False)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=_deepspeed_config(config), dist_init_required=False
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
         )
         for buffer in model.buffers():
             distributed.broadcast_(buffer)
@@ -78,8 +81,8 @@ class Engine:
         self.deepspeed.step()
 
     def step(self, lr: float) -> Tensor:
-        """Clip and move the weights once; returns the global gradient norm before clipping, fp32 []: not finite where
-        fp16 overflowed, and then the optimiser has not moved."""
+        """Clip and move the weights once; returns the global gradient norm before clipping, fp32 []. Where it is
+        not finite the optimiser has not moved."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = None if self.sharded else self._clip()
@@ -89,9 +92,15 @@ class Engine:
         return norm
 
     def _clip(self) -> Tensor:
-        if self.deepspeed.torch_autocast_z0_gradscaler:
-            self.deepspeed.torch_autocast_z0_gradscaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or float("inf"), foreach=True)
+        scaler = self.deepspeed.torch_autocast_z0_gradscaler
+        if scaler:
+            scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or float("inf"), foreach=True)
+        if not scaler:
+            # What a GradScaler does on overflow, without its host synchronisation: the fused optimiser leaves weights,
+            # averages and step count alone. One NaN would otherwise stay in the weights for ever.
+            self.optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        return norm
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters in fp32 and buffers as they are, by name. Collective."""
@@ -131,7 +140,7 @@ class Engine:
                     self.optimizer.state[parameter][key].copy_(value)
 
     def optimizer_steps(self) -> int:
-        """Steps the optimiser has taken: fewer than the trainer's where fp16 overflowed."""
+        """Steps the optimiser has taken: fewer than the trainer's where gradients were not finite."""
         states = list(self.optimizer.state.values())
         return int(states[0]["step"]) if states else 0
 
@@ -144,11 +153,19 @@ class Engine:
         return {}
 
     def load_scaler(self, state: dict[str, float]) -> None:
+        """A state of another precision or stage is left: the scale then finds itself again within some steps."""
+        if state.keys() != self.scaler().keys():
+            return
         if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
             scaler.load_state_dict(state)
         elif self.deepspeed.fp16_enabled():
             for key in SCALER:
                 setattr(self.deepspeed.optimizer.loss_scaler, key, state[key])
+
+    def loss_scale(self) -> float | None:
+        """None where losses are not scaled."""
+        state = self.scaler()
+        return state.get("scale", state.get("cur_scale"))
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter) if self.sharded else parameter
@@ -159,18 +176,27 @@ class Engine:
         return self.optimizer.state[parameter][key]
 
 
-def _deepspeed_config(config: Config) -> dict[str, Any]:
-    autocast = config.precision == "bf16" or (config.precision == "fp16" and config.zero == 0)
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """What deepspeed.initialize is told. Raises ConfigError for fp16 weights on hardware without fp16."""
+    half_weights = config.precision == "fp16" and config.zero > 0
+    if half_weights and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"precision=fp16 with zero={config.zero} needs hardware with fp16: take zero=0, or precision=bf16 or fp32"
+        )
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.precision]
-    zero = config.deepspeed.get("zero_optimization", {})
+    autocast = {
+        "enabled": config.precision != "fp32" and not half_weights,
+        "dtype": dtype,
+        "lower_precision_safe_modules": [],
+    }
     return {
+        "steps_per_print": 2**62,  # we report ourselves
         **config.deepspeed,
         "train_batch_size": config.batch,
         "train_micro_batch_size_per_gpu": micro_batch(config, distributed.world()),
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optimizer.clip if config.zero else 0.0,
-        "zero_optimization": {**zero, "stage": config.zero},
-        "torch_autocast": {"enabled": autocast, "dtype": dtype},
-        "fp16": {"enabled": config.precision == "fp16" and not autocast},
-        "steps_per_print": 2**62,  # we report ourselves
+        "zero_optimization": {**(config.deepspeed.get("zero_optimization") or {}), "stage": config.zero},
+        "torch_autocast": autocast,
+        "fp16": {"enabled": half_weights},
     }

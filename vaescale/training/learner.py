@@ -22,7 +22,8 @@ class Learner:
     def step(self, batches: Iterable[Batch], step: int) -> dict[str, Tensor]:
         """Learn from one step's micro-batches; returns this rank's means over them, fp32 scalars on the device.
 
-        Nothing here waits for the device.
+        "skipped" is 1 where the gradient was not finite and the optimiser therefore did not move. Nothing of ours waits
+        for the device here; DeepSpeed does, once a step, at ZeRO 1 and 2.
         """
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         count = self.config.accumulation
@@ -39,7 +40,7 @@ class Learner:
                 norm = self.engine.step(lr)
         self.model.update(step, lr)
         finite = norm.isfinite()
-        return {**total, "gradient_norm": torch.where(finite, norm, 0.0), "overflow": (~finite).float()}
+        return {**total, "gradient_norm": torch.where(finite, norm, 0.0), "skipped": (~finite).float()}
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

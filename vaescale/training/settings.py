@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from .. import config as mechanics
 from ..config import ConfigError
 from ..data import stream
-from ..interfaces import Model
+from ..interfaces import Batch, Model
 from ..models import MODELS
 
 
@@ -69,8 +70,7 @@ OWNED = {
 def load(path: str | Path, overrides: list[str]) -> Config:
     """Raises ConfigError, one sentence, for anything that is not a setting or cannot work."""
     raw = mechanics.read(path, overrides)
-    model = raw.get("model")
-    kind = model.get("kind") if hasattr(model, "get") else None
+    kind = mechanics.as_written(raw, "model", "kind")
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
     schema, _ = MODELS[kind]
@@ -91,8 +91,19 @@ def build(config: Config) -> Model:
 def check(config: Config, world: int) -> None:
     """Everything that can be known to be wrong before a process group or an accelerator is touched."""
     micro_batch(config, world)
-    with torch.device("meta"):
-        build(config)
+    size = config.data.size
+    with FakeTensorMode(), torch.no_grad():  # shapes only: nothing is computed
+        model = build(config).eval()
+        label = torch.zeros(1, dtype=torch.int64)
+        batch = Batch(torch.zeros(1, 3, size, size, dtype=torch.uint8), label, label)
+        try:
+            decoded = model.decode(model.encode(batch), label).shape[-1]
+        except RuntimeError as error:
+            raise ConfigError(f"data.size={size} does not fit the model: {str(error).splitlines()[0]}") from None
+    if decoded != size:
+        raise ConfigError(
+            f"data.size={size} does not fit the model, which would decode {decoded} px: take data.size={decoded}"
+        )
 
 
 def micro_batch(config: Config, world: int) -> int:
@@ -108,20 +119,29 @@ def micro_batch(config: Config, world: int) -> int:
 
 
 def _require(config: Config) -> None:
-    positive = {
-        "steps": config.steps,
-        "batch": config.batch,
-        "accumulation": config.accumulation,
-        "keep": config.keep,
-        "data.size": config.data.size,
-        "data.columns": config.data.columns,
-        "every.report": config.every.report,
-        "every.validate": config.every.validate,
-        "every.checkpoint": config.every.checkpoint,
+    least = {
+        "steps": (config.steps, 1),
+        "batch": (config.batch, 1),
+        "accumulation": (config.accumulation, 1),
+        "keep": (config.keep, 1),
+        "data.size": (config.data.size, 1),
+        "data.columns": (config.data.columns, 1),
+        "data.workers": (config.data.workers, 0),
+        "data.prefetch": (config.data.prefetch, 1),
+        "ema": (config.ema, 0),
+        "optimizer.clip": (config.optimizer.clip, 0),
+        "optimizer.warmup": (config.optimizer.warmup, 0),
+        "every.report": (config.every.report, 1),
+        "every.validate": (config.every.validate, 1),
+        "every.checkpoint": (config.every.checkpoint, 1),
     }
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{key}={value} must be at least 1")
+    for key, (value, bound) in least.items():
+        if value < bound:
+            raise ConfigError(f"{key}={value} must be at least {bound}")
+    if config.ema >= 1:
+        raise ConfigError(f"ema={config.ema} must be below 1, or the averaged weights never move")
+    if config.optimizer.lr <= 0:
+        raise ConfigError(f"optimizer.lr={config.optimizer.lr} must be positive")
     for key in config.deepspeed:
         if key in OWNED:
             raise ConfigError(f"deepspeed.{key} is set by this trainer: use {OWNED[key]} instead")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..monitoring import codebook, pictures
 from ..monitoring.board import Board
 from ..monitoring.console import Console
 from . import checkpoint
+from .checkpoint import CheckpointError
 from .ema import WeightEMA
 from .engine import Engine
 from .learner import Learner, learning_rate
@@ -96,12 +98,13 @@ class Trainer:
             if position.step % config.every.report == 0 or last:
                 self.report(window)
                 window = Window()
+            paused = time.monotonic()
             if position.step % config.every.validate == 0 or last:
                 self.validate()
-                window.begun = time.monotonic()
             if position.step % config.every.checkpoint == 0 or last:
+                self.count_damage(window)
                 self.save()
-                window.begun = time.monotonic()
+            window.begun += time.monotonic() - paused  # images/s are those of training
         self.console.close()
         self.console.say(f"finished at step {position.step}: {self.run}")
         if self.board:
@@ -127,18 +130,17 @@ class Trainer:
         """Means over the window and over all ranks; the only place between checkpoints that waits for the device."""
         config, position = self.config, self.position
         names = sorted(window.sums)
-        sums = [window.sums[name].to(self.device) / window.steps for name in names]
-        shared = torch.stack([*sums, torch.tensor(float(window.damaged), device=self.device)]).double()
-        *means, damaged = distributed.sum_(shared).tolist()
-        position.damaged += round(damaged)
+        sums = torch.stack([window.sums[name].to(self.device) / window.steps for name in names])
+        means = distributed.sum_(sums.double()).tolist()
+        self.count_damage(window)
         seconds = time.monotonic() - window.begun
 
         values = {f"train/{name}": value / self.world for name, value in zip(names, means, strict=True)}
-        overflow = values.pop("train/overflow")
-        values["optim/overflow"] = overflow  # share of the window's steps
-        values["optim/gradient_norm"] = values.pop("train/gradient_norm") / max(1 - overflow, 1e-9)  # of the others
+        skipped = values["optim/skipped"] = values.pop("train/skipped")  # share of the window's steps
+        values["optim/gradient_norm"] = values.pop("train/gradient_norm") / max(1 - skipped, 1e-9)  # mean of the others
         values["optim/lr"] = learning_rate(config.optimizer, position.step - 1, config.steps)
-        values |= {f"optim/{name}": float(value) for name, value in self.engine.scaler().items()}
+        if scale := self.engine.loss_scale():
+            values["optim/loss_scale"] = scale
         for name, usage in self.model.usage(clear=True).items():
             values |= {f"{name}/{key}": value for key, value in codebook.scalars(usage).items()}
             if self.board:
@@ -153,11 +155,16 @@ class Trainer:
         if self.board:
             self.board.scalars(values, position.step)
         self.console.report(position.step, values)
-        allowed = config.data.damaged_free + config.data.damaged_share * position.images
-        if position.damaged > allowed:
+
+    def count_damage(self, window: Window) -> None:
+        """Add the window's damaged samples, over all ranks, to the run's; too many stop all ranks together."""
+        config, position = self.config.data, self.position
+        position.damaged += int(distributed.sum_(torch.tensor(window.damaged, device=self.device)))
+        window.damaged = 0
+        if position.damaged > config.damaged_free + config.damaged_share * position.images:
             raise DataError(
                 f"{position.damaged} damaged samples among {position.images} are more than data.damaged_share="
-                f"{config.data.damaged_share} allows: mend the shards named above, or raise it"
+                f"{config.damaged_share} allows: mend the shards named above, or raise it"
             )
 
     def validate(self) -> None:
@@ -203,9 +210,15 @@ class Trainer:
     def resume(self) -> None:
         """Take up the newest checkpoint, if there is one."""
         found = checkpoint.newest(self.run / "checkpoints")
+        state: dict[str, Any] = checkpoint.read_state(found) if found else {"step": 0}
+        first = int(distributed.broadcast_(torch.tensor(state["step"], device=self.device)))
+        if state["step"] != first:
+            raise CheckpointError(
+                f"the newest checkpoint of {self.run} is that of step {state['step']} for rank {self.rank} and of step "
+                f"{first} for rank 0: the nodes do not see the same files yet; start again"
+            )
         if found is None:
             return
-        state = checkpoint.read_state(found)
         for key, value in self.order().items():
             if state["order"][key] != value:
                 raise ConfigError(
