@@ -2,7 +2,8 @@
 
     image [B, 3, H, W] → encoder → [B, D, H/f, W/f] → nearest codes int64 [B, H/f, W/f] → decoder → [B, 3, H, W]
 
-With H = W = 128, f = 4 and K = 512 this is the paper's ImageNet setting: 32 × 32 × 1 codes.
+With H = W = 128, f = 4 and K = 512 the codes are those of the paper's ImageNet experiment, 32 × 32 × 1. The outermost
+convolutions have half of the hidden units and a 3×3 convolution follows them, as in the authors' published code.
 """
 
 from dataclasses import dataclass, field
