@@ -48,14 +48,10 @@ def test_all_ranks_together_see_what_one_rank_sees(trained: Path, pictures: Path
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.precision == "fp32"], ids=lambda case: case.name)
 def test_fp32_training_is_that_of_one_process_on_the_joined_batch(trained: Path, case: Case) -> None:
-    """Whatever the world size, the ZeRO stage and the accumulation; only sums are rounded in another order. Twelve
-    steps with three resets among them: each reset takes the same rows. (The codebooks are compared where the encoder
-    cannot magnify that rounding, in the next test.)"""
+    """The loss curve, whatever the world size, the ZeRO stage and the accumulation: only sums are rounded in another
+    order. Codebooks and ages are compared in the next test, where no encoder magnifies that rounding."""
     alone = Case(1, learning=case.learning)
     assert losses(trained / case.name / "run") == pytest.approx(losses(trained / alone.name / "run"), rel=1e-4)
-    reference, found = tensors(trained, alone), tensors(trained, case)
-    for name in ("quantizer.age", "quantizer.ever"):
-        assert torch.equal(found[name], reference[name]), name
 
 
 @pytest.mark.parametrize("world", [2, 4])
