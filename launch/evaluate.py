@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from vaescale import distributed
@@ -94,5 +93,4 @@ def table(run: Path, result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     sys.exit(main())
