@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,11 +74,14 @@ def test_codebooks_on_ranks_are_those_of_one_process(tmp_path: Path, start: Star
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_has_the_same_losses_at_every_stage(trained: Path, precision: str) -> None:
-    """As one rank has; DeepSpeed's fp16 engine holds weights in half precision, and gradients travel so."""
-    tolerance = 1e-3 if precision == "bf16" else 2e-2
+    """As one rank has. DeepSpeed's fp16 engine holds weights in half precision, and gradients travel so: now and then a
+    latent of this tiny net falls to another code, which moves that one step's loss by two or three percent."""
+    each, mean = (1e-3, 1e-3) if precision == "bf16" else (5e-2, 1e-2)
     alone = losses(trained / Case(1, precision).name / "run")
     for zero in (0, 1, 2):
-        assert losses(trained / Case(2, precision, zero).name / "run") == pytest.approx(alone, rel=tolerance)
+        curve = losses(trained / Case(2, precision, zero).name / "run")
+        assert curve == pytest.approx(alone, rel=each)
+        assert np.mean(curve) == pytest.approx(np.mean(alone), rel=mean)
 
 
 def test_it_learns(trained: Path) -> None:
