@@ -1,39 +1,146 @@
-"""Make and index shards.
+"""Make, index and check shards, and see what a run will read.
 
-python launch/shards.py demo data/photos            the demo photographs, as training and validation shards
-python launch/shards.py index DIR                   an index for webdataset shards that others made
-python launch/shards.py index DIR --shards SRC --pattern 'imagenet1k-train-*.tar'
-                                                    the index in DIR, the shards where they are
+    python launch/shards.py demo data/photos                    the demo photographs, as training and validation shards
+    python launch/shards.py prepare SRC --out DIR               shuffled shards from ImageNet as it is published
+    python launch/shards.py index SRC --out DIR                 an index for webdataset shards that others made
+    python launch/shards.py verify DIR                          read everything back
+    python launch/shards.py order DIR --batch B --steps N       which rank and worker decodes which sample, step by step
+
+Each can be interrupted and run again, and goes on where it stopped. Exit codes: 0 done, 1 damaged shards were found
+(verify), 2 something cannot be read.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
-from vaescale.data import DataError, demo, shards
+from vaescale.data import DataError, demo, prepare, shards, stream, tar
+from vaescale.data.parallel import processors
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("demo", help="write the demo photographs")
-    command.add_argument("root", type=Path)
-    command = commands.add_parser("index", help="index shards that others made")
-    command.add_argument("folder", type=Path, help="where the index goes")
-    command.add_argument("--shards", type=Path, help="where the tars are, if not in FOLDER")
-    command.add_argument("--pattern", default="*.tar")
-    arguments = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `order … | head` ends quietly
+    arguments = parse()
     try:
-        if arguments.command == "demo":
-            for split, count in demo.write_demo(arguments.root).items():
-                print(f"{arguments.root / split}: {count} tiles of {demo.TILE} px")
-        else:
-            made = shards.index(arguments.folder, arguments.shards, arguments.pattern)
-            print(f"{arguments.folder}: {len(made)} samples in {len(made.shards)} shards, {len(made.classes)} classes")
+        return {"demo": demo_, "prepare": prepare_, "index": index_, "verify": verify_, "order": order_}[
+            arguments.command
+        ](arguments)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def demo_(arguments: argparse.Namespace) -> int:
+    for split, count in demo.write_demo(arguments.root).items():
+        print(f"{arguments.root / split}: {count} tiles of {demo.TILE} px")
     return 0
+
+
+def prepare_(arguments: argparse.Namespace) -> int:
+    classes = shards.read_classes(arguments.classes) if arguments.classes else []
+    if arguments.classes and not classes:
+        raise DataError(f"{arguments.classes} holds no class names: give the classes.json of the training shards")
+    settings = prepare.Settings(arguments.short_side, arguments.quality, arguments.shard_mib, arguments.seed)
+    made = prepare.prepare(arguments.source, arguments.out, arguments.labels, classes, settings, arguments.processes)
+    print(f"{arguments.out}: {len(made)} samples in {len(made.shards)} shards, {len(made.classes)} classes")
+    return 0
+
+
+def index_(arguments: argparse.Namespace) -> int:
+    if arguments.out is None and "://" in arguments.source:
+        raise DataError(f"say with --out in which folder the index of {arguments.source} goes")
+    fields = tar.Fields(
+        (arguments.picture,) if arguments.picture else tar.PICTURES,
+        arguments.label_field,
+        arguments.unlabelled,
+        None if arguments.attributes is None else tuple(arguments.attributes),
+    )
+    folder = arguments.out or Path(arguments.source)
+    made = shards.index(arguments.source, folder, arguments.pattern, fields, arguments.processes)
+    labels = int(made.records["label"].max()) + 1
+    print(f"{folder}: {len(made)} samples in {len(made.shards)} shards, labels 0 to {labels - 1}")
+    if made.attribute_names:
+        print(f"attributes: {', '.join(made.attribute_names)}")
+    return 0
+
+
+def verify_(arguments: argparse.Namespace) -> int:
+    findings = []
+    for finding in shards.verify(arguments.folder, arguments.decode, arguments.processes):
+        findings.append(finding)
+        print(f"{finding.shard}: {finding.lost} of {finding.samples} samples lost: {finding.cause}", flush=True)
+    lost = sum(finding.lost for finding in findings)
+    print(f"{arguments.folder}: {len(findings)} damaged shards, {lost} samples lost" if findings else "all as indexed")
+    return 1 if findings else 0
+
+
+def order_(arguments: argparse.Namespace) -> int:
+    for line in stream.schedule(
+        arguments.folder,
+        arguments.seed,
+        arguments.columns,
+        arguments.batch,
+        arguments.accumulation,
+        arguments.world,
+        arguments.workers,
+        arguments.first,
+        arguments.steps,
+    ):
+        print(*line)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    several = argparse.ArgumentParser(add_help=False)
+    several.add_argument("--processes", type=int, default=processors(), help="default: all cores")
+
+    command = commands.add_parser("demo", help="write the demo photographs")
+    command.add_argument("root", type=Path)
+
+    command = commands.add_parser("prepare", help="shuffled shards from pictures", parents=[several])
+    command.add_argument(
+        "source",
+        type=Path,
+        help="a tree of class folders, ILSVRC2012_img_train.tar, or the validation pictures (folder or tar)",
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder of the shards and their index")
+    command.add_argument("--labels", type=Path, help="file of labels, for pictures that are in no class folders")
+    command.add_argument("--classes", type=Path, help="classes.json of the training shards, to number classes alike")
+    command.add_argument("--short-side", type=int, default=0, help="pixels; default: the original bytes, untouched")
+    command.add_argument("--quality", type=int, default=95, help="JPEG quality with --short-side (95)")
+    command.add_argument("--shard-mib", type=float, default=128, help="size of a shard (128)")
+    command.add_argument("--seed", type=int, default=0, help="of the shuffle (0)")
+
+    command = commands.add_parser("index", help="index shards that others made", parents=[several])
+    command.add_argument("source", help="folder, or URL: http(s)://, s3://, gs://, hf://")
+    command.add_argument("--out", type=Path, help="folder of the index; default: SOURCE")
+    command.add_argument("--pattern", default="*.tar", help="which shards: 'train-*.tar', 'train-{0000..1023}.tar'")
+    command.add_argument("--picture", help="extension of the picture, where a sample has several")
+    command.add_argument("--label-field", default="", help="field of the sample's JSON that holds the class number")
+    command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
+    command.add_argument("--attributes", nargs="*", help="numbers of the JSON to keep; default: all")
+
+    command = commands.add_parser("verify", help="read every shard back", parents=[several])
+    command.add_argument("folder", type=Path, help="folder of the index")
+    command.add_argument("--decode", action="store_true", help="decode every picture, too: hours for ImageNet")
+
+    command = commands.add_parser("order", help="print what a run reads: step rank worker key")
+    command.add_argument("folder", type=Path, help="folder of the index")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch", type=int, required=True, help="images a step, over all ranks")
+    command.add_argument("--columns", type=int, default=stream.Config.columns, help="data.columns of the run (256)")
+    command.add_argument("--accumulation", type=int, default=1)
+    command.add_argument("--world", type=int, default=1, help="ranks")
+    command.add_argument("--workers", type=int, default=stream.Config.workers, help="a rank (2)")
+    command.add_argument("--from", dest="first", type=int, default=0, metavar="STEP")
+    command.add_argument("--steps", type=int, default=1)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

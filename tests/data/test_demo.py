@@ -43,7 +43,7 @@ def test_training_and_validation_share_no_pixel() -> None:
     tiles = list(demo.tiles(painted, "train"))
     assert len(tiles) > 20
     for tile in tiles:
-        assert np.asarray(Image.open(demo.io.BytesIO(tile.jpg))).max() < 180
+        assert np.asarray(Image.open(demo.io.BytesIO(tile.image))).max() < 180
 
 
 def test_missing_photographs_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

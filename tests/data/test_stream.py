@@ -1,4 +1,7 @@
 import io
+import os
+import signal
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -7,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import samples
+from tests.conftest import jpeg, samples
 from vaescale.data import DataError, stream
-from vaescale.data.shards import write
+from vaescale.data.index import Index
+from vaescale.data.order import Order
+from vaescale.data.shards import index, name, write, write_shard
+from vaescale.data.tar import Fields
 
 
 def config(root: Path, **changes: object) -> stream.Config:
@@ -57,6 +63,34 @@ def test_each_epoch_holds_each_sample_once(pictures: Path) -> None:
     assert keys[:90] != keys[90:]
 
 
+UNEVEN = [1, 50, 3, 17, 1, 29]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of these sizes; a sample's label is its number, so that a batch tells which samples it holds."""
+    root = tmp_path_factory.mktemp("uneven")
+    every = [one._replace(label=i, image=jpeg(i, 12, 10)) for i, one in enumerate(samples(sum(UNEVEN)))]
+    (root / "train").mkdir()
+    for number, size in enumerate(UNEVEN):
+        write_shard(root / "train" / name(number), [every.pop(0) for _ in range(size)])
+    index(str(root / "train"), root / "train", "*.tar", Fields(), 1)
+    return root
+
+
+@pytest.mark.parametrize("batch", [8, 40])
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_three_epochs_are_exact_at_any_world_and_workers(uneven: Path, world: int, workers: int, batch: int) -> None:
+    """Every sample once an epoch, in the order of the plain formula, over epoch borders, on more ranks than shards."""
+    total = len(Index(uneven / "train"))
+    steps = -(-3 * total // batch)
+    seen = torch.cat([one.label for one in take(uneven, steps, batch=batch, world=world, workers=workers, size=8)])
+    for epoch in range(3):
+        assert sorted(seen[epoch * total : (epoch + 1) * total].tolist()) == list(range(total))
+    assert seen.tolist() == Order(Index(uneven / "train").sizes, 8, 7)(np.arange(steps * batch)).tolist()
+
+
 def test_one_integer_resumes(pictures: Path) -> None:
     whole = take(pictures, 16)
     assert same(whole[5:], take(pictures, 11, images=5 * 12, workers=2))
@@ -88,9 +122,50 @@ def test_validation_counts_each_sample_once(pictures: Path, world: int, micro: i
     assert sorted(seen) == list(range(11))
 
 
+class Watched(stream.TrainSlices):
+    """Puts the worker that decodes into each sample's report."""
+
+    def __getitem__(self, gs: range) -> stream.Decoded:
+        info = torch.utils.data.get_worker_info()
+        batch, _ = super().__getitem__(gs)
+        keys = [self.samples.name(sample)[1] for sample in self.order(np.arange(gs.start, gs.stop)).tolist()]
+        worker = str(info.id if info else 0)
+        return stream.Decoded(batch, [stream.Damage(g, "", key, worker) for g, key in zip(gs, keys, strict=True)])
+
+
+@pytest.mark.parametrize(("world", "workers", "accumulation"), [(1, 0, 1), (2, 3, 2), (1, 4, 3)])
+def test_the_schedule_is_what_the_loaders_do(pictures: Path, world: int, workers: int, accumulation: int) -> None:
+    """Step, rank, worker and key, resumed at step 3."""
+    first, steps = 3, 4
+    slices = Watched(config(pictures, workers=workers), seed=7)
+    loaders = [stream.train_loader(slices, 12 * first, 12, accumulation, rank, world, False) for rank in range(world)]
+    done = []
+    for step in range(first, first + steps):
+        for rank, loader in enumerate(loaders):
+            for part in islice(loader, accumulation):
+                done += [(step, rank, int(one.cause), one.key) for one in part.damage]
+    assert done == list(stream.schedule(pictures / "train", 7, 8, 12, accumulation, world, workers, first, steps))
+
+
+def kill_worker_zero(_: int) -> None:
+    info = torch.utils.data.get_worker_info()
+    assert info is not None
+    if info.id == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_named_at_once(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does when memory runs out; the others would wait for ever."""
+    monkeypatch.setattr(stream, "_quiet_worker", kill_worker_zero)
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"DataLoader worker \(pid.*if memory ran out, lower data\.workers"):
+        take(pictures, 5, workers=2)
+    assert time.monotonic() - begun < 10
+
+
 def test_a_damaged_sample_is_replaced_named_and_the_same_everywhere(tmp_path: Path) -> None:
     whole = samples(40)
-    broken = [one._replace(jpg=one.jpg[:100]) if i in (3, 17) else one for i, one in enumerate(whole)]
+    broken = [one._replace(image=one.image[:100]) if i in (3, 17) else one for i, one in enumerate(whole)]
     write(tmp_path / "train", broken, 10, [])
     slices = stream.TrainSlices(config(tmp_path), seed=7)
     found = [slices[range(start, start + 10)] for start in range(0, 80, 10)]
@@ -104,13 +179,13 @@ def test_a_damaged_sample_is_replaced_named_and_the_same_everywhere(tmp_path: Pa
 
 
 def test_nothing_but_damaged_samples_stops(tmp_path: Path) -> None:
-    write(tmp_path / "train", [one._replace(jpg=b"no picture") for one in samples(5)], 10, [])
-    with pytest.raises(DataError, match="8 samples in a row are damaged"):
+    write(tmp_path / "train", [one._replace(image=b"no picture") for one in samples(5)], 10, [])
+    with pytest.raises(DataError, match=r"100 samples in a row are damaged.*not a picture.*verify"):
         take(tmp_path, 1, batch=2)
 
 
 def test_damage_in_validation_stops(tmp_path: Path) -> None:
-    write(tmp_path / "val", [one._replace(jpg=b"no picture") for one in samples(1)], 10, [])
+    write(tmp_path / "val", [one._replace(image=b"no picture") for one in samples(1)], 10, [])
     with pytest.raises(DataError, match=r"validation sample 0-00000 in 000000\.tar is damaged"):
         stream.ValidationSlices(config(tmp_path))[range(1)]
 
@@ -135,6 +210,6 @@ def test_validation_pictures_are_the_centre(tmp_path: Path) -> None:
     pixels[:, 10:30] = 200
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    write(tmp_path / "val", [samples(1)[0]._replace(jpg=file.getvalue())], 1, [])
+    write(tmp_path / "val", [samples(1)[0]._replace(image=file.getvalue())], 1, [])
     x = stream.ValidationSlices(config(tmp_path, size=20))[range(1)].batch.x
     assert (x == 200).all()

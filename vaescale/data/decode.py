@@ -33,8 +33,11 @@ Turn = tuple[bool, bool, bool]  # transpose, then mirror left and right, then mi
 TURNS = {o: (o > 4, o in (2, 3, 6, 7), o in (3, 4, 7, 8)) for o in range(1, 9)}
 
 
+CAUSES = ("not a picture", "too many pixels", "cut or corrupt", "changed since it was indexed")
+
+
 class Damaged(ValueError):
-    """These bytes are no picture that may be decoded; the text is the cause."""
+    """These bytes are no picture that may be decoded; the text is one of CAUSES."""
 
 
 def train_image(data: bytes, size: int, least_area: float, flip: bool, seed: int, g: int) -> Pixels:
@@ -101,12 +104,12 @@ def _damaged(cause: str) -> Iterator[None]:
 def _open(data: bytes) -> tuple[Image.Image, Turn, tuple[int, int]]:
     """(the picture, how to turn it, its upright size), from the header: a size that is refused allocates nothing."""
     try:
-        with _damaged("not a JPEG, PNG or WebP picture"):
+        with _damaged("not a picture"):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise Damaged("too many pixels") from None
     if image.width * image.height > MOST_PIXELS or max(image.size) > LONGEST_SIDE:
-        raise Damaged(f"{image.width}×{image.height} are too many pixels")
+        raise Damaged("too many pixels")
     if image.format == "PNG":
         _decode(image)  # an orientation may follow the pixels
     turn = _turn(image)
@@ -114,7 +117,7 @@ def _open(data: bytes) -> tuple[Image.Image, Turn, tuple[int, int]]:
 
 
 def _turn(image: Image.Image) -> Turn:
-    with suppress(Damaged), _damaged("the EXIF data are not readable"):
+    with suppress(Damaged), _damaged("cut or corrupt"):
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), TURNS[1])
     return TURNS[1]  # cameras and editors write odd EXIF around sound pixels
 
@@ -126,13 +129,13 @@ def _reduction(image: Image.Image, side: int, size: int) -> int:
     return next((scale for scale, headroom in HEADROOM if side >= scale * headroom * size), 1)
 
 
-@_damaged("the picture's data are cut or corrupt")
+@_damaged("cut or corrupt")
 def _decode(image: Image.Image, scale: int = 1) -> None:
     image.draft(None, (image.width // scale, image.height // scale))
     image.load()
 
 
-@_damaged("the picture's colours are not readable")
+@_damaged("cut or corrupt")
 def _rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
     """The picture or a box of it; white shows through what is transparent."""
     image = image.crop(box) if box else image

@@ -1,79 +1,205 @@
 """The index: where in which shard each sample lies. Made when shards are written, or from shards others made.
 
-A folder holds `index.json` (the shards: name, samples, bytes, xxh3; the class names) and `samples.npy`, one fixed
-record a sample in shard order, mapped and never read whole. Nothing in it is unpickled.
+A folder holds `index.json` (where the shards are; of each its name, samples, bytes and xxh3; the class names),
+`samples.npy`, one fixed record a sample in shard order, and `attributes.npy` if the samples have any. Both are mapped
+and never read whole; nothing is unpickled. The shards may lie elsewhere, on a disk or behind a URL.
 """
 
 import json
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
+from numpy.lib.format import open_memmap
 
-from . import DataError
+from . import DataError, store
+from .parallel import each
+from .store import Shard
+from .tar import Fields, scan
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-BLOCK = 512  # bytes of a tar header
-RECORD = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4")])  # of the image's bytes
+FORMAT = 2
+# Of the picture's bytes: where they begin, how many, the bytes of tar header before them, their checksum.
+RECORD = np.dtype([("offset", "<i8"), ("length", "<u4"), ("head", "<u4"), ("label", "<i4"), ("check", "<u4")])
+MOST_ATTRIBUTES = 256
+PARTS = ".parts"  # what is known of each shard while the index is being made
+SHOWN = 5  # shards named in one error
 
 
-@dataclass(frozen=True)
-class Shard:
-    name: str  # relative to `Index.shard_root`
-    samples: int
-    bytes: int
-    xxh3: str
+class Place(NamedTuple):
+    """Where a sample is: shard number, offset and length of its picture, bytes of header before it."""
+
+    shard: int
+    offset: int
+    length: int
+    head: int
+    label: int
+    check: int
 
 
 class Index:
-    """An opened index; a few kilobytes in memory plus the mapped records.
+    """An opened index; its list of shards in memory, its records mapped.
 
-    sizes: int64 [S] samples per shard; first: int64 [S] the number of each shard's first sample.
+    sizes: int64 [S] samples per shard; first: int64 [S] the number of each shard's first sample;
+    attributes: float32 [N, len(attribute_names)], NaN where a sample has none, or None; classes may be empty.
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "index.json"
-        try:
-            head = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise DataError(missing(folder)) from None
-        except ValueError:
-            raise DataError(f"{path} is damaged: {how_to_index(folder)}") from None
+        head = _read_head(folder)
         self.folder = folder
-        self.shard_root = folder / head["shard_root"]
-        self.shards = [Shard(**shard) for shard in head["shards"]]
+        self.root: str = head["root"] if store.is_url(head["root"]) else str(folder / head["root"])
+        self.shards = [Shard(*row) for row in head["shards"]]
         self.classes: list[str] = head["classes"]
-        try:
-            self.records = np.load(folder / "samples.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder / 'samples.npy'} cannot be read ({error}): {how_to_index(folder)}") from None
+        self.attribute_names: list[str] = head["attributes"]
+        self.records = _mapped(folder, "samples.npy")
+        self.attributes = _mapped(folder, "attributes.npy") if self.attribute_names else None
         self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        if len(self.records) != self.sizes.sum() or not len(self.records):
+        if not len(self.records) == self.sizes.sum() > 0:
             raise DataError(f"{folder}: samples.npy and index.json do not belong together: {how_to_index(folder)}")
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def locate(self, sample: int) -> tuple[Path, int, int, int]:
-        """(shard file, offset, length, label) of one sample."""
+    def locate(self, sample: int) -> Place:
         shard = int(np.searchsorted(self.first, sample, side="right")) - 1
-        record = self.records[sample]
-        path = self.shard_root / self.shards[shard].name
-        return path, int(record["offset"]), int(record["length"]), int(record["label"])
+        offset, length, head, label, check = self.records[sample].item()
+        return Place(shard, offset, length, head, label, check)
 
     def fingerprint(self) -> str:
         """Changes whenever the samples or their order change."""
-        text = json.dumps([asdict(shard) for shard in self.shards])
-        return xxhash.xxh3_64_hexdigest(text.encode())
+        return xxhash.xxh3_64_hexdigest(json.dumps(self.shards).encode())
 
 
-def missing(folder: Path) -> str:
+def build(
+    folder: Path, root: str, names: Sequence[str], fields: Fields, classes: Sequence[str], processes: int
+) -> Index:
+    """Scan the shards `names` under `root` (a folder or a URL) and write the index into `folder`, whole or not at all.
+
+    What is known of a shard is kept until the index is whole, so that an interrupted call goes on where it stopped.
+    Raises DataError that names the shards that cannot be read.
+    """
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    jobs = [(root, name, fields, part_of(folder, name)) for name in names]
+    faults = [fault for fault in each(describe, jobs, processes, f"index {root}", "shard") if fault]
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise DataError(f"{len(faults)} of {len(names)} shards cannot be indexed: {'; '.join(faults[:SHOWN])}{more}")
+    inside = root if store.is_url(root) else os.path.relpath(Path(root).resolve(), folder.resolve())
+    _merge(folder, inside, names, classes)
+    for path in (folder / PARTS).iterdir():
+        path.unlink()
+    (folder / PARTS).rmdir()
+    return Index(folder)
+
+
+def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
+    """Scan one shard and write what is known of it to `part`; returns the sentence that says why it cannot be read."""
+    try:
+        with store.local(root, name) as path:
+            state = np.array([path.stat().st_size, path.stat().st_mtime_ns])
+            if _is_known(part, state, fields):
+                return None
+            entries = list(scan(path, fields))
+            digest = store.file_hash(path)
+    except OSError as error:
+        return f"{root}/{name} cannot be read ({error.strerror})"
+    except DataError as error:
+        return str(error)
+    names = sorted({key for entry in entries for key in entry.attributes})
+    if len(names) > MOST_ATTRIBUTES:
+        return f"{name} has {len(names)} different numbers in its JSON: name those to keep with --attributes"
+    values = np.array([[entry.attributes.get(key, np.nan) for key in names] for entry in entries], np.float32)
+    records = [(entry.offset, entry.length, entry.head, entry.label, entry.check) for entry in entries]
+    partial = part.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            state=state,
+            fields=np.array(repr(fields)),
+            records=np.array(records, RECORD),
+            names=np.array(names, np.str_),
+            values=values.reshape(len(entries), len(names)),
+            xxh3=np.array(digest),
+        )
+    partial.replace(part)
+    return None
+
+
+def _is_known(part: Path, state: np.ndarray[Any, Any], fields: Fields) -> bool:
+    with suppress(OSError, ValueError, KeyError), np.load(part, allow_pickle=False) as known:
+        return np.array_equal(known["state"], state) and str(known["fields"]) == repr(fields)
+    return False
+
+
+def how_to_index(folder: Path) -> str:
+    return f"`python launch/shards.py index {folder}` makes it"
+
+
+def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]) -> None:
+    """All parts → the index. index.json last: with it the index exists, without it there is none."""
+    shards, attributes = [], set()
+    for name in names:
+        with np.load(part_of(folder, name), allow_pickle=False) as part:
+            shards.append(Shard(name, len(part["records"]), int(part["state"][0]), str(part["xxh3"])))
+            attributes |= set(part["names"].tolist())
+    total = sum(shard.samples for shard in shards)
+    if not total:
+        raise DataError(f"{root}: no sample with a picture was found in {len(names)} shards")
+    if len(attributes) > MOST_ATTRIBUTES:
+        raise DataError(
+            f"{root}: {len(attributes)} different numbers in the JSON: name those to keep with --attributes"
+        )
+    columns = sorted(attributes)
+    (folder / "index.json").unlink(missing_ok=True)
+    records = open_memmap(folder / ".samples.npy", "w+", RECORD, (total,))
+    values = open_memmap(folder / ".attributes.npy", "w+", np.float32, (total, len(columns))) if columns else None
+    first = 0
+    for shard in shards:
+        rows = slice(first, first + shard.samples)
+        with np.load(part_of(folder, shard.name), allow_pickle=False) as part:
+            records[rows] = part["records"]
+            if values is not None:
+                values[rows] = np.nan
+                values[rows, np.searchsorted(columns, part["names"])] = part["values"]
+        first += shard.samples
+    head = {"format": FORMAT, "root": root, "classes": list(classes), "attributes": columns, "shards": shards}
+    records.flush()
+    (folder / ".samples.npy").replace(folder / "samples.npy")
+    (folder / "attributes.npy").unlink(missing_ok=True)
+    if values is not None:
+        values.flush()
+        (folder / ".attributes.npy").replace(folder / "attributes.npy")
+    partial = folder / ".index.json"
+    partial.write_text(json.dumps(head))
+    partial.replace(folder / "index.json")
+
+
+def part_of(folder: Path, name: str) -> Path:
+    return folder / PARTS / f"{name.replace('/', '%')}.npz"
+
+
+def _read_head(folder: Path) -> dict[str, Any]:
+    path = folder / "index.json"
+    try:
+        head = json.loads(path.read_text())
+        made_by, names = head.get("format"), [row[0] for row in head.get("shards", [()])]
+    except FileNotFoundError:
+        raise DataError(_missing(folder)) from None
+    except (ValueError, AttributeError, TypeError, LookupError):
+        raise DataError(f"{path} is damaged: {how_to_index(folder)}") from None
+    if made_by != FORMAT:
+        raise DataError(f"{path} was made by another version of vaescale: {how_to_index(folder)} anew")
+    store.check_place(head["root"])
+    for name in names:
+        store.check_name(name)
+    return head
+
+
+def _missing(folder: Path) -> str:
     if any(folder.glob("*.tar")):
         return f"{folder} holds shards but no index: {how_to_index(folder)}"
     return (
@@ -82,120 +208,9 @@ def missing(folder: Path) -> str:
     )
 
 
-def how_to_index(folder: Path) -> str:
-    return f"`python launch/shards.py index {folder}` makes it"
-
-
-def write_index(folder: Path, shards: Iterable[Path], classes: list[str]) -> Index:
-    """Scan `shards` and write the index into `folder`, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = list(shards)
-    root = paths[0].parent
-    described, records = [], []
-    for path in tqdm(paths, desc=f"index {root}", unit="shard", disable=None):  # None: only where somebody watches
-        entries = list(scan(path))
-        records.append(np.array([entry[1:] for entry in entries], RECORD))
-        with path.open("rb") as file:
-            digest = xxhash.xxh3_64()
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-        described.append(Shard(path.name, len(entries), path.stat().st_size, digest.hexdigest()))
-    samples = np.concatenate(records)
-    if not len(samples):
-        raise DataError(f"{root}: no sample with an image ({', '.join(IMAGES)}) was found in {len(paths)} shards")
-    count = int(samples["label"].max()) + 1
-    head = {
-        "shard_root": os.path.relpath(root.resolve(), folder.resolve()),
-        "classes": classes or [str(label) for label in range(count)],
-        "shards": [asdict(shard) for shard in described],
-    }
-    # index.json last: with it the index exists, without it there is none.
-    partial = folder / ".samples.npy"
-    with partial.open("wb") as file:
-        np.save(file, samples, allow_pickle=False)
-    partial.replace(folder / "samples.npy")
-    partial = folder / ".index.json"
-    partial.write_text(json.dumps(head, indent=1))
-    partial.replace(folder / "index.json")
-    return Index(folder)
-
-
-def scan(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """(key, offset, length, label) of each sample of one tar, in order; webdataset's rule: key = name up to the
-    first dot of its last part, consecutive members with one key are one sample.
-
-    Raises DataError if the tar ends early: at a damaged header the library mostly stops without an error.
-    """
-    end = 0
-    key, image, label = "", None, None
-    with _open(path) as tar:
-        for member in _members(tar, path):
-            end = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
-            if not member.isfile():
-                continue
-            here, extension = split_name(member.name)
-            if here != key:
-                if image is not None:
-                    yield key, *image, _given(label, path, key)
-                key, image, label = here, None, None
-            if extension.lower() in IMAGES:
-                image = (member.offset_data, member.size)
-            elif extension == "cls":
-                label = _label(tar, member, path)
-        if image is not None:
-            yield key, *image, _given(label, path, key)
-    with path.open("rb") as file:
-        file.seek(end)
-        tail = file.read(2 * BLOCK)
-    # A whole tar ends in zeros; anything else after the last member that could be read means lost samples.
-    if len(tail) < BLOCK or tail.strip(b"\0"):
-        raise DataError(damaged(path, end))
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A member's (key, extension)."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return folder + slash + stem, extension
-
-
-def damaged(path: Path, place: int) -> str:
-    return f"{path} is damaged or cut at byte {place}: fetch or write this shard again"
-
-
-def _open(path: Path) -> tarfile.TarFile:
+def _mapped(folder: Path, name: str) -> np.ndarray[Any, Any]:
     try:
-        return tarfile.open(path, "r:")
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path} is no plain tar file ({error}): only uncompressed shards can be indexed") from None
-
-
-def _given(label: int | None, path: Path, key: str) -> int:
-    if label is None:
-        raise DataError(f"{path}: the sample {key} has a picture but no class (no {key}.cls)")
-    return label
-
-
-def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
-    try:
-        yield from tar
-    except tarfile.TarError:
-        raise DataError(damaged(path, tar.offset)) from None
-
-
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
-    file = tar.extractfile(member)
-    assert file is not None
-    text = file.read(32)
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{path}: {member.name} holds {text!r}, not a class number") from None
-
-
-def key_of(path: Path, offset: int) -> str:
-    """The key of the sample whose image begins at `offset`: the tar header stands in the block before it."""
-    with path.open("rb") as file:
-        file.seek(offset - BLOCK)
-        header = file.read(BLOCK)
-    return split_name(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
+        mapped = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / name} cannot be read ({error}): {how_to_index(folder)}") from None
+    return np.asarray(mapped)  # still mapped, without memmap's cost at every access

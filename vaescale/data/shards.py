@@ -1,47 +1,150 @@
-"""Writing plain webdataset shards: `key.jpg` and `key.cls` in tars that `webdataset.WebDataset` reads as they are.
+"""Writing plain webdataset shards, `key.jpg` and `key.cls` in tars that `webdataset.WebDataset` reads as they are;
+indexing those of others; and reading everything back.
 
 The only importer of webdataset.
 """
 
-from collections.abc import Iterable, Iterator
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import webdataset
+from numpy.typing import NDArray
 
-from . import DataError
-from .index import Index, write_index
+from . import DataError, decode, store
+from .index import Index, build
+from .parallel import each
+from .tar import Fields, checksum, scan
 
 
 class Sample(NamedTuple):
     key: str
-    jpg: bytes
+    image: bytes
     label: int
+    extension: str = "jpg"
 
 
-def write(folder: Path, samples: Iterable[Sample], per_shard: int, classes: list[str]) -> Index:
+class Finding(NamedTuple):
+    """What is wrong with one shard."""
+
+    shard: str
+    lost: int  # samples whose picture is not there, or not as it was indexed
+    samples: int
+    cause: str
+
+
+def write(folder: Path, samples: Iterable[Sample], per_shard: int, classes: Sequence[str]) -> Index:
     """Write `samples` in order, `per_shard` to a tar, then the index. The same samples give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    names = []
     for number, part in enumerate(_parts(samples, per_shard)):
-        path = folder / f"{number:06d}.tar"
-        partial = path.with_suffix(".partial")
-        with webdataset.TarWriter(str(partial), mtime=0, user="vaescale", group="vaescale") as tar:
-            for sample in part:
-                label = str(sample.label).encode()
-                tar.write({"__key__": sample.key, "jpg": sample.jpg, "cls": label})
-        partial.replace(path)
-        paths.append(path)
-    return write_index(folder, paths, classes)
+        names.append(name(number))
+        write_shard(folder / names[-1], part)
+    write_classes(folder, classes)
+    return build(folder, str(folder), names, Fields(), classes, processes=1)
 
 
-def index(folder: Path, shards: Path | None = None, pattern: str = "*.tar") -> Index:
-    """Index the tars in `shards` (default: `folder` itself) that match `pattern`; the index goes into `folder`."""
-    root = shards or folder
-    paths = sorted(root.glob(pattern))
-    if not paths:
-        raise DataError(f"no file in {root} matches {pattern}: give the folder that holds the tars")
-    return write_index(folder, paths, [])
+def name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """One tar, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with webdataset.TarWriter(str(partial), mtime=0, user="vaescale", group="vaescale") as tar:
+        for sample in samples:
+            label = str(sample.label).encode()
+            tar.write({"__key__": sample.key, sample.extension: sample.image, "cls": label})
+    partial.replace(path)
+
+
+def write_classes(folder: Path, classes: Sequence[str]) -> None:
+    """classes.json: the name of class 0, of class 1, …"""
+    (folder / "classes.json").write_text(json.dumps(list(classes), indent=0, ensure_ascii=False))
+
+
+def read_classes(path: Path) -> list[str]:
+    try:
+        classes = json.loads(path.read_text())
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        classes = None
+    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+        raise DataError(f"{path} is no list of class names: mend or remove it")
+    return classes
+
+
+def index(source: str, folder: Path, pattern: str, fields: Fields, processes: int) -> Index:
+    """Index the shards in `source`, a folder or a URL, that match `pattern`; the index goes into `folder`."""
+    names = store.names_in(source, pattern)
+    classes = [] if store.is_url(source) else read_classes(Path(source) / "classes.json")
+    return build(folder, source, names, fields, classes, processes)
+
+
+def verify(folder: Path, decoding: bool, processes: int) -> Iterator[Finding]:
+    """Read every shard of an index back; with `decoding`, every picture is decoded too. Yields what is wrong."""
+    shards = Index(folder).shards
+    jobs = [(folder, number, decoding) for number in range(len(shards))]
+    return (finding for finding in each(examine, jobs, processes, f"verify {folder}", "shard") if finding)
+
+
+def examine(folder: Path, number: int, decoding: bool) -> Finding | None:
+    index = _opened(folder)
+    shard = index.shards[number]
+    try:
+        with store.local(index.root, shard.name) as path:
+            intact = path.stat().st_size == shard.bytes and store.file_hash(path) == shard.xxh3
+            if intact and not decoding:
+                return None
+            first = int(index.first[number])
+            lost = _lost(path, index.records[first : first + shard.samples], decoding)
+            if intact:
+                return Finding(shard.name, lost, shard.samples, "its pictures do not decode") if lost else None
+            return Finding(shard.name, lost, shard.samples, _cause(path, shard))
+    except (OSError, DataError) as error:
+        cause = (error.strerror or "it cannot be read") if isinstance(error, OSError) else str(error)
+        return Finding(shard.name, shard.samples, shard.samples, cause)
+
+
+@lru_cache(1)
+def _opened(folder: Path) -> Index:
+    """Once a process, not once a shard."""
+    return Index(folder)
+
+
+def _lost(path: Path, records: NDArray[np.void], decoding: bool) -> int:
+    lost = 0
+    with path.open("rb") as file:
+        for offset, length, _, _, check in records.tolist():
+            data = os.pread(file.fileno(), length, offset)
+            lost += checksum(data) != check or (decoding and not _decodes(data))
+    return lost
+
+
+def _decodes(data: bytes) -> bool:
+    """All of it is read, at the least size that the decoder offers."""
+    try:
+        decode.validation_image(data, 1)
+    except decode.Damaged:
+        return False
+    return True
+
+
+def _cause(path: Path, shard: store.Shard) -> str:
+    """What happened to the file, and where a reader that has no index would stop."""
+    size = path.stat().st_size
+    changed = f"{size} bytes instead of {shard.bytes}" if size != shard.bytes else "changed bytes"
+    try:
+        for _ in scan(path, Fields(unlabelled=True, attributes=())):
+            pass
+    except DataError as error:
+        return f"{changed}; {error}"
+    return changed
 
 
 def _parts(samples: Iterable[Sample], per_shard: int) -> Iterator[list[Sample]]:

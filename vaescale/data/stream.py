@@ -1,10 +1,9 @@
 """The training stream and the validation pass: uint8 batches in an order that is a function of g alone."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,23 +12,26 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..interfaces import Batch
 from . import DataError, decode
-from .index import Index, how_to_index, key_of
+from .index import Index
 from .order import Order, mix
+from .store import Store
+from .tar import checksum, key_in
 
-OPEN_SHARDS = 64  # file descriptors a worker keeps
 SHOWN = 8  # validation images in a picture
-REPLACEMENTS = 8  # samples tried in place of a damaged one; all damaged means the data are, not the sample
+IN_A_ROW = 100  # damaged samples drawn one after the other: the data are damaged, not the sample
 
 
 @dataclass(frozen=True)
 class Config:
-    root: str = "data/photos"  # holds train/ and val/, each with an index
+    root: str = "data/photos"  # holds train/ and val/, each with an index; the shards may be elsewhere
     size: int = 128  # pixels a side
     least_area: float = 0.25  # random-resized-crop: smallest part of a picture
     flip: bool = True
     columns: int = 256  # places that one batch mixes; fixed for the life of a run
     workers: int = 2  # decoding processes a rank; 0 decodes in the training process
     prefetch: int = 4  # batches a worker decodes ahead
+    cache: str = "~/.cache/vaescale"  # where shards behind a URL are kept, on the node's own disk
+    cache_gib: float = 100.0  # never more than this, over all processes of a node
     damaged_share: float = 0.001  # of the samples seen; more damaged ones stop the run
     damaged_free: int = 10  # this many are always forgiven, so that one bad sample in a short run is
 
@@ -47,38 +49,28 @@ class Decoded(NamedTuple):
 
 
 class Samples:
-    """One index, its files opened on demand, and the way from a sample number to its bytes."""
+    """One index and the way from a sample number to its bytes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cache: str = Config.cache, cache_gib: float = Config.cache_gib) -> None:
         self.index = Index(folder)
-        self._files: dict[Path, int] = {}
-        self._sizes = {shard.name: shard.bytes for shard in self.index.shards}
+        self.store = Store(self.index.root, self.index.shards, cache, cache_gib)
 
     def read(self, sample: int) -> tuple[bytes, int]:
-        """(the image's bytes, its label)."""
-        path, offset, length, label = self.index.locate(sample)
-        data = os.pread(self._open(path), length, offset)
-        if len(data) < length:
-            raise decode.Damaged("the shard ends inside this sample")
+        """(the picture's bytes, its label), the very bytes that were indexed; raises Damaged if they no longer are."""
+        shard, offset, length, _, label, check = self.index.locate(sample)
+        data = self.store.read(shard, offset, length)
+        if checksum(data) != check and self.store.remote:
+            self.store.refetch(shard)
+            data = self.store.read(shard, offset, length)
+        if checksum(data) != check:
+            raise decode.Damaged("changed since it was indexed")
         return data, label
 
     def name(self, sample: int) -> tuple[str, str]:
         """(shard, key), for people."""
-        path, offset, _, _ = self.index.locate(sample)
-        return path.name, key_of(path, offset)
-
-    def _open(self, path: Path) -> int:
-        if path not in self._files:
-            if len(self._files) >= OPEN_SHARDS:
-                os.close(self._files.pop(next(iter(self._files))))
-            try:
-                file = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"the shard {path} of the index cannot be read ({error.strerror})") from None
-            self._files[path] = file
-            if os.fstat(file).st_size != self._sizes[path.name]:
-                raise DataError(f"the shard {path} has changed since it was indexed: {how_to_index(self.index.folder)}")
-        return self._files[path]
+        place = self.index.locate(sample)
+        head = self.store.read(place.shard, place.offset - place.head, place.head)
+        return self.index.shards[place.shard].name, key_in(head) or f"sample {sample}, its header is damaged"
 
 
 class TrainSlices(Dataset[Decoded]):
@@ -87,11 +79,16 @@ class TrainSlices(Dataset[Decoded]):
     def __init__(self, config: Config, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self.samples = Samples(Path(config.root) / "train")
+        self.samples = Samples(Path(config.root) / "train", config.cache, config.cache_gib)
+        # So far ahead, a quarter of a shard in every column, begins the way of the next shards into the cache.
+        self._ahead = config.columns * max(1, len(self.samples.index) // len(self.samples.index.shards) // 4)
         self.order = Order(self.samples.index.sizes, config.columns, seed)
 
     def __getitem__(self, gs: range) -> Decoded:
-        samples = self.order(np.arange(gs.start, gs.stop))
+        places = np.arange(gs.start, gs.stop)
+        samples = self.order(places)
+        if self.samples.store.remote:
+            self.samples.store.prefetch(self.order.shards(places + self._ahead).tolist())
         images, labels, damage = [], [], []
         for g, sample in zip(gs, samples.tolist(), strict=True):
             image, label, found = self._one(g, sample)
@@ -104,7 +101,7 @@ class TrainSlices(Dataset[Decoded]):
         """A damaged sample is replaced by one that only (seed, g) and the try decide, at any world size."""
         config = self.config
         damage: list[Damage] = []
-        for attempt in range(REPLACEMENTS):
+        for attempt in range(IN_A_ROW):
             try:
                 data, label = self.samples.read(sample)
                 image = decode.train_image(data, config.size, config.least_area, config.flip, self.seed, g)
@@ -112,7 +109,10 @@ class TrainSlices(Dataset[Decoded]):
             except decode.Damaged as error:
                 damage.append(Damage(g, *self.samples.name(sample), str(error)))
                 sample = int(mix(self.seed, g, attempt)) % len(self.samples.index)
-        raise DataError(f"{REPLACEMENTS} samples in a row are damaged, the last one {damage[-1]}")
+        raise DataError(
+            f"{IN_A_ROW} samples in a row are damaged, the last one {damage[-1].key} in {damage[-1].shard} "
+            f"({damage[-1].cause}): `python launch/shards.py verify {self.samples.index.folder}` names the shards"
+        )
 
 
 class ValidationSlices(Dataset[Decoded]):
@@ -120,7 +120,7 @@ class ValidationSlices(Dataset[Decoded]):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.samples = Samples(Path(config.root) / "val")
+        self.samples = Samples(Path(config.root) / "val", config.cache, config.cache_gib)
 
     def __getitem__(self, numbers: range) -> Decoded:
         images, labels = [], []
@@ -155,6 +155,35 @@ def train_ranges(images: int, batch: int, accumulation: int, rank: int, world: i
         images += batch
 
 
+def schedule(
+    folder: Path,
+    seed: int,
+    columns: int,
+    batch: int,
+    accumulation: int,
+    world: int,
+    workers: int,
+    first: int,
+    steps: int,
+) -> Iterator[tuple[int, int, int, str]]:
+    """(step, rank, worker, key) of every sample that a run reads in `steps` steps, resumed at step `first`, in
+    the order in which each rank gets them. A sample that turns out to be damaged is replaced in the run, not here.
+    """
+    if batch % (accumulation * world):
+        raise DataError(f"a batch of {batch} cannot be split into {accumulation} micro-batches on {world} ranks")
+    samples = Samples(folder)
+    order = Order(samples.index.sizes, columns, seed)
+    ranges = [train_ranges(first * batch, batch, accumulation, rank, world) for rank in range(world)]
+    for step in range(first, first + steps):
+        for rank in range(world):
+            for micro in range(accumulation):
+                # The loader deals its items out in turn, from a run's first or resumed step on.
+                worker = ((step - first) * accumulation + micro) % max(1, workers)
+                gs = next(ranges[rank])
+                for sample in order(np.arange(gs.start, gs.stop)).tolist():
+                    yield step, rank, worker, samples.name(sample)[1]
+
+
 def validation_loader(slices: ValidationSlices, micro: int, rank: int, world: int, pin: bool) -> Iterable[Decoded]:
     """Each sample exactly once over all ranks; the last batch of a rank is as short as it must be."""
     total = len(slices.samples.index)
@@ -164,15 +193,31 @@ def validation_loader(slices: ValidationSlices, micro: int, rank: int, world: in
 
 
 def fixed_images(slices: ValidationSlices) -> Batch:
-    """The same few validation images whenever it is asked: the first of each of as many classes, spread over them."""
+    """The same few validation images whenever it is asked: the first of each of as many classes, spread over them; or
+    spread over the samples, where there are fewer classes."""
     labels, first = np.unique(slices.samples.index.records["label"], return_index=True)
-    chosen = first[np.linspace(0, len(labels) - 1, min(SHOWN, len(labels))).astype(int)]
+    if len(labels) < SHOWN:
+        first = np.arange(len(slices.samples.index))
+    chosen = first[np.linspace(0, len(first) - 1, min(SHOWN, len(first))).astype(int)]
     batches = [slices[range(number, number + 1)].batch for number in chosen.tolist()]
     return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
+class _Loader(DataLoader[Decoded]):
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            # torch's words for a worker that died: killed for want of memory, most of the time.
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(
+                f"{str(error).strip().rstrip('.')}: if memory ran out, lower data.workers or data.prefetch"
+            ) from None
+
+
 def _loader(slices: Dataset[Decoded], ranges: Iterable[range], config: Config, pin: bool) -> Iterable[Decoded]:
-    return DataLoader(
+    return _Loader(
         slices,
         sampler=ranges,  # any iterable serves, an endless one too
         batch_size=None,

@@ -5,6 +5,7 @@ run the same command. What is taken, in this order: the newest checkpoint of the
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from .. import config as mechanics
 from .. import distributed
 from ..config import ConfigError
 from ..data import DataError, stream
+from ..data.decode import CAUSES
 from ..evaluation.evaluate import evaluate, reconstruct
 from ..interfaces import Batch
 from ..monitoring import codebook, pictures
@@ -36,7 +38,7 @@ class Position:
 
     step: int = 0
     images: int = 0  # consumed; the next batch begins with sample number g = images
-    damaged: int = 0  # samples replaced so far, over all ranks
+    damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Window:
 
     steps: int = 0
     waited: float = 0.0
-    damaged: int = 0
+    damaged: Counter[str] = field(default_factory=Counter)  # by cause
     begun: float = field(default_factory=time.monotonic)
     sums: dict[str, Tensor] = field(default_factory=dict)
 
@@ -121,9 +123,9 @@ class Trainer:
             begun = time.monotonic()
             batch, damage = next(batches)
             window.waited += time.monotonic() - begun
-            window.damaged += len(damage)
+            window.damaged.update(one.cause for one in damage)
             for one in damage:
-                print(f"damaged sample replaced: {one.key} in {one.shard} (g={one.g}): {one.cause}", flush=True)
+                print(f"damaged sample replaced ({one.cause}): {one.key} in {one.shard} (g={one.g})", flush=True)
             yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     def report(self, window: Window) -> None:
@@ -151,7 +153,7 @@ class Trainer:
             values["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         values["data/wait_share"] = window.waited / seconds
         values["data/epoch"] = position.images / len(self.slices.samples.index)
-        values["data/damaged"] = float(position.damaged)
+        values |= {f"data/damaged_{cause.replace(' ', '_')}": float(count) for cause, count in position.damaged.items()}
         if self.board:
             self.board.scalars(values, position.step)
         self.console.report(position.step, values)
@@ -159,11 +161,15 @@ class Trainer:
     def count_damage(self, window: Window) -> None:
         """Add the window's damaged samples, over all ranks, to the run's; too many stop all ranks together."""
         config, position = self.config.data, self.position
-        position.damaged += int(distributed.sum_(torch.tensor(window.damaged, device=self.device)))
-        window.damaged = 0
-        if position.damaged > config.damaged_free + config.damaged_share * position.images:
+        counts = distributed.sum_(torch.tensor([window.damaged[cause] for cause in CAUSES], device=self.device))
+        window.damaged.clear()
+        for cause, count in zip(CAUSES, counts.tolist(), strict=True):
+            position.damaged[cause] = position.damaged.get(cause, 0) + count
+        total = sum(position.damaged.values())
+        if total > config.damaged_free + config.damaged_share * position.images:
+            causes = ", ".join(f"{count} {cause}" for cause, count in position.damaged.items() if count)
             raise DataError(
-                f"{position.damaged} damaged samples among {position.images} are more than data.damaged_share="
+                f"{total} damaged samples ({causes}) among {position.images} are more than data.damaged_share="
                 f"{config.damaged_share} allows: mend the shards named above, or raise it"
             )
 

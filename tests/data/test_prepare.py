@@ -1,0 +1,246 @@
+"""ImageNet as it is published, in miniature: the class folders, the tar of tars, the flat validation set."""
+
+import io
+import json
+import os
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from scipy.io import savemat
+
+from tests.conftest import Start, finish, jpeg
+from tests.data.test_tar import tar
+from vaescale.data import DataError, prepare, shards
+from vaescale.data.index import Index
+from vaescale.data.prepare import Settings
+from vaescale.data.stream import Samples
+
+WNIDS = ["n01440764", "n01443537", "n15075141"]
+PER_CLASS = 9
+SMALL = Settings(shard_mib=0.02)
+
+
+def picture(label: int, i: int) -> bytes:
+    return jpeg(100 * label + i, 60, 48)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tree")
+    for label, wnid in enumerate(WNIDS):
+        (root / wnid).mkdir()
+        for i in range(PER_CLASS):
+            (root / wnid / f"{wnid}_{i}.JPEG").write_bytes(picture(label, i))
+    (root / "README.txt").write_text("no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tar_of_tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    inner = []
+    for label, wnid in enumerate(WNIDS):
+        members = [(f"{wnid}_{i}.JPEG", picture(label, i)) for i in range(PER_CLASS)]
+        inner.append((f"{wnid}.tar", tar(folder / "inner.tar", *members).read_bytes()))
+    return tar(folder / "ILSVRC2012_img_train.tar", *inner)
+
+
+FLAT = [2, 0, 1, 1, 2, 0, 2]  # the labels of seven validation pictures
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("val")
+    for i, label in enumerate(FLAT):
+        (folder / f"ILSVRC2012_val_{i + 1:08d}.JPEG").write_bytes(picture(label, i))
+    return folder
+
+
+def make(
+    source: Path, out: Path, settings: Settings = SMALL, labels: Path | None = None, **given: Sequence[str]
+) -> Index:
+    return prepare.prepare(source, out, labels, given.get("classes", []), settings, 1)
+
+
+def contents(index: Index) -> dict[str, tuple[bytes, int]]:
+    source = Samples(index.folder)
+    return {source.name(sample)[1]: source.read(sample) for sample in range(len(index))}
+
+
+EXPECTED = {
+    f"{wnid}/{wnid}_{i}": (picture(label, i), label) for label, wnid in enumerate(WNIDS) for i in range(PER_CLASS)
+}
+
+
+def test_a_tree_and_the_tar_of_tars_give_the_same_shards(tmp_path: Path, tree: Path, tar_of_tars: Path) -> None:
+    """The original bytes, each once, labels from the sorted WordNet ids; readable by plain webdataset."""
+    one, two = make(tree, tmp_path / "a"), make(tar_of_tars, tmp_path / "b")
+    assert contents(one) == EXPECTED
+    assert one.classes == WNIDS == shards.read_classes(tmp_path / "a" / "classes.json")
+    assert len(one.shards) > 2
+    assert one.shards == two.shards
+    urls = [str(tmp_path / "b" / shard.name) for shard in two.shards]
+    read = {one["__key__"]: (one["jpg"], int(one["cls"])) for one in webdataset.WebDataset(urls, shardshuffle=False)}
+    assert read == EXPECTED
+
+
+def test_the_shuffle_is_global_and_seeded(tmp_path: Path, tree: Path) -> None:
+    keys = [
+        list(contents(make(tree, tmp_path / str(i), Settings(0, 95, 0.02, seed)))) for i, seed in enumerate((0, 0, 1))
+    ]
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
+    labels = [key[:9] for key in keys[0]]
+    assert labels != sorted(labels)
+    assert len(set(labels[:PER_CLASS])) > 1
+
+
+def label_files(folder: Path) -> dict[str, Path]:
+    """Each form of label file in circulation, for the labels FLAT."""
+    names = [f"ILSVRC2012_val_{i + 1:08d}" for i in range(len(FLAT))]
+    ids = [WNIDS[label] for label in FLAT]
+    texts = {
+        "ids.txt": [*ids],
+        "files.txt": [f"{name}.JPEG {wnid}" for name, wnid in zip(names, ids, strict=True)],
+        "caffe.txt": [f"val/{name}.JPEG {label}" for name, label in zip(names, FLAT, strict=True)],
+        "kaggle.csv": [
+            "ImageId,PredictionString",
+            *(f"{name},{wnid} 1 2 3 4 " for name, wnid in reversed(list(zip(names, ids, strict=True)))),
+        ],
+        "ILSVRC2012_validation_ground_truth.txt": [str({0: 3, 1: 1, 2: 2}[label]) for label in FLAT],
+    }
+    for name, lines in texts.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    row = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
+    synsets = [(1, WNIDS[1], "b", 0), (2, WNIDS[2], "c", 0), (3, WNIDS[0], "a", 0), (4, "n00001740", "entity", 3)]
+    savemat(folder / "meta.mat", {"synsets": np.array(synsets, row)})
+    return {name: folder / name for name in texts}
+
+
+@pytest.mark.parametrize(
+    "name", ["ids.txt", "files.txt", "caffe.txt", "kaggle.csv", "ILSVRC2012_validation_ground_truth.txt"]
+)
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_the_flat_validation_set(tmp_path: Path, flat: Path, name: str, kind: str) -> None:
+    labels = label_files(tmp_path)[name]
+    source = flat
+    if kind == "tar":
+        members = [(path.name, path.read_bytes()) for path in sorted(flat.iterdir())]
+        source = tar(tmp_path / "ILSVRC2012_img_val.tar", *members)
+    made = make(source, tmp_path / "out", labels=labels, classes=WNIDS if name == "caffe.txt" else [])
+    assert contents(made) == {f"ILSVRC2012_val_{i + 1:08d}": (picture(label, i), label) for i, label in enumerate(FLAT)}
+    assert made.classes == WNIDS
+
+
+def test_classes_number_validation_as_training_does(tmp_path: Path, tree: Path) -> None:
+    made = make(tree, tmp_path / "out", classes=["n00000000", *WNIDS])
+    assert {key[:9]: label for key, (_, label) in contents(made).items()} == dict(zip(WNIDS, (1, 2, 3), strict=True))
+    with pytest.raises(DataError, match="class n15075141, which is none of the 2 given by --classes"):
+        make(tree, tmp_path / "other", classes=WNIDS[:2])
+
+
+def test_numbered_class_folders_count_as_numbers(tmp_path: Path) -> None:
+    for name in ("0", "2", "10"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "x.png").write_bytes(jpeg(0))
+    assert make(tmp_path / "tree", tmp_path / "out").classes == ["0", "2", "10"]
+
+
+def test_prepared_pictures_have_the_asked_short_side(tmp_path: Path, tree: Path) -> None:
+    broken = tmp_path / "tree"
+    for path in tree.glob("*/*.JPEG"):
+        (broken / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (broken / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (broken / WNIDS[1] / f"{WNIDS[1]}_4.JPEG").write_bytes(b"no picture")
+    made = make(broken, tmp_path / "out", Settings(short_side=24, shard_mib=0.02))
+    assert len(made) == len(EXPECTED) - 1
+    for data, _ in contents(made).values():
+        assert Image.open(io.BytesIO(data)).size == (30, 24)
+
+
+def test_several_processes_write_the_same_bytes(tmp_path: Path, tree: Path) -> None:
+    settings = Settings(short_side=24, shard_mib=0.01)
+    one = prepare.prepare(tree, tmp_path / "a", None, [], settings, 1)
+    two = prepare.prepare(tree, tmp_path / "b", None, [], settings, 2)
+    assert one.shards == two.shards
+
+
+def test_a_killed_preparation_goes_on(tmp_path: Path, tree: Path, start: Start) -> None:
+    """SIGKILL to the command and its processes after the first shard; what is there stays as it is."""
+    command = [sys.executable, "launch/shards.py", "prepare", str(tree), "--out", str(tmp_path / "out")]
+    command += ["--shard-mib", "0.005", "--short-side", "24", "--processes", "1"]
+    process = start(command)
+    while not list((tmp_path / "out").glob("*.tar")) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert kept
+    code, output = finish(start(command))
+    assert code == 0, output
+    assert f"{len(EXPECTED)} samples" in output
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    whole = make(tree, tmp_path / "whole", Settings(short_side=24, shard_mib=0.005))
+    assert Index(tmp_path / "out").shards == whole.shards
+    assert not list((tmp_path / "out").glob("*.partial"))
+    code, output = finish(start(command))  # once more: nothing is left to do
+    assert code == 0, output
+
+
+def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, tar_of_tars: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(tar_of_tars.read_bytes()[:20_000])
+    (tmp_path / "few.txt").write_text("n01440764\n")
+    (tmp_path / "numbers.txt").write_text("1\n" * len(FLAT))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "a.jpg").write_bytes(b"")
+    (tmp_path / "two" / "a.png").write_bytes(b"")
+    (tmp_path / "two.txt").write_text("x\nx\n")
+    for source, labels, message in (
+        (tmp_path / "none", None, "does not exist"),
+        (tmp_path / "empty", None, "holds no pictures"),
+        (cut, None, "damaged or cut at byte"),
+        (flat, None, "has no class folders: give the file that holds its labels"),
+        (flat, tmp_path / "few.txt", "have 1 lines, but there are 7 pictures"),
+        (flat, tmp_path / "numbers.txt", r"are numbers: put the development kit's meta\.mat"),
+        (flat, tmp_path / "absent.txt", "cannot be read as text"),
+        (tmp_path / "two", tmp_path / "two.txt", "two pictures would have the key a"),
+    ):
+        with pytest.raises(DataError, match=message):
+            make(source, tmp_path / "out", labels=labels)
+    assert not (tmp_path / "out").exists()
+    make(tree, tmp_path / "out")
+    with pytest.raises(DataError, match=r"already holds other shards \(seed was 0, is now 1\)"):
+        make(tree, tmp_path / "out", Settings(shard_mib=0.02, seed=1))
+    (tmp_path / "out" / "prepared.json").unlink()
+    with pytest.raises(DataError, match="already holds shards that were not made by prepare"):
+        make(tree, tmp_path / "out")
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(DataError, match=r"needs 0\.0 GiB and its disk has 0\.0 left"):
+        make(tree, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_the_listing_knows_where_pictures_lie(tar_of_tars: Path) -> None:
+    """Byte ranges of the outer tar: nothing has to be extracted."""
+    pictures, _ = prepare.listing(tar_of_tars, None, [])
+    data = tar_of_tars.read_bytes()
+    assert {one.key: (data[one.offset : one.offset + one.length], one.label) for one in pictures} == EXPECTED
+    with tarfile.open(tar_of_tars) as outer:
+        assert [member.name for member in outer] == [f"{wnid}.tar" for wnid in WNIDS]
+    assert json.dumps(pictures)  # plain values: they travel to the processes

@@ -1,0 +1,174 @@
+"""Tars that others made, harmless and hostile."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import jpeg, samples
+from vaescale.data import DataError, shards
+from vaescale.data.tar import Fields, checksum, key_in, scan
+
+PICTURE = jpeg(0)
+
+
+def tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo, form: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as file:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                file.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                file.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "key", ["a", "a.b.c", "deep/er.folder/a", "x" * 95, "y" * 90 + "/" + "z" * 90, "Größe/größer", "with space"]
+)
+def test_keys_offsets_and_bytes(tmp_path: Path, form: int, key: str) -> None:
+    """Every way in which tars write names, long ones and foreign letters too."""
+    path = tar(
+        tmp_path / "a.tar", ("first.jpg", b"1"), ("first.cls", b"0"), (f"{key}.jpg", PICTURE), (f"{key}.cls", b"7")
+    )
+    first, second = scan(path)
+    assert (first.key, second.key, second.label) == ("first", key, 7)
+    data = path.read_bytes()
+    assert data[second.offset : second.offset + second.length] == PICTURE
+    assert second.check == checksum(PICTURE)
+    assert key_in(data[second.offset - second.head : second.offset]) == key
+
+
+def test_members_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
+    path = tar(
+        tmp_path / "a.tar",
+        *(
+            ("1.jpg", PICTURE),
+            ("1.seg.png", b"mask"),
+            ("1.cls", b"1"),
+        ),  # a second picture under an extension of its own
+        *(("2.2019.jpg", PICTURE), ("2.2019.cls", b"2"), ("2.2020.jpg", PICTURE), ("2.2020.cls", b"3")),  # dotted keys
+        *(("words.txt", b"no picture"), ("4.cls", b"4"), ("4.txt", b"words"), ("4.WEBP", PICTURE)),
+    )
+    assert [(one.key, one.label) for one in scan(path)] == [("1", 1), ("2.2019", 2), ("2.2020", 3), ("4", 4)]
+
+
+def test_labels_and_attributes_from_json(tmp_path: Path) -> None:
+    record = {"label": 3, "age": 41.5, "smiling": True, "name": "x", "none": None, "box": [1, 2], "eye": {"left": 9}}
+    path = tar(tmp_path / "a.tar", ("1.jpg", PICTURE), ("1.json", json.dumps(record).encode()), ("1.txt", b"words"))
+    numbers = {"label": 3, "age": 41.5, "smiling": 1, "box.0": 1, "box.1": 2, "eye.left": 9}
+    (one,) = scan(path, Fields(label_field="label"))
+    assert (one.label, one.attributes) == (3, numbers)
+    (one,) = scan(path, Fields(unlabelled=True, attributes=("age",)))
+    assert (one.label, one.attributes) == (0, {"age": 41.5})
+    with pytest.raises(DataError, match=r"no class \(no 1\.cls\): say --label-field NAME .*--unlabelled"):
+        list(scan(path))
+    with pytest.raises(DataError, match=r"field name holds 'x', not a class number"):
+        list(scan(path, Fields(label_field="name")))
+
+
+@pytest.mark.parametrize("text", [b"cat", b"-1", b"99999999999", b"1.5", b""])
+def test_a_label_that_is_no_class_number_is_named(tmp_path: Path, text: bytes) -> None:
+    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", text))
+    with pytest.raises(DataError, match=r"k\.cls holds .*, not a class number"):
+        list(scan(path))
+
+
+@pytest.mark.parametrize("text", [b"[" * 200_000, b"{", b"[1]", b'{"a": 1' + b"0" * 5000 + b"}", b"\xff\xfe"])
+def test_json_that_is_none_is_named(tmp_path: Path, text: bytes) -> None:
+    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), ("k.json", text))
+    with pytest.raises(DataError, match=r"k\.json holds no JSON object"):
+        list(scan(path))
+
+
+def test_two_pictures_in_one_sample_ask_which(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.png", b"mask"), ("k.cls", b"0"))
+    with pytest.raises(DataError, match=r"several pictures, k\.jpg and k\.png: choose one with --picture"):
+        list(scan(path))
+    assert [one.length for one in scan(path, Fields(pictures=("png",)))] == [4]
+
+
+def special(name: str, kind: bytes, target: str = "/etc/passwd") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def claim(name: str, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member
+
+
+HOSTILE = {
+    "parent": ([("../k.jpg", PICTURE), ("../k.cls", b"0")], "no name that a sample may have"),
+    "absolute": ([("/tmp/k.jpg", PICTURE)], "no name that a sample may have"),
+    "newline": ([("k\n0 0 0 other.jpg", PICTURE)], "no name that a sample may have"),
+    "symbolic link": ([special("k.jpg", tarfile.SYMTYPE), ("k.cls", b"0")], r"k\.jpg is a link, a device or sparse"),
+    "hard link": ([special("k.jpg", tarfile.LNKTYPE), ("k.cls", b"0")], r"k\.jpg is a link, a device or sparse"),
+    "device": ([special("k.jpg", tarfile.CHRTYPE), ("k.cls", b"0")], r"k\.jpg is a link, a device or sparse"),
+    "pipe": ([special("k.jpg", tarfile.FIFOTYPE), ("k.cls", b"0")], r"k\.jpg is a link, a device or sparse"),
+    "key twice": ([("k.jpg", b"1"), ("k.cls", b"0"), ("l.txt", b""), ("k.jpg", b"2")], "the key k occurs twice"),
+    "member twice": ([("k.jpg", b"1"), ("k.jpg", b"2"), ("k.cls", b"0")], "the key k occurs twice"),
+    "8 GB, last": ([("j.jpg", b"1"), ("j.cls", b"0"), claim("k.jpg", 8 << 30)], "is damaged or cut"),
+    "8 GB, first": ([claim("k.jpg", 8 << 30), ("k.cls", b"0")], "is damaged or cut"),
+    "8 GB class": ([("k.jpg", PICTURE), claim("k.cls", 8 << 30)], "is damaged or cut"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tar_is_refused_and_nothing_is_made(tmp_path: Path, name: str) -> None:
+    members, message = HOSTILE[name]
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    path = tar(folder / "a.tar", *members, form=tarfile.GNU_FORMAT)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=message):
+        list(scan(path))
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(DataError, match=message):
+        shards.index(str(folder), tmp_path / "index", "*.tar", Fields(), 1)
+    assert not (tmp_path / "index" / "index.json").exists()
+
+
+def test_only_the_named_members_are_read(tmp_path: Path) -> None:
+    """A pickle beside the picture stays closed."""
+    bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+    members = [(f"k.{extension}", bomb) for extension in ("pkl", "pyd", "pickle", "pth", "npy", "pt")]
+    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), *members)
+    (one,) = scan(path)
+    assert one.key == "k"
+    shards.index(str(tmp_path), tmp_path, "*.tar", Fields(), 1)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut at a member", "header", "end", "appended"])
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
+    """webdataset and tarfile end quietly at most of these."""
+    shards.write(tmp_path, samples(6), 6, [])
+    path = tmp_path / "000000.tar"
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as file:
+        member = file.getmembers()[6]
+    if damage == "header":
+        data[member.offset] ^= 1
+    elif damage == "end":
+        data = bytearray(bytes(data).rstrip(b"\0"))
+    elif damage == "appended":
+        data = data + data  # `cat a.tar b.tar`: readers stop at the end of a
+    else:
+        del data[member.offset + (700 if damage == "cut" else 0) :]
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"000000\.tar is damaged or cut"):
+        list(scan(path))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x1f\x8b compressed" * 100])
+def test_what_is_no_tar_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.tar is no plain tar"):
+        list(scan(tmp_path / "a.tar"))

@@ -1,0 +1,103 @@
+"""`launch/shards.py` from outside, on shards that plain webdataset wrote."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from tests.conftest import Start, finish, jpeg
+from tests.data.test_tar import HOSTILE, tar
+
+COUNT = 45
+EPOCHS = 3
+BATCH = 24
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 7, laid out as timm/imagenet-1k-wds are, in a folder that may only be read."""
+    folder = tmp_path_factory.mktemp("foreign")
+    with webdataset.ShardWriter(str(folder / "imagenet1k-train-%04d.tar"), maxcount=7, verbose=0) as writer:
+        for i in range(COUNT):
+            record = {"label": i % 5, "width": 40, "class_name": "cat"}
+            writer.write({"__key__": f"n0144/{i:05d}", "jpg": jpeg(i), "cls": i % 5, "json": record})
+    folder.chmod(0o555)
+    return folder
+
+
+def command(start: Start, *arguments: str | Path | int) -> tuple[int, str]:
+    return finish(start([sys.executable, "launch/shards.py", *map(str, arguments)]))
+
+
+def test_the_order_from_outside(start: Start, foreign: Path, tmp_path: Path) -> None:
+    """Three epochs hold each key three times, once an epoch; every world and worker count prints the same batches."""
+    code, output = command(start, "index", foreign, "--out", tmp_path, "--pattern", "imagenet1k-train-{0000..0006}.tar")
+    assert code == 0, output
+    assert f"{COUNT} samples in 7 shards, labels 0 to 4" in output
+    assert "attributes: label, width" in output
+    steps = -(-EPOCHS * COUNT // BATCH)
+    batches = {}
+    for world, workers, first in ((1, 0, 0), (2, 1, 0), (4, 2, 0), (8, 4, 0), (2, 2, 2)):
+        given = ["--seed", 3, "--batch", BATCH, "--columns", 8, "--world", world, "--workers", workers]
+        code, output = command(start, "order", tmp_path, *given, "--from", first, "--steps", steps - first)
+        assert code == 0, output
+        rows = [line.split(maxsplit=3) for line in output.splitlines()]
+        assert {int(rank) for _, rank, _, _ in rows} == set(range(world))
+        assert all(int(worker) < max(1, workers) for _, _, worker, _ in rows)
+        keys = [key for _, _, _, key in rows]
+        batches[world, workers, first] = keys
+        assert keys == batches[1, 0, 0][first * BATCH :]
+        for step in range(first, steps):
+            assert [int(row[0]) for row in rows].count(step) == BATCH
+    keys = batches[1, 0, 0]
+    for epoch in range(EPOCHS):
+        expected = Counter(f"n0144/{i:05d}" for i in range(COUNT))
+        assert Counter(keys[epoch * COUNT : (epoch + 1) * COUNT]) == expected
+
+
+def test_verify_from_outside(start: Start, foreign: Path, tmp_path: Path) -> None:
+    for path in foreign.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert command(start, "index", tmp_path)[0] == 0
+    code, output = command(start, "verify", tmp_path, "--decode")
+    assert (code, output.splitlines()[-1]) == (0, "all as indexed")
+    path = tmp_path / "imagenet1k-train-0002.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    code, output = command(start, "verify", tmp_path)
+    assert code == 1
+    assert "imagenet1k-train-0002.tar: " in output
+    assert "of 7 samples lost: 5000 bytes instead of" in output
+    assert "1 damaged shards" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index", "{folder}"], "no file in"),
+        (["index", "pipe:cat x.tar", "--out", "{folder}"], "pipes and chained protocols"),
+        (["index", "https://host/shards"], "say with --out in which folder"),
+        (["verify", "{folder}"], "there are no shards"),
+        (["order", "{folder}", "--batch", "4"], "there are no shards"),
+        (["prepare", "{folder}/none", "--out", "{folder}"], "does not exist"),
+    ],
+)
+def test_errors_are_one_sentence(start: Start, tmp_path: Path, arguments: list[str], message: str) -> None:
+    code, output = command(start, *(argument.format(folder=tmp_path) for argument in arguments))
+    assert code == 2
+    assert len(output.splitlines()) == 1, output
+    assert output.startswith("error: ")
+    assert message in output
+
+
+def test_a_hostile_tar_from_outside(start: Start, tmp_path: Path) -> None:
+    """All of them at once, by several processes: each is named, nothing is made but the folder that was asked for."""
+    (tmp_path / "shards").mkdir()
+    for number, (members, _) in enumerate(HOSTILE.values()):
+        tar(tmp_path / "shards" / f"{number:02d}.tar", *members, form=1)
+    code, output = command(start, "index", tmp_path / "shards", "--out", tmp_path / "index", "--processes", 2)
+    assert code == 2
+    assert f"error: {len(HOSTILE)} of {len(HOSTILE)} shards cannot be indexed: " in output
+    assert sorted(path.name for path in tmp_path.rglob("*.json")) == []
+    assert not (tmp_path / "k.jpg").exists()

@@ -1,0 +1,226 @@
+"""Reading tars that others made: what each sample is and where its picture lies. Nothing is extracted or unpickled,
+no name in a tar is ever used as a path, and of the members only the picture, the class and the JSON are read.
+
+Members are grouped as webdataset groups them: the key is the name up to the first dot of its last part, and consecutive
+members with one key are one sample. Only where that leaves no picture (`a.2019.jpg`, `a.2019.cls`: key `a`) is the key
+the name up to its last dot.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import xxhash
+
+from . import DataError
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+BLOCK = 512  # bytes of a tar header
+MOST_BYTES = 1 << 28  # of one picture
+MOST_TEXT = 1 << 20  # bytes of one .cls or .json
+ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # of names
+
+Members = list[tuple[str, tarfile.TarInfo]]  # each with its extension
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the index keeps of a sample."""
+
+    pictures: tuple[str, ...] = PICTURES  # extensions
+    label_field: str = ""  # of the sample's JSON; "": the class number is in the .cls
+    unlabelled: bool = False  # every label is 0
+    attributes: tuple[str, ...] | None = None  # numbers of the JSON to keep; None: all
+
+
+class Entry(NamedTuple):
+    """One sample. The picture's bytes lie at [offset, offset + length), its tar header in the `head` bytes before."""
+
+    key: str
+    offset: int
+    length: int
+    head: int
+    label: int
+    check: int
+    attributes: dict[str, float]
+
+
+def scan(path: Path, fields: Fields = Fields()) -> Iterator[Entry]:
+    """The samples of one tar, in order.
+
+    Raises DataError if the tar ends early: at a damaged header the library mostly stops without an error.
+    """
+    keys: set[str] = set()
+    with path.open("rb") as file:
+        for group in _groups(file, path):
+            for key, members in _samples(group, fields):
+                if key in keys or len({extension for extension, _ in members}) < len(members):
+                    raise DataError(
+                        f"{path}: the key {key} occurs twice: which of the two samples it is nobody can say"
+                    )
+                keys.add(key)
+                yield _entry(file, path, key, members, fields)
+
+
+def checksum(data: bytes) -> int:
+    """The lower 32 bits of xxh3: enough to see damage, not to withstand a forger."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
+
+
+def key_in(head: bytes) -> str:
+    """The key in a picture's tar header, which begins with that of a long name where there is one; "" if damaged."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(head), mode="r:", **ENCODING) as tar:
+            first = tar.next()
+    except tarfile.TarError:
+        return ""
+    return first.name.rpartition(".")[0] if first else ""
+
+
+def damaged(path: Path, place: int) -> str:
+    return f"{path} is damaged or cut at byte {place}: fetch or write this shard again"
+
+
+def _groups(file: BinaryIO, path: Path) -> Iterator[Members]:
+    """Consecutive members of one key."""
+    members = ((*_split(member.name), member) for member in _files(file, path))
+    for _, group in groupby(members, key=lambda member: member[0]):
+        yield [(extension, member) for _, extension, member in group]
+
+
+def _samples(group: Members, fields: Fields) -> Iterator[tuple[str, Members]]:
+    """(key, its members by extension) of each sample in a group that has a picture."""
+    if any(extension.lower() in fields.pictures for extension, _ in group):
+        yield _split(group[0][1].name)[0], group
+        return
+    stems: dict[str, Members] = {}
+    for _, member in group:
+        stem, _, extension = member.name.rpartition(".")
+        stems.setdefault(stem, []).append((extension, member))
+    for stem, members in stems.items():
+        if any(extension.lower() in fields.pictures for extension, _ in members):
+            yield stem, members
+
+
+def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Fields) -> Entry:
+    pictures = [(extension, member) for extension, member in members if extension.lower() in fields.pictures]
+    if len(pictures) > 1:
+        names = " and ".join(member.name for _, member in pictures)
+        raise DataError(f"{path}: the sample {key} has several pictures, {names}: choose one with --picture EXTENSION")
+    picture = pictures[0][1]
+    if picture.size > MOST_BYTES:
+        raise DataError(f"{path}: {picture.name} claims {picture.size} bytes, which no picture has")
+    texts = {extension: member for extension, member in members if extension in ("cls", "json")}
+    record = _json(file, path, texts["json"]) if "json" in texts and fields.attributes != () else {}
+    return Entry(
+        key,
+        picture.offset_data,
+        picture.size,
+        picture.offset_data - picture.offset,
+        _label(file, path, key, texts, fields),
+        checksum(_bytes(file, picture)),
+        {name: value for name, value in _numbers(record) if fields.attributes is None or name in fields.attributes},
+    )
+
+
+def _label(file: BinaryIO, path: Path, key: str, texts: dict[str, tarfile.TarInfo], fields: Fields) -> int:
+    if fields.unlabelled:
+        return 0
+    value: object
+    if fields.label_field:
+        where = f"{key}.json, field {fields.label_field}"
+        value = _json(file, path, texts["json"]).get(fields.label_field) if "json" in texts else None
+    else:
+        where = f"{key}.cls"
+        value = _text(file, path, texts["cls"]) if "cls" in texts else None
+    if value is None:
+        raise DataError(
+            f"{path}: the sample {key} has a picture but no class (no {where}): say --label-field NAME if its JSON "
+            f"holds the class, or --unlabelled if there are none"
+        )
+    try:
+        label = int(str(value))
+    except ValueError:
+        label = -1
+    if not 0 <= label < 2**31:
+        raise DataError(f"{path}: {where} holds {value!r:.60}, not a class number")
+    return label
+
+
+def _json(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> dict[str, object]:
+    try:
+        record = json.loads(_text(file, path, member))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: {member.name} holds no JSON object")
+    return record
+
+
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a JSON value by its dotted name; true and false count as 1 and 0."""
+    if isinstance(value, (bool, int, float)):
+        yield name, float(value)
+    elif isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(part, f"{name}.{key}" if name else str(key))
+
+
+def _text(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> str:
+    if member.size > MOST_TEXT:
+        raise DataError(f"{path}: {member.name} claims {member.size} bytes, which no class or JSON needs")
+    return _bytes(file, member).decode("utf-8", "replace").strip()
+
+
+def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    return os.pread(file.fileno(), member.size, member.offset_data)
+
+
+def _files(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar that is whole; folders are passed over, whatever else it holds is refused."""
+    end = 0
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", **ENCODING)  # noqa: SIM115  # `file` is the caller's to close
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path} is no plain tar file ({error}): only uncompressed shards can be indexed") from None
+    try:
+        for member in tar:
+            end = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
+            if member.isdir():
+                continue
+            _refuse(path, member)
+            yield member
+    except (tarfile.TarError, OverflowError):
+        raise DataError(damaged(path, tar.offset)) from None
+    # A whole tar ends in zeros; anything else after the last member that could be read means lost samples.
+    file.seek(end)
+    rest = file.read(BLOCK)
+    whole = len(rest) == BLOCK
+    while whole and rest:
+        whole = not rest.strip(b"\0")
+        rest = file.read(1 << 20)
+    if not whole:
+        raise DataError(damaged(path, end))
+
+
+def _refuse(path: Path, member: tarfile.TarInfo) -> None:
+    name = member.name
+    if member.size < 0:
+        raise DataError(damaged(path, member.offset))
+    if name.startswith("/") or ".." in name.split("/") or any(ord(letter) < 32 for letter in name):
+        raise DataError(f"{path}: the member {name!r:.100} has no name that a sample may have")
+    if not member.isfile() or member.issparse():
+        raise DataError(f"{path}: the member {name} is a link, a device or sparse, not a plain file")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A member's (key, extension) by webdataset's rule."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension
