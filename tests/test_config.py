@@ -59,6 +59,7 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("optimizer.lr=-1", "optimizer.lr=-1.0 must be positive"),
         ("deepspeed.bf16.enabled=true", "deepspeed.bf16 is set by this trainer: use precision"),
         ("deepspeed.zero_optimization.stage=2", "use zero instead"),
+        ("data.root=https://me:hunter2@host/shards", "data.root is the folder of the index, not a URL"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(override: str, sentence: str) -> None:

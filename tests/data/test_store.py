@@ -212,6 +212,16 @@ def test_a_cache_that_can_do_no_work_is_refused(tmp_path: Path, remote: Path) ->
         stream.TrainSlices(config(root, tmp_path / "cache", cache_gib=2**-20), 0)
 
 
+def test_a_cache_that_is_too_small_for_the_columns_is_told(tmp_path: Path, remote: Path) -> None:
+    with serve(remote, Faults()) as url:
+        root = indexed(url, tmp_path / "index")
+    largest = max(path.stat().st_size for path in remote.rglob("train/*.tar")) / 2**30
+    slices = stream.TrainSlices(config(root, tmp_path / "cache", columns=9, cache_gib=4 * largest), 0)
+    assert "less than the 9 shards that a batch walks at once" in slices.advice()
+    assert stream.TrainSlices(config(root, tmp_path / "cache", columns=4, cache_gib=4 * largest), 0).advice() == ""
+    assert stream.TrainSlices(config(remote, tmp_path / "cache", cache_gib=1e-9), 0).advice() == ""
+
+
 SECRET = "hunter2"
 
 

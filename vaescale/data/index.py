@@ -136,7 +136,8 @@ def _is_known(part: Path, state: np.ndarray[Any, Any], fields: Fields) -> bool:
 
 
 def how_to_index(folder: Path) -> str:
-    return f"`python launch/shards.py index {folder}` makes it"
+    place = str(folder) if any(folder.glob("*.tar")) else f"SHARDS --out {folder}"
+    return f"`python launch/shards.py index {place}` makes it"
 
 
 def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]) -> None:

@@ -84,6 +84,18 @@ class TrainSlices(Dataset[Decoded]):
         self._ahead = config.columns * max(1, len(self.samples.index) // len(self.samples.index.shards) // 4)
         self.order = Order(self.samples.index.sizes, config.columns, seed)
 
+    def advice(self) -> str:
+        """What to change if the cache cannot hold the shards that a batch walks at once; "" if it can."""
+        shards, config = self.samples.index.shards, self.config
+        walked = min(config.columns, len(shards))
+        need = walked * max(shard.bytes for shard in shards) / 2**30
+        if not self.samples.store.remote or need <= config.cache_gib:
+            return ""
+        return (
+            f"data.cache_gib={config.cache_gib:g} is less than the {walked} shards that a batch walks at once, {need:.3g} "
+            f"GiB: on one node each shard would be fetched many times; raise it, or lower data.columns"
+        )
+
     def __getitem__(self, gs: range) -> Decoded:
         places = np.arange(gs.start, gs.stop)
         samples = self.order(places)

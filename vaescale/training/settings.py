@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from .. import config as mechanics
 from ..config import ConfigError
-from ..data import stream
+from ..data import store, stream
 from ..interfaces import Batch, Model
 from ..models import MODELS
 
@@ -142,6 +142,11 @@ def _require(config: Config) -> None:
         raise ConfigError(f"ema={config.ema} must be below 1, or the averaged weights never move")
     if config.optimizer.lr <= 0:
         raise ConfigError(f"optimizer.lr={config.optimizer.lr} must be positive")
+    if store.is_url(config.data.root):  # not repeated: it may carry a password, and the log is no place for it
+        raise ConfigError(
+            "data.root is the folder of the index, not a URL: make an index of shards behind a URL with "
+            "`python launch/shards.py index URL --out DIR/train`, and set data.root=DIR"
+        )
     for key in config.deepspeed:
         if key in OWNED:
             raise ConfigError(f"deepspeed.{key} is set by this trainer: use {OWNED[key]} instead")

@@ -87,6 +87,8 @@ class Trainer:
     def train(self) -> None:
         config, position = self.config, self.position
         self.console.say(self.banner())
+        if advice := self.slices.advice():
+            self.console.say(advice)
         batches = self.batches()
         window = Window()
         for step in range(position.step, config.steps):
