@@ -92,8 +92,8 @@ class TrainSlices(Dataset[Decoded]):
         if not self.samples.store.remote or need <= config.cache_gib:
             return ""
         return (
-            f"data.cache_gib={config.cache_gib:g} is less than the {walked} shards that a batch walks at once, {need:.3g} "
-            f"GiB: on one node each shard would be fetched many times; raise it, or lower data.columns"
+            f"data.cache_gib={config.cache_gib:g} is less than the {walked} shards that a batch walks at once "
+            f"({need:.3g} GiB): each might be fetched many times; raise it, or lower data.columns"
         )
 
     def __getitem__(self, gs: range) -> Decoded:
