@@ -10,7 +10,7 @@ import pytest
 from PIL import ExifTags, Image, ImageChops, ImageOps
 
 from tests.conftest import jpeg
-from vaescale.data import decode
+from vaescale.data import DataError, decode
 from vaescale.data.demo import PHOTOGRAPHS, find_photographs
 from vaescale.data.order import uniforms
 
@@ -395,6 +395,55 @@ def test_hostile_bytes_are_pixels_or_damaged(kind: str, capfd: pytest.CaptureFix
     assert len(causes) > 50
     assert max(map(len, causes)) < 60
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_turbo_gives_the_pixels_of_pillow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("simplejpeg")
+    for long_side, subsampling in ((None, "4:2:0"), (501, "4:4:4"), (333, "4:2:2")):
+        data = encode(photograph(name, long_side), "JPEG", quality=92, subsampling=subsampling, exif=oriented(6))
+        for g in range(8):
+            arguments = (data, (32, 64, 128, 256)[g % 4], 0.25, True, 0, g)
+            expected = decode.train_image(*arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(decode, "_decode", lambda *_: pytest.fail("left to Pillow"))
+                assert np.array_equal(decode.train_image(*arguments, "turbo"), expected)
+
+
+def outcome(data: bytes, decoder: decode.Decoder) -> list[int] | str:
+    try:
+        return decode.train_image(data, 16, 0.5, True, 0, 0, decoder).tolist()
+    except decode.Damaged as error:
+        return str(error)
+
+
+def test_turbo_leaves_odd_and_hostile_bytes_to_pillow() -> None:
+    pytest.importorskip("simplejpeg")
+    odd = [make() for _, make in ODD.values()]
+    rgb = encode(colours(), "JPEG", keep_rgb=True)
+    rng = random.Random(1)
+    for data in (*odd, rgb, *(changed(data, rng) for data in (*odd, rgb) * 20)):
+        assert outcome(data, "turbo") == outcome(data, "pillow")
+
+
+@pytest.mark.parametrize("order", ["large first", "small first"])
+def test_turbo_takes_no_second_header_for_the_first(order: str) -> None:
+    """Pillow believes the last one, and the size it sees is the only one that is checked."""
+    pytest.importorskip("simplejpeg")
+    small, large = jpeg(0), claims("JPEG", 60_000, 60_000)
+    first, last = (large, small) if order == "large first" else (small, large)
+    at = small.index(b"\xff\xc0")
+    both = first[: at + 19] + last[at:]
+    assert isinstance(outcome(both, "turbo"), str)
+    assert outcome(both, "turbo") == outcome(both, "pillow")
+
+
+def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode.require("pillow")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    decode.require("pillow")
+    with pytest.raises(DataError, match=r"vaescale\[turbo\]"):
+        decode.require("turbo")
 
 
 @pytest.mark.parametrize("keyword", [b"exif", b"xmp", b"Raw profile type exif", b"transparency", b"interlace"])
