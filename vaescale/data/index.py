@@ -7,6 +7,7 @@ and never read whole; nothing is unpickled. The shards may lie elsewhere, on a d
 
 import json
 import os
+from bisect import bisect
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +59,7 @@ class Index:
         self.attributes = _mapped(folder, "attributes.npy") if self.attribute_names else None
         self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
+        self._first: list[int] = self.first.tolist()  # for one sample, bisect takes a tenth of searchsorted's time
         if not len(self.records) == self.sizes.sum() > 0:
             raise DataError(f"{folder}: samples.npy and index.json do not belong together: {how_to_index(folder)}")
 
@@ -65,7 +67,7 @@ class Index:
         return len(self.records)
 
     def locate(self, sample: int) -> Place:
-        shard = int(np.searchsorted(self.first, sample, side="right")) - 1
+        shard = bisect(self._first, sample) - 1
         offset, length, head, label, check = self.records[sample].item()
         return Place(shard, offset, length, head, label, check)
 
