@@ -13,14 +13,16 @@ Each can be interrupted and run again, and goes on where it stopped. Exit codes:
 import argparse
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from vaescale.data import DataError, demo, prepare, shards, stream, tar
+from vaescale.data import DataError, demo, prepare, shards, store, stream, tar
 from vaescale.data.parallel import processors
 
 
 def main() -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `order … | head` ends quietly
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parse()
     try:
         return {"demo": demo_, "prepare": prepare_, "index": index_, "verify": verify_, "order": order_}[
@@ -28,6 +30,9 @@ def main() -> int:
         ](arguments)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
@@ -51,7 +56,8 @@ def prepare_(arguments: argparse.Namespace) -> int:
 
 
 def index_(arguments: argparse.Namespace) -> int:
-    if arguments.out is None and "://" in arguments.source:
+    store.check_place(arguments.source)
+    if arguments.out is None and store.is_url(arguments.source):
         raise DataError(f"say with --out in which folder the index of {arguments.source} goes")
     fields = tar.Fields(
         (arguments.picture,) if arguments.picture else tar.PICTURES,
@@ -80,7 +86,7 @@ def verify_(arguments: argparse.Namespace) -> int:
 
 def order_(arguments: argparse.Namespace) -> int:
     for line in stream.schedule(
-        arguments.folder,
+        stream.Samples(arguments.folder, arguments.cache, arguments.cache_gib),
         arguments.seed,
         arguments.columns,
         arguments.batch,
@@ -98,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     several = argparse.ArgumentParser(add_help=False)
-    several.add_argument("--processes", type=int, default=processors(), help="default: all cores")
+    several.add_argument("--processes", type=positive, default=processors(), help="default: all cores")
 
     command = commands.add_parser("demo", help="write the demo photographs")
     command.add_argument("root", type=Path)
@@ -112,10 +118,17 @@ def parse() -> argparse.Namespace:
     command.add_argument("--out", type=Path, required=True, help="folder of the shards and their index")
     command.add_argument("--labels", type=Path, help="file of labels, for pictures that are in no class folders")
     command.add_argument("--classes", type=Path, help="classes.json of the training shards, to number classes alike")
-    command.add_argument("--short-side", type=int, default=0, help="pixels; default: the original bytes, untouched")
-    command.add_argument("--quality", type=int, default=95, help="JPEG quality with --short-side (95)")
-    command.add_argument("--shard-mib", type=float, default=128, help="size of a shard (128)")
-    command.add_argument("--seed", type=int, default=0, help="of the shuffle (0)")
+    command.add_argument("--short-side", type=natural, default=0, help="pixels; default: the original bytes, untouched")
+    command.add_argument(
+        "--quality",
+        type=int,
+        choices=range(1, 101),
+        metavar="1…100",
+        default=95,
+        help="JPEG quality with --short-side (95)",
+    )
+    command.add_argument("--shard-mib", type=amount, default=128, help="size of a shard (128)")
+    command.add_argument("--seed", type=natural, default=0, help="of the shuffle (0)")
 
     command = commands.add_parser("index", help="index shards that others made", parents=[several])
     command.add_argument("source", help="folder, or URL: http(s)://, s3://, gs://, hf://")
@@ -132,15 +145,38 @@ def parse() -> argparse.Namespace:
 
     command = commands.add_parser("order", help="print what a run reads: step rank worker key")
     command.add_argument("folder", type=Path, help="folder of the index")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--batch", type=int, required=True, help="images a step, over all ranks")
-    command.add_argument("--columns", type=int, default=stream.Config.columns, help="data.columns of the run (256)")
-    command.add_argument("--accumulation", type=int, default=1)
-    command.add_argument("--world", type=int, default=1, help="ranks")
-    command.add_argument("--workers", type=int, default=stream.Config.workers, help="a rank (2)")
-    command.add_argument("--from", dest="first", type=int, default=0, metavar="STEP")
-    command.add_argument("--steps", type=int, default=1)
+    command.add_argument("--seed", type=natural, default=0)
+    command.add_argument("--batch", type=positive, required=True, help="images a step, over all ranks")
+    command.add_argument(
+        "--columns", type=positive, default=stream.Config.columns, help="data.columns of the run (256)"
+    )
+    command.add_argument("--accumulation", type=positive, default=1)
+    command.add_argument("--world", type=positive, default=1, help="ranks")
+    command.add_argument("--workers", type=natural, default=stream.Config.workers, help="a rank (2)")
+    command.add_argument("--from", dest="first", type=natural, default=0, metavar="STEP")
+    command.add_argument("--steps", type=positive, default=1)
+    command.add_argument("--cache", default=stream.Config.cache, help="data.cache, for shards behind a URL")
+    command.add_argument("--cache-gib", type=amount, default=stream.Config.cache_gib)
     return parser.parse_args()
+
+
+def natural(text: str) -> int:
+    if text.isdecimal() and int(text) < 2**48:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is no whole number, 0 or more")
+
+
+def positive(text: str) -> int:
+    if number := natural(text):
+        return number
+    raise argparse.ArgumentTypeError("it must be at least 1")
+
+
+def amount(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < 2**30:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number above 0")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from typing import Any
 
 class Faults:
     """Every `fail`-th request is answered with 503, every `cut`-th breaks off half way, every `stall`-th sends half and
-    waits until the server ends, every `flip`-th has one wrong byte. 0: never."""
+    waits until the server ends, every `flip`-th has one wrong byte. 0: never. `refuse`: all are answered with 403."""
 
-    def __init__(self, fail: int = 0, cut: int = 0, stall: int = 0, flip: int = 0) -> None:
-        self.fail, self.cut, self.stall, self.flip = fail, cut, stall, flip
+    def __init__(self, fail: int = 0, cut: int = 0, stall: int = 0, flip: int = 0, refuse: bool = False) -> None:
+        self.fail, self.cut, self.stall, self.flip, self.refuse = fail, cut, stall, flip, refuse
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
@@ -37,7 +37,9 @@ def serve(folder: Path, faults: Faults) -> Iterator[str]:
         def do_GET(self) -> None:
             number = faults.next(self.path, dict(self.headers))
             path = Path(self.translate_path(self.path))
-            if faults.fail and number % faults.fail == 0:
+            if faults.refuse:
+                self.send_error(403)
+            elif faults.fail and number % faults.fail == 0:
                 self.send_error(503)
             elif path.is_dir() or not path.exists():
                 super().do_GET()

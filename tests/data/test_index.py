@@ -120,6 +120,58 @@ def test_an_index_of_another_make_is_named(tmp_path: Path, head: str) -> None:
         Index(tmp_path)
 
 
+SOUND = {"root": ".", "classes": [], "attributes": [], "hashes": {"samples.npy": ""}}
+ROW = ["a.tar", 1, 1, "0" * 16]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"root": 5},
+        {"hashes": {}},
+        {"shards": [ROW[:3]]},
+        {"shards": [[*ROW, 1]]},
+        {"shards": [["a.tar", -1, 1, ""], ["b.tar", 81, 1, ""]]},
+        {"shards": [["a.tar", 10**30, 1, ""]]},
+        {"shards": [["a.tar", "many", 1, ""]]},
+        {"shards": []},
+    ],
+)
+def test_a_hostile_index_is_one_sentence(tmp_path: Path, change: dict[str, object]) -> None:
+    head = {"format": index.FORMAT, **SOUND, "shards": [ROW], **change}
+    (tmp_path / "index.json").write_text(json.dumps(head))
+    with pytest.raises(DataError, match=r"index\.json is damaged: .*shards\.py index"):
+        Index(tmp_path)
+
+
+def test_a_deep_index_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"index\.json is damaged"):
+        Index(tmp_path)
+
+
+def test_records_of_another_kind_are_refused(tmp_path: Path) -> None:
+    shards.write(tmp_path, samples(4), 2, [])
+    np.save(tmp_path / "samples.npy", np.zeros(4, np.int64))
+    with pytest.raises(DataError, match="do not belong together"):
+        Index(tmp_path)
+
+
+def test_records_that_changed_are_seen_by_verify(tmp_path: Path) -> None:
+    made = shards.write(tmp_path, samples(4), 2, [])
+    changed = np.array(made.records)
+    changed["label"][1] = 6
+    np.save(tmp_path / "samples.npy", changed)
+    with pytest.raises(DataError, match=r"samples\.npy changed since it was written"):
+        shards.verify(tmp_path, False, 1)
+
+
+def test_other_labels_are_another_index(tmp_path: Path) -> None:
+    made = shards.write(tmp_path, samples(4), 2, [])
+    assert made.fingerprint() == make(tmp_path, tmp_path / "same").fingerprint()
+    assert made.fingerprint() != make(tmp_path, tmp_path / "other", fields=Fields(unlabelled=True)).fingerprint()
+
+
 def test_index_and_records_must_belong_together(tmp_path: Path) -> None:
     shards.write(tmp_path, samples(4), 2, [])
     head = json.loads((tmp_path / "index.json").read_text())
@@ -167,7 +219,8 @@ def test_a_hundred_million_samples_open_at_once(tmp_path: Path, start: Start) ->
     """In a process of its own: under a second, and under 200 MB with a batch of 4096 located at g = 10⁹."""
     count, per_shard = 100_000_000, 1000
     rows = [[f"{i:06d}.tar", per_shard, 10_000_000, "0123456789abcdef"] for i in range(count // per_shard)]
-    head = {"format": index.FORMAT, "root": ".", "classes": [], "attributes": [], "shards": rows}
+    head = {"format": index.FORMAT, "root": ".", "classes": [], "attributes": [], "hashes": {"samples.npy": ""}}
+    head["shards"] = rows
     (tmp_path / "index.json").write_text(json.dumps(head))
     np.lib.format.open_memmap(tmp_path / "samples.npy", "w+", index.RECORD, (count,)).flush()  # holes: no disk is used
     code, output = finish(start([sys.executable, "-c", MEASURE, str(tmp_path)]))

@@ -20,6 +20,7 @@ from tests.conftest import Start, finish, jpeg
 from tests.data.test_tar import tar
 from vaescale.data import DataError, prepare, shards
 from vaescale.data.index import Index
+from vaescale.data.parallel import alone
 from vaescale.data.prepare import Settings
 from vaescale.data.stream import Samples
 
@@ -118,7 +119,7 @@ def label_files(folder: Path) -> dict[str, Path]:
         "ILSVRC2012_validation_ground_truth.txt": [str({0: 3, 1: 1, 2: 2}[label]) for label in FLAT],
     }
     for name, lines in texts.items():
-        (folder / name).write_text("\n".join(lines) + "\n")
+        (folder / name).write_text("\ufeff" + "\r\n".join(lines) + "\r\n\r\n")  # as Windows has it
     row = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
     synsets = [(1, WNIDS[1], "b", 0), (2, WNIDS[2], "c", 0), (3, WNIDS[0], "a", 0), (4, "n00001740", "entity", 3)]
     savemat(folder / "meta.mat", {"synsets": np.array(synsets, row)})
@@ -205,6 +206,16 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
     (tmp_path / "two" / "a.jpg").write_bytes(b"")
     (tmp_path / "two" / "a.png").write_bytes(b"")
     (tmp_path / "two.txt").write_text("x\nx\n")
+    (tmp_path / "twice.txt").write_text("a.jpg 1\na.jpg 2\n")
+    (tmp_path / "huge.txt").write_text("a 1\nb 9999999999\n")
+    (tmp_path / "hole" / "n01").mkdir(parents=True)
+    (tmp_path / "hole" / "n02").mkdir()
+    (tmp_path / "hole" / "n02" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "bell" / "n01").mkdir(parents=True)
+    (tmp_path / "bell" / "n01" / "a\a.jpg").write_bytes(b"x")
+    (tmp_path / "pair").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "pair" / name).write_bytes(b"x")
     for source, labels, message in (
         (tmp_path / "none", None, "does not exist"),
         (tmp_path / "empty", None, "holds no pictures"),
@@ -214,6 +225,10 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
         (flat, tmp_path / "numbers.txt", r"are numbers: put the development kit's meta\.mat"),
         (flat, tmp_path / "absent.txt", "cannot be read as text"),
         (tmp_path / "two", tmp_path / "two.txt", "two pictures would have the key a"),
+        (tmp_path / "two", tmp_path / "twice.txt", "name a picture twice"),
+        (tmp_path / "pair", tmp_path / "huge.txt", "class number 9999999999, which is more than"),
+        (tmp_path / "hole", None, "n01 holds no pictures, and the classes after it"),
+        (tmp_path / "bell", None, r"'n01/a\\x07' is no name that a sample may have"),
     ):
         with pytest.raises(DataError, match=message):
             make(source, tmp_path / "out", labels=labels)
@@ -224,6 +239,41 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
     (tmp_path / "out" / "prepared.json").unlink()
     with pytest.raises(DataError, match="already holds shards that were not made by prepare"):
         make(tree, tmp_path / "out")
+
+
+def test_what_lies_beside_pictures_is_passed_over(tmp_path: Path, tree: Path) -> None:
+    """A class folder may be a link; what macOS leaves, pipes and links to nothing are no pictures."""
+    (tmp_path / "tree").mkdir()
+    for wnid in WNIDS:
+        (tmp_path / "tree" / wnid).symlink_to(tree / wnid)
+    (tmp_path / "tree" / "n01440765").mkdir()
+    odd = tmp_path / "tree" / "n01440765"
+    (odd / "a.jpg").write_bytes(picture(0, 0))
+    (odd / "._a.jpg").write_bytes(b"resource fork")
+    (odd / "gone.jpg").symlink_to(tmp_path / "nothing")
+    os.mkfifo(odd / "pipe.jpg")
+    (odd / "empty.jpg").write_bytes(b"")
+    made = make(tmp_path / "tree", tmp_path / "out")
+    assert len(made) == len(EXPECTED) + 1
+    assert made.classes == sorted([*WNIDS, "n01440765"])
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut"])
+def test_a_shard_that_went_is_made_again(tmp_path: Path, tree: Path, damage: str) -> None:
+    made = make(tree, tmp_path / "out")
+    path = tmp_path / "out" / made.shards[1].name
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:2000])
+    assert make(tree, tmp_path / "out").shards == made.shards
+    assert contents(Index(tmp_path / "out")) == EXPECTED
+
+
+def test_two_at_once_are_told_apart(tmp_path: Path, tree: Path) -> None:
+    with alone(tmp_path / "out"), pytest.raises(DataError, match="another process is writing into"):
+        make(tree, tmp_path / "out")
+    assert len(make(tree, tmp_path / "out")) == len(EXPECTED)
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(

@@ -71,7 +71,7 @@ def test_a_failing_server_loses_nothing(tmp_path: Path, remote: Path, impatient:
     with serve(remote, faults) as url:
         index.write_text(index.read_text().replace(before_port(index), url))
         seen = epoch(config(root, tmp_path / "cache", workers=workers, cache_gib=limit))
-        held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar"))
+        held = sum(path.stat().st_size for path in (tmp_path / "cache" / "shards").glob("*.tar"))
     assert same(seen, expected)
     assert len(faults.requests) > 20
     assert 0 < held <= limit * 2**30
@@ -120,7 +120,9 @@ def test_a_cached_shard_that_rots_is_fetched_again(tmp_path: Path, remote: Path)
     with serve(remote, Faults()) as url:
         settings = config(indexed(url, tmp_path / "index"), tmp_path / "cache")
         expected = epoch(settings)
-        for path in (tmp_path / "cache").glob("*.tar"):
+        cached = list((tmp_path / "cache" / "shards").glob("*.tar"))
+        assert len(cached) == 9
+        for path in cached:
             path.write_bytes(bytes(path.stat().st_size))
         assert same(epoch(settings), expected)
 
@@ -220,6 +222,68 @@ def test_a_cache_that_is_too_small_for_the_columns_is_told(tmp_path: Path, remot
     assert "less than the 9 shards that a batch walks at once" in slices.advice()
     assert stream.TrainSlices(config(root, tmp_path / "cache", columns=4, cache_gib=4 * largest), 0).advice() == ""
     assert stream.TrainSlices(config(remote, tmp_path / "cache", cache_gib=1e-9), 0).advice() == ""
+
+
+def test_files_of_others_in_the_cache_folder_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "fetch", fetch_slowly)
+    others = [tmp_path / name for name in ("precious.tar", "foo.partial", "a.b.partial")]
+    for path in others:
+        path.write_bytes(bytes(4 * MIB))
+    for number in range(4):
+        Cache(tmp_path, 3 * MIB).get(shard(number, MIB), "")
+    assert all(path.exists() for path in others)
+
+
+def test_an_answer_without_end_is_cut_off(tmp_path: Path, remote: Path, impatient: None) -> None:
+    """The server sends more than was indexed: no more of it is written than a buffer's worth."""
+    with serve(remote, Faults()) as url:
+        root = indexed(url, tmp_path / "index")
+        largest = []
+        monitored = store._Watch.relative_update
+
+        def watch(self: store._Watch, inc: int = 1) -> None:
+            largest.append(self._got)
+            monitored(self, inc)
+
+        store._Watch.relative_update = watch  # type: ignore[method-assign]
+        try:
+            for path in (remote / "train").glob("*.tar"):
+                path.write_bytes(path.read_bytes() + bytes(30 * MIB))
+            with pytest.raises(DataError, match="its bytes are not those that were indexed"):
+                epoch(config(root, tmp_path / "cache"))
+        finally:
+            store._Watch.relative_update = monitored  # type: ignore[method-assign]
+    assert max(largest) < 6 * MIB
+
+
+def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = store._Watch(None)
+    monkeypatch.setattr(store.time, "monotonic", lambda: watch._begun + 100)
+    watch.relative_update(100 * store.SLOWEST)
+    monkeypatch.setattr(store.time, "monotonic", lambda: watch._begun + 101)
+    with pytest.raises(OSError, match="it comes too slowly"):
+        watch.relative_update(1)
+
+
+def test_an_interrupted_index_of_a_url_goes_on(tmp_path: Path, remote: Path, impatient: None) -> None:
+    hidden = remote / "val" / "000002.tar"
+    data = hidden.read_bytes()
+    hidden.unlink()
+    faults = Faults()
+    with serve(remote, faults) as url:
+        with pytest.raises(DataError, match=r"1 of 4 shards cannot be indexed: .*000002\.tar could not be fetched"):
+            shards.index(f"{url}/val", tmp_path / "index", "{000000..000003}.tar", Fields(), 1)
+        hidden.write_bytes(data)
+        faults.requests.clear()
+        shards.index(f"{url}/val", tmp_path / "index", "{000000..000003}.tar", Fields(), 1)
+    assert set(faults.requests) == {"/val/000002.tar"}
+
+
+def test_a_server_that_refuses_is_asked_once(tmp_path: Path, remote: Path) -> None:
+    faults = Faults(refuse=True)
+    with serve(remote, faults) as url, pytest.raises(DataError, match="could not be fetched: ClientResponseError 403"):
+        store.fetch(f"{url}/val/000000.tar", tmp_path / "x")
+    assert len(faults.requests) == 1
 
 
 SECRET = "hunter2"

@@ -104,9 +104,19 @@ def claim(name: str, size: int) -> tarfile.TarInfo:
     return member
 
 
+def pax(name: str, headers: dict[str, str]) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.pax_headers = headers
+    return member
+
+
 HOSTILE = {
     "parent": ([("../k.jpg", PICTURE), ("../k.cls", b"0")], "no name that a sample may have"),
     "absolute": ([("/tmp/k.jpg", PICTURE)], "no name that a sample may have"),
+    "escape": ([("k\x1b[2J.jpg", PICTURE)], "no name that a sample may have"),
+    "right to left": ([("k\u202egpj.jpg", PICTURE)], "no name that a sample may have"),
+    "sparse map": ([pax("k.jpg", {"GNU.sparse.map": "a,b"})], "is damaged|is no plain tar"),
+    "size in PAX": ([pax("k.jpg", {"size": "-512"})], "is damaged|is no plain tar"),
     "newline": ([("k\n0 0 0 other.jpg", PICTURE)], "no name that a sample may have"),
     "symbolic link": ([special("k.jpg", tarfile.SYMTYPE), ("k.cls", b"0")], r"k\.jpg is a link, a device or sparse"),
     "hard link": ([special("k.jpg", tarfile.LNKTYPE), ("k.cls", b"0")], r"k\.jpg is a link, a device or sparse"),
@@ -120,12 +130,33 @@ HOSTILE = {
 }
 
 
+def form_of(members: list[object]) -> int:
+    headers = any(isinstance(member, tarfile.TarInfo) and member.pax_headers for member in members)
+    return tarfile.PAX_FORMAT if headers else tarfile.GNU_FORMAT
+
+
+def test_a_thousand_chained_headers_are_refused(tmp_path: Path) -> None:
+    """tarfile reads each by calling itself."""
+    header = tarfile.TarInfo("g")
+    header.type, header.size = tarfile.XGLTYPE, 0
+    path = tmp_path / "a.tar"
+    path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) * 3000 + bytes(1024))
+    with pytest.raises(DataError, match=r"is damaged or cut|is no plain tar"):
+        list(scan(path))
+
+
+def test_numbers_beyond_measure_are_left_out(tmp_path: Path) -> None:
+    text = b'{"a": 1' + b"0" * 400 + b', "b": 2}'
+    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), ("k.json", text))
+    assert [one.attributes for one in scan(path)] == [{"b": 2}]
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_tar_is_refused_and_nothing_is_made(tmp_path: Path, name: str) -> None:
     members, message = HOSTILE[name]
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    path = tar(folder / "a.tar", *members, form=tarfile.GNU_FORMAT)
+    path = tar(folder / "a.tar", *members, form=form_of(members))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=message):
         list(scan(path))

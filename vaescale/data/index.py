@@ -18,11 +18,11 @@ import xxhash
 from numpy.lib.format import open_memmap
 
 from . import DataError, store
-from .parallel import each
+from .parallel import atomically, each
 from .store import Shard
 from .tar import Fields, scan
 
-FORMAT = 2
+FORMAT = 3
 # Of the picture's bytes: where they begin, how many, the bytes of tar header before them, their checksum.
 RECORD = np.dtype([("offset", "<i8"), ("length", "<u4"), ("head", "<u4"), ("label", "<i4"), ("check", "<u4")])
 MOST_ATTRIBUTES = 256
@@ -49,18 +49,18 @@ class Index:
     """
 
     def __init__(self, folder: Path) -> None:
-        head = _read_head(folder)
+        head, self.shards = _read_head(folder)
         self.folder = folder
         self.root: str = head["root"] if store.is_url(head["root"]) else str(folder / head["root"])
-        self.shards = [Shard(*row) for row in head["shards"]]
         self.classes: list[str] = head["classes"]
         self.attribute_names: list[str] = head["attributes"]
+        self.hashes: dict[str, str] = head["hashes"]  # file → xxh3
         self.records = _mapped(folder, "samples.npy")
         self.attributes = _mapped(folder, "attributes.npy") if self.attribute_names else None
         self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
         self._first: list[int] = self.first.tolist()  # for one sample, bisect takes a tenth of searchsorted's time
-        if not len(self.records) == self.sizes.sum() > 0:
+        if self.records.dtype != RECORD or not len(self.records) == self.sizes.sum() > 0:
             raise DataError(f"{folder}: samples.npy and index.json do not belong together: {how_to_index(folder)}")
 
     def __len__(self) -> int:
@@ -72,8 +72,12 @@ class Index:
         return Place(shard, offset, length, head, label, check)
 
     def fingerprint(self) -> str:
-        """Changes whenever the samples or their order change."""
-        return xxhash.xxh3_64_hexdigest(json.dumps(self.shards).encode())
+        """Changes whenever the samples, their labels or their order change."""
+        return xxhash.xxh3_64_hexdigest(json.dumps([self.shards, self.hashes["samples.npy"]]).encode())
+
+    def damage(self) -> str:
+        """Which of its own files is not what was written; "" if none. Reads them whole."""
+        return ", ".join(name for name, xxh3 in self.hashes.items() if store.file_hash(self.folder / name) != xxh3)
 
 
 def build(
@@ -101,10 +105,11 @@ def build(
 def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
     """Scan one shard and write what is known of it to `part`; returns the sentence that says why it cannot be read."""
     try:
+        state = f"{store.state(root, name)} {fields}"
+        if _is_known(part, state):
+            return None
         with store.local(root, name) as path:
-            state = np.array([path.stat().st_size, path.stat().st_mtime_ns])
-            if _is_known(part, state, fields):
-                return None
+            size = path.stat().st_size
             entries = list(scan(path, fields))
             digest = store.file_hash(path)
     except OSError as error:
@@ -116,24 +121,22 @@ def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
         return f"{name} has {len(names)} different numbers in its JSON: name those to keep with --attributes"
     values = np.array([[entry.attributes.get(key, np.nan) for key in names] for entry in entries], np.float32)
     records = [(entry.offset, entry.length, entry.head, entry.label, entry.check) for entry in entries]
-    partial = part.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with atomically(part) as partial, partial.open("wb") as file:
         np.savez(
             file,
-            state=state,
-            fields=np.array(repr(fields)),
+            state=np.array(state),
+            bytes=np.array(size),
             records=np.array(records, RECORD),
             names=np.array(names, np.str_),
             values=values.reshape(len(entries), len(names)),
             xxh3=np.array(digest),
         )
-    partial.replace(part)
     return None
 
 
-def _is_known(part: Path, state: np.ndarray[Any, Any], fields: Fields) -> bool:
+def _is_known(part: Path, state: str) -> bool:
     with suppress(OSError, ValueError, KeyError), np.load(part, allow_pickle=False) as known:
-        return np.array_equal(known["state"], state) and str(known["fields"]) == repr(fields)
+        return str(known["state"]) == state
     return False
 
 
@@ -147,7 +150,7 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
     shards, attributes = [], set()
     for name in names:
         with np.load(part_of(folder, name), allow_pickle=False) as part:
-            shards.append(Shard(name, len(part["records"]), int(part["state"][0]), str(part["xxh3"])))
+            shards.append(Shard(name, len(part["records"]), int(part["bytes"]), str(part["xxh3"])))
             attributes |= set(part["names"].tolist())
     total = sum(shard.samples for shard in shards)
     if not total:
@@ -157,9 +160,10 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
             f"{root}: {len(attributes)} different numbers in the JSON: name those to keep with --attributes"
         )
     columns = sorted(attributes)
-    (folder / "index.json").unlink(missing_ok=True)
-    records = open_memmap(folder / ".samples.npy", "w+", RECORD, (total,))
-    values = open_memmap(folder / ".attributes.npy", "w+", np.float32, (total, len(columns))) if columns else None
+    for name in ("index.json", "samples.npy", "attributes.npy"):  # a run that has them open keeps what it has
+        (folder / name).unlink(missing_ok=True)
+    records = open_memmap(folder / "samples.npy", "w+", RECORD, (total,))
+    values = open_memmap(folder / "attributes.npy", "w+", np.float32, (total, len(columns))) if columns else None
     first = 0
     for shard in shards:
         rows = slice(first, first + shard.samples)
@@ -169,37 +173,45 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
                 values[rows] = np.nan
                 values[rows, np.searchsorted(columns, part["names"])] = part["values"]
         first += shard.samples
-    head = {"format": FORMAT, "root": root, "classes": list(classes), "attributes": columns, "shards": shards}
     records.flush()
-    (folder / ".samples.npy").replace(folder / "samples.npy")
-    (folder / "attributes.npy").unlink(missing_ok=True)
+    hashes = {"samples.npy": store.file_hash(folder / "samples.npy")}
     if values is not None:
         values.flush()
-        (folder / ".attributes.npy").replace(folder / "attributes.npy")
-    partial = folder / ".index.json"
-    partial.write_text(json.dumps(head))
-    partial.replace(folder / "index.json")
+        hashes["attributes.npy"] = store.file_hash(folder / "attributes.npy")
+    head = {"format": FORMAT, "root": root, "classes": list(classes), "attributes": columns, "hashes": hashes}
+    with atomically(folder / "index.json") as partial:
+        partial.write_text(json.dumps({**head, "shards": shards}))
 
 
 def part_of(folder: Path, name: str) -> Path:
     return folder / PARTS / f"{name.replace('/', '%')}.npz"
 
 
-def _read_head(folder: Path) -> dict[str, Any]:
+def _read_head(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
     path = folder / "index.json"
     try:
         head = json.loads(path.read_text())
-        made_by, names = head.get("format"), [row[0] for row in head.get("shards", [()])]
-    except FileNotFoundError:
+        made_by = head.get("format")
+        if made_by == FORMAT:
+            shards = [
+                Shard(str(name), int(samples), int(size), str(xxh3)) for name, samples, size, xxh3 in head["shards"]
+            ]
+            sound = min(min(shard.samples, shard.bytes) for shard in shards) >= 0
+            sound &= sum(shard.samples for shard in shards) < 2**40
+            sound &= {"classes", "attributes"} < set(head) and "samples.npy" in head["hashes"]
+            sound &= isinstance(head["root"], str)
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(folder)) from None
-    except (ValueError, AttributeError, TypeError, LookupError):
-        raise DataError(f"{path} is damaged: {how_to_index(folder)}") from None
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError):
+        made_by, sound = FORMAT, False
     if made_by != FORMAT:
         raise DataError(f"{path} was made by another version of vaescale: {how_to_index(folder)} anew")
+    if not sound:
+        raise DataError(f"{path} is damaged: {how_to_index(folder)}")
     store.check_place(head["root"])
-    for name in names:
-        store.check_name(name)
-    return head
+    for shard in shards:
+        store.check_name(shard.name)
+    return head, shards
 
 
 def _missing(folder: Path) -> str:

@@ -8,8 +8,8 @@ ids (or class folders), 0 … 999 for ImageNet.
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,16 +17,16 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from . import DataError, decode, shards
 from .index import PARTS, Index, build, describe, part_of
 from .order import permutation
-from .parallel import each
-from .tar import BLOCK, PICTURES, Fields
+from .parallel import alone, atomically, each, progress
+from .tar import BLOCK, PICTURES, Fields, files
 
 SAMPLED = 64  # pictures re-encoded to know how many fill a shard
 SYNSETS = "meta.mat"
+MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ def prepare(
     order = permutation(len(pictures), settings.seed)
     pictures = [pictures[i] for i in order]
     per_shard, size = _shard_size(pictures, settings)
-    _begin(out, pictures, settings, per_shard)
     parts = [pictures[first : first + per_shard] for first in range(0, len(pictures), per_shard)]
-    if not (out / "index.json").exists():
-        there = sum(path.stat().st_size for path in out.glob("*.tar"))
-        _require_space(out, len(pictures) * size - there)
-        shards.write_classes(out, names)
-        jobs = [(out, number, part, settings) for number, part in enumerate(parts)]
-        for damaged in each(_write, jobs, processes, f"prepare {out}", "shard"):
-            for line in damaged:
-                print(f"left out: {line}", flush=True)
-        build(out, str(out), [shards.name(number) for number in range(len(parts))], Fields(), names, processes)
+    jobs = [(out, number, part, settings) for number, part in enumerate(parts)]
+    with alone(out):
+        _begin(out, pictures, settings, per_shard)
+        if not _finished(out, len(parts)):
+            _require_space(out, len(pictures) * size - sum(path.stat().st_size for path in out.glob("*.tar")))
+            shards.write_classes(out, names)
+            for damaged in each(_write, jobs, processes, f"prepare {out}", "shard"):
+                for line in damaged:
+                    print(f"left out: {line}", flush=True)
+            build(out, str(out), [shards.name(number) for number in range(len(parts))], Fields(), names, processes)
     return Index(out)
 
 
@@ -84,10 +84,13 @@ def listing(source: Path, labels: Path | None, classes: Sequence[str]) -> tuple[
             f"training tar, or the flat validation set with --labels"
         )
     named.sort(key=lambda one: one[1].key)
+    for _, picture in named:
+        if not picture.key.isprintable():
+            raise DataError(f"{source}: {picture.key!a} is no name that a sample may have: rename it")
     given = _read_labels(labels, [one.key for _, one in named]) if labels else [name for name, _ in named]
     if not all(given):
         raise DataError(f"{source} has no class folders: give the file that holds its labels with --labels")
-    numbered = labels is not None and all(name.isdigit() for name in given)
+    numbered = labels is not None and all(name.isdecimal() for name in given)
     known = list(classes) or _class_names(given, numbered)
     # A number in a file of labels is the label itself, not a name.
     place = {str(label) if numbered else name: label for label, name in enumerate(known)}
@@ -102,52 +105,47 @@ def listing(source: Path, labels: Path | None, classes: Sequence[str]) -> tuple[
 
 def _class_names(given: Sequence[str], numbered: bool) -> list[str]:
     if numbered:
-        return [str(label) for label in range(max(map(int, given)) + 1)]
-    numbers = all(name.isdigit() for name in given)
+        if (last := max(map(int, given))) >= MOST_CLASSES:
+            raise DataError(f"the labels hold the class number {last}, which is more than {MOST_CLASSES} classes")
+        return [str(label) for label in range(last + 1)]
+    numbers = all(name.isdecimal() for name in given)
     return sorted(set(given), key=lambda name: (int(name), name) if numbers else (0, name))
 
 
 def _in_folder(source: Path) -> Iterator[tuple[str, Picture]]:
-    """(class folder or "", picture) of a tree, however deep."""
-    for folder, below, files in tqdm(os.walk(source), desc=f"list {source}", unit="folder", disable=None):
-        below.sort()
+    """(class folder or "", picture) of a tree, however deep. Raises DataError for a class folder without pictures."""
+    empty = {path.name for path in source.iterdir() if path.is_dir()}
+    for folder, _, names in progress(os.walk(source, True, _unreadable, True), f"list {source}", "folder"):
         inside = Path(folder).relative_to(source).as_posix()
         name = "" if inside == "." else inside.split("/")[0]
-        for file in files:
+        for file in names:
             path = Path(folder, file)
-            if path.suffix[1:].lower() in PICTURES:
+            # A dot begins what macOS and editors leave beside pictures.
+            if path.suffix[1:].lower() in PICTURES and not file.startswith(".") and path.is_file():
+                empty.discard(name)
                 yield name, _picture(name, file, path, 0, path.stat().st_size)
+    if empty:
+        raise DataError(
+            f"{source / min(empty)} holds no pictures, and the classes after it would be numbered otherwise: "
+            f"fill or remove it"
+        )
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror})")
 
 
 def _in_tar(source: Path) -> Iterator[tuple[str, Picture]]:
     """(WordNet id or "", picture) of the training tar of tars, or of a flat tar."""
-    for member in tqdm(_members(source, 0), desc=f"list {source}", unit="member", disable=None):
-        if member.name.endswith(".tar"):
-            name = Path(member.name).stem
-            for inner in _members(source, member.offset_data):
-                if Path(inner.name).suffix[1:].lower() in PICTURES:
-                    yield name, _picture(name, inner.name, source, inner.offset_data, inner.size)
-        elif Path(member.name).suffix[1:].lower() in PICTURES:
-            yield "", _picture("", member.name, source, member.offset_data, member.size)
-
-
-def _members(source: Path, begin: int) -> Iterator[tarfile.TarInfo]:
-    """The files of the tar that begins at byte `begin`; raises DataError where it is cut or damaged."""
-    end = begin
-    try:
-        with source.open("rb") as file:
-            file.seek(begin)
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
-                for member in tar:
-                    end = member.offset_data + (max(member.size, 0) + BLOCK - 1) // BLOCK * BLOCK
-                    if member.isfile():
-                        yield member
-            file.seek(end)
-            whole = file.read(BLOCK) == bytes(BLOCK)
-    except (OSError, tarfile.TarError, OverflowError):
-        whole = False
-    if not whole:
-        raise DataError(f"{source} is no tar, or damaged or cut at byte {end}: fetch it again")
+    with source.open("rb") as outer, source.open("rb") as within:
+        for member in progress(files(outer, source), f"list {source}", "member"):
+            if member.name.endswith(".tar"):
+                name = Path(member.name).stem
+                for inner in files(within, source, member.offset_data):
+                    if Path(inner.name).suffix[1:].lower() in PICTURES:
+                        yield name, _picture(name, inner.name, source, inner.offset_data, inner.size)
+            elif Path(member.name).suffix[1:].lower() in PICTURES:
+                yield "", _picture("", member.name, source, member.offset_data, member.size)
 
 
 def _picture(name: str, file: str, path: Path, offset: int, length: int) -> Picture:
@@ -164,20 +162,23 @@ def _read_labels(path: Path, keys: Sequence[str]) -> list[str]:
     them explains. Numbers after a file name (Caffe's val.txt) stay numbers.
     """
     try:
-        lines = [line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig").replace(",", " ").replace('"', " ")
+        lines = [line.split() for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError):
         raise DataError(f"the labels {path} cannot be read as text") from None
     if lines and lines[0][0] == "ImageId":
         del lines[0]
     if all(len(line) >= 2 for line in lines):
         given = {line[0].rpartition("/")[2].partition(".")[0].replace(".", "_"): line[1] for line in lines}
+        if len(given) < len(lines):
+            raise DataError(f"the labels {path} name a picture twice")
         if missing := [key for key in keys if key not in given]:
             raise DataError(f"the labels {path} do not name {missing[0]}")
         return [given[key] for key in keys]
     if len(lines) != len(keys):
         raise DataError(f"the labels {path} have {len(lines)} lines, but there are {len(keys)} pictures")
     names = [line[0] for line in lines]
-    return _synsets(path, names) if all(name.isdigit() for name in names) else names
+    return _synsets(path, names) if all(name.isdecimal() for name in names) else names
 
 
 def _synsets(path: Path, numbers: Sequence[str]) -> list[str]:
@@ -214,17 +215,26 @@ def _begin(out: Path, pictures: Sequence[Picture], settings: Settings, per_shard
     plan = {**asdict(settings), "per_shard": per_shard, "pictures": len(pictures), "listing": listed.hexdigest()}
     path = out / "prepared.json"
     if path.exists() or any(out.glob("*.tar")):
-        before = json.loads(path.read_text()) if path.exists() else {}
-        if not before:
-            raise DataError(f"{out} already holds shards that were not made by prepare: give an empty --out")
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            raise DataError(f"{out} already holds shards that were not made by prepare: give an empty --out") from None
         if before != plan:
             other = next((key for key in plan if before.get(key) != plan[key]), "")
             raise DataError(
                 f"{out} already holds other shards ({other} was {before.get(other)}, is now {plan[other]}): give an "
                 f"empty --out, or the same settings and source to go on"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan, indent=1))
+    with atomically(path) as partial:
+        partial.write_text(json.dumps(plan, indent=1))
+
+
+def _finished(out: Path, parts: int) -> bool:
+    """Whether the index and every shard in it are there."""
+    with suppress(DataError, OSError):
+        made = Index(out).shards
+        return len(made) == parts and all((out / shard.name).stat().st_size == shard.bytes for shard in made)
+    return False
 
 
 def _require_space(out: Path, need: float) -> None:
@@ -240,9 +250,10 @@ def _write(out: Path, number: int, pictures: Sequence[Picture], settings: Settin
     """One shard and what the index needs of it, unless it is there; returns the pictures that had to be left out."""
     path = out / shards.name(number)
     damaged: list[str] = []
-    if not path.exists():
-        shards.write_shard(path, _samples(pictures, settings, damaged))
     (out / PARTS).mkdir(exist_ok=True)
+    if path.exists() and not describe(str(out), path.name, Fields(), part_of(out, path.name)):
+        return damaged
+    shards.write_shard(path, _samples(pictures, settings, damaged))
     # Now, while the file is still in memory.
     if fault := describe(str(out), path.name, Fields(), part_of(out, path.name)):
         raise DataError(fault)
@@ -253,20 +264,20 @@ def _samples(pictures: Sequence[Picture], settings: Settings, damaged: list[str]
     for one in pictures:
         data = _bytes_of(one, settings)
         if data is None:
-            damaged.append(f"{one.key} cannot be decoded")
+            damaged.append(f"{one.key} {'cannot be decoded' if one.length else 'is empty'}")
         else:
             yield shards.Sample(one.key, data, one.label, "jpg" if settings.short_side else one.extension)
 
 
 def _bytes_of(picture: Picture, settings: Settings) -> bytes | None:
-    """The bytes to be written; None if they would have to be decoded and cannot be."""
+    """The bytes to be written; None if there are none, or they would have to be decoded and cannot be."""
     with Path(picture.path).open("rb") as file:
         file.seek(picture.offset)
         data = file.read(picture.length)
     if len(data) < picture.length:
         raise DataError(f"{picture.path} has become shorter since it was listed: run the same command again")
     if not settings.short_side:
-        return data
+        return data or None
     try:
         return decode.prepared(data, settings.short_side, settings.quality)
     except decode.Damaged:

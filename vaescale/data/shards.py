@@ -16,8 +16,8 @@ import webdataset
 from numpy.typing import NDArray
 
 from . import DataError, decode, store
-from .index import Index, build
-from .parallel import each
+from .index import Index, build, how_to_index
+from .parallel import alone, atomically, each
 from .tar import Fields, checksum, scan
 
 
@@ -54,17 +54,19 @@ def name(number: int) -> str:
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
     """One tar, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with webdataset.TarWriter(str(partial), mtime=0, user="vaescale", group="vaescale") as tar:
+    with (
+        atomically(path) as partial,
+        webdataset.TarWriter(str(partial), mtime=0, user="vaescale", group="vaescale") as tar,
+    ):
         for sample in samples:
             label = str(sample.label).encode()
             tar.write({"__key__": sample.key, sample.extension: sample.image, "cls": label})
-    partial.replace(path)
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
     """classes.json: the name of class 0, of class 1, …"""
-    (folder / "classes.json").write_text(json.dumps(list(classes), indent=0, ensure_ascii=False))
+    with atomically(folder / "classes.json") as partial:
+        partial.write_text(json.dumps(list(classes), indent=0))
 
 
 def read_classes(path: Path) -> list[str]:
@@ -83,13 +85,19 @@ def index(source: str, folder: Path, pattern: str, fields: Fields, processes: in
     """Index the shards in `source`, a folder or a URL, that match `pattern`; the index goes into `folder`."""
     names = store.names_in(source, pattern)
     classes = [] if store.is_url(source) else read_classes(Path(source) / "classes.json")
-    return build(folder, source, names, fields, classes, processes)
+    with alone(folder):
+        return build(folder, source, names, fields, classes, processes)
 
 
 def verify(folder: Path, decoding: bool, processes: int) -> Iterator[Finding]:
-    """Read every shard of an index back; with `decoding`, every picture is decoded too. Yields what is wrong."""
-    shards = Index(folder).shards
-    jobs = [(folder, number, decoding) for number in range(len(shards))]
+    """Read every shard of an index back; with `decoding`, every picture is decoded too. Yields what is wrong.
+
+    Raises DataError if the index itself is damaged.
+    """
+    index = Index(folder)
+    if damage := index.damage():
+        raise DataError(f"{folder}: {damage} changed since it was written: {how_to_index(folder)} anew")
+    jobs = [(folder, number, decoding) for number in range(len(index.shards))]
     return (finding for finding in each(examine, jobs, processes, f"verify {folder}", "shard") if finding)
 
 

@@ -4,6 +4,7 @@ Credentials are found by each protocol's own means (AWS_*, GOOGLE_APPLICATION_CR
 or fsspec's FSSPEC_* variables); a URL that carries them is refused, for it would stand in the index and the log.
 """
 
+import errno
 import os
 import random
 import re
@@ -29,6 +30,9 @@ OPEN_SHARDS = 64  # file descriptors that a process keeps
 TRIES = 8  # of one shard; with the pauses between them about a minute
 FIRST_PAUSE = 0.5  # seconds; each is twice as long as the one before, less a random part
 STALL = 30.0  # seconds without a byte after which an http connection is given up
+SLOWEST = 10_000  # bytes a second; what comes more slowly is begun anew
+HASH = "[0-9a-f]" * 16  # of a shard, in the cache's file names
+CHANGED = "its bytes are not those that were indexed"
 AHEAD = 2  # shards that one process prefetches at once
 
 
@@ -48,7 +52,10 @@ def check_place(place: str) -> str:
     if "pipe:" in place or "::" in place or (":" in place and not is_url(place)):
         raise DataError("shards are read from a folder or a URL: pipes and chained protocols (pipe:, ::) are refused")
     if is_url(place):
-        url = urlsplit(place)
+        try:
+            url = urlsplit(place)
+        except ValueError:
+            raise DataError("the URL of the shards is not a URL: check its brackets") from None
         if url.scheme not in EXTRAS:
             raise DataError(f"{url.scheme}:// is none of the protocols that shards are read by: {', '.join(EXTRAS)}")
         if "@" in url.netloc or url.query:
@@ -61,7 +68,13 @@ def check_place(place: str) -> str:
 
 def check_name(name: str) -> str:
     """A shard's name under its root: a plain relative path."""
-    if not name or name.startswith("/") or ".." in name.split("/") or re.search(r"[:|?#\0-\x1f]", name):
+    if (
+        not name
+        or name.startswith("/")
+        or ".." in name.split("/")
+        or re.search(r"[:|?#%]", name)
+        or not name.isprintable()
+    ):
         raise DataError(f"{name!r:.80} is no name that a shard may have: it must lie under its folder")
     return name
 
@@ -70,8 +83,12 @@ def names_in(root: str, pattern: str) -> list[str]:
     """The shards under `root` that match `pattern`, which may hold *, ? and, as webdataset's do, {000..127}."""
     check_place(root)
     found: list[str] = []
-    for one in braceexpand(check_name(pattern)):
-        check_name(one)
+    try:
+        expanded = list(braceexpand(check_name(pattern.replace("?", "*")) and pattern))
+    except ValueError:
+        raise DataError(f"the pattern {pattern} has an odd brace: write {{0000..1023}}") from None
+    for one in expanded:
+        check_name(one.replace("?", "*"))
         if not re.search(r"[*?\[]", one):
             found.append(one)
         elif is_url(root):
@@ -80,7 +97,21 @@ def names_in(root: str, pattern: str) -> list[str]:
             found += sorted(path.relative_to(root).as_posix() for path in Path(root).glob(one))
     if not found:
         raise DataError(f"no file in {root} matches {pattern}: give the folder that holds the shards, or --pattern")
+    if len(set(found)) < len(found):
+        raise DataError(f"the pattern {pattern} names a shard twice")
     return [check_name(name) for name in found]
+
+
+def state(root: str, name: str) -> str:
+    """Changes when a shard does: its size and time, or what the server tells. "" if nobody tells."""
+    if not is_url(root):
+        stat = (Path(root) / name).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    try:
+        filesystem, path = _filesystem(f"{root.rstrip('/')}/{name}")
+        return repr(sorted(filesystem.info(path).items(), key=repr))
+    except Exception:  # fetching it will tell better what is wrong
+        return ""
 
 
 @contextmanager
@@ -103,20 +134,49 @@ def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
         try:
             filesystem, path = _filesystem(url)
-            filesystem.get_file(path, str(target))
+            filesystem.get_file(path, str(target), callback=_Watch(shard.bytes if shard else None))
             if shard is None or (target.stat().st_size, file_hash(target)) == (shard.bytes, shard.xxh3):
                 return
-            wrong = "its bytes are not those that were indexed"
+            raise Unfit(CHANGED)
+        except Unfit as error:
+            wrong = str(error)
         except (FileNotFoundError, PermissionError) as error:
             wrong = type(error).__name__
             break
         except ImportError:
-            protocol = urlsplit(url).scheme
-            raise DataError(f"{protocol}:// needs a package: pip install 'vaescale[{EXTRAS[protocol]}]'") from None
+            raise _uninstalled(url) from None
         except Exception as error:  # each protocol's library has errors of its own
             # Its text may hold a signed URL: only what kind it was, and the status of the answer, may be told.
-            wrong = " ".join(str(part) for part in (type(error).__name__, getattr(error, "status", "")) if part)
+            status = getattr(error, "status", None)
+            wrong = f"{type(error).__name__} {status or ''}".strip()
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                wrong = f"the disk of {target.parent} is full"
+                break
+            if status in (401, 403, 410):  # asking again does not help
+                break
     raise DataError(f"{url} could not be fetched: {wrong}")
+
+
+class Unfit(OSError):
+    """What was copied is of no use; the text says why."""
+
+
+class _Watch(fsspec.Callback):
+    """Ends a copy that brings more bytes than there are, or so few that it would take for ever."""
+
+    def __init__(self, most: int | None) -> None:
+        super().__init__()
+        self._most = most
+        self._got = 0
+        self._begun = time.monotonic()
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._got += inc
+        seconds = time.monotonic() - self._begun
+        if self._most is not None and self._got > self._most:
+            raise Unfit(CHANGED)
+        if seconds > STALL and self._got < SLOWEST * seconds:
+            raise Unfit("it comes too slowly")
 
 
 class Store:
@@ -127,7 +187,7 @@ class Store:
         self._root = root
         self._shards = shards
         self._files: dict[int, int] = {}
-        self._cache = Cache(Path(cache).expanduser(), int(gib * 2**30))
+        self._cache = Cache(Path(cache).expanduser() / "shards", int(gib * 2**30))
         self._fetching: dict[int, threading.Thread] = {}
         if self.remote:
             self._cache.require(shards)
@@ -146,7 +206,7 @@ class Store:
 
     def refetch(self, number: int) -> None:
         """Drop a cached copy that turned out to be damaged; the next read fetches the shard again."""
-        self._cache.path(self._shards[number]).unlink(missing_ok=True)
+        self._cache.drop(self._shards[number])
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Begin to fetch those shards that are not in the cache, at most AHEAD at a time."""
@@ -212,6 +272,10 @@ class Cache:
                     partial.replace(path)
         return path
 
+    def drop(self, shard: Shard) -> None:
+        with self._lock("lock"):
+            self.path(shard).unlink(missing_ok=True)
+
     def require(self, shards: Sequence[Shard]) -> None:
         """Raises DataError unless the cache can do its work."""
         least = (AHEAD + 1) * max(shard.bytes for shard in shards)
@@ -221,9 +285,8 @@ class Cache:
                 f"{least / 2**30:.3g}"
             )
         there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        missing = min(self.limit, sum(shard.bytes for shard in shards)) - sum(
-            path.stat().st_size for path in self.folder.glob("*.tar")
-        )
+        held = sum(size for _, size, _ in self._held())
+        missing = min(self.limit, sum(shard.bytes for shard in shards)) - held
         if missing > (free := shutil.disk_usage(there).free):
             raise DataError(
                 f"data.cache={self.folder} may grow by {missing / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} "
@@ -234,14 +297,12 @@ class Cache:
         """Make room for a shard; its file's name holds the room until the bytes do."""
         while True:
             with self._lock("lock"):
-                held = sorted(
-                    (path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*.tar")
-                )
+                held = self._held()
                 room = self.limit - sum(size for _, size, _ in held) - self._coming(shard)
                 for _, size, path in held:
                     if room >= shard.bytes:
                         break
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                     room += size
                 if room >= shard.bytes:
                     partial = self.folder / f"{shard.xxh3}.{shard.bytes}.partial"
@@ -249,10 +310,19 @@ class Cache:
                     return partial
             time.sleep(0.1)  # all the room is promised to shards that are being fetched: they will be there soon
 
+    def _held(self) -> list[tuple[int, int, Path]]:
+        """(time of last use, bytes, path) of the shards here, the least recently used first; of no other file."""
+        held = []
+        for path in self.folder.glob(f"{HASH}.tar"):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                held.append((stat.st_mtime_ns, stat.st_size, path))
+        return sorted(held)
+
     def _coming(self, shard: Shard) -> int:
         """Bytes promised to others; what a dead process left behind is removed."""
         coming = 0
-        for partial in self.folder.glob("*.partial"):
+        for partial in self.folder.glob(f"{HASH}.*.partial"):
             xxh3, size, _ = partial.name.split(".")
             if xxh3 == shard.xxh3:
                 continue
@@ -279,13 +349,17 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def _uninstalled(url: str) -> DataError:
+    protocol = urlsplit(url).scheme
+    return DataError(f"{protocol}:// needs a package: pip install 'vaescale[{EXTRAS[protocol]}]'")
+
+
 def _listed(root: str, pattern: str) -> list[str]:
     try:
         filesystem, path = _filesystem(root.rstrip("/"))
         return sorted(name[len(path) + 1 :] for name in filesystem.glob(f"{path}/{pattern}"))
     except ImportError:
-        protocol = urlsplit(root).scheme
-        raise DataError(f"{protocol}:// needs a package: pip install 'vaescale[{EXTRAS[protocol]}]'") from None
+        raise _uninstalled(root) from None
     except Exception as error:
         raise DataError(
             f"{root} cannot be listed ({type(error).__name__}): name the shards with braces, "

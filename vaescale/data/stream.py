@@ -172,7 +172,7 @@ def train_ranges(images: int, batch: int, accumulation: int, rank: int, world: i
 
 
 def schedule(
-    folder: Path,
+    samples: Samples,
     seed: int,
     columns: int,
     batch: int,
@@ -187,7 +187,6 @@ def schedule(
     """
     if batch % (accumulation * world):
         raise DataError(f"a batch of {batch} cannot be split into {accumulation} micro-batches on {world} ranks")
-    samples = Samples(folder)
     order = Order(samples.index.sizes, columns, seed)
     ranges = [train_ranges(first * batch, batch, accumulation, rank, world) for rank in range(world)]
     for step in range(first, first + steps):

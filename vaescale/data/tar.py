@@ -10,7 +10,8 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,8 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes of a tar header
 MOST_BYTES = 1 << 28  # of one picture
 MOST_TEXT = 1 << 20  # bytes of one .cls or .json
+# What tarfile raises for bytes that are no tar, or a hostile one.
+ODD = (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
 ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # of names
 
 Members = list[tuple[str, tarfile.TarInfo]]  # each with its extension
@@ -58,7 +61,7 @@ def scan(path: Path, fields: Fields = Fields()) -> Iterator[Entry]:
     """
     keys: set[str] = set()
     with path.open("rb") as file:
-        for group in _groups(file, path):
+        for group in _groups(files(file, path)):
             for key, members in _samples(group, fields):
                 if key in keys or len({extension for extension, _ in members}) < len(members):
                     raise DataError(
@@ -78,7 +81,7 @@ def key_in(head: bytes) -> str:
     try:
         with tarfile.open(fileobj=io.BytesIO(head), mode="r:", **ENCODING) as tar:
             first = tar.next()
-    except tarfile.TarError:
+    except ODD:
         return ""
     return first.name.rpartition(".")[0] if first else ""
 
@@ -87,10 +90,41 @@ def damaged(path: Path, place: int) -> str:
     return f"{path} is damaged or cut at byte {place}: fetch or write this shard again"
 
 
-def _groups(file: BinaryIO, path: Path) -> Iterator[Members]:
+def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInfo]:
+    """The regular files of the tar that begins at byte `begin`; folders are passed over, whatever else is refused.
+
+    Raises DataError unless the tar is whole; what follows its end must be zeros, unless it lies inside another.
+    """
+    file.seek(begin)
+    end = begin
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", **ENCODING)  # noqa: SIM115  # `file` is the caller's to close
+    except ODD as error:
+        raise DataError(f"{path} is no plain tar file ({error}): only uncompressed ones can be read") from None
+    try:
+        for member in tar:
+            end = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
+            if member.isdir():
+                continue
+            _refuse(path, member)
+            yield member
+    except ODD:
+        raise DataError(damaged(path, tar.offset)) from None
+    # A whole tar ends in zeros; anything else after the last member that could be read means lost samples.
+    file.seek(end)
+    rest = file.read(BLOCK)
+    whole = len(rest) == BLOCK
+    while whole and rest:
+        whole = not rest.strip(b"\0")
+        rest = b"" if begin else file.read(1 << 20)
+    if not whole:
+        raise DataError(damaged(path, end))
+
+
+def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[Members]:
     """Consecutive members of one key."""
-    members = ((*_split(member.name), member) for member in _files(file, path))
-    for _, group in groupby(members, key=lambda member: member[0]):
+    split = ((*_split(member.name), member) for member in members)
+    for _, group in groupby(split, key=lambda member: member[0]):
         yield [(extension, member) for _, extension, member in group]
 
 
@@ -166,7 +200,8 @@ def _json(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> dict[str, obje
 def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
     """Every number in a JSON value by its dotted name; true and false count as 1 and 0."""
     if isinstance(value, (bool, int, float)):
-        yield name, float(value)
+        with suppress(OverflowError):  # an integer of hundreds of digits measures nothing
+            yield name, float(value)
     elif isinstance(value, (dict, list)):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _numbers(part, f"{name}.{key}" if name else str(key))
@@ -175,45 +210,18 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
 def _text(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> str:
     if member.size > MOST_TEXT:
         raise DataError(f"{path}: {member.name} claims {member.size} bytes, which no class or JSON needs")
-    return _bytes(file, member).decode("utf-8", "replace").strip()
+    return _bytes(file, member).decode("utf-8-sig", "replace").strip()
 
 
 def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return os.pread(file.fileno(), member.size, member.offset_data)
 
 
-def _files(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar that is whole; folders are passed over, whatever else it holds is refused."""
-    end = 0
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:", **ENCODING)  # noqa: SIM115  # `file` is the caller's to close
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path} is no plain tar file ({error}): only uncompressed shards can be indexed") from None
-    try:
-        for member in tar:
-            end = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
-            if member.isdir():
-                continue
-            _refuse(path, member)
-            yield member
-    except (tarfile.TarError, OverflowError):
-        raise DataError(damaged(path, tar.offset)) from None
-    # A whole tar ends in zeros; anything else after the last member that could be read means lost samples.
-    file.seek(end)
-    rest = file.read(BLOCK)
-    whole = len(rest) == BLOCK
-    while whole and rest:
-        whole = not rest.strip(b"\0")
-        rest = file.read(1 << 20)
-    if not whole:
-        raise DataError(damaged(path, end))
-
-
 def _refuse(path: Path, member: tarfile.TarInfo) -> None:
     name = member.name
     if member.size < 0:
         raise DataError(damaged(path, member.offset))
-    if name.startswith("/") or ".." in name.split("/") or any(ord(letter) < 32 for letter in name):
+    if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
         raise DataError(f"{path}: the member {name!r:.100} has no name that a sample may have")
     if not member.isfile() or member.issparse():
         raise DataError(f"{path}: the member {name} is a link, a device or sparse, not a plain file")

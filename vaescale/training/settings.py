@@ -135,6 +135,8 @@ def _require(config: Config) -> None:
         "every.validate": (config.every.validate, 1),
         "every.checkpoint": (config.every.checkpoint, 1),
     }
+    if not 0 <= config.data.cache_gib < 2**30:
+        raise ConfigError(f"data.cache_gib={config.data.cache_gib} must be a number of GiB, 0 or more")
     for key, (value, bound) in least.items():
         if value < bound:
             raise ConfigError(f"{key}={value} must be at least {bound}")
@@ -142,6 +144,8 @@ def _require(config: Config) -> None:
         raise ConfigError(f"ema={config.ema} must be below 1, or the averaged weights never move")
     if config.optimizer.lr <= 0:
         raise ConfigError(f"optimizer.lr={config.optimizer.lr} must be positive")
+    if store.is_url(config.data.cache):
+        raise ConfigError("data.cache is a folder on the node's own disk, not a URL")
     if store.is_url(config.data.root):  # not repeated: it may carry a password, and the log is no place for it
         raise ConfigError(
             "data.root is the folder of the index, not a URL: make an index of shards behind a URL with "
