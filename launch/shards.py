@@ -16,7 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from vaescale.data import DataError, demo, prepare, shards, store, stream, tar
+from vaescale.data import DataError, demo, places, prepare, shards, stream, tar
 from vaescale.data.parallel import processors
 
 
@@ -56,8 +56,8 @@ def prepare_(arguments: argparse.Namespace) -> int:
 
 
 def index_(arguments: argparse.Namespace) -> int:
-    store.check_place(arguments.source)
-    if arguments.out is None and store.is_url(arguments.source):
+    places.check_place(arguments.source)
+    if arguments.out is None and places.is_url(arguments.source):
         raise DataError(f"say with --out in which folder the index of {arguments.source} goes")
     fields = tar.Fields(
         (arguments.picture,) if arguments.picture else tar.PICTURES,

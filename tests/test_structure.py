@@ -22,7 +22,7 @@ ONLY = {
     "deepspeed": "training/engine.py",
     "omegaconf": "config.py",
     "webdataset": "data/shards.py",
-    "fsspec": "data/store.py",
+    "fsspec": "data/places.py",
     "torchmetrics": "evaluation/metrics.py",
 }
 

@@ -14,8 +14,9 @@ from filelock import FileLock
 
 from tests.conftest import samples
 from tests.data.server import Faults, serve
-from vaescale.data import DataError, shards, store, stream
-from vaescale.data.store import Cache, Shard, check_place, names_in
+from vaescale.data import DataError, places, shards, store, stream
+from vaescale.data.places import Shard, check_place, names_in
+from vaescale.data.store import Cache
 from vaescale.data.tar import Fields
 
 MIB = 2**20
@@ -24,8 +25,8 @@ MIB = 2**20
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes half a minute in earnest takes a second here."""
-    monkeypatch.setattr(store, "STALL", 0.5)
-    monkeypatch.setattr(store, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(places, "STALL", 0.5)
+    monkeypatch.setattr(places, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -92,9 +93,10 @@ def test_indexing_a_url_equals_indexing_the_folder(tmp_path: Path, remote: Path,
         assert (found.shard, found.lost) == ("000001.tar", 3)
 
 
-def test_validation_reads_from_a_url(tmp_path: Path, remote: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_reads_from_a_url(tmp_path: Path, remote: Path, workers: int) -> None:
     with serve(remote, Faults()) as url:
-        slices = stream.ValidationSlices(config(indexed(url, tmp_path / "index"), tmp_path / "cache"))
+        slices = stream.ValidationSlices(config(indexed(url, tmp_path / "index"), tmp_path / "cache", workers=workers))
         local = stream.ValidationSlices(config(remote, tmp_path / "none"))
         for one, two in zip(*(stream.validation_loader(s, 4, 0, 1, False) for s in (slices, local)), strict=True):
             assert torch.equal(one.batch.x, two.batch.x)
@@ -239,28 +241,28 @@ def test_an_answer_without_end_is_cut_off(tmp_path: Path, remote: Path, impatien
     with serve(remote, Faults()) as url:
         root = indexed(url, tmp_path / "index")
         largest = []
-        monitored = store._Watch.relative_update
+        monitored = places._Watch.relative_update
 
-        def watch(self: store._Watch, inc: int = 1) -> None:
+        def watch(self: places._Watch, inc: int = 1) -> None:
             largest.append(self._got)
             monitored(self, inc)
 
-        store._Watch.relative_update = watch  # type: ignore[method-assign]
+        places._Watch.relative_update = watch  # type: ignore[method-assign]
         try:
             for path in (remote / "train").glob("*.tar"):
                 path.write_bytes(path.read_bytes() + bytes(30 * MIB))
             with pytest.raises(DataError, match="its bytes are not those that were indexed"):
                 epoch(config(root, tmp_path / "cache"))
         finally:
-            store._Watch.relative_update = monitored  # type: ignore[method-assign]
+            places._Watch.relative_update = monitored  # type: ignore[method-assign]
     assert max(largest) < 6 * MIB
 
 
 def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = store._Watch(None)
-    monkeypatch.setattr(store.time, "monotonic", lambda: watch._begun + 100)
-    watch.relative_update(100 * store.SLOWEST)
-    monkeypatch.setattr(store.time, "monotonic", lambda: watch._begun + 101)
+    watch = places._Watch(None)
+    monkeypatch.setattr(places.time, "monotonic", lambda: watch._begun + 100)
+    watch.relative_update(100 * places.SLOWEST)
+    monkeypatch.setattr(places.time, "monotonic", lambda: watch._begun + 101)
     with pytest.raises(OSError, match="it comes too slowly"):
         watch.relative_update(1)
 
@@ -282,7 +284,7 @@ def test_an_interrupted_index_of_a_url_goes_on(tmp_path: Path, remote: Path, imp
 def test_a_server_that_refuses_is_asked_once(tmp_path: Path, remote: Path) -> None:
     faults = Faults(refuse=True)
     with serve(remote, faults) as url, pytest.raises(DataError, match="could not be fetched: ClientResponseError 403"):
-        store.fetch(f"{url}/val/000000.tar", tmp_path / "x")
+        places.fetch(f"{url}/val/000000.tar", tmp_path / "x")
     assert len(faults.requests) == 1
 
 

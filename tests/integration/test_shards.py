@@ -1,5 +1,6 @@
 """`launch/shards.py` from outside, on shards that plain webdataset wrote."""
 
+import os
 import re
 import runpy
 import signal
@@ -118,9 +119,9 @@ def test_wrong_numbers_are_refused(arguments: list[str], monkeypatch: pytest.Mon
         runpy.run_path("launch/shards.py")["parse"]()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_preparation_leaves_no_process(start: Start, tmp_path: Path, number: int) -> None:
-    """The signal reaches the command alone; its processes end with it, and the same command goes on."""
+    """Ctrl-C reaches all of its processes, the others the command alone; all end, and the same command goes on."""
     tree = tmp_path / "tree"
     for i in range(27):
         (tree / f"n{i % 3}").mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,10 @@ def test_a_stopped_preparation_leaves_no_process(start: Start, tmp_path: Path, n
     process = start([sys.executable, "launch/shards.py", *map(str, given)])
     wait_for(lambda: list((tmp_path / "out").glob("*.tar")) or process.poll() is not None)
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     code, output = finish(process)
     assert code in (0, 130, -number), output  # 0: it was done before the signal came
     assert "Traceback" not in output

@@ -17,9 +17,9 @@ import numpy as np
 import xxhash
 from numpy.lib.format import open_memmap
 
-from . import DataError, store
+from . import DataError, places
 from .parallel import atomically, each
-from .store import Shard
+from .places import Shard
 from .tar import Fields, scan
 
 FORMAT = 3
@@ -51,7 +51,7 @@ class Index:
     def __init__(self, folder: Path) -> None:
         head, self.shards = _read_head(folder)
         self.folder = folder
-        self.root: str = head["root"] if store.is_url(head["root"]) else str(folder / head["root"])
+        self.root: str = head["root"] if places.is_url(head["root"]) else str(folder / head["root"])
         self.classes: list[str] = head["classes"]
         self.attribute_names: list[str] = head["attributes"]
         self.hashes: dict[str, str] = head["hashes"]  # file → xxh3
@@ -77,7 +77,7 @@ class Index:
 
     def damage(self) -> str:
         """Which of its own files is not what was written; "" if none. Reads them whole."""
-        return ", ".join(name for name, xxh3 in self.hashes.items() if store.file_hash(self.folder / name) != xxh3)
+        return ", ".join(name for name, xxh3 in self.hashes.items() if places.file_hash(self.folder / name) != xxh3)
 
 
 def build(
@@ -94,7 +94,7 @@ def build(
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise DataError(f"{len(faults)} of {len(names)} shards cannot be indexed: {'; '.join(faults[:SHOWN])}{more}")
-    inside = root if store.is_url(root) else os.path.relpath(Path(root).resolve(), folder.resolve())
+    inside = root if places.is_url(root) else os.path.relpath(Path(root).resolve(), folder.resolve())
     _merge(folder, inside, names, classes)
     for path in (folder / PARTS).iterdir():
         path.unlink()
@@ -105,13 +105,14 @@ def build(
 def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
     """Scan one shard and write what is known of it to `part`; returns the sentence that says why it cannot be read."""
     try:
-        state = f"{store.state(root, name)} {fields}"
-        if _is_known(part, state):
+        told = places.state(root, name)
+        state = f"{told} {fields}"
+        if told and _is_known(part, state):
             return None
-        with store.local(root, name) as path:
+        with places.local(root, name) as path:
             size = path.stat().st_size
             entries = list(scan(path, fields))
-            digest = store.file_hash(path)
+            digest = places.file_hash(path)
     except OSError as error:
         return f"{root}/{name} cannot be read ({error.strerror})"
     except DataError as error:
@@ -174,10 +175,10 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
                 values[rows, np.searchsorted(columns, part["names"])] = part["values"]
         first += shard.samples
     records.flush()
-    hashes = {"samples.npy": store.file_hash(folder / "samples.npy")}
+    hashes = {"samples.npy": places.file_hash(folder / "samples.npy")}
     if values is not None:
         values.flush()
-        hashes["attributes.npy"] = store.file_hash(folder / "attributes.npy")
+        hashes["attributes.npy"] = places.file_hash(folder / "attributes.npy")
     head = {"format": FORMAT, "root": root, "classes": list(classes), "attributes": columns, "hashes": hashes}
     with atomically(folder / "index.json") as partial:
         partial.write_text(json.dumps({**head, "shards": shards}))
@@ -208,9 +209,9 @@ def _read_head(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
         raise DataError(f"{path} was made by another version of vaescale: {how_to_index(folder)} anew")
     if not sound:
         raise DataError(f"{path} is damaged: {how_to_index(folder)}")
-    store.check_place(head["root"])
+    places.check_place(head["root"])
     for shard in shards:
-        store.check_name(shard.name)
+        places.check_name(shard.name)
     return head, shards
 
 

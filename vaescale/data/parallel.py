@@ -73,11 +73,12 @@ def _shared_out(
     # Ignored by the processes from their first instruction on: Ctrl-C reaches them all, and only one should answer.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        results = pool.map(work, *zip(*jobs, strict=True))
+        futures = [pool.submit(work, *job) for job in jobs]
     finally:
         signal.signal(signal.SIGINT, handler)
     try:
-        yield from results
+        for future in futures:
+            yield future.result()
     except BrokenProcessPool:
         raise DataError(
             f"{doing}: a process was killed, perhaps for want of memory: run the same command again, with fewer "

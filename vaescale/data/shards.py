@@ -15,7 +15,7 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from . import DataError, decode, store
+from . import DataError, decode, places
 from .index import Index, build, how_to_index
 from .parallel import alone, atomically, each
 from .tar import Fields, checksum, scan
@@ -83,8 +83,8 @@ def read_classes(path: Path) -> list[str]:
 
 def index(source: str, folder: Path, pattern: str, fields: Fields, processes: int) -> Index:
     """Index the shards in `source`, a folder or a URL, that match `pattern`; the index goes into `folder`."""
-    names = store.names_in(source, pattern)
-    classes = [] if store.is_url(source) else read_classes(Path(source) / "classes.json")
+    names = places.names_in(source, pattern)
+    classes = [] if places.is_url(source) else read_classes(Path(source) / "classes.json")
     with alone(folder):
         return build(folder, source, names, fields, classes, processes)
 
@@ -105,8 +105,8 @@ def examine(folder: Path, number: int, decoding: bool) -> Finding | None:
     index = _opened(folder)
     shard = index.shards[number]
     try:
-        with store.local(index.root, shard.name) as path:
-            intact = path.stat().st_size == shard.bytes and store.file_hash(path) == shard.xxh3
+        with places.local(index.root, shard.name) as path:
+            intact = path.stat().st_size == shard.bytes and places.file_hash(path) == shard.xxh3
             if intact and not decoding:
                 return None
             first = int(index.first[number])
@@ -143,7 +143,7 @@ def _decodes(data: bytes) -> bool:
     return True
 
 
-def _cause(path: Path, shard: store.Shard) -> str:
+def _cause(path: Path, shard: places.Shard) -> str:
     """What happened to the file, and where a reader that has no index would stop."""
     size = path.stat().st_size
     changed = f"{size} bytes instead of {shard.bytes}" if size != shard.bytes else "changed bytes"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..interfaces import Batch
 from . import DataError, decode
@@ -139,6 +139,9 @@ class ValidationSlices(Dataset[Decoded]):
         self.samples = Samples(Path(config.root) / "val", config.cache, config.cache_gib)
 
     def __getitem__(self, numbers: range) -> Decoded:
+        if get_worker_info():  # a thread of the training process would be forked with the next workers
+            following = self.samples.index.locate(numbers[-1]).shard + 1
+            self.samples.store.prefetch(range(following, min(following + 1, len(self.samples.index.shards))))
         images, labels = [], []
         for number in numbers:
             try:

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from .. import config as mechanics
 from ..config import ConfigError
-from ..data import store, stream
+from ..data import places, stream
 from ..interfaces import Batch, Model
 from ..models import MODELS
 
@@ -144,9 +144,9 @@ def _require(config: Config) -> None:
         raise ConfigError(f"ema={config.ema} must be below 1, or the averaged weights never move")
     if config.optimizer.lr <= 0:
         raise ConfigError(f"optimizer.lr={config.optimizer.lr} must be positive")
-    if store.is_url(config.data.cache):
+    if places.is_url(config.data.cache):
         raise ConfigError("data.cache is a folder on the node's own disk, not a URL")
-    if store.is_url(config.data.root):  # not repeated: it may carry a password, and the log is no place for it
+    if places.is_url(config.data.root):  # not repeated: it may carry a password, and the log is no place for it
         raise ConfigError(
             "data.root is the folder of the index, not a URL: make an index of shards behind a URL with "
             "`python launch/shards.py index URL --out DIR/train`, and set data.root=DIR"
