@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Start, finish, free_port, ranks, samples
-from tests.integration.conftest import Case, overrides
+from tests.data.server import Faults, serve
+from tests.integration.conftest import Case, losses, overrides
 from tests.integration.test_resume import TRAIN, same_bits
+from vaescale.data import shards
 from vaescale.data.shards import write
+from vaescale.data.tar import Fields
 
 QUICKSTART = ["launch/train.py", "--config", "configs/quickstart.yaml"]
 BIN = Path(sys.executable).parent
@@ -94,6 +97,23 @@ def test_a_shard_that_vanishes_is_named_by_its_worker(pictures: Path, tmp_path: 
     assert "error: the shard" in output
     assert "000002.tar of the index cannot be read" in output
     assert "Traceback" not in output
+
+
+def test_training_from_a_url_is_training_from_a_folder(
+    trained: Path, pictures: Path, tmp_path: Path, start: Start
+) -> None:
+    """Two ranks with a worker each share one cache behind a server that fails every fifth request."""
+    with serve(pictures, Faults(fail=5)) as url:
+        for split, count in (("train", 5), ("val", 3)):
+            pattern = f"{{000000..{count - 1:06d}}}.tar"
+            shards.index(f"{url}/{split}", tmp_path / "index" / split, pattern, Fields(), 1)
+        changes = ["data.workers=1", f"data.cache={tmp_path / 'cache'}", "data.cache_gib=0.1"]
+        command = [*TRAIN, *overrides(Case(2), tmp_path / "run", tmp_path / "index"), *changes]
+        for process in ranks(start, 2, command):
+            code, output = finish(process)
+            assert code == 0, output
+    assert losses(tmp_path / "run") == losses(trained / Case(2).name / "run")
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 8
 
 
 def test_evaluation_is_the_same_on_one_and_two_ranks(trained: Path, tmp_path: Path, start: Start) -> None:
