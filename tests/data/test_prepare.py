@@ -213,6 +213,8 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
     (tmp_path / "hole" / "n02" / "a.jpg").write_bytes(b"x")
     (tmp_path / "bell" / "n01").mkdir(parents=True)
     (tmp_path / "bell" / "n01" / "a\a.jpg").write_bytes(b"x")
+    (tmp_path / "splits" / "train" / "n01").mkdir(parents=True)
+    (tmp_path / "splits" / "val").mkdir()
     (tmp_path / "pair").mkdir()
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / "pair" / name).write_bytes(b"x")
@@ -225,6 +227,7 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
         (flat, tmp_path / "numbers.txt", r"are numbers: put the development kit's meta\.mat"),
         (flat, tmp_path / "absent.txt", "cannot be read as text"),
         (tmp_path / "two", tmp_path / "two.txt", "two pictures would have the key a"),
+        (tmp_path / "splits", None, "holds the splits train, val: prepare one at a time"),
         (tmp_path / "two", tmp_path / "twice.txt", "name a picture twice"),
         (tmp_path / "pair", tmp_path / "huge.txt", "class number 9999999999, which is more than"),
         (tmp_path / "hole", None, "n01 holds no pictures, and the classes after it"),

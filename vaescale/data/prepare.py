@@ -27,6 +27,7 @@ from .tar import BLOCK, PICTURES, Fields, files
 SAMPLED = 64  # pictures re-encoded to know how many fill a shard
 SYNSETS = "meta.mat"
 MOST_CLASSES = 1_000_000
+SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def _class_names(given: Sequence[str], numbered: bool) -> list[str]:
 def _in_folder(source: Path) -> Iterator[tuple[str, Picture]]:
     """(class folder or "", picture) of a tree, however deep. Raises DataError for a class folder without pictures."""
     empty = {path.name for path in source.iterdir() if path.is_dir()}
+    if empty and empty <= SPLITS:
+        raise DataError(f"{source} holds the splits {', '.join(sorted(empty))}: prepare one at a time")
     for folder, _, names in progress(os.walk(source, True, _unreadable, True), f"list {source}", "folder"):
         inside = Path(folder).relative_to(source).as_posix()
         name = "" if inside == "." else inside.split("/")[0]
