@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaescale.monitoring import codebook as monitoring
-from vaescale.nn.quantize import LAPLACE, Config, VectorQuantizer
+from vaescale.nn.codebook import LAPLACE
+from vaescale.nn.quantize import Config, VectorQuantizer
 
 LEARNING = ["ema", "gradient"]
 
@@ -23,10 +24,10 @@ def batches(steps: int, rows: int, dim: int, seed: int = 0) -> list[Tensor]:
 def place_codes(quantizer: VectorQuantizer, codebook: Tensor) -> None:
     """Give all codes a position, as if they had long been in use there."""
     quantizer.codebook.copy_(codebook)
-    quantizer.age.zero_()
+    quantizer.tally.age.zero_()
     if quantizer.config.learning == "ema":
-        quantizer.learner.sum.copy_(codebook)
-        quantizer.learner.count.fill_(1)
+        quantizer.learner.sums.copy_(codebook)
+        quantizer.learner.counts.fill_(1)
 
 
 @pytest.mark.parametrize("learning", LEARNING)
@@ -119,7 +120,7 @@ def test_the_first_update_puts_every_code_on_a_row(learning: str) -> None:
     quantizer.update(0, lr=0.01)
     assert (quantizer.codebook[:, None] == z).all(2).any(1).all()
     assert len(torch.unique(quantizer.codebook, dim=0)) == 64
-    usage = quantizer.usage(clear=False)
+    usage = quantizer.tally.usage(clear=False)
     assert not usage.ever.any()
     assert not usage.window.any()
 
@@ -136,10 +137,10 @@ def test_dead_codes_return(learning: str) -> None:
         quantizer(z)
         quantizer.update(step, lr=0.01)
         if step == 5:
-            assert monitoring.used(quantizer.usage(clear=True).window) < 0.1
+            assert monitoring.used(quantizer.tally.usage(clear=True).window) < 0.1
         if step == 190:
-            quantizer.usage(clear=True)
-    assert monitoring.used(quantizer.usage(clear=False).window) > 0.95
+            quantizer.tally.usage(clear=True)
+    assert monitoring.used(quantizer.tally.usage(clear=False).window) > 0.95
 
 
 @pytest.mark.parametrize("learning", LEARNING)
@@ -155,13 +156,13 @@ def test_a_reset_takes_a_row_and_forgets_the_past(learning: str) -> None:
     for code in range(5, 8):
         assert (z[4] == quantizer.codebook[code]).all(1).any()
         if learning == "ema":
-            assert quantizer.learner.count[code] == 1
-            assert torch.equal(quantizer.learner.sum[code], quantizer.codebook[code])
+            assert quantizer.learner.counts[code] == 1
+            assert torch.equal(quantizer.learner.sums[code], quantizer.codebook[code])
         else:
             assert not quantizer.learner.mean[code].any()
             assert not quantizer.learner.square[code].any()
             assert quantizer.learner.steps[code] == 0
-    assert int(quantizer.resets) >= 3
+    assert int(quantizer.tally.resets) >= 3
     assert len(torch.unique(quantizer.codebook[5:], dim=0)) == 3
 
 
@@ -195,9 +196,9 @@ def test_usage_is_a_plain_count() -> None:
         ever |= set(codes)
         last[codes] = step
         if step == 10:
-            quantizer.usage(clear=True)
+            quantizer.tally.usage(clear=True)
             window = []
-    usage = quantizer.usage(clear=False)
+    usage = quantizer.tally.usage(clear=False)
     counts = np.bincount(np.concatenate(window), minlength=30)
     assert usage.window.tolist() == counts.tolist()
     assert set(np.flatnonzero(usage.ever)) == ever

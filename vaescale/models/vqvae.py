@@ -53,7 +53,7 @@ class VQVAE(Model):
         ]
         self.encoder = nn.Sequential(*layers)
 
-        self.quantizer = quantize.VectorQuantizer(config.quantizer, seed)
+        self.quantizer = quantize.build(config.quantizer, seed)
 
         layers = [nn.Conv2d(dim, width, 3, padding=1), *self._residual_stack()]
         for before, after in pairwise([width, *reversed(channels[:-1])]):
@@ -75,21 +75,24 @@ class VQVAE(Model):
         return Output(distortion / self.config.variance + quantized.loss, metrics, reconstruction)
 
     def encode(self, batch: Batch) -> list[Tensor]:
-        """[codes int64 [B, H/f, W/f]]."""
-        return [self.quantizer(self._features(batch.x / 255)).codes]
+        """Codes int64 [B, H/f, W/f], one a codebook."""
+        codes = self.quantizer(self._features(batch.x / 255)).codes
+        return list(codes.unbind(-1)) if len(self.quantizer.sizes) > 1 else [codes]
 
     def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """Raises ValueError without codes: a VQ-VAE has no prior of its own to draw them from."""
         del label, temperature  # the decoder is deterministic and unconditional
         if not latents:
             raise ValueError("a VQ-VAE draws no samples by itself: it decodes the codes of a prior")
-        return self._images(self.quantizer.lookup(latents[0])).float()
+        codes = torch.stack(latents, dim=-1) if len(latents) > 1 else latents[0]
+        return self._images(self.quantizer.lookup(codes)).float()
 
     def update(self, step: int, lr: float) -> None:
         self.quantizer.update(step, lr)
 
     def usage(self, clear: bool) -> dict[str, Usage]:
-        return {"codebook": self.quantizer.usage(clear)}
+        usages = self.quantizer.usages(clear)
+        return {f"codebook{i}" if len(usages) > 1 else "codebook": usage for i, usage in enumerate(usages)}
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,15 +1,10 @@
-"""Vector quantisation whose codebook is right on any number of ranks.
-
-The codebook and all that is known of it are fp32 and int64 *buffers*: DeepSpeed casts, shards, averages and clips
-parameters, never buffers. What the codebook learns from is, for both ways of learning, the number n_k and the sum s_k
-of the encoder outputs given to each code. They are collected over the micro-batches of a step, summed over the ranks
-in one all-reduce, and applied by `update` once a step. So one step at any world size and any accumulation is one step
-on the joined batch, and all ranks compute the same bits from the same sums.
+"""The kinds of quantiser, and how a config combines them.
 
 Shapes: N rows on this rank in a step, K codes, D channels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,63 +13,87 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..interfaces import Quantized, Usage
+from .codebook import EMA, Adam, Tally
 from .nearest import nearest
+from .quantizer import Grouped, Projected, Quantizer, Residual, pass_through
 
-LAPLACE = 1e-5  # smoothing of the EMA counts, as in the authors' implementation
-ADAM = (0.9, 0.999, 1e-8)
+KMEANS = 10  # rounds of Lloyd's algorithm at initialisation
 
 
 @dataclass(frozen=True)
 class Config:
-    codes: int = 512  # K
-    dim: int = 64  # D
+    kind: Literal["vq", "simvq", "fsq"] = "vq"
+    codes: int = 512  # K of each codebook; fsq: the product of its levels
+    dim: int = 64  # D: channels that the encoder gives and the decoder takes
+    project: int = 0  # channels in which codes are compared, behind a linear map; 0: dim, no map
+    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])  # fsq: of each of its channels
+    groups: int = 1  # parts of the channels, each with a codebook of its own
+    depth: int = 1  # codebooks one after the other, each for what the ones before leave over
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+    gradient: Literal["straight-through", "rotation"] = "straight-through"
     beta: float = 0.25  # weight of the commitment ‖z − sg[e]‖²
     learning: Literal["ema", "gradient"] = "ema"
     decay: float = 0.99  # of the EMA
+    init: Literal["samples", "kmeans"] = "samples"  # of the first global batch
     reset_every: int = 10  # steps between resets; 0: never after the first
     dead_after: int = 50  # steps without a use after which a code counts as dead
 
 
-class VectorQuantizer(nn.Module):
+def build(config: Config, seed: int) -> Quantizer:
+    """Raises ValueError, one sentence, for what cannot be built."""
+    for key, least in (("codes", 2), ("dim", 1), ("dead_after", 1), ("groups", 1), ("depth", 1), ("project", 0)):
+        if getattr(config, key) < least:
+            raise ValueError(f"model.quantizer.{key}={getattr(config, key)} must be at least {least}")
+    inner = config.project or config.dim
+    if inner % config.groups:
+        raise ValueError(f"model.quantizer.groups={config.groups} must divide the {inner} channels")
+    if config.kind == "fsq" and config.depth > 1:
+        raise ValueError("model.quantizer.kind=fsq rounds what is bounded and leaves no rest to quantise: use groups")
+    one = replace(config, dim=inner // config.groups)
+    leaves = [
+        [_leaf(one, seed + 7919 * (group * config.depth + level), level) for level in range(config.depth)]
+        for group in range(config.groups)
+    ]
+    stacks = [Residual(levels, config.gradient) if config.depth > 1 else levels[0] for levels in leaves]
+    quantizer = Grouped(stacks) if config.groups > 1 else stacks[0]
+    return Projected(quantizer, config.dim, inner) if config.project else quantizer
+
+
+def _leaf(config: Config, seed: int, level: int) -> Quantizer:
+    if config.kind == "vq":
+        return VectorQuantizer(config, seed, begin=level)
+    if config.kind == "simvq":
+        return SimVQ(config, seed)
+    return FSQ(config)
+
+
+class VectorQuantizer(Quantizer):
     """VQ-VAE's quantizer (van den Oord, Vinyals, Kavukcuoglu 2017, equations 1 to 3; EMA: appendix A.1).
 
-    `forward` is an fp32 island. The update of step 0 is the initialisation: all codes count as dead and are replaced
-    by encoder outputs.
+    The update of step `begin` is the initialisation: all codes count as dead and are replaced by encoder outputs. With
+    the cosine metric rows and codes have length 1 (Yu et al. 2022, "Vector-quantized image modeling with improved
+    VQGAN", section 3.2).
     """
 
     codebook: Tensor  # fp32 [K, D]
-    ever: Tensor  # bool [K]
-    age: Tensor  # int64 [K] steps since the last use or reset
-    window: Tensor  # int64 [K] uses since the last report
-    resets: Tensor  # int64 [] since the last report
 
-    def __init__(self, config: Config, seed: int = 0) -> None:
+    def __init__(self, config: Config, seed: int = 0, begin: int = 0) -> None:
         super().__init__()
-        for key, value, least in (
-            ("codes", config.codes, 2),
-            ("dim", config.dim, 1),
-            ("dead_after", config.dead_after, 1),
-        ):
-            if value < least:
-                raise ValueError(f"model.quantizer.{key}={value} must be at least {least}")
         self.config = config
         self.seed = seed
-        codes, dim = config.codes, config.dim
-        codebook = torch.empty(codes, dim).uniform_(-1 / codes, 1 / codes)
+        self.begin = begin
+        self.sizes = (config.codes,)
+        codebook = torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes)
         self.register_buffer("codebook", codebook)
-        self.register_buffer("ever", torch.zeros(codes, dtype=torch.bool))
-        self.register_buffer("age", torch.full((codes,), config.dead_after))
-        self.register_buffer("window", torch.zeros(codes, dtype=torch.int64))
-        self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
-        learner = EMA if config.learning == "ema" else Adam
-        self.learner: EMA | Adam = learner(codebook, config)
+        self.tally = Tally(config.codes, config.dead_after)
+        self.learner: EMA | Adam = EMA(codebook, config.decay) if config.learning == "ema" else Adam(codebook)
         # This step's micro-batches: (rows [N, D], codes [N]).
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self._first: Tensor | None = None  # the rows of the first step, for k-means
 
     def forward(self, z: Tensor) -> Quantized:
-        """z: [..., D] of any float type → z fp32 [..., D], codes int64 [...], loss, commitment."""
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
+            z = self._measured(z.float())
             rows = z.reshape(-1, self.config.dim)
             codes = nearest(rows.detach(), self.codebook)
             if self.training:
@@ -85,56 +104,57 @@ class VectorQuantizer(nn.Module):
             if self.config.learning == "gradient":
                 # ‖sg[z] − e‖²: its value is part of the loss; its gradient is taken in `Adam`, from the sums.
                 loss = loss + commitment.detach()
-            straight_through = z + (e - z).detach()
-            return Quantized(straight_through, codes.view(z.shape[:-1]), loss, commitment.detach())
+            through = pass_through(z, e, self.config.gradient)
+            return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach())
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """int64 [...] → fp32 [..., D]."""
         return F.embedding(codes, self.codebook)
 
-    @torch.no_grad()
-    def update(self, step: int, lr: float) -> None:
-        """Learn from the step's rows; collective: all ranks call it at the same steps. No host synchronisation."""
+    def gather(self, step: int) -> list[Tensor]:
+        """[K, D + 1]: the sum of each code's rows, and their number, exact in fp32 below 2**24 rows a step; on reset
+        steps [K, D] candidates, too."""
         rows = torch.cat([rows for rows, _ in self._seen])
         codes = torch.cat([codes for _, codes in self._seen])
         self._seen.clear()
-        resetting = step == 0 or (self.config.reset_every > 0 and step % self.config.reset_every == 0)
-
-        # One all-reduce: [K, D] sums, [K, 1] counts and, on reset steps, [K, D] candidates. Counts are exact in
-        # fp32 below 2**24 rows a step.
+        if step == self.begin and self.config.init == "kmeans":
+            self._first = rows
         sums = self._sums(rows, codes)
-        parts = [sums, self._candidates(rows, step)] if resetting else [sums]
-        total = distributed.sum_(torch.cat(parts, dim=1))
+        return [sums, self._candidates(rows, step)] if self._resets(step) else [sums]
+
+    def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
+        total = next(totals)
         # A step with a NaN in it counts as a step without rows.
         sane = total.isfinite().all()
-        total = torch.where(sane, total, 0.0)
-        sums, counts, candidates = total.split([self.config.dim, 1, total.shape[1] - self.config.dim - 1], dim=1)
-        counts = counts.squeeze(1)
-        if step == 0:
+        if step <= self.begin:
             # Which code of a random codebook a row was given says nothing: nobody has been used, all are replaced.
-            sums, counts = torch.zeros_like(sums), torch.zeros_like(counts)
-
+            total = torch.zeros_like(total)
+        sums, counts = torch.where(sane, total, 0.0).split([self.config.dim, 1], dim=1)
+        counts = counts.squeeze(1)
         self.learner.learn(self.codebook, sums, counts, torch.where(sane, lr, 0.0))
-        used = counts > 0
-        self.window += counts.long()
-        self.ever |= used
-        self.age.add_(1).masked_fill_(used, 0)
-        if resetting:
-            dead = (self.age >= self.config.dead_after) & sane
+        self.tally.count(counts)
+        if self._resets(step):
+            candidates = next(totals)
+            dead = (self.tally.age >= self.config.dead_after) & sane & candidates.isfinite().all()
             self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
+            if self._first is not None:
+                self._lloyd(self._first)
+                self._first = None
             self.learner.forget(dead, self.codebook)
-            self.age.masked_fill_(dead, 0)
-            self.resets += dead.sum()
+            self.tally.reset(dead)
+        if self.config.metric == "cosine":
+            self.codebook.copy_(F.normalize(self.codebook, dim=1))
 
-    def usage(self, clear: bool) -> Usage:
-        usage = Usage(self.window.clone(), self.ever.clone(), self.age.clone(), self.resets.clone())
-        if clear:
-            self.window.zero_()
-            self.resets.zero_()
-        return usage
+    def usages(self, clear: bool) -> list[Usage]:
+        return [self.tally.usage(clear)]
+
+    def _measured(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=-1) if self.config.metric == "cosine" else z
+
+    def _resets(self, step: int) -> bool:
+        every = self.config.reset_every
+        return step == self.begin or (step > self.begin and every > 0 and step % every == 0)
 
     def _sums(self, rows: Tensor, codes: Tensor) -> Tensor:
-        """[K, D + 1]: the sum of each code's rows, and their number."""
         sums = rows.new_zeros(self.config.codes, self.config.dim + 1)
         sums[:, :-1].index_add_(0, codes, rows)
         sums[:, -1].index_add_(0, codes, rows.new_ones(len(rows)))
@@ -153,62 +173,110 @@ class VectorQuantizer(nn.Module):
         mine = (place >= 0) & (place < len(rows))
         return torch.where(mine[:, None], rows[place.clamp(0, len(rows) - 1)], 0.0)
 
+    def _lloyd(self, rows: Tensor) -> None:
+        """k-means on the global batch (Lloyd 1982) from the candidates on; a code that gets no row stays."""
+        for _ in range(KMEANS):
+            total = distributed.sum_(self._sums(rows, nearest(rows, self.codebook)))
+            mean = self._measured(total[:, :-1] / total[:, -1:].clamp(min=1))
+            self.codebook.copy_(torch.where(total[:, -1:] > 0, mean, self.codebook))
 
-class EMA(nn.Module):
-    """Codes as moving averages of the rows given to them (VQ-VAE, appendix A.1, equations 6 to 8)."""
 
-    count: Tensor  # fp32 [K]
-    sum: Tensor  # fp32 [K, D]
+class SimVQ(Quantizer):
+    """A frozen random codebook seen through one learned linear map, so that every code moves in every step (Zhu et al.
+    2024, "Addressing representation collapse in vector quantized models with one linear layer", section 4)."""
 
-    def __init__(self, codebook: Tensor, config: Config) -> None:
+    basis: Tensor  # fp32 [K, D], frozen
+
+    def __init__(self, config: Config, seed: int = 0) -> None:
         super().__init__()
-        self.decay = config.decay
-        self.register_buffer("count", torch.ones(len(codebook)))
-        self.register_buffer("sum", codebook.clone())
+        self.config = config
+        self.sizes = (config.codes,)
+        generator = torch.Generator().manual_seed(seed)
+        basis = torch.randn(config.codes, config.dim, generator=generator) * config.dim**-0.5
+        self.register_buffer("basis", basis)
+        self.map = nn.Linear(config.dim, config.dim, bias=False)
+        self.tally = Tally(config.codes)
 
-    def learn(self, codebook: Tensor, sums: Tensor, counts: Tensor, lr: Tensor) -> None:
-        del lr  # an average has no learning rate
-        self.count.lerp_(counts, 1 - self.decay)
-        self.sum.lerp_(sums, 1 - self.decay)
-        total = self.count.sum()
-        smooth = (self.count + LAPLACE) / (total + len(codebook) * LAPLACE) * total
-        torch.div(self.sum, smooth[:, None], out=codebook)
+    def forward(self, z: Tensor) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            codebook = self._codebook()
+            codes = nearest(z.detach().reshape(-1, self.config.dim), codebook.detach())
+            if self.training:
+                self.tally.add(codes)
+            e = F.embedding(codes, codebook).view_as(z)
+            commitment = F.mse_loss(z, e.detach())
+            loss = self.config.beta * commitment + F.mse_loss(e, z.detach())
+            through = pass_through(z, e.detach(), self.config.gradient)
+            return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach())
 
-    def forget(self, dead: Tensor, codebook: Tensor) -> None:
-        self.count.masked_fill_(dead, 1.0)
-        self.sum.copy_(torch.where(dead[:, None], codebook, self.sum))
+    def lookup(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self._codebook())
+
+    def gather(self, step: int) -> list[Tensor]:
+        del step
+        return [self.tally.take()]
+
+    def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
+        del step, lr  # the optimiser learns the map
+        self.tally.count(next(totals))
+
+    def usages(self, clear: bool) -> list[Usage]:
+        return [self.tally.usage(clear)]
+
+    def _codebook(self) -> Tensor:
+        return F.linear(self.basis, self.map.weight.float())
 
 
-class Adam(nn.Module):
-    """Gradient descent on ‖sg[z] − e‖² by Adam (Kingma, Ba 2015, algorithm 1), with a step count a code.
+class FSQ(Quantizer):
+    """Each channel rounded to one of a few levels; no codebook, nothing to collapse (Mentzer et al. 2023, "Finite
+    scalar quantization: VQ-VAE made simple", section 3.1 and appendix A.1)."""
 
-    The gradient of the mean over N·D entries is 2 (n_k e_k − s_k) / (N D): the sums hold all of it, so neither
-    autograd nor DeepSpeed's optimiser sees the codebook, and a reset reaches every copy of it there is.
-    """
-
-    mean: Tensor  # fp32 [K, D]
-    square: Tensor  # fp32 [K, D]
-    steps: Tensor  # fp32 [K, 1] since the start or the last reset
-
-    def __init__(self, codebook: Tensor, config: Config) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        del config
-        self.register_buffer("mean", torch.zeros_like(codebook))
-        self.register_buffer("square", torch.zeros_like(codebook))
-        self.register_buffer("steps", torch.zeros(len(codebook), 1))
+        levels = torch.tensor(config.levels)
+        if len(levels) != config.dim or int(levels.min()) < 2 or int(levels.prod()) != config.codes:
+            raise ValueError(
+                f"model.quantizer.levels={config.levels} must be one number of 2 or more for each of the {config.dim} "
+                f"channels, with the product codes={config.codes}: set project={len(levels)} and codes="
+                f"{int(levels.prod())}"
+            )
+        self.sizes = (config.codes,)
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("radix", torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]]), persistent=False)
+        self.tally = Tally(config.codes)
 
-    def learn(self, codebook: Tensor, sums: Tensor, counts: Tensor, lr: Tensor) -> None:
-        beta1, beta2, epsilon = ADAM
-        entries = counts.sum().clamp(min=1) * codebook.shape[1]
-        gradient = 2 * (counts[:, None] * codebook - sums) / entries
-        self.steps += 1
-        self.mean.lerp_(gradient, 1 - beta1)
-        self.square.lerp_(gradient.square(), 1 - beta2)
-        mean = self.mean / (1 - beta1**self.steps)
-        square = self.square / (1 - beta2**self.steps)
-        codebook -= lr * mean / (square.sqrt() + epsilon)
+    levels: Tensor  # int64 [D]
+    radix: Tensor  # int64 [D]: what a level of each channel counts in the code
 
-    def forget(self, dead: Tensor, codebook: Tensor) -> None:
-        del codebook
-        for state in (self.mean, self.square, self.steps):
-            state.masked_fill_(dead[:, None], 0)
+    def forward(self, z: Tensor) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            bounded = self._bounded(z.float())
+            rounded = bounded.round()
+            codes = ((rounded.detach().long() + self.levels // 2) * self.radix).sum(-1)
+            if self.training:
+                self.tally.add(codes.flatten())
+            through = bounded + (rounded - bounded).detach()
+            distance = F.mse_loss(bounded.detach() / (self.levels // 2), rounded.detach() / (self.levels // 2))
+            return Quantized(through / (self.levels // 2), codes, z.new_zeros((), dtype=torch.float32), distance)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        digits = codes[..., None] // self.radix % self.levels
+        return (digits - self.levels // 2) / (self.levels // 2)
+
+    def gather(self, step: int) -> list[Tensor]:
+        del step
+        return [self.tally.take()]
+
+    def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
+        del step, lr
+        self.tally.count(next(totals))
+
+    def usages(self, clear: bool) -> list[Usage]:
+        return [self.tally.usage(clear)]
+
+    def _bounded(self, z: Tensor) -> Tensor:
+        """Into (−L/2, L/2), so that rounding gives L integers; even L are shifted by a half, and zero stays zero."""
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = (self.levels % 2 == 0) * 0.5
+        return torch.tanh(z + torch.atanh(offset / half)) * half - offset

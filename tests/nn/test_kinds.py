@@ -1,0 +1,231 @@
+"""Every kind of quantiser and how they combine, against brute force, float64 and scikit-learn."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+
+from tests.nn.test_quantize import batches
+from vaescale import distributed
+from vaescale.nn import quantize
+from vaescale.nn.quantize import FSQ, Config, SimVQ, VectorQuantizer, build
+from vaescale.nn.quantizer import pass_through
+
+DIM = 12
+FSQ_LEVELS = [5, 4, 3]
+KINDS = {
+    "vq": Config(codes=20, dim=DIM),
+    "vq by gradient": Config(codes=20, dim=DIM, learning="gradient"),
+    "cosine": Config(codes=20, dim=DIM, metric="cosine"),
+    "k-means": Config(codes=20, dim=DIM, init="kmeans"),
+    "simvq": Config(kind="simvq", codes=20, dim=DIM),
+    "fsq": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=3),
+    "fsq in groups": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=6, groups=2),
+    "rotation": Config(codes=20, dim=DIM, gradient="rotation"),
+    "projected cosine": Config(codes=20, dim=DIM, project=4, metric="cosine"),
+    "groups": Config(codes=20, dim=DIM, groups=3),
+    "residual": Config(codes=20, dim=DIM, depth=3),
+    "residual simvq": Config(kind="simvq", codes=20, dim=DIM, depth=2),
+    "groups of residuals": Config(codes=20, dim=DIM, groups=2, depth=3, project=8, metric="cosine"),
+}
+
+
+def trained(config: Config, steps: int = 6, micro_batches: int = 1, rows: int = 240) -> quantize.Quantizer:
+    torch.manual_seed(0)
+    quantizer = build(config, seed=3)
+    for step, z in enumerate(batches(steps, rows, DIM)):
+        for part in z.chunk(micro_batches):
+            quantizer(part)
+        quantizer.update(step, lr=0.01)
+    return quantizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lookup_gives_what_forward_gave(kind: str) -> None:
+    quantizer = trained(KINDS[kind]).eval()
+    z = 2 * torch.randn(2, 3, 5, DIM)
+    out = quantizer(z)
+    places = len(quantizer.sizes)
+    assert out.codes.shape == ((2, 3, 5) if places == 1 else (2, 3, 5, places))
+    assert out.codes.dtype == torch.int64
+    assert out.z.dtype == torch.float32
+    torch.testing.assert_close(quantizer.lookup(out.codes), out.z, rtol=1e-5, atol=2e-5)
+    for size, codes in zip(quantizer.sizes, out.codes.view(30, -1).T, strict=True):
+        assert 0 <= int(codes.min()) <= int(codes.max()) < size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_encoder_gets_a_gradient(kind: str) -> None:
+    quantizer = trained(KINDS[kind])
+    z = torch.randn(50, DIM, requires_grad=True)
+    out = quantizer(z)
+    (F.mse_loss(out.z, torch.randn(50, DIM)) + out.loss).backward()
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
+    assert (z.grad.abs().sum(1) > 0).all()
+    assert all(parameter.grad is not None for parameter in quantizer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_all_reduce_a_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = trained(KINDS[kind])
+    calls: list[int] = []
+    monkeypatch.setattr(distributed, "sum_", lambda tensor: calls.append(tensor.numel()) or tensor)
+    for step in (10, 11):  # with a reset and without
+        quantizer(torch.randn(50, DIM))
+        quantizer.update(step, lr=0.01)
+        assert len(calls) == step - 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_are_one_batch(kind: str) -> None:
+    """Up to the rounding of sums; rows of equal distance to two codes do not occur in these."""
+    whole, parts = trained(KINDS[kind]), trained(KINDS[kind], micro_batches=4)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_usage_counts_each_codebook(kind: str) -> None:
+    quantizer = trained(KINDS[kind])
+    quantizer.usages(clear=True)
+    codes = quantizer(torch.randn(500, DIM)).codes.view(500, -1)
+    quantizer.update(7, lr=0.0)
+    for size, column, usage in zip(quantizer.sizes, codes.T, quantizer.usages(clear=False), strict=True):
+        assert usage.window.tolist() == np.bincount(column.numpy(), minlength=size).tolist()
+        assert not usage.age[column].any()
+
+
+def test_cosine_is_the_largest_cosine() -> None:
+    quantizer = trained(KINDS["cosine"])
+    assert isinstance(quantizer, VectorQuantizer)
+    torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(20))
+    z = 5 * torch.randn(300, DIM)
+    cosine = F.normalize(z.double(), dim=1) @ quantizer.codebook.double().T
+    assert torch.equal(quantizer(z).codes, cosine.argmax(1))
+
+
+def test_simvq_learns_its_map_as_autograd_does() -> None:
+    """Against the loss written out for a codebook C W^T that is looked up row by row."""
+    quantizer = SimVQ(Config(kind="simvq", codes=20, dim=6, beta=0.3))
+    z = torch.randn(40, 6, requires_grad=True)
+    quantizer(z).loss.backward()
+    basis, weight = quantizer.basis.clone(), quantizer.map.weight.detach().clone().requires_grad_()
+    z2 = z.detach().clone().requires_grad_()
+    e = (basis @ weight.T)[torch.cdist(z2, basis @ weight.T).argmin(1)]
+    loss = F.mse_loss(e, z2.detach()) + 0.3 * F.mse_loss(z2, e.detach())
+    loss.backward()
+    torch.testing.assert_close(quantizer.map.weight.grad, weight.grad)
+    torch.testing.assert_close(z.grad, z2.grad)
+    assert "basis" not in dict(quantizer.named_parameters())
+
+
+@pytest.mark.parametrize("levels", [[8, 5, 5, 5], [2, 3], [7, 4, 2]])
+def test_fsq_is_the_grid_of_the_paper(levels: list[int]) -> None:
+    """All products of the levels' integers, halved as in the paper's code; each code is one point and is reached."""
+    count = int(np.prod(levels))
+    quantizer = FSQ(Config(kind="fsq", codes=count, dim=len(levels), levels=levels))
+    points = quantizer.lookup(torch.arange(count))
+    grid = [[(i - level // 2) / (level // 2) for i in range(level)] for level in levels]
+    assert sorted(map(tuple, points.tolist())) == sorted(
+        tuple(np.float32(x) for x in point) for point in product(*grid)
+    )
+    out = quantizer(1.5 * torch.randn(200_000, len(levels)))
+    assert len(out.codes.unique()) == count
+    assert quantizer(torch.zeros(1, len(levels))).z.abs().max() == 0  # the middle level is 0
+
+
+def test_fsq_gradient_is_that_of_its_bound() -> None:
+    """Rounding passes the gradient on; what is left is d/dz of the tanh, here by finite differences in float64."""
+    quantizer = FSQ(Config(kind="fsq", codes=60, dim=3, levels=FSQ_LEVELS))
+    z = torch.randn(30, 3, requires_grad=True)
+    quantizer(z).z.sum().backward()
+    step = 1e-5
+    above, below = (quantizer._bounded(z.detach().double() + sign * step) for sign in (1, -1))
+    expected = (above - below) / (2 * step) / (quantizer.levels // 2)
+    torch.testing.assert_close(z.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_turns_the_gradient() -> None:
+    """Forward gives e; backward multiplies by the transpose of the rotation that takes z's direction to e's, scaled."""
+    z = torch.randn(40, 7, dtype=torch.float64, requires_grad=True)
+    e, gradient = torch.randn(40, 7, dtype=torch.float64), torch.randn(40, 7, dtype=torch.float64)
+    out = pass_through(z, e, "rotation")
+    torch.testing.assert_close(out, e)
+    out.backward(gradient)
+    for row in range(40):
+        a, b = F.normalize(z[row].detach(), dim=0), F.normalize(e[row], dim=0)
+        r = F.normalize(a + b, dim=0)
+        rotation = torch.eye(7, dtype=torch.float64) - 2 * torch.outer(r, r) + 2 * torch.outer(b, a)
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(7, dtype=torch.float64))
+        torch.testing.assert_close(rotation @ a, b)
+        scale = e[row].norm() / z[row].detach().norm()
+        torch.testing.assert_close(z.grad[row], scale * rotation.T @ gradient[row])
+
+
+def test_residual_levels_quantise_the_rest() -> None:
+    quantizer = trained(KINDS["residual"], steps=12).eval()
+    z = torch.randn(200, DIM)
+    rest, codes = z.double(), quantizer(z).codes
+    errors = []
+    for level, part in enumerate(quantizer.parts):
+        chosen = torch.cdist(rest, part.codebook.double()).argmin(1)
+        assert torch.equal(codes[:, level], chosen)
+        rest = rest - part.codebook.double()[chosen]
+        errors.append(float(rest.square().mean()))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_groups_are_independent() -> None:
+    quantizer = trained(KINDS["groups"]).eval()
+    z = torch.randn(200, DIM)
+    out = quantizer(z)
+    for group, (part, piece) in enumerate(zip(quantizer.parts, z.split(4, dim=1), strict=True)):
+        assert torch.equal(out.codes[:, group], torch.cdist(piece, part.codebook).argmin(1))
+
+
+def test_kmeans_is_that_of_scikit_learn() -> None:
+    """From the same beginning, the rows that are drawn, after the same number of rounds."""
+    rows = torch.cat(batches(1, 400, DIM))
+    drawn = VectorQuantizer(Config(codes=10, dim=DIM), seed=5)
+    drawn(rows)
+    drawn.update(0, lr=0.0)
+    clustered = VectorQuantizer(Config(codes=10, dim=DIM, init="kmeans"), seed=5)
+    for part in rows.chunk(4):
+        clustered(part)
+    clustered.update(0, lr=0.0)
+    reference = KMeans(10, init=drawn.codebook.double().numpy(), n_init=1, max_iter=quantize.KMEANS, tol=0)
+    reference.fit(rows.double().numpy())
+    np.testing.assert_allclose(clustered.codebook.numpy(), reference.cluster_centers_, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": 5}, "groups=5 must divide the 12 channels"),
+        ({"kind": "fsq"}, "set project=4 and codes=1000"),
+        ({"kind": "fsq", "depth": 2}, "leaves no rest to quantise"),
+        ({"project": -1}, "project=-1 must be at least 0"),
+        ({"depth": 0}, "depth=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_built_is_one_sentence(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(Config(dim=DIM, **change), 0)  # type: ignore[arg-type]
+
+
+def test_dead_codes_of_every_level_return() -> None:
+    """Levels begin one after the other; 60 steps on nearly all codes of all of them are in use."""
+    config = Config(codes=32, dim=DIM, depth=3, dead_after=5, reset_every=5)
+    torch.manual_seed(0)
+    quantizer = build(config, seed=3)
+    for step, z in enumerate(batches(60, 1000, DIM)):
+        quantizer(z)
+        quantizer.update(step, lr=0.01)
+        if step == 50:
+            quantizer.usages(clear=True)
+    for usage in quantizer.usages(clear=False):
+        assert float((usage.window > 0).float().mean()) > 0.9
