@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.nn.test_quantize import batches
 from vaescale import distributed
 from vaescale.nn import quantize
-from vaescale.nn.quantize import FSQ, Config, SimVQ, VectorQuantizer, build
+from vaescale.nn.quantize import FSQ, LFQ, Config, SimVQ, VectorQuantizer, build
 from vaescale.nn.quantizer import pass_through
 
 DIM = 12
@@ -24,6 +25,8 @@ KINDS = {
     "simvq": Config(kind="simvq", codes=20, dim=DIM),
     "fsq": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=3),
     "fsq in groups": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=6, groups=2),
+    "lfq": Config(kind="lfq", codes=2**DIM, dim=DIM),
+    "lfq in groups": Config(kind="lfq", codes=8, dim=DIM, project=6, groups=2),
     "rotation": Config(codes=20, dim=DIM, gradient="rotation"),
     "projected cosine": Config(codes=20, dim=DIM, project=4, metric="cosine"),
     "groups": Config(codes=20, dim=DIM, groups=3),
@@ -147,6 +150,39 @@ def test_fsq_gradient_is_that_of_its_bound() -> None:
     above, below = (quantizer._bounded(z.detach().double() + sign * step) for sign in (1, -1))
     expected = (above - below) / (2 * step) / (quantizer.levels // 2)
     torch.testing.assert_close(z.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 5, 6])
+def test_lfq_entropies_are_those_over_all_codes(bits: int) -> None:
+    """Softmax over every code written out in float64, and its gradient."""
+    quantizer = LFQ(Config(kind="lfq", codes=2**bits, dim=bits, temperature=0.7))
+    z = torch.randn(50, bits, dtype=torch.float64, requires_grad=True)
+    z2 = z.detach().clone().requires_grad_()
+    every = quantizer.lookup(torch.arange(2**bits)).double()
+    soft = (2 * z2 @ every.T / 0.7).softmax(1)
+    expected = torch.special.entr(soft).sum(1).mean(), torch.special.entr(soft.mean(0)).sum()
+    found = quantizer.entropies(z)
+    torch.testing.assert_close(found, expected)
+    (found[0] - 0.3 * found[1]).backward()
+    (expected[0] - 0.3 * expected[1]).backward()
+    torch.testing.assert_close(z.grad, z2.grad)
+
+
+def test_lfq_of_two_to_the_eighteen_codes_holds_no_large_matrix() -> None:
+    quantizer = LFQ(Config(kind="lfq", codes=2**18, dim=18))
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest[0] = max(largest[0], out.numel())
+            return out
+
+    z = torch.randn(1000, 18, requires_grad=True)
+    with Watch():
+        quantizer(z).loss.backward()
+    assert largest[0] <= 1000 * 2**9
 
 
 def test_rotation_turns_the_gradient() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import distributed
-from ..interfaces import Quantized, Usage
+from ..interfaces import Quantized
 from .codebook import EMA, Adam, Tally
 from .nearest import nearest
 from .quantizer import Grouped, Projected, Quantizer, Residual, pass_through
@@ -22,8 +22,8 @@ KMEANS = 10  # rounds of Lloyd's algorithm at initialisation
 
 @dataclass(frozen=True)
 class Config:
-    kind: Literal["vq", "simvq", "fsq"] = "vq"
-    codes: int = 512  # K of each codebook; fsq: the product of its levels
+    kind: Literal["vq", "simvq", "fsq", "lfq"] = "vq"
+    codes: int = 512  # K of each codebook; fsq: the product of its levels; lfq: two to the power of its channels
     dim: int = 64  # D: channels that the encoder gives and the decoder takes
     project: int = 0  # channels in which codes are compared, behind a linear map; 0: dim, no map
     levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])  # fsq: of each of its channels
@@ -32,6 +32,8 @@ class Config:
     metric: Literal["euclidean", "cosine"] = "euclidean"
     gradient: Literal["straight-through", "rotation"] = "straight-through"
     beta: float = 0.25  # weight of the commitment ‖z − sg[e]‖²
+    entropy: float = 0.1  # lfq: weight of its entropy loss
+    temperature: float = 0.01  # lfq: of the soft codes whose entropy that is
     learning: Literal["ema", "gradient"] = "ema"
     decay: float = 0.99  # of the EMA
     init: Literal["samples", "kmeans"] = "samples"  # of the first global batch
@@ -47,8 +49,8 @@ def build(config: Config, seed: int) -> Quantizer:
     inner = config.project or config.dim
     if inner % config.groups:
         raise ValueError(f"model.quantizer.groups={config.groups} must divide the {inner} channels")
-    if config.kind == "fsq" and config.depth > 1:
-        raise ValueError("model.quantizer.kind=fsq rounds what is bounded and leaves no rest to quantise: use groups")
+    if config.kind in ("fsq", "lfq") and config.depth > 1:
+        raise ValueError(f"model.quantizer.kind={config.kind} leaves no rest to quantise: use groups instead of depth")
     one = replace(config, dim=inner // config.groups)
     leaves = [
         [_leaf(one, seed + 7919 * (group * config.depth + level), level) for level in range(config.depth)]
@@ -64,7 +66,7 @@ def _leaf(config: Config, seed: int, level: int) -> Quantizer:
         return VectorQuantizer(config, seed, begin=level)
     if config.kind == "simvq":
         return SimVQ(config, seed)
-    return FSQ(config)
+    return FSQ(config) if config.kind == "fsq" else LFQ(config)
 
 
 class VectorQuantizer(Quantizer):
@@ -144,9 +146,6 @@ class VectorQuantizer(Quantizer):
         if self.config.metric == "cosine":
             self.codebook.copy_(F.normalize(self.codebook, dim=1))
 
-    def usages(self, clear: bool) -> list[Usage]:
-        return [self.tally.usage(clear)]
-
     def _measured(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self.config.metric == "cosine" else z
 
@@ -213,17 +212,6 @@ class SimVQ(Quantizer):
     def lookup(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self._codebook())
 
-    def gather(self, step: int) -> list[Tensor]:
-        del step
-        return [self.tally.take()]
-
-    def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
-        del step, lr  # the optimiser learns the map
-        self.tally.count(next(totals))
-
-    def usages(self, clear: bool) -> list[Usage]:
-        return [self.tally.usage(clear)]
-
     def _codebook(self) -> Tensor:
         return F.linear(self.basis, self.map.weight.float())
 
@@ -264,19 +252,65 @@ class FSQ(Quantizer):
         digits = codes[..., None] // self.radix % self.levels
         return (digits - self.levels // 2) / (self.levels // 2)
 
-    def gather(self, step: int) -> list[Tensor]:
-        del step
-        return [self.tally.take()]
-
-    def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
-        del step, lr
-        self.tally.count(next(totals))
-
-    def usages(self, clear: bool) -> list[Usage]:
-        return [self.tally.usage(clear)]
-
     def _bounded(self, z: Tensor) -> Tensor:
         """Into (−L/2, L/2), so that rounding gives L integers; even L are shifted by a half, and zero stays zero."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = (self.levels % 2 == 0) * 0.5
         return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+
+
+class LFQ(Quantizer):
+    """The sign of each channel is one bit of the code; an entropy loss wants each row sure of its code and all codes
+    used (Yu et al. 2023, "Language model beats diffusion: tokenizer is key to visual generation", section 3.1)."""
+
+    radix: Tensor  # int64 [D]: what each bit counts in the code
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        if config.codes != 2**config.dim:
+            raise ValueError(
+                f"model.quantizer.codes={config.codes} must be 2 to the power of the {config.dim} channels: set project"
+            )
+        self.config = config
+        self.sizes = (config.codes,)
+        self.register_buffer("radix", 2 ** torch.arange(config.dim), persistent=False)
+        self.tally = Tally(config.codes)
+
+    def forward(self, z: Tensor) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            bits = z.detach() > 0
+            codes = (bits * self.radix).sum(-1)
+            if self.training:
+                self.tally.add(codes.flatten())
+            e = bits * 2.0 - 1
+            commitment = F.mse_loss(z, e)
+            sure, varied = self.entropies(z.reshape(-1, self.config.dim))
+            loss = self.config.beta * commitment + self.config.entropy * (sure - varied)
+            return Quantized(pass_through(z, e, self.config.gradient), codes, loss, commitment.detach())
+
+    def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z: [N, D] → (mean entropy of a row's soft code, entropy of the mean soft code over these N rows), in nats.
+
+        A soft code is softmax over all codes c of 2 z·c / temperature. It is a product over bits, so a row's entropy
+        is the sum of its bits', and the mean over rows is one product of two [N, 2^(D/2)] matrices: exact, without
+        an N×K matrix.
+        """
+        logits = 4 * z / self.config.temperature
+        yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
+        sure = -(yes.exp() * yes + no.exp() * no).sum(1).mean()
+        half = self.config.dim // 2
+        low, high = (_product(no[:, part], yes[:, part]) for part in (slice(None, half), slice(half, None)))
+        mean = high.t() @ low / len(z)
+        return sure, torch.special.entr(mean.clamp(min=1e-30)).sum()
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        return (codes[..., None] // self.radix % 2) * 2.0 - 1
+
+
+def _product(no: Tensor, yes: Tensor) -> Tensor:
+    """Log-probabilities [N, B] that each of B bits is 0 or 1 → probabilities [N, 2^B] of all their values."""
+    total = no.new_zeros(len(no), 1)
+    for bit in range(no.shape[1]):
+        total = torch.cat([total + no[:, bit, None], total + yes[:, bit, None]], dim=1)
+    return total.exp()

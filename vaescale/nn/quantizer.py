@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..interfaces import Quantized, Usage
+from .codebook import Tally
 
 
 class Quantizer(nn.Module, ABC):
     """sizes: K of each of its codebooks, coarse to fine. Codes are int64 [...] of one codebook, [..., L] of several."""
 
     sizes: tuple[int, ...]
+    tally: Tally  # of a quantiser that has one codebook
 
     @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
@@ -32,17 +34,20 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes → fp32 [..., D], what `forward` gave with them."""
 
-    @abstractmethod
     def gather(self, step: int) -> list[Tensor]:
-        """Sums over this rank's rows since the last call, to be summed over the ranks."""
+        """Sums over this rank's rows since the last call, to be summed over the ranks; here, of a quantiser whose
+        codes do not move by themselves, their counts."""
+        del step
+        return [self.tally.take()]
 
-    @abstractmethod
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
         """Take its own totals, as many as it gathered, and learn from them."""
+        del step, lr
+        self.tally.count(next(totals))
 
-    @abstractmethod
     def usages(self, clear: bool) -> list[Usage]:
         """One a codebook."""
+        return [self.tally.usage(clear)]
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> None:
