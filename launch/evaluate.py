@@ -86,6 +86,10 @@ def evaluate_run(run: Path, overrides: list[str]) -> dict[str, Any]:
 
 def table(run: Path, result: dict[str, Any]) -> str:
     rows = [(text, f"{result[key]:.4g}") for key, text in SHOWN.items() if key in result]
+    for key in result:  # of several codebooks, each has its own: codebook0/usage
+        name, slash, measure = key.partition("/")
+        if slash:
+            rows.append((f"{SHOWN[measure]}, {name}", f"{result[key]:.4g}"))
     width = max(len(text) for text, _ in rows)
     lines = [f"{run} at step {result['step']}, {result['data']} at {result['size']} px"]
     lines += [f"  {text:<{width}}  {value:>8}" for text, value in rows]

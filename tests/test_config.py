@@ -100,9 +100,26 @@ def test_a_batch_that_does_not_divide_names_two_that_do() -> None:
         ("model.downsampling=3", "power of two"),
         ("model.width=1", "model.width=1 must be at least 2"),
         ("model.quantizer.codes=0", "model.quantizer.codes=0 must be at least 2"),
+        ("model.quantizer.kind=fsq", "set project=4 and codes=1000"),
+        ("model.quantizer.kind=lfq", "must be 2 to the power of the 64 channels"),
         ("data.size=130", "data.size=130 does not fit the model, which would decode 128 px: take data.size=128"),
     ],
 )
 def test_a_model_that_cannot_work_is_refused_before_training(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         settings.check(settings.load(QUICKSTART, [override]), world=1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["kind=simvq", "depth=2"],
+        ["kind=fsq", "levels=[8,5,5,5]", "codes=1000", "project=4"],
+        ["kind=lfq", "project=9", "gradient=rotation"],
+        ["metric=cosine", "project=8", "groups=2", "depth=3", "init=kmeans"],
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_quantizer_passes_the_check(overrides: list[str]) -> None:
+    given = [f"model.quantizer.{override}" for override in overrides]
+    settings.check(settings.load(QUICKSTART, given), world=1)

@@ -3,6 +3,7 @@
 Shapes: N rows on this rank in a step, K codes, D channels.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -222,13 +223,13 @@ class FSQ(Quantizer):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        levels = torch.tensor(config.levels)
-        if len(levels) != config.dim or int(levels.min()) < 2 or int(levels.prod()) != config.codes:
+        product = math.prod(config.levels)
+        if len(config.levels) != config.dim or min(config.levels) < 2 or product != config.codes:
             raise ValueError(
                 f"model.quantizer.levels={config.levels} must be one number of 2 or more for each of the {config.dim} "
-                f"channels, with the product codes={config.codes}: set project={len(levels)} and codes="
-                f"{int(levels.prod())}"
+                f"channels, with the product codes={config.codes}: set project={len(config.levels)} and codes={product}"
             )
+        levels = torch.tensor(config.levels)
         self.sizes = (config.codes,)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("radix", torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]]), persistent=False)
