@@ -96,13 +96,17 @@ def names_in(root: str, pattern: str) -> list[str]:
     return [check_name(name) for name in found]
 
 
+def url_of(root: str, name: str) -> str:
+    return f"{root.rstrip('/')}/{name}"
+
+
 def state(root: str, name: str) -> str:
     """Changes when a shard does: its size and time, or what the server tells. "" if nobody tells."""
     if not is_url(root):
         stat = (Path(root) / name).stat()
         return f"{stat.st_size} {stat.st_mtime_ns}"
     try:
-        filesystem, path = _filesystem(f"{root.rstrip('/')}/{name}")
+        filesystem, path = _filesystem(url_of(root, name))
         return repr(sorted(filesystem.info(path).items(), key=repr))
     except Exception:  # fetching it will tell better what is wrong
         return ""
@@ -116,7 +120,7 @@ def local(root: str, name: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="vaescale-") as folder:
         path = Path(folder) / Path(name).name
-        fetch(f"{root.rstrip('/')}/{name}", path)
+        fetch(url_of(root, name), path)
         yield path
 
 

@@ -124,7 +124,7 @@ def _in_folder(source: Path) -> Iterator[tuple[str, Picture]]:
         for file in names:
             path = Path(folder, file)
             # A dot begins what macOS and editors leave beside pictures.
-            if path.suffix[1:].lower() in PICTURES and not file.startswith(".") and path.is_file():
+            if _is_picture(file) and not file.startswith(".") and path.is_file():
                 empty.discard(name)
                 yield name, _picture(name, file, path, 0, path.stat().st_size)
     if empty:
@@ -145,10 +145,14 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Picture]]:
             if member.name.endswith(".tar"):
                 name = Path(member.name).stem
                 for inner in files(within, source, member.offset_data):
-                    if Path(inner.name).suffix[1:].lower() in PICTURES:
+                    if _is_picture(inner.name):
                         yield name, _picture(name, inner.name, source, inner.offset_data, inner.size)
-            elif Path(member.name).suffix[1:].lower() in PICTURES:
+            elif _is_picture(member.name):
                 yield "", _picture("", member.name, source, member.offset_data, member.size)
+
+
+def _is_picture(file: str) -> bool:
+    return Path(file).suffix[1:].lower() in PICTURES
 
 
 def _picture(name: str, file: str, path: Path, offset: int, length: int) -> Picture:

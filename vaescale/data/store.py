@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from . import DataError
-from .places import Shard, fetch, is_url
+from .places import Shard, fetch, is_url, url_of
 
 OPEN_SHARDS = 64  # file descriptors that a process keeps
 HASH = "[0-9a-f]" * 16  # of a shard, in the cache's file names
@@ -66,7 +66,7 @@ class Store:
 
     def _cached(self, number: int) -> Path:
         shard = self._shards[number]
-        return self._cache.get(shard, f"{self._root.rstrip('/')}/{shard.name}")
+        return self._cache.get(shard, url_of(self._root, shard.name))
 
     def _opened(self, number: int) -> int:
         if number not in self._files:
@@ -117,15 +117,16 @@ class Cache:
 
     def require(self, shards: Sequence[Shard]) -> None:
         """Raises DataError unless the cache can do its work."""
+        total = sum(shard.bytes for shard in shards)
         least = (AHEAD + 1) * max(shard.bytes for shard in shards)
-        if self.limit < min(least, sum(shard.bytes for shard in shards)):
+        if self.limit < min(least, total):
             raise DataError(
                 f"data.cache_gib={self.limit / 2**30:.3g} holds not even {AHEAD + 1} of these shards: give it at least "
                 f"{least / 2**30:.3g}"
             )
         there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         held = sum(size for _, size, _ in self._held())
-        missing = min(self.limit, sum(shard.bytes for shard in shards)) - held
+        missing = min(self.limit, total) - held
         if missing > (free := shutil.disk_usage(there).free):
             raise DataError(
                 f"data.cache={self.folder} may grow by {missing / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} "

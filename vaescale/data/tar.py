@@ -151,25 +151,28 @@ def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Field
     if picture.size > MOST_BYTES:
         raise DataError(f"{path}: {picture.name} claims {picture.size} bytes, which no picture has")
     texts = {extension: member for extension, member in members if extension in ("cls", "json")}
-    record = _json(file, path, texts["json"]) if "json" in texts and fields.attributes != () else {}
+    wanted = fields.attributes != () or (fields.label_field and not fields.unlabelled)
+    record = _json(file, path, texts["json"]) if "json" in texts and wanted else {}
     return Entry(
         key,
         picture.offset_data,
         picture.size,
         picture.offset_data - picture.offset,
-        _label(file, path, key, texts, fields),
+        _label(file, path, key, texts, record, fields),
         checksum(_bytes(file, picture)),
         {name: value for name, value in _numbers(record) if fields.attributes is None or name in fields.attributes},
     )
 
 
-def _label(file: BinaryIO, path: Path, key: str, texts: dict[str, tarfile.TarInfo], fields: Fields) -> int:
+def _label(
+    file: BinaryIO, path: Path, key: str, texts: dict[str, tarfile.TarInfo], record: dict[str, object], fields: Fields
+) -> int:
     if fields.unlabelled:
         return 0
     value: object
     if fields.label_field:
         where = f"{key}.json, field {fields.label_field}"
-        value = _json(file, path, texts["json"]).get(fields.label_field) if "json" in texts else None
+        value = record.get(fields.label_field)
     else:
         where = f"{key}.cls"
         value = _text(file, path, texts["cls"]) if "cls" in texts else None

@@ -220,6 +220,9 @@ class FSQ(Quantizer):
     """Each channel rounded to one of a few levels; no codebook, nothing to collapse (Mentzer et al. 2023, "Finite
     scalar quantization: VQ-VAE made simple", section 3.1 and appendix A.1)."""
 
+    levels: Tensor  # int64 [D]
+    radix: Tensor  # int64 [D]: what a level of each channel counts in the code
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         product = math.prod(config.levels)
@@ -234,9 +237,6 @@ class FSQ(Quantizer):
         self.register_buffer("radix", torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]]), persistent=False)
         self.tally = Tally(config.codes)
 
-    levels: Tensor  # int64 [D]
-    radix: Tensor  # int64 [D]: what a level of each channel counts in the code
-
     def forward(self, z: Tensor) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
             bounded = self._bounded(z.float())
@@ -244,9 +244,10 @@ class FSQ(Quantizer):
             codes = ((rounded.detach().long() + self.levels // 2) * self.radix).sum(-1)
             if self.training:
                 self.tally.add(codes.flatten())
-            through = bounded + (rounded - bounded).detach()
-            distance = F.mse_loss(bounded.detach() / (self.levels // 2), rounded.detach() / (self.levels // 2))
-            return Quantized(through / (self.levels // 2), codes, z.new_zeros((), dtype=torch.float32), distance)
+            unit = self.levels // 2
+            through = pass_through(bounded, rounded, "straight-through")
+            distance = F.mse_loss(bounded.detach() / unit, rounded.detach() / unit)
+            return Quantized(through / unit, codes, z.new_zeros((), dtype=torch.float32), distance)
 
     def lookup(self, codes: Tensor) -> Tensor:
         digits = codes[..., None] // self.radix % self.levels
