@@ -6,14 +6,13 @@ faiss-cpu vector-quantize-pytorch einx frozendict torch-einops-utils loguru`.
 """
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from paired import Work, paired
 from torch import Tensor
 
 from vaescale.nn.nearest import nearest
@@ -23,8 +22,6 @@ ROWS = 8192
 SHAPES = ((64, 512), (256, 1024), (64, 8192), (8, 16384), (8, 262144))  # (D, K)
 LARGEST = 16384  # codes up to which an N×K matrix is still held beside; beyond, 8 GiB would be needed
 TIE = 1e-6  # of the squared distance, relative to it
-
-Work = Callable[[], object]
 
 
 class Row(NamedTuple):
@@ -91,7 +88,10 @@ def compare(dim: int, codes: int, rounds: int) -> list[Row]:
             lambda: (ours(z), ours.update(11, 0.0)),
             aim(few, 5, 12),
         )
-    return [Row(name, (dim, codes), *paired(a, b, rounds), target) for name, (a, b, target) in searches.items()]
+    return [
+        Row(name, (dim, codes), *paired(a, b, 1, rounds, time.perf_counter), target)
+        for name, (a, b, target) in searches.items()
+    ]
 
 
 def aim(few: bool, small: float, large: float) -> str:
@@ -122,19 +122,6 @@ def one_hot_statistics(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Ten
 
 def bare(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return z.new_zeros(size, z.shape[1]).index_add_(0, codes, z), torch.bincount(codes, minlength=size)
-
-
-def paired(theirs: Work, ours: Work, rounds: int) -> tuple[float, float, float]:
-    """(theirs and ours in milliseconds, their ratio): medians over rounds, each first in every other."""
-    theirs(), ours()
-    spent: dict[Work, list[float]] = {theirs: [], ours: []}
-    for i in range(rounds):
-        for work in (theirs, ours) if i % 2 else (ours, theirs):
-            start = time.perf_counter()
-            work()
-            spent[work].append((time.perf_counter() - start) * 1000)
-    ratios = [a / b for a, b in zip(spent[theirs], spent[ours], strict=True)]
-    return statistics.median(spent[theirs]), statistics.median(spent[ours]), statistics.median(ratios)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import random
 import resource
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import webdataset
+from paired import Work, paired
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -43,8 +44,6 @@ DAMAGED = 100  # one picture in so many
 WORKERS = 2
 DECODERS: tuple[decode.Decoder, ...] = ("pillow", "turbo") if find_spec("simplejpeg") else ("pillow",)
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
-
-Work = Callable[[], object]
 
 
 class Row(NamedTuple):
@@ -104,17 +103,9 @@ def imagenet_like() -> Iterator[Sample]:
         yield Sample(f"{i:05d}", file.getvalue(), i % len(photographs))
 
 
-def paired(theirs: Work, ours: Work, items: int, rounds: int) -> tuple[float, float, float]:
-    """(theirs and ours in CPU milliseconds an item, their ratio): medians over rounds, each first in every other."""
-    theirs(), ours()  # what is done once, such as imports
-    spent: dict[Work, list[float]] = {theirs: [], ours: []}
-    for i in range(rounds):
-        for work in (theirs, ours) if i % 2 else (ours, theirs):
-            start = cpu_seconds()
-            work()
-            spent[work].append((cpu_seconds() - start) * 1000 / items)
-    ratios = [a / b for a, b in zip(spent[theirs], spent[ours], strict=True)]
-    return statistics.median(spent[theirs]), statistics.median(spent[ours]), statistics.median(ratios)
+def in_cpu_time(theirs: Work, ours: Work, items: int, rounds: int) -> tuple[float, float, float]:
+    """(theirs and ours in CPU milliseconds an item, their ratio)."""
+    return paired(theirs, ours, items, rounds, cpu_seconds)
 
 
 def reading(root: Path, rounds: int) -> Row:
@@ -130,7 +121,7 @@ def reading(root: Path, rounds: int) -> Row:
         return map(samples.read, range(COUNT))
 
     assert list(theirs()) == list(ours())
-    times = paired(lambda: exhaust(theirs()), lambda: exhaust(ours()), COUNT, rounds)
+    times = in_cpu_time(lambda: exhaust(theirs()), lambda: exhaust(ours()), COUNT, rounds)
     return Row("read a sample (webdataset)", *times, "≥ 6", "same bytes")
 
 
@@ -144,10 +135,10 @@ def decoding(files: list[bytes], rounds: int) -> Iterator[Row]:
     for decoder in DECODERS:
         ours = partial(crops, files, decoder)
         lowest = min(psnr(crop(data, g, False, decoder), expected_crop(data, g)) for g, data in enumerate(files))
-        times = paired(theirs, lambda ours=ours: exhaust(ours()), len(files), rounds)
+        times = in_cpu_time(theirs, lambda ours=ours: exhaust(ours()), len(files), rounds)
         yield Row(f"decode, random-resized-crop to {SIZE}, {decoder} (Pillow)", *times, "≥ 1.1", f"≥ {lowest:.1f}")
     lowest = min(psnr(decode.validation_image(data, SIZE), centre_square(data)) for data in files)
-    times = paired(
+    times = in_cpu_time(
         lambda: exhaust(map(centre_square, files)),
         lambda: exhaust(decode.validation_image(data, SIZE) for data in files),
         len(files),
@@ -173,12 +164,12 @@ def loading(root: Path, rounds: int) -> Iterator[Row]:
 
     cases = [(kind, decoder, BICUBIC) for kind in ("plain", "prepared") for decoder in DECODERS]
     for kind, decoder, filter_ in (*cases, ("plain", DECODERS[-1], BILINEAR)):
-        times = paired(partial(theirs, filter_), partial(load, root / kind, decoder), COUNT, rounds)
+        times = in_cpu_time(partial(theirs, filter_), partial(load, root / kind, decoder), COUNT, rounds)
         what = f"load batches, {kind} shards, {decoder} (webdataset, Pillow {filter_.name.lower()}, plain shards)"
         yield Row(what, *times, "≥ 2", "")
     for decoder in DECODERS:
         work = partial(theirs, BICUBIC, WORKERS), partial(load, root / "plain", decoder, WORKERS)
-        times = paired(*work, COUNT * epochs(WORKERS), rounds)
+        times = in_cpu_time(*work, COUNT * epochs(WORKERS), rounds)
         what = f"the same with {WORKERS} workers, plain shards, {decoder} (webdataset, Pillow bicubic, plain shards)"
         yield Row(what, *times, "≥ 2", "")
 
@@ -198,7 +189,7 @@ def preparation(root: Path, rounds: int) -> Iterator[Row]:
     pairs = [(decode.validation_image(small.read(n)[0], SIZE), centre_square(plain.read(n)[0])) for n in range(COUNT)]
     middle = statistics.median(psnr(a, b) for a, b in pairs)
     for decoder in DECODERS:
-        times = paired(theirs, partial(ours, decoder), COUNT, rounds)
+        times = in_cpu_time(theirs, partial(ours, decoder), COUNT, rounds)
         what = f"read and decode, prepared shards, {decoder} (Pillow, plain shards)"
         yield Row(what, *times, "≥ 3", f"median {middle:.1f}")
 
@@ -206,7 +197,7 @@ def preparation(root: Path, rounds: int) -> Iterator[Row]:
 def damage(root: Path, rounds: int) -> Row:
     assert load(root / "damaged", "pillow") == COUNT // DAMAGED
     # A few percent are looked for, so this one takes more rounds.
-    times = paired(
+    times = in_cpu_time(
         partial(load, root / "damaged", "pillow"), partial(load, root / "plain", "pillow"), COUNT, 3 * rounds
     )
     return Row("load with 1 % of the samples damaged (sound ones)", *times, "≤ 1.03", "")
