@@ -78,9 +78,9 @@ def evaluate_run(run: Path, overrides: list[str]) -> dict[str, Any]:
     }
     if distributed.rank() == 0:
         (run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-        shown = stream.fixed_images(slices)
-        reconstruction, _ = reconstruct(model, shown.x.to(device), shown.label.to(device))
-        pictures.save(pictures.reconstructions(shown.x, reconstruction.cpu()), run / "reconstructions.png")
+        shown = stream.fixed_images(slices).to(device)
+        reconstruction, _ = reconstruct(model, shown)
+        pictures.save(pictures.reconstructions(shown.x, reconstruction), run / "reconstructions.png")
     return result
 
 

@@ -1,24 +1,61 @@
 """The nouns of the project, and nothing else.
 
-Images are uint8 [B, 3, H, W] until they are on the device, and float in [0, 1] inside `decode` and `Output`.
+Images are uint8 [B, C, H, W], C = 3 or 1, until they are on the device, and float in [0, 1] inside `decode` and
+`Output`. Information is in nats; only what is shown to people is in bits.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
+class Shape(NamedTuple):
+    """What a model is given; known before any data are read."""
+
+    channels: int = 3  # C
+    size: int = 128  # H = W
+    attributes: int = 0  # A
+
+
+class Condition(NamedTuple):
+    """What images are said to show."""
+
+    label: Tensor  # int64 [B]; −1: not said
+    attributes: Tensor  # fp32 [B, A], standardised over the training set; NaN: not said
+
+
 class Batch(NamedTuple):
-    x: Tensor  # uint8 [B, 3, H, W]
+    x: Tensor  # uint8 [B, C, H, W]
     label: Tensor  # int64 [B]
+    attributes: Tensor  # fp32 [B, A]
     sample: Tensor  # int64 [B]: training: the place g in the endless sequence; validation: the place in the index
+
+    @property
+    def condition(self) -> Condition:
+        return Condition(self.label, self.attributes)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Output(NamedTuple):
     loss: Tensor  # scalar, fp32
     metrics: dict[str, Tensor]  # scalars, detached, means over the batch
-    reconstruction: Tensor | None  # [B, 3, H, W], in [0, 1] up to over-shoot
+    reconstruction: Tensor | None  # [B, C, H, W], in [0, 1] up to over-shoot
+
+
+class Bound(NamedTuple):
+    """What one draw z ~ q(z|x) says of log p(x), the probability of the 8-bit image, in nats.
+
+    ELBO = −distortion − Σ rate. log p(x|z) + log p(z) − log q(z|x) = −distortion + log_ratio is a log-weight of the
+    importance-weighted bound.
+    """
+
+    distortion: Tensor  # fp32 [B]: −log p(x|z)
+    rate: Tensor  # fp32 [L, B]: KL(q‖p) of each level, coarse to fine, in closed form
+    log_ratio: Tensor  # fp32 [B]: log p(z) − log q(z|x) of the draw, over all levels
 
 
 class Quantized(NamedTuple):
@@ -38,12 +75,28 @@ class Usage(NamedTuple):
 
 
 class Codec(Protocol):
-    def encode(self, batch: Batch) -> list[Tensor]:
-        """Latents, coarse to fine; int64 codes where they are discrete."""
+    def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
+        """Latents, coarse to fine; int64 codes where they are discrete. Where they have a distribution q(z|x): its
+        mean, and around it a draw whose standard deviation is multiplied by `temperature`."""
         ...
 
-    def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """Images in [0, 1] up to over-shoot, float [B, 3, H, W]."""
+    def decode(
+        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+    ) -> Tensor:
+        """Images in [0, 1] up to over-shoot, float [B, C, H, W]: the mean of p(x|z), or with `draw` a draw from it.
+
+        Latents not given are drawn from the prior, with standard deviations multiplied by `temperature`; their number B
+        is then that of the condition. Raises ValueError where there is no prior to draw them from.
+        """
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A codec that knows how probable images are."""
+
+    def bound(self, batch: Batch) -> Bound:
+        """One draw a call."""
         ...
 
 
@@ -54,10 +107,12 @@ class Model(nn.Module, ABC):
     def forward(self, batch: Batch, step: int) -> Output: ...
 
     @abstractmethod
-    def encode(self, batch: Batch) -> list[Tensor]: ...
+    def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]: ...
 
     @abstractmethod
-    def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor: ...
+    def decode(
+        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+    ) -> Tensor: ...
 
     def update(self, step: int, lr: float) -> None:
         """Called once after each optimiser step, on all ranks: learn what is not learned by the optimiser."""

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vaescale.interfaces import Batch
+from vaescale.interfaces import Batch, Shape
 from vaescale.models.vqvae import VQVAE, Config
 from vaescale.nn import quantize
 
@@ -9,12 +9,12 @@ from vaescale.nn import quantize
 def model(**changes: object) -> VQVAE:
     torch.manual_seed(0)
     config = Config(width=16, residual_width=8, quantizer=quantize.Config(codes=32, dim=8), **changes)
-    return VQVAE(config)
+    return VQVAE(config, Shape())
 
 
 def batch(count: int = 4, size: int = 32) -> Batch:
     x = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
-    return Batch(x, torch.zeros(count, dtype=torch.int64), torch.arange(count))
+    return Batch(x, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 0), torch.arange(count))
 
 
 @pytest.mark.parametrize("downsampling", [2, 4, 8, 16])
@@ -29,7 +29,7 @@ def test_shapes(downsampling: int) -> None:
 def test_the_papers_setting_has_the_papers_codes() -> None:
     """ImageNet, section 4.1: 128 × 128 × 3 → 32 × 32 × 1 codes, K = 512, 256 hidden units."""
     with torch.device("meta"):
-        vqvae = VQVAE(Config())
+        vqvae = VQVAE(Config(), Shape())
     assert vqvae.config.width == 256
     assert vqvae.config.quantizer.codes == 512
     features = vqvae.encoder(torch.empty(1, 3, 128, 128, device="meta"))

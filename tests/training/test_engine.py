@@ -10,8 +10,8 @@ from vaescale import distributed
 from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
 from vaescale.training import settings
-from vaescale.training.engine import Engine, deepspeed_config
-from vaescale.training.learner import Learner, learning_rate
+from vaescale.training.engine import deepspeed_config
+from vaescale.training.learner import Descent, learning_rate
 
 CONFIG = "tests/integration/tiny.yaml"
 
@@ -29,7 +29,7 @@ def load(*overrides: str) -> settings.Config:
 
 def batch() -> Batch:
     x = torch.randint(0, 256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return Batch(x, torch.zeros(12).long(), torch.arange(12))
+    return Batch(x, torch.zeros(12).long(), torch.zeros(12, 0), torch.arange(12))
 
 
 def test_what_deepspeed_is_told(group: None) -> None:
@@ -56,7 +56,7 @@ def test_one_step_is_that_of_plain_torch(group: None) -> None:
     torch.manual_seed(0)
     ours, plain = settings.build(config), settings.build(config)
     plain.load_state_dict(ours.state_dict())
-    learner = Learner(ours, Engine(ours, config), config)
+    learner = Descent(ours, config)
     adam = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     for step in range(10):
         norm = learner.step([batch()], step)["gradient_norm"]
@@ -74,8 +74,8 @@ def test_one_step_is_that_of_plain_torch(group: None) -> None:
 def test_a_nan_gradient_moves_nothing(group: None) -> None:
     config = load()
     model = settings.build(config)
-    engine = Engine(model, config)
-    learner = Learner(model, engine, config)
+    learner = Descent(model, config)
+    engine = learner.engine
     learner.step([batch()], 0)
     before = {name: value.clone() for name, value in [*model.named_parameters(), *engine.moments().items()]}
     model.decoder[0].bias.register_hook(lambda gradient: gradient * float("nan"))

@@ -106,6 +106,11 @@ def prepared(data: bytes, short_side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
+def grey(pixels: Pixels) -> Pixels:
+    """[H, W, 3] → its luma [H, W, 1] (ITU-R BT.601)."""
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+
+
 @contextmanager
 def _damaged(cause: str) -> Iterator[None]:
     """What Pillow raises for hostile bytes becomes Damaged, and what it warns of does not reach the user."""

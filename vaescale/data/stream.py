@@ -1,9 +1,9 @@
 """The training stream and the validation pass: uint8 batches in an order that is a function of g alone."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ IN_A_ROW = 100  # damaged samples drawn one after the other: the data are damage
 class Config:
     root: str = "data/photos"  # holds train/ and val/, each with an index; the shards may be elsewhere
     size: int = 128  # pixels a side
+    channels: Literal[1, 3] = 3  # 1: grey
+    attributes: list[str] = field(default_factory=list)  # of the index's, those that a model is given, in this order
     least_area: float = 0.25  # random-resized-crop: smallest part of a picture
     flip: bool = True
     columns: int = 256  # places that one batch mixes; fixed for the life of a run
@@ -76,6 +78,34 @@ class Samples:
         return self.index.shards[place.shard].name, key_in(head) or f"sample {sample}, its header is damaged"
 
 
+class Attributes:
+    """Attributes by sample number, standardised: (value − mean) / standard deviation over the training set."""
+
+    def __init__(self, index: Index, training: Index, names: list[str]) -> None:
+        self._columns = _columns(index, names)
+        self._values = index.attributes
+        if names:
+            known = training.attributes[:, _columns(training, names)]  # type: ignore[index]
+            self._mean = np.nanmean(known, axis=0, dtype=np.float64)
+            self._deviation = np.maximum(np.nanstd(known, axis=0, dtype=np.float64), 1e-6)
+
+    def __call__(self, samples: list[int]) -> Tensor:
+        """→ fp32 [B, A]; NaN where a sample has none."""
+        if not self._columns:
+            return torch.zeros(len(samples), 0)
+        assert self._values is not None
+        values = self._values[np.ix_(samples, self._columns)]
+        return torch.from_numpy(((values - self._mean) / self._deviation).astype(np.float32))
+
+
+def _columns(index: Index, names: list[str]) -> list[int]:
+    for name in names:
+        if name not in index.attribute_names:
+            known = ", ".join(index.attribute_names) or "none"
+            raise DataError(f"data.attributes: the samples of {index.folder} have no {name}; they have {known}")
+    return [index.attribute_names.index(name) for name in names]
+
+
 class TrainSlices(Dataset[Decoded]):
     """`slices[range of g]` → the decoded samples of that range."""
 
@@ -87,6 +117,7 @@ class TrainSlices(Dataset[Decoded]):
         # So far ahead, a quarter of a shard in every column, begins the way of the next shards into the cache.
         self._ahead = config.columns * max(1, len(self.samples.index) // len(self.samples.index.shards) // 4)
         self.order = Order(self.samples.index.sizes, config.columns, seed)
+        self.attributes = Attributes(self.samples.index, self.samples.index, config.attributes)
 
     def advice(self) -> str:
         """What to change if the cache cannot hold the shards that a batch walks at once; "" if it can."""
@@ -105,15 +136,16 @@ class TrainSlices(Dataset[Decoded]):
         samples = self.order(places)
         if self.samples.store.remote:
             self.samples.store.prefetch(self.order.shards(places + self._ahead).tolist())
-        images, labels, damage = [], [], []
+        images, labels, shown, damage = [], [], [], []
         for g, sample in zip(gs, samples.tolist(), strict=True):
-            image, label, found = self._one(g, sample)
+            image, label, sample, found = self._one(g, sample)
             images.append(image)
             labels.append(label)
+            shown.append(sample)
             damage += found
-        return Decoded(_batch(images, labels, list(gs)), damage)
+        return Decoded(_batch(images, labels, self.attributes(shown), list(gs), self.config.channels), damage)
 
-    def _one(self, g: int, sample: int) -> tuple[decode.Pixels, int, list[Damage]]:
+    def _one(self, g: int, sample: int) -> tuple[decode.Pixels, int, int, list[Damage]]:
         """A damaged sample is replaced by one that only (seed, g) and the try decide, at any world size."""
         config = self.config
         damage: list[Damage] = []
@@ -123,7 +155,7 @@ class TrainSlices(Dataset[Decoded]):
                 image = decode.train_image(
                     data, config.size, config.least_area, config.flip, self.seed, g, config.decoder
                 )
-                return image, label, damage
+                return image, label, sample, damage
             except decode.Damaged as error:
                 damage.append(Damage(g, *self.samples.name(sample), str(error)))
                 sample = int(mix(self.seed, g, attempt)) % len(self.samples.index)
@@ -139,6 +171,8 @@ class ValidationSlices(Dataset[Decoded]):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.samples = Samples(Path(config.root) / "val", config.cache, config.cache_gib)
+        training = Index(Path(config.root) / "train") if config.attributes else self.samples.index
+        self.attributes = Attributes(self.samples.index, training, config.attributes)
 
     def __getitem__(self, numbers: range) -> Decoded:
         if get_worker_info():  # a thread of the training process would be forked with the next workers
@@ -154,7 +188,8 @@ class ValidationSlices(Dataset[Decoded]):
                 # A validation number over fewer samples than it says would not compare with anybody's.
                 raise DataError(f"validation sample {key} in {shard} is damaged: {error}") from None
             labels.append(label)
-        return Decoded(_batch(images, labels, list(numbers)), [])
+        attributes = self.attributes(list(numbers))
+        return Decoded(_batch(images, labels, attributes, list(numbers), self.config.channels), [])
 
 
 def train_loader(
@@ -257,7 +292,10 @@ def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _batch(images: list[decode.Pixels], labels: list[int], numbers: list[int]) -> Batch:
-    # [B, H, W, 3] seen as [B, 3, H, W]: the very bytes of channels_last, which convolutions like best.
+def _batch(
+    images: list[decode.Pixels], labels: list[int], attributes: Tensor, numbers: list[int], channels: int
+) -> Batch:
+    images = images if channels == 3 else [decode.grey(image) for image in images]
+    # [B, H, W, C] seen as [B, C, H, W]: the very bytes of channels_last, which convolutions like best.
     x: Tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return Batch(x, torch.tensor(labels), torch.tensor(numbers))
+    return Batch(x, torch.tensor(labels), attributes, torch.tensor(numbers))

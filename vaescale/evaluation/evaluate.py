@@ -32,10 +32,10 @@ def evaluate(codec: Codec, loader: Iterable[Decoded], sizes: dict[str, int], dev
     """
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     counts = {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in sizes.items()}
-    for batch in (decoded.batch for decoded in loader):
-        x = batch.x.to(device, non_blocking=True)
-        latents = codec.encode(Batch(x, batch.label.to(device), batch.sample))
-        y = to_bytes(codec.decode(latents))
+    for decoded in loader:
+        batch = decoded.batch.to(device)
+        x, latents = batch.x, codec.encode(batch)
+        y = to_bytes(codec.decode(latents, batch.condition))
         values = torch.stack([metrics.mse(x, y), metrics.psnr(x, y), metrics.ssim(x, y)])
         totals += torch.cat([values.sum(1), values.new_tensor([len(x)])])
         for name, codes in zip(counts, latents, strict=False):
@@ -53,7 +53,7 @@ def evaluate(codec: Codec, loader: Iterable[Decoded], sizes: dict[str, int], dev
 
 
 @torch.no_grad()
-def reconstruct(codec: Codec, x: Tensor, label: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """uint8 [B, 3, H, W] → its reconstruction in uint8, and the latents."""
-    latents = codec.encode(Batch(x, label, torch.arange(len(x))))
-    return to_bytes(codec.decode(latents, label)), latents
+def reconstruct(codec: Codec, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Its images' reconstructions, uint8 [B, C, H, W], and the latents."""
+    latents = codec.encode(batch)
+    return to_bytes(codec.decode(latents, batch.condition)), latents

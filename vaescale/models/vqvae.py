@@ -1,6 +1,6 @@
 """VQ-VAE: van den Oord, Vinyals, Kavukcuoglu 2017, "Neural discrete representation learning", section 4.1.
 
-    image [B, 3, H, W] → encoder → [B, D, H/f, W/f] → nearest codes int64 [B, H/f, W/f] → decoder → [B, 3, H, W]
+    image [B, C, H, W] → encoder → [B, D, H/f, W/f] → nearest codes int64 [B, H/f, W/f] → decoder → [B, C, H, W]
 
 With H = W = 128, f = 4 and K = 512 the codes are those of the paper's ImageNet experiment, 32 × 32 × 1. The outermost
 convolutions have half of the hidden units and a 3×3 convolution follows them, as in the authors' published code.
@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..interfaces import Batch, Model, Output, Usage
+from ..interfaces import Batch, Condition, Model, Output, Shape, Usage
 from ..nn import quantize
 from ..nn.blocks import ResidualBlock, downsample, upsample
 
@@ -32,7 +32,7 @@ class Config:
 
 
 class VQVAE(Model):
-    def __init__(self, config: Config, seed: int = 0) -> None:
+    def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         halvings = config.downsampling.bit_length() - 1
@@ -41,7 +41,7 @@ class VQVAE(Model):
         if config.width < 2:
             raise ValueError(f"model.width={config.width} must be at least 2")
         width, dim = config.width, config.quantizer.dim
-        channels = [3, width // 2, *[width] * (halvings - 1)]
+        channels = [shape.channels, width // 2, *[width] * (halvings - 1)]
 
         layers: list[nn.Module] = []
         for before, after in pairwise(channels):
@@ -66,22 +66,25 @@ class VQVAE(Model):
         quantized = self.quantizer(self._features(x))
         reconstruction = self._images(quantized.z)
         squared_errors = (reconstruction.float() - x).square().mean(dim=(1, 2, 3))
-        distortion = squared_errors.mean()
+        mse = squared_errors.mean()
         metrics = {
-            "distortion": distortion.detach(),
+            "mse": mse.detach(),
             "psnr": -10 * squared_errors.detach().log10().mean(),
             "commitment": quantized.commitment,
         }
-        return Output(distortion / self.config.variance + quantized.loss, metrics, reconstruction)
+        return Output(mse / self.config.variance + quantized.loss, metrics, reconstruction)
 
-    def encode(self, batch: Batch) -> list[Tensor]:
+    def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """Codes int64 [B, H/f, W/f], one a codebook."""
+        del temperature  # the nearest code is certain
         codes = self.quantizer(self._features(batch.x / 255)).codes
         return list(codes.unbind(-1)) if len(self.quantizer.sizes) > 1 else [codes]
 
-    def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    def decode(
+        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+    ) -> Tensor:
         """Raises ValueError without codes: a VQ-VAE has no prior of its own to draw them from."""
-        del label, temperature  # the decoder is deterministic and unconditional
+        del condition, temperature, draw  # the decoder is deterministic and unconditional
         if not latents:
             raise ValueError("a VQ-VAE draws no samples by itself: it decodes the codes of a prior")
         codes = torch.stack(latents, dim=-1) if len(latents) > 1 else latents[0]

@@ -47,9 +47,14 @@ def _colour(code: int) -> tuple[int, ...]:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.65, (1.0, 0.8, 0.6)[code % 3]))
 
 
+def _coloured(images: Tensor) -> Tensor:
+    """[B, 1 or 3, H, W] → [B, 3, H, W]."""
+    return images.expand(-1, 3, -1, -1)
+
+
 def _sheet(columns: dict[str, Tensor], per_row: int) -> Picture:
     """The columns side by side under their captions, again and again until a row holds `per_row` images."""
-    stacked = torch.stack(list(columns.values()), dim=1).cpu()
+    stacked = torch.stack([_coloured(images) for images in columns.values()], dim=1).cpu()
     count, kinds, _, height, width = stacked.shape
     per_row = min(per_row, count)
     rows = -(-count // per_row)

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import config as mechanics
-from ..interfaces import Batch
-from .settings import Config, build, micro_batch
+from .settings import Config, blank, build, micro_batch
 
 
 def describe(config: Config, world: int) -> str:
@@ -56,11 +55,9 @@ def activation_bytes(model: nn.Module, config: Config) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    size = config.data.size
-    batch = Batch(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.zeros(1).long(), torch.zeros(1).long())
     model.eval()  # a training forward would wait for an update that never comes
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        model(batch, 0)
+        model(blank(config, 1), 0)
     return sum(held.values()) // (1 if config.precision == "fp32" else 2)
 
 

@@ -1,7 +1,8 @@
-"""One optimisation step."""
+"""One step of learning, and the state that goes with it. The trainer knows a Learner, never an engine."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,24 +11,47 @@ from ..interfaces import Batch, Model
 from .engine import Engine
 from .settings import Config, Optimizer
 
+Tensors = dict[str, Tensor]
 
-class Learner:
-    """The plain learner: one model, one engine."""
 
-    def __init__(self, model: Model, engine: Engine, config: Config) -> None:
+class Learner(Protocol):
+    def step(self, batches: Iterable[Batch], step: int) -> Tensors:
+        """Learn from one step's micro-batches; returns this rank's means over them, fp32 scalars on the device."""
+        ...
+
+    def report(self, means: dict[str, float], step: int) -> dict[str, float]:
+        """The board's names and values, after `step` steps. means: of what `step` returned, over a window of steps and
+        all ranks."""
+        ...
+
+    def tensors(self) -> dict[str, Tensors]:
+        """What a checkpoint holds, by file: "model" and what else it needs. Collective."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What state.json holds beside them."""
+        ...
+
+    def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
+        """Take up what `tensors` and `state` gave; `read` gives a file's tensors."""
+        ...
+
+
+class Descent:
+    """One model, one engine, AdamW."""
+
+    def __init__(self, model: Model, config: Config) -> None:
         self.model = model
-        self.engine = engine
+        self.engine = Engine(model, config)
         self.config = config
 
-    def step(self, batches: Iterable[Batch], step: int) -> dict[str, Tensor]:
-        """Learn from one step's micro-batches; returns this rank's means over them, fp32 scalars on the device.
-
-        "skipped" is 1 where the gradient was not finite and the optimiser therefore did not move. Nothing of ours waits
-        for the device here; DeepSpeed does, once a step, at ZeRO 1 and 2.
+    def step(self, batches: Iterable[Batch], step: int) -> Tensors:
+        """ "skipped" is 1 where the gradient was not finite and the optimiser therefore did not move. Nothing of ours
+        waits for the device here; DeepSpeed does, once a step, at ZeRO 1 and 2.
         """
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         count = self.config.accumulation
-        total: dict[str, Tensor] = {}
+        total: Tensors = {}
         norm = torch.zeros(())
         for number, batch in enumerate(batches, start=1):
             output = self.engine.forward(batch, step)
@@ -41,6 +65,27 @@ class Learner:
         self.model.update(step, lr)
         finite = norm.isfinite()
         return {**total, "gradient_norm": torch.where(finite, norm, 0.0), "skipped": (~finite).float()}
+
+    def report(self, means: dict[str, float], step: int) -> dict[str, float]:
+        skipped, norm = means.pop("skipped"), means.pop("gradient_norm")
+        values = {f"train/{name}": value for name, value in means.items()}
+        values["optim/skipped"] = skipped  # share of the window's steps
+        values["optim/gradient_norm"] = norm / max(1 - skipped, 1e-9)  # mean of the others
+        values["optim/lr"] = learning_rate(self.config.optimizer, step - 1, self.config.steps)
+        if scale := self.engine.loss_scale():
+            values["optim/loss_scale"] = scale
+        return values
+
+    def tensors(self) -> dict[str, Tensors]:
+        return {"model": self.engine.weights(), "optimizer": self.engine.moments()}
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer_steps": self.engine.optimizer_steps(), "scaler": self.engine.scaler()}
+
+    def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
+        self.engine.load_weights(read("model"))
+        self.engine.load_moments(read("optimizer"), state["optimizer_steps"])
+        self.engine.load_scaler(state["scaler"])
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from .. import config as mechanics
 from ..config import ConfigError
 from ..data import places, stream
-from ..interfaces import Batch, Model
+from ..interfaces import Batch, Model, Shape
 from ..models import MODELS
 
 
@@ -83,9 +83,21 @@ def build(config: Config) -> Model:
     """The model that the config names; raises ConfigError for a shape it cannot have."""
     try:
         _, model = MODELS[config.model.kind]
-        return model(config.model, config.seed)
+        return model(config.model, shape(config), config.seed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def shape(config: Config) -> Shape:
+    return Shape(config.data.channels, config.data.size, len(config.data.attributes))
+
+
+def blank(config: Config, images: int) -> Batch:
+    """Images of the right shape that show nothing."""
+    channels, size, attributes = shape(config)
+    label = torch.zeros(images, dtype=torch.int64)
+    x = torch.zeros(images, channels, size, size, dtype=torch.uint8)
+    return Batch(x, label, torch.zeros(images, attributes), label)
 
 
 def check(config: Config, world: int) -> None:
@@ -94,10 +106,9 @@ def check(config: Config, world: int) -> None:
     size = config.data.size
     with FakeTensorMode(), torch.no_grad():  # shapes only: nothing is computed
         model = build(config).eval()
-        label = torch.zeros(1, dtype=torch.int64)
-        batch = Batch(torch.zeros(1, 3, size, size, dtype=torch.uint8), label, label)
+        batch = blank(config, 1)
         try:
-            decoded = model.decode(model.encode(batch), label).shape[-1]
+            decoded = model.decode(model.encode(batch), batch.condition).shape[-1]
         except RuntimeError as error:
             raise ConfigError(f"data.size={size} does not fit the model: {str(error).splitlines()[0]}") from None
     if decoded != size:

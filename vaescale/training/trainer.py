@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from ..monitoring.console import Console
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .ema import WeightEMA
-from .engine import Engine
-from .learner import Learner, learning_rate
+from .learner import Descent, Learner
 from .settings import Config, build, micro_batch
 
 
@@ -71,8 +71,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build(config).to(self.device)
         self.ema = WeightEMA(self.model, config.ema)
-        self.engine = Engine(self.model, config)
-        self.learner = Learner(self.model, self.engine, config)
+        self.learner: Learner = Descent(self.model, config)
         self.position = Position()
         self.resume()
 
@@ -128,23 +127,19 @@ class Trainer:
             window.damaged.update(one.cause for one in damage)
             for one in damage:
                 print(f"damaged sample replaced ({one.cause}): {one.key} in {one.shard} (g={one.g})", flush=True)
-            yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+            yield batch.to(self.device)
 
     def report(self, window: Window) -> None:
         """Means over the window and over all ranks; the only place between checkpoints that waits for the device."""
         config, position = self.config, self.position
         names = sorted(window.sums)
         sums = torch.stack([window.sums[name].to(self.device) / window.steps for name in names])
-        means = distributed.sum_(sums.double()).tolist()
+        totals = distributed.sum_(sums.double()).tolist()
         self.count_damage(window)
         seconds = time.monotonic() - window.begun
 
-        values = {f"train/{name}": value / self.world for name, value in zip(names, means, strict=True)}
-        skipped = values["optim/skipped"] = values.pop("train/skipped")  # share of the window's steps
-        values["optim/gradient_norm"] = values.pop("train/gradient_norm") / max(1 - skipped, 1e-9)  # mean of the others
-        values["optim/lr"] = learning_rate(config.optimizer, position.step - 1, config.steps)
-        if scale := self.engine.loss_scale():
-            values["optim/loss_scale"] = scale
+        means = {name: total / self.world for name, total in zip(names, totals, strict=True)}
+        values = self.learner.report(means, position.step)
         for name, usage in self.model.usage(clear=True).items():
             values |= {f"{name}/{key}": value for key, value in codebook.scalars(usage).items()}
             if self.board:
@@ -188,28 +183,23 @@ class Trainer:
         if not self.board:
             return
         self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
-        shown = stream.fixed_images(self.validation)
-        x = shown.x.to(self.device)
-        y, latents = reconstruct(averaged, x, shown.label.to(self.device))
-        self.board.picture("val/reconstructions", pictures.reconstructions(x, y), step)
+        shown = stream.fixed_images(self.validation).to(self.device)
+        y, latents = reconstruct(averaged, shown)
+        self.board.picture("val/reconstructions", pictures.reconstructions(shown.x, y), step)
         for (name, size), codes in zip(sizes.items(), latents, strict=False):
-            self.board.picture(f"{name}/map", pictures.code_map(x, codes, size), step)
+            self.board.picture(f"{name}/map", pictures.code_map(shown.x, codes, size), step)
 
     def save(self) -> None:
         """Collective: every rank takes part in gathering, rank 0 writes."""
         position, config = self.position, self.config
-        tensors = {
-            "model": self.engine.weights(),
-            "ema": self.ema.model.state_dict(),
-            "optimizer": self.engine.moments(),
-        }
+        tensors = {**self.learner.tensors(), "ema": self.ema.model.state_dict()}
+        learned = self.learner.state()
         if self.rank == 0:
             state = {
                 "step": position.step,
                 "images": position.images,
                 "damaged": position.damaged,
-                "optimizer_steps": self.engine.optimizer_steps(),
-                "scaler": self.engine.scaler(),
+                **learned,
                 "order": self.order(),
             }
             checkpoint.save(self.run / "checkpoints", position.step, tensors, state, config.keep)
@@ -233,9 +223,7 @@ class Trainer:
                     f"{self.run} was begun with {key}={state['order'][key]}, now it is {value}: the order of samples "
                     f"would break; set it back, or give another run=…"
                 )
-        self.engine.load_weights(checkpoint.read_tensors(found, "model"))
-        self.engine.load_moments(checkpoint.read_tensors(found, "optimizer"), state["optimizer_steps"])
-        self.engine.load_scaler(state["scaler"])
+        self.learner.load(partial(checkpoint.read_tensors, found), state)
         self.ema.model.load_state_dict(checkpoint.read_tensors(found, "ema"))
         self.position = Position(state["step"], state["images"], state["damaged"])
 
