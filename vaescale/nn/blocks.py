@@ -1,7 +1,10 @@
 """The convolutional blocks that the models share."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..interfaces import Shape
 
 
 class ResidualBlock(nn.Module):
@@ -24,3 +27,53 @@ def downsample(channels: int, out: int) -> nn.Conv2d:
 def upsample(channels: int, out: int) -> nn.ConvTranspose2d:
     """Doubles height and width."""
     return nn.ConvTranspose2d(channels, out, 4, stride=2, padding=1)
+
+
+class Encoder(nn.Module):
+    """Image [B, C, H, W] and condition [B, E] → [B, out]: after each halving twice the channels and a residual block,
+    then two linear maps."""
+
+    def __init__(self, shape: Shape, width: int, halvings: int, hidden: int, out: int, condition: int = 0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(shape.channels, width, 3, padding=1)]
+        for level in range(halvings):
+            channels = width << level
+            layers += [nn.ReLU(), downsample(channels, 2 * channels), ResidualBlock(2 * channels, channels)]
+        self.image = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+        self.hidden = nn.Linear((width << halvings) * least_size(shape, halvings) ** 2 + condition, hidden)
+        self.out = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        features = self.image(x)
+        if condition is not None:
+            features = torch.cat([features, condition.to(features.dtype)], dim=1)
+        return self.out(F.relu(self.hidden(features)))
+
+
+class Decoder(nn.Module):
+    """[B, D] → [B, out, H, W]: the encoder's way back. Conditions are given as further channels of D."""
+
+    def __init__(self, shape: Shape, width: int, halvings: int, hidden: int, dim: int, out: int) -> None:
+        super().__init__()
+        self.least = least_size(shape, halvings)
+        self.hidden = nn.Linear(dim, hidden)
+        self.grid = nn.Linear(hidden, (width << halvings) * self.least**2)
+        layers: list[nn.Module] = []
+        for level in reversed(range(halvings)):
+            channels = width << level
+            layers += [ResidualBlock(2 * channels, channels), nn.ReLU(), upsample(2 * channels, channels)]
+        self.image = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(width, out, 3, padding=1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        grid = self.grid(F.relu(self.hidden(z)))
+        return self.image(grid.unflatten(1, (-1, self.least, self.least)))
+
+
+def least_size(shape: Shape, halvings: int) -> int:
+    """Pixels a side after `halvings`; raises ValueError where they do not divide."""
+    if shape.size % 2**halvings:
+        raise ValueError(
+            f"data.size={shape.size} cannot be halved {halvings} times: take a multiple of {2**halvings}, or fewer "
+            f"model.halvings"
+        )
+    return shape.size >> halvings
