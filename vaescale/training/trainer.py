@@ -20,7 +20,7 @@ from ..config import ConfigError
 from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..evaluation.evaluate import evaluate, reconstruct
-from ..interfaces import Batch
+from ..interfaces import Batch, Usage
 from ..monitoring import codebook, pictures
 from ..monitoring.board import Board
 from ..monitoring.console import Console
@@ -139,13 +139,14 @@ class Trainer:
         self.count_damage(window)
         seconds = time.monotonic() - window.begun
 
-        values = {f"train/{name}": value / self.world for name, value in zip(names, means, strict=True)}
+        values = {_grouped(name): value / self.world for name, value in zip(names, means, strict=True)}
         skipped = values["optim/skipped"] = values.pop("train/skipped")  # share of the window's steps
         values["optim/gradient_norm"] = values.pop("train/gradient_norm") / max(1 - skipped, 1e-9)  # mean of the others
         values["optim/lr"] = learning_rate(config.optimizer, position.step - 1, config.steps)
         if scale := self.engine.loss_scale():
             values["optim/loss_scale"] = scale
         for name, usage in self.model.usage(clear=True).items():
+            usage = Usage(*(part.cpu() for part in usage))
             values |= {f"{name}/{key}": value for key, value in codebook.scalars(usage).items()}
             if self.board:
                 self.board.code_counts(f"{name}/counts", usage.window, position.step)
@@ -185,15 +186,22 @@ class Trainer:
         sizes = {name: len(usage.window) for name, usage in averaged.usage(clear=False).items()}
         values = evaluate(averaged, loader, sizes, self.device)
         self.console.say(f"validation at step {step}: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.4f}")
-        if not self.board:
-            return
-        self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
+        if self.board:
+            self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
+            self.show(self.board)
+
+    def show(self, board: Board) -> None:
+        """The fixed images, their codes, and what each codebook decodes to."""
+        model, step = self.ema.model, self.position.step
         shown = stream.fixed_images(self.validation)
         x = shown.x.to(self.device)
-        y, latents = reconstruct(averaged, x, shown.label.to(self.device))
-        self.board.picture("val/reconstructions", pictures.reconstructions(x, y), step)
-        for (name, size), codes in zip(sizes.items(), latents, strict=False):
-            self.board.picture(f"{name}/map", pictures.code_map(x, codes, size), step)
+        y, latents = reconstruct(model, x, shown.label.to(self.device))
+        board.picture("val/reconstructions", pictures.reconstructions(x, y), step)
+        averages = {name: usage.average for name, usage in model.usage(clear=False).items()}
+        decoded = codebook.decoded(model, list(averages.values()), [level.shape[1:] for level in latents])
+        for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=False):
+            board.picture(f"{name}/map", pictures.code_map(x, level, len(average)), step)
+            board.picture(f"{name}/decoded", pictures.codebook(tiles, codes, codebook.in_use(average)), step)
 
     def save(self) -> None:
         """Collective: every rank takes part in gathering, rank 0 writes."""
@@ -258,6 +266,11 @@ class Trainer:
             f"{config.accumulation} × {self.world}; {len(index)} training images, "
             f"{len(self.validation.samples.index)} validation images"
         )
+
+
+def _grouped(name: str) -> str:
+    """A metric says its group, or is one of training."""
+    return name if "/" in name else f"train/{name}"
 
 
 def _verbatim(text: str) -> str:
