@@ -100,7 +100,7 @@ def test_the_board_of_a_real_run(trained: Path) -> None:
     groups = {tag.split("/")[0] for tag in tags["scalars"]}
     assert groups == {"train", "val", "codebook", "optim", "perf", "data"}
     wanted = "usage_window usage_ever usage_ema perplexity entropy entropy_share age_mean age_max resets_per_step "
-    wanted += "commitment"
+    wanted += "commitment alarm"
     assert {f"codebook/{name}" for name in wanted.split()} <= set(tags["scalars"])
     assert {"val/reconstructions", "codebook/map", "codebook/decoded"} == set(tags["images"])
     assert "codebook/counts" in tags["histograms"]

@@ -21,7 +21,7 @@ from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..evaluation.evaluate import evaluate, reconstruct
 from ..interfaces import Batch, Usage
-from ..monitoring import codebook, pictures
+from ..monitoring import alarm, codebook, pictures
 from ..monitoring.board import Board
 from ..monitoring.console import Console
 from . import checkpoint
@@ -39,6 +39,7 @@ class Position:
     step: int = 0
     images: int = 0  # consumed; the next batch begins with sample number g = images
     damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
+    alarms: list[str] = field(default_factory=list)  # the codebooks that had collapsed at the last report
 
 
 @dataclass
@@ -146,10 +147,7 @@ class Trainer:
         if scale := self.engine.loss_scale():
             values["optim/loss_scale"] = scale
         for name, usage in self.model.usage(clear=True).items():
-            usage = Usage(*(part.cpu() for part in usage))
-            values |= {f"{name}/{key}": value for key, value in codebook.scalars(usage).items()}
-            if self.board:
-                self.board.code_counts(f"{name}/counts", usage.window, position.step)
+            values |= self.watch(name, Usage(*(part.cpu() for part in usage)), values[f"{name}/commitment"])
         values["perf/images_per_second"] = window.steps * config.batch / seconds
         values["perf/seconds_per_step"] = seconds / window.steps
         if self.device.type == "cuda":
@@ -160,6 +158,20 @@ class Trainer:
         if self.board:
             self.board.scalars(values, position.step)
         self.console.report(position.step, values)
+
+    def watch(self, name: str, usage: Usage, commitment: float) -> dict[str, float]:
+        """One codebook's scalars, and its histogram; a sentence when it collapses, and one when it has recovered."""
+        step, on, config = self.position.step, self.position.alarms, self.config
+        reading = alarm.read(usage, commitment, step)
+        said = alarm.watch(name, reading, config.model.quantizer, config.optimizer.warmup, on)
+        if said:
+            self.console.say(said)
+        if self.board:
+            self.board.code_counts(f"{name}/counts", usage.window, step)
+            if said:
+                self.board.text(f"{name}/alarm", said, step)
+        values = {**codebook.scalars(usage), "alarm": float(name in on)}
+        return {f"{name}/{key}": value for key, value in values.items()}
 
     def count_damage(self, window: Window) -> None:
         """Add the window's damaged samples, over all ranks, to the run's; too many stop all ranks together."""
@@ -216,6 +228,7 @@ class Trainer:
                 "step": position.step,
                 "images": position.images,
                 "damaged": position.damaged,
+                "alarms": position.alarms,
                 "optimizer_steps": self.engine.optimizer_steps(),
                 "scaler": self.engine.scaler(),
                 "order": self.order(),
@@ -245,7 +258,7 @@ class Trainer:
         self.engine.load_moments(checkpoint.read_tensors(found, "optimizer"), state["optimizer_steps"])
         self.engine.load_scaler(state["scaler"])
         self.ema.model.load_state_dict(checkpoint.read_tensors(found, "ema"))
-        self.position = Position(state["step"], state["images"], state["damaged"])
+        self.position = Position(state["step"], state["images"], state["damaged"], state["alarms"])
 
     def order(self) -> dict[str, int | str]:
         """What decides which sample is number g."""
