@@ -25,9 +25,7 @@ class Quantized(NamedTuple):
     z: Tensor  # [..., D] what the decoder reads; the gradient passes straight through to the encoder
     codes: Tensor  # int64 [...]
     loss: Tensor  # scalar: what the codebook and the commitment add to the loss
-    commitment: (
-        Tensor  # fp32 [L], detached: of each codebook, mean squared distance between what it is given and its code
-    )
+    commitment: Tensor  # fp32 [L], detached: mean squared distance between what each codebook is given and its code
 
 
 class Usage(NamedTuple):
