@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 class Output(NamedTuple):
     loss: Tensor  # scalar, fp32
-    metrics: dict[str, Tensor]  # scalars, detached, means over the batch
+    metrics: dict[str, Tensor]  # scalars, detached, means over the batch; "group/name", a bare name being of "train"
     reconstruction: Tensor | None  # [B, C, H, W], in [0, 1] up to over-shoot
 
 
@@ -62,7 +62,7 @@ class Quantized(NamedTuple):
     z: Tensor  # [..., D] what the decoder reads; the gradient passes straight through to the encoder
     codes: Tensor  # int64 [...]
     loss: Tensor  # scalar: what the codebook and the commitment add to the loss
-    commitment: Tensor  # scalar, detached: mean squared distance between encoder output and code
+    commitment: Tensor  # fp32 [L], detached: mean squared distance between what each codebook is given and its code
 
 
 class Usage(NamedTuple):
@@ -71,7 +71,9 @@ class Usage(NamedTuple):
     window: Tensor  # int64 [K] uses since the last report
     ever: Tensor  # bool [K]
     age: Tensor  # int64 [K] steps since the last use or reset
+    average: Tensor  # fp32 [K] uses a step, exponentially averaged over about 100 steps, from zero
     resets: Tensor  # int64 [] dead codes replaced since the last report
+    steps: Tensor  # int64 [] since the last report
 
 
 class Codec(Protocol):

@@ -51,6 +51,8 @@ def run(folder: Path) -> Path:
             )
             board.code_counts("codebook/counts", torch.arange(30), step)
         board.picture("val/reconstructions", pictures.reconstructions(x, x), end - 1)
+        tiles = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8)
+        board.picture("codebook/decoded", pictures.codebook(tiles, torch.arange(100), torch.arange(100) < 70), end - 1)
         board.close()
     return folder / "tensorboard"
 
@@ -88,12 +90,14 @@ def test_grids_and_codebook_scalars_are_there(tmp_path: Path, start: Start, brow
         "codebook/usage_window",
         "codebook/perplexity",
         "codebook/counts",
+        "codebook/decoded",
         "train/loss",
         "val/reconstructions",
     }
     waiting.until(lambda _: wanted <= tags())
-    picture = waiting.until(lambda _: browser.find_element(By.CSS_SELECTOR, "image-card img"))
+    waiting.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "image-card img")) >= 2)
     drawn = "return arguments[0].complete && arguments[0].naturalWidth"
-    waiting.until(lambda _: (browser.execute_script(drawn, picture) or 0) > 200)
+    for picture in browser.find_elements(By.CSS_SELECTOR, "image-card img"):
+        waiting.until(lambda _, picture=picture: (browser.execute_script(drawn, picture) or 0) > 200)
     curves = "scalar-card line-chart"
     assert len(browser.find_elements(By.CSS_SELECTOR, curves)) >= 3

@@ -99,9 +99,10 @@ def test_the_board_of_a_real_run(trained: Path) -> None:
     tags = events.Tags()
     groups = {tag.split("/")[0] for tag in tags["scalars"]}
     assert groups == {"train", "val", "codebook", "optim", "perf", "data"}
-    wanted = ["usage_window", "usage_ever", "perplexity", "age_mean", "age_max", "resets"]
-    assert {f"codebook/{name}" for name in wanted} <= set(tags["scalars"])
-    assert {"val/reconstructions", "codebook/map"} == set(tags["images"])
+    wanted = "usage_window usage_ever usage_ema perplexity entropy entropy_share age_mean age_max resets_per_step "
+    wanted += "commitment alarm"
+    assert {f"codebook/{name}" for name in wanted.split()} <= set(tags["scalars"])
+    assert {"val/reconstructions", "codebook/map", "codebook/decoded"} == set(tags["images"])
     assert "codebook/counts" in tags["histograms"]
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Images("val/reconstructions")] == [6, 12]

@@ -45,10 +45,20 @@ def test_the_loss_is_its_parts() -> None:
     vqvae, images = model(), batch()
     out = vqvae(images, 0)
     error = (out.reconstruction - images.x / 255).square()
-    expected = error.mean() / 0.06 + 0.25 * out.metrics["commitment"]
+    expected = error.mean() / 0.06 + 0.25 * out.metrics["codebook/commitment"]
     torch.testing.assert_close(out.loss, expected)
     psnr = (-10 * error.mean(dim=(1, 2, 3)).log10()).mean()
     torch.testing.assert_close(out.metrics["psnr"], psnr)
+
+
+def test_each_codebook_has_its_name_and_its_commitment() -> None:
+    quantizer = quantize.Config(codes=32, dim=8, depth=2)
+    vqvae, images = VQVAE(Config(width=16, residual_width=8, quantizer=quantizer), Shape()), batch()
+    out = vqvae(images, 0)
+    assert list(vqvae.usage(clear=False)) == ["codebook0", "codebook1"]
+    commitment = [out.metrics["codebook0/commitment"], out.metrics["codebook1/commitment"]]
+    expected = vqvae.quantizer(vqvae._features(images.x / 255)).commitment
+    torch.testing.assert_close(torch.stack(commitment), expected)
 
 
 def test_gradients_reach_every_parameter() -> None:

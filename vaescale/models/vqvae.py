@@ -70,7 +70,7 @@ class VQVAE(Model):
         metrics = {
             "mse": mse.detach(),
             "psnr": -10 * squared_errors.detach().log10().mean(),
-            "commitment": quantized.commitment,
+            **{f"{name}/commitment": value for name, value in zip(self.codebooks, quantized.commitment, strict=True)},
         }
         return Output(mse / self.config.variance + quantized.loss, metrics, reconstruction)
 
@@ -94,8 +94,13 @@ class VQVAE(Model):
         self.quantizer.update(step, lr)
 
     def usage(self, clear: bool) -> dict[str, Usage]:
-        usages = self.quantizer.usages(clear)
-        return {f"codebook{i}" if len(usages) > 1 else "codebook": usage for i, usage in enumerate(usages)}
+        return dict(zip(self.codebooks, self.quantizer.usages(clear), strict=True))
+
+    @property
+    def codebooks(self) -> list[str]:
+        """Their names, coarse to fine."""
+        count = len(self.quantizer.sizes)
+        return [f"codebook{i}" for i in range(count)] if count > 1 else ["codebook"]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 import sys
 import time
 from datetime import timedelta
+from fnmatch import fnmatchcase
 
 from tqdm import tqdm
 
@@ -21,11 +22,14 @@ class Console:
         self._bar.update()
 
     def report(self, step: int, values: dict[str, float]) -> None:
-        """The numbers one looks at first. Missing ones (a model without codebook) are left out."""
+        """The numbers one looks at first. Missing ones (a model without codebook) are left out; of several codebooks,
+        the lowest and the highest are given."""
         parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
         for name, (key, form) in COLUMNS.items():
-            if key in values:
-                parts.append(f"{name} {values[key]:{form}}")
+            found = [value for tag, value in values.items() if fnmatchcase(tag, key)]
+            ends = dict.fromkeys(f"{end:{form}}" for end in (min(found), max(found))) if found else {}
+            if ends:
+                parts.append(f"{name} {'–'.join(ends)}")
         parts.append(f"ETA {self._left(step)}")
         self.say("  ".join(parts))
 
@@ -45,7 +49,8 @@ class Console:
 COLUMNS = {
     "loss": ("train/loss", ".4f"),
     "PSNR": ("train/psnr", ".2f"),
-    "usage": ("codebook/usage_window", ".3f"),
+    "usage": ("codebook*/usage_window", ".3f"),
+    "perplexity": ("codebook*/perplexity", ".1f"),
     "|g|": ("optim/gradient_norm", ".3f"),
     "lr": ("optim/lr", ".2e"),
     "img/s": ("perf/images_per_second", ".1f"),

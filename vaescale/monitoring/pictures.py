@@ -1,6 +1,7 @@
 """Pictures for people: uint8 [H, W, 3] arrays of captioned images."""
 
 import colorsys
+import math
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ Picture = NDArray[np.uint8]
 GAP = 4  # pixels between images
 CAPTION = 18  # pixels of the line above them
 PAPER, INK = (250, 250, 248), (40, 40, 40)
+TILE = 24  # pixels of each code's picture
 ERROR_GAIN = 4  # the absolute error is multiplied by this, or one would see black
 
 
@@ -35,6 +37,31 @@ def code_map(x: Tensor, codes: Tensor, size: int) -> Picture:
     blocks = colours[codes.cpu()].permute(0, 3, 1, 2)
     repeat = x.shape[-1] // blocks.shape[-1]
     return _sheet({"input": x, "codes": blocks.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3)}, per_row=3)
+
+
+def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 24) -> Picture:
+    """The middle of what each of `codes` decodes to, row by row; those not in use are struck out.
+
+    tiles: uint8 [N, 3, H, W]; codes: int64 [N], most used first; in_use: bool [K].
+    """
+    caption = f"{len(codes)} of {len(in_use)} codes, most used first; {int((~in_use).sum())} not in use (struck out)"
+    side = min(TILE, *tiles.shape[-2:])
+    top, left = ((length - side) // 2 for length in tiles.shape[-2:])
+    tiles = tiles[:, :, top : top + side, left : left + side].permute(0, 2, 3, 1).cpu()
+    per_row, pitch = min(per_row, len(tiles)), side + 2
+    font = ImageFont.load_default(size=11)
+    width = max(per_row * pitch + 2, math.ceil(font.getlength(caption)) + 2 * GAP)
+    sheet = Image.new("RGB", (width, CAPTION + -(-len(tiles) // per_row) * pitch + 2), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 3), caption, INK, font)
+    for number, (tile, alive) in enumerate(zip(tiles.numpy(), in_use[codes].tolist(), strict=True)):
+        y, x = (pitch * place + 2 for place in divmod(number, per_row))
+        sheet.paste(Image.fromarray(tile), (x, y + CAPTION))
+        if not alive:
+            stroke = (x, y + CAPTION + side - 1, x + side - 1, y + CAPTION)
+            for colour, thickness in ((INK, 3), (PAPER, 1)):  # seen on any tile
+                draw.line(stroke, colour, thickness)
+    return np.asarray(sheet)
 
 
 def save(picture: Picture, path: Any) -> None:

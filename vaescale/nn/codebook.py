@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..interfaces import Usage
 
 LAPLACE = 1e-5  # smoothing of the EMA counts, as in the authors' implementation
+MEMORY = 100  # steps over which counts are averaged: a decay of 0.99, that of VQ-VAE's appendix A.1
 ADAM = (0.9, 0.999, 1e-8)
 
 
@@ -18,14 +19,18 @@ class Tally(nn.Module):
     ever: Tensor  # bool [K]
     age: Tensor  # int64 [K] steps since the last use or reset
     window: Tensor  # int64 [K] uses since the last report
+    average: Tensor  # fp32 [K] uses a step, exponentially averaged from zero
     resets: Tensor  # int64 [] since the last report
+    steps: Tensor  # int64 [] since the last report
 
     def __init__(self, codes: int, age: int = 0) -> None:
         super().__init__()
         self.register_buffer("ever", torch.zeros(codes, dtype=torch.bool))
         self.register_buffer("age", torch.full((codes,), age))
         self.register_buffer("window", torch.zeros(codes, dtype=torch.int64))
+        self.register_buffer("average", torch.zeros(codes))
         self.register_buffer("resets", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._pending: Tensor | None = None
 
     def add(self, codes: Tensor) -> None:
@@ -41,21 +46,23 @@ class Tally(nn.Module):
         return pending
 
     def count(self, counts: Tensor) -> None:
-        """counts: [K] uses in one step."""
+        """counts: fp32 [K] uses in one step."""
         used = counts > 0
         self.window += counts.long()
         self.ever |= used
         self.age.add_(1).masked_fill_(used, 0)
+        self.average.lerp_(counts, 1 / MEMORY)
+        self.steps += 1
 
     def reset(self, dead: Tensor) -> None:
         self.age.masked_fill_(dead, 0)
         self.resets += dead.sum()
 
     def usage(self, clear: bool) -> Usage:
-        usage = Usage(self.window.clone(), self.ever.clone(), self.age.clone(), self.resets.clone())
+        usage = Usage(*(getattr(self, name).clone() for name in Usage._fields))
         if clear:
-            self.window.zero_()
-            self.resets.zero_()
+            for tensor in (self.window, self.resets, self.steps):
+                tensor.zero_()
         return usage
 
 

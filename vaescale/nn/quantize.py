@@ -108,7 +108,7 @@ class VectorQuantizer(Quantizer):
                 # ‖sg[z] − e‖²: its value is part of the loss; its gradient is taken in `Adam`, from the sums.
                 loss = loss + commitment.detach()
             through = pass_through(z, e, self.config.gradient)
-            return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach())
+            return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach()[None])
 
     def lookup(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook)
@@ -207,7 +207,7 @@ class SimVQ(Quantizer):
             commitment = F.mse_loss(z, e.detach())
             loss = self.config.beta * commitment + F.mse_loss(e, z.detach())
             through = pass_through(z, e.detach(), self.config.gradient)
-            return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach())
+            return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach()[None])
 
     def lookup(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self._codebook())
@@ -247,7 +247,7 @@ class FSQ(Quantizer):
             unit = self.levels // 2
             through = pass_through(bounded, rounded, "straight-through")
             distance = F.mse_loss(bounded.detach() / unit, rounded.detach() / unit)
-            return Quantized(through / unit, codes, z.new_zeros((), dtype=torch.float32), distance)
+            return Quantized(through / unit, codes, z.new_zeros((), dtype=torch.float32), distance[None])
 
     def lookup(self, codes: Tensor) -> Tensor:
         digits = codes[..., None] // self.radix % self.levels
@@ -288,7 +288,7 @@ class LFQ(Quantizer):
             commitment = F.mse_loss(z, e)
             sure, varied = self.entropies(z.reshape(-1, self.config.dim))
             loss = self.config.beta * commitment + self.config.entropy * (sure - varied)
-            return Quantized(pass_through(z, e, self.config.gradient), codes, loss, commitment.detach())
+            return Quantized(pass_through(z, e, self.config.gradient), codes, loss, commitment.detach()[None])
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z: [N, D] → (mean entropy of a row's soft code, entropy of the mean soft code over these N rows), in nats.

@@ -28,7 +28,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
-        """z: [..., D] of any float type → z fp32 [..., D], codes, loss, commitment; an fp32 island."""
+        """z: [..., D] of any float type → z fp32 [..., D], codes, loss, commitment [L]; an fp32 island."""
 
     @abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:
@@ -88,13 +88,13 @@ class _Several(Quantizer):
         ]
 
     def _joined(self, outs: Sequence[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
-        """(codes [..., L], loss, commitment), the latter two means over the parts."""
+        """(codes [..., L], loss, commitment [L]); the loss is the mean over the parts."""
         codes = [
             out.codes if len(part.sizes) > 1 else out.codes[..., None]
             for out, part in zip(outs, self._parts(), strict=True)
         ]
         loss = torch.stack([out.loss for out in outs]).mean()
-        return torch.cat(codes, dim=-1), loss, torch.stack([out.commitment for out in outs]).mean()
+        return torch.cat(codes, dim=-1), loss, torch.cat([out.commitment for out in outs])
 
 
 class Grouped(_Several):

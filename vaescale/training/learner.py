@@ -68,7 +68,7 @@ class Descent:
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
         skipped, norm = means.pop("skipped"), means.pop("gradient_norm")
-        values = {f"train/{name}": value for name, value in means.items()}
+        values = {grouped(name): value for name, value in means.items()}
         values["optim/skipped"] = skipped  # share of the window's steps
         values["optim/gradient_norm"] = norm / max(1 - skipped, 1e-9)  # mean of the others
         values["optim/lr"] = learning_rate(self.config.optimizer, step - 1, self.config.steps)
@@ -86,6 +86,11 @@ class Descent:
         self.engine.load_weights(read("model"))
         self.engine.load_moments(read("optimizer"), state["optimizer_steps"])
         self.engine.load_scaler(state["scaler"])
+
+
+def grouped(name: str) -> str:
+    """A metric says its group, or is one of training."""
+    return name if "/" in name else f"train/{name}"
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

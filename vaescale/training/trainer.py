@@ -21,8 +21,8 @@ from ..config import ConfigError
 from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..evaluation.evaluate import evaluate, reconstruct
-from ..interfaces import Batch
-from ..monitoring import codebook, pictures
+from ..interfaces import Batch, Usage
+from ..monitoring import alarm, codebook, pictures
 from ..monitoring.board import Board
 from ..monitoring.console import Console
 from . import checkpoint
@@ -39,6 +39,7 @@ class Position:
     step: int = 0
     images: int = 0  # consumed; the next batch begins with sample number g = images
     damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
+    alarms: list[str] = field(default_factory=list)  # the codebooks that had collapsed at the last report
 
 
 @dataclass
@@ -141,9 +142,7 @@ class Trainer:
         means = {name: total / self.world for name, total in zip(names, totals, strict=True)}
         values = self.learner.report(means, position.step)
         for name, usage in self.model.usage(clear=True).items():
-            values |= {f"{name}/{key}": value for key, value in codebook.scalars(usage).items()}
-            if self.board:
-                self.board.code_counts(f"{name}/counts", usage.window, position.step)
+            values |= self.watch(name, Usage(*(part.cpu() for part in usage)), values[f"{name}/commitment"])
         values["perf/images_per_second"] = window.steps * config.batch / seconds
         values["perf/seconds_per_step"] = seconds / window.steps
         if self.device.type == "cuda":
@@ -154,6 +153,20 @@ class Trainer:
         if self.board:
             self.board.scalars(values, position.step)
         self.console.report(position.step, values)
+
+    def watch(self, name: str, usage: Usage, commitment: float) -> dict[str, float]:
+        """One codebook's scalars, and its histogram; a sentence when it collapses, and one when it has recovered."""
+        step, on, config = self.position.step, self.position.alarms, self.config
+        reading = alarm.read(usage, commitment, step)
+        said = alarm.watch(name, reading, config.model.quantizer, config.optimizer.warmup, on)
+        if said:
+            self.console.say(said)
+        if self.board:
+            self.board.code_counts(f"{name}/counts", usage.window, step)
+            if said:
+                self.board.text(f"{name}/alarm", said, step)
+        values = {**codebook.scalars(usage), "alarm": float(name in on)}
+        return {f"{name}/{key}": value for key, value in values.items()}
 
     def count_damage(self, window: Window) -> None:
         """Add the window's damaged samples, over all ranks, to the run's; too many stop all ranks together."""
@@ -180,14 +193,21 @@ class Trainer:
         sizes = {name: len(usage.window) for name, usage in averaged.usage(clear=False).items()}
         values = evaluate(averaged, loader, sizes, self.device)
         self.console.say(f"validation at step {step}: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.4f}")
-        if not self.board:
-            return
-        self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
+        if self.board:
+            self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
+            self.show(self.board)
+
+    def show(self, board: Board) -> None:
+        """The fixed images, their codes, and what each codebook decodes to."""
+        model, step = self.ema.model, self.position.step
         shown = stream.fixed_images(self.validation).to(self.device)
-        y, latents = reconstruct(averaged, shown)
-        self.board.picture("val/reconstructions", pictures.reconstructions(shown.x, y), step)
-        for (name, size), codes in zip(sizes.items(), latents, strict=False):
-            self.board.picture(f"{name}/map", pictures.code_map(shown.x, codes, size), step)
+        y, latents = reconstruct(model, shown)
+        board.picture("val/reconstructions", pictures.reconstructions(shown.x, y), step)
+        averages = {name: usage.average for name, usage in model.usage(clear=False).items()}
+        decoded = codebook.decoded(model, list(averages.values()), [level.shape[1:] for level in latents])
+        for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=False):
+            board.picture(f"{name}/map", pictures.code_map(shown.x, level, len(average)), step)
+            board.picture(f"{name}/decoded", pictures.codebook(tiles, codes, codebook.in_use(average)), step)
 
     def save(self) -> None:
         """Collective: every rank takes part in gathering, rank 0 writes."""
@@ -199,6 +219,7 @@ class Trainer:
                 "step": position.step,
                 "images": position.images,
                 "damaged": position.damaged,
+                "alarms": position.alarms,
                 **learned,
                 "order": self.order(),
             }
@@ -225,7 +246,7 @@ class Trainer:
                 )
         self.learner.load(partial(checkpoint.read_tensors, found), state)
         self.ema.model.load_state_dict(checkpoint.read_tensors(found, "ema"))
-        self.position = Position(state["step"], state["images"], state["damaged"])
+        self.position = Position(state["step"], state["images"], state["damaged"], state["alarms"])
 
     def order(self) -> dict[str, int | str]:
         """What decides which sample is number g."""
