@@ -116,8 +116,8 @@ class VectorQuantizer(Quantizer):
     def gather(self, step: int) -> list[Tensor]:
         """[K, D]: the sum of each code's rows; [K]: their number, exact in fp32 below 2**24 rows a step; on reset
         steps [K, D] candidates, too."""
-        rows = torch.cat([rows for rows, _ in self._seen])
-        codes = torch.cat([codes for _, codes in self._seen])
+        # One micro-batch is not copied: that would take as long as summing its rows.
+        rows, codes = self._seen[0] if len(self._seen) == 1 else map(torch.cat, zip(*self._seen, strict=True))
         self._seen.clear()
         if step == self.begin and self.config.init == "kmeans":
             self._first = rows
@@ -155,7 +155,7 @@ class VectorQuantizer(Quantizer):
     def _sums(self, rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         # Two tensors: adding to columns of one that holds both takes four times as long.
         sums = rows.new_zeros(self.config.codes, self.config.dim).index_add_(0, codes, rows)
-        counts = rows.new_zeros(self.config.codes).index_add_(0, codes, rows.new_ones(len(rows)))
+        counts = rows.new_zeros(self.config.codes).scatter_add_(0, codes, rows.new_ones(1).expand(len(rows)))
         return sums, counts
 
     def _candidates(self, rows: Tensor, step: int) -> Tensor:
