@@ -25,8 +25,11 @@ KINDS = {
     "simvq": Config(kind="simvq", codes=20, dim=DIM),
     "fsq": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=3),
     "fsq in groups": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=6, groups=2),
-    "lfq": Config(kind="lfq", codes=2**DIM, dim=DIM),
-    "lfq in groups": Config(kind="lfq", codes=8, dim=DIM, project=6, groups=2),
+    "lfq": Config(kind="lfq", codes=2**DIM, dim=DIM, entropy=0.1),
+    "lfq in groups": Config(kind="lfq", codes=8, dim=DIM, project=6, groups=2, entropy=0.1),
+    "vq with entropy": Config(codes=20, dim=DIM, entropy=0.1, temperature=2.0),
+    "cosine with entropy": Config(codes=20, dim=DIM, metric="cosine", entropy=0.1),
+    "simvq with entropy": Config(kind="simvq", codes=20, dim=DIM, entropy=0.1),
     "rotation": Config(codes=20, dim=DIM, gradient="rotation"),
     "projected cosine": Config(codes=20, dim=DIM, project=4, metric="cosine"),
     "groups": Config(codes=20, dim=DIM, groups=3),
@@ -169,7 +172,7 @@ def test_lfq_entropies_are_those_over_all_codes(bits: int) -> None:
 
 
 def test_lfq_of_two_to_the_eighteen_codes_holds_no_large_matrix() -> None:
-    quantizer = LFQ(Config(kind="lfq", codes=2**18, dim=18))
+    quantizer = LFQ(Config(kind="lfq", codes=2**18, dim=18, entropy=0.1))
     largest = [0]
 
     class Watch(TorchDispatchMode):
@@ -246,6 +249,9 @@ def test_kmeans_is_that_of_scikit_learn() -> None:
         ({"kind": "fsq", "depth": 2}, "leaves no rest to quantise"),
         ({"project": -1}, "project=-1 must be at least 0"),
         ({"depth": 0}, "depth=0 must be at least 1"),
+        ({"entropy": -0.1}, "entropy=-0.1 must be at least 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"kind": "fsq", "entropy": 0.1}, "set entropy=0"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(change: dict[str, object], message: str) -> None:

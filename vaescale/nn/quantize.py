@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..interfaces import Quantized
 from .codebook import EMA, Adam, Tally
+from .entropy import entropies
 from .nearest import nearest
 from .quantizer import Grouped, Projected, Quantizer, Residual, pass_through
 
@@ -33,8 +34,8 @@ class Config:
     metric: Literal["euclidean", "cosine"] = "euclidean"
     gradient: Literal["straight-through", "rotation"] = "straight-through"
     beta: float = 0.25  # weight of the commitment ‖z − sg[e]‖²
-    entropy: float = 0.1  # lfq: weight of its entropy loss
-    temperature: float = 0.01  # lfq: of the soft codes whose entropy that is
+    entropy: float = 0.0  # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
+    temperature: float = 0.01  # of the soft codes whose entropies these are
     learning: Literal["ema", "gradient"] = "ema"
     decay: float = 0.99  # of the EMA
     init: Literal["samples", "kmeans"] = "samples"  # of the first global batch
@@ -44,9 +45,23 @@ class Config:
 
 def build(config: Config, seed: int) -> Quantizer:
     """Raises ValueError, one sentence, for what cannot be built."""
-    for key, least in (("codes", 2), ("dim", 1), ("dead_after", 1), ("groups", 1), ("depth", 1), ("project", 0)):
+    for key, least in (
+        ("codes", 2),
+        ("dim", 1),
+        ("dead_after", 1),
+        ("groups", 1),
+        ("depth", 1),
+        ("project", 0),
+        ("entropy", 0),
+    ):
         if getattr(config, key) < least:
             raise ValueError(f"model.quantizer.{key}={getattr(config, key)} must be at least {least}")
+    if config.temperature <= 0:
+        raise ValueError(f"model.quantizer.temperature={config.temperature} must be above 0")
+    if config.kind == "fsq" and config.entropy:
+        raise ValueError(
+            f"model.quantizer.entropy={config.entropy} has no codebook to spread for kind=fsq: set entropy=0"
+        )
     inner = config.project or config.dim
     if inner % config.groups:
         raise ValueError(f"model.quantizer.groups={config.groups} must divide the {inner} channels")
@@ -107,6 +122,10 @@ class VectorQuantizer(Quantizer):
             if self.config.learning == "gradient":
                 # ‖sg[z] − e‖²: its value is part of the loss; its gradient is taken in `Adam`, from the sums.
                 loss = loss + commitment.detach()
+            if self.config.entropy:
+                # For the encoder alone; the codebook keeps learning from its rows.
+                sure, varied = entropies(rows, self.codebook, self.config.temperature)
+                loss = loss + self.config.entropy * (sure - varied)
             through = pass_through(z, e, self.config.gradient)
             return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach()[None])
 
@@ -206,6 +225,9 @@ class SimVQ(Quantizer):
             e = F.embedding(codes, codebook).view_as(z)
             commitment = F.mse_loss(z, e.detach())
             loss = self.config.beta * commitment + F.mse_loss(e, z.detach())
+            if self.config.entropy:
+                sure, varied = entropies(z.reshape(-1, self.config.dim), codebook, self.config.temperature)
+                loss = loss + self.config.entropy * (sure - varied)
             through = pass_through(z, e.detach(), self.config.gradient)
             return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach()[None])
 
@@ -286,8 +308,10 @@ class LFQ(Quantizer):
                 self.tally.add(codes.flatten())
             e = bits * 2.0 - 1
             commitment = F.mse_loss(z, e)
-            sure, varied = self.entropies(z.reshape(-1, self.config.dim))
-            loss = self.config.beta * commitment + self.config.entropy * (sure - varied)
+            loss = self.config.beta * commitment
+            if self.config.entropy:
+                sure, varied = self.entropies(z.reshape(-1, self.config.dim))
+                loss = loss + self.config.entropy * (sure - varied)
             return Quantized(pass_through(z, e, self.config.gradient), codes, loss, commitment.detach()[None])
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
