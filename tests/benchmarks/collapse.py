@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain, islice, product
 from pathlib import Path
@@ -62,14 +62,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/photos"))
     parser.add_argument("--codes", type=int, nargs="+", choices=CODES, default=CODES, metavar="K")
+    parser.add_argument("--remedies", nargs="+", choices=REMEDIES, default=list(REMEDIES), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=Path("runs/collapse.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    wanted = product(arguments.seeds, arguments.codes, arguments.remedies)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        study(arguments.data, arguments.out, arguments.codes, arguments.seeds, arguments.steps)
+        study(arguments.data, arguments.out, list(wanted), arguments.steps)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -96,10 +98,10 @@ def read(out: Path) -> list[Line]:
     return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
-def study(data: Path, out: Path, codes: Sequence[int], seeds: Sequence[int], steps: int) -> None:
+def study(data: Path, out: Path, wanted: list[tuple[int, int, str]], steps: int) -> None:
+    """wanted: (seed, K, remedy) of each cell."""
     known = read(out)
     print("| cell | K | remedy | seed | usage | perplexity | PSNR, dB | seconds |\n|---|---|---|---|---|---|---|---|")
-    wanted = list(product(seeds, codes, REMEDIES))
     images: dict[int, Images] = {}
     for number, (seed, size, remedy) in enumerate(wanted, start=1):
         this = {**cell(remedy, size, steps), "seed": seed}
@@ -164,19 +166,17 @@ def figures(results: list[Line]) -> list[str]:
 
 
 def table(out: Path, steps: int) -> str:
-    """Of all that the file holds of these steps; a K is a column as soon as each remedy has been measured at it."""
-    known, columns = read(out), {}
-    for size in CODES:
-        cells = {remedy: cell(remedy, size, steps).items() for remedy in REMEDIES}
-        found = {remedy: [line for line in known if line.items() >= this] for remedy, this in cells.items()}
-        if all(found.values()):
-            seeds = min(map(len, found.values()))
-            columns[f"K = {size}, {seeds} seed{'s' * (seeds > 1)}"] = found
-    rows = (
-        f"| {remedy} | {' | '.join(', '.join(figures(found[remedy])) for found in columns.values())} |"
-        for remedy in REMEDIES
-    )
-    return "\n".join([f"| remedy | {' | '.join(columns)} |", "|---|" + "---|" * len(columns), *rows])
+    """Of all that the file holds of these steps; a dash where a cell has not been measured."""
+    known = read(out)
+    rows = [f"| remedy | {' | '.join(f'K = {size}' for size in CODES)} |", "|---|" + "---|" * len(CODES)]
+    for remedy in REMEDIES:
+        cells = []
+        for size in CODES:
+            this = cell(remedy, size, steps).items()
+            results = [line for line in known if line.items() >= this]
+            cells.append(", ".join(figures(results)) if results else "–")
+        rows.append(f"| {remedy} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
