@@ -38,7 +38,8 @@ class Config:
     temperature: float = 0.01  # of the soft codes whose entropies these are
     learning: Literal["ema", "gradient"] = "ema"
     decay: float = 0.99  # of the EMA
-    init: Literal["samples", "kmeans"] = "samples"  # of the first global batch
+    # Of the first global batch, its k-means, or small random numbers as in the first VQ-VAEs, to compare with.
+    init: Literal["samples", "kmeans", "uniform"] = "samples"
     reset_every: int = 10  # steps between resets; 0: never after the first
     dead_after: int = 50  # steps without a use after which a code counts as dead
 
@@ -88,9 +89,9 @@ def _leaf(config: Config, seed: int, level: int) -> Quantizer:
 class VectorQuantizer(Quantizer):
     """VQ-VAE's quantizer (van den Oord, Vinyals, Kavukcuoglu 2017, equations 1 to 3; EMA: appendix A.1).
 
-    The update of step `begin` is the initialisation: all codes count as dead and are replaced by encoder outputs. With
-    the cosine metric rows and codes have length 1 (Yu et al. 2022, "Vector-quantized image modeling with improved
-    VQGAN", section 3.2).
+    The update of step `begin` is the initialisation: all codes count as dead and are replaced by encoder outputs; with
+    init=uniform there is none, and the codes learn from the first step on. With the cosine metric rows and codes have
+    length 1 (Yu et al. 2022, "Vector-quantized image modeling with improved VQGAN", section 3.2).
     """
 
     codebook: Tensor  # fp32 [K, D]
@@ -99,11 +100,12 @@ class VectorQuantizer(Quantizer):
         super().__init__()
         self.config = config
         self.seed = seed
-        self.begin = begin
+        random = config.init == "uniform"
+        self.begin = -1 if random else begin
         self.sizes = (config.codes,)
-        codebook = torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes)
+        codebook = self._measured(torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes))
         self.register_buffer("codebook", codebook)
-        self.tally = Tally(config.codes, config.dead_after)
+        self.tally = Tally(config.codes, age=0 if random else config.dead_after)
         self.learner: EMA | Adam = EMA(codebook, config.decay) if config.learning == "ema" else Adam(codebook)
         # This step's micro-batches: (rows [N, D], codes [N]).
         self._seen: list[tuple[Tensor, Tensor]] = []
