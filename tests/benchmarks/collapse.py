@@ -54,7 +54,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "cosine in 8 channels, first batch, resets": NARROW,
     "SimVQ": {"kind": "simvq"},
     "FSQ": {"kind": "fsq"},
-    "LFQ": {"kind": "lfq"},
+    "LFQ": {"kind": "lfq", "entropy": 0.1},
 }
 
 
