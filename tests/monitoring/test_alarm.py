@@ -63,7 +63,7 @@ def heard(config: Config, encoder: Encoder, steps: int = 400, warmup: int = 0) -
 VQ = Config(codes=256, dim=DIM)
 GRADIENT = Config(codes=256, dim=DIM, learning="gradient")
 FSQ = Config(kind="fsq", codes=60, dim=3, levels=[5, 4, 3])
-LFQ = Config(kind="lfq", codes=256, dim=DIM)
+LFQ = Config(kind="lfq", codes=256, dim=DIM, entropy=0.1)
 
 
 @pytest.mark.parametrize("encoder", [healthy, background])
