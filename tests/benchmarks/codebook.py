@@ -1,12 +1,15 @@
 """Nearest codes and their statistics against what others do: `python tests/benchmarks/codebook.py [--rounds N]`.
 
-Both sides run in this one process by turns, on all of its threads; a ratio is the median over rounds of theirs ÷ ours
-in seconds. faiss-cpu and vector-quantize-pytorch stand beside where they are installed: `pip install --no-deps
-faiss-cpu vector-quantize-pytorch einx frozendict torch-einops-utils loguru`.
+Both sides run in this one process by turns, on all of its threads, and on a GPU too where there is one; a ratio is the
+median over rounds of theirs ÷ ours in seconds. Beside stand the floors: a search's matrix product alone, and on a GPU
+the roofline, the larger of operations over the speed of an fp32 matrix product and bytes over the speed of a copy,
+both measured there. faiss-cpu and vector-quantize-pytorch are in the extra `benchmark`; flash-kmeans is compared with
+on a GPU where it is installed.
 """
 
 import argparse
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -15,22 +18,25 @@ import torch.nn.functional as F
 from paired import Work, paired
 from torch import Tensor
 
-from vaescale.nn.nearest import nearest
+from vaescale.nn.nearest import COLUMNS, TILE, nearest
 from vaescale.nn.quantize import Config, VectorQuantizer
 
-ROWS = 8192
+ROWS = {"cpu": 8192, "cuda": 65536}
 SHAPES = ((64, 512), (256, 1024), (64, 8192), (8, 16384), (8, 262144))  # (D, K)
 LARGEST = 16384  # codes up to which an N×K matrix is still held beside; beyond, 8 GiB would be needed
 TIE = 1e-6  # of the squared distance, relative to it
 
 
-class Row(NamedTuple):
+class Pair(NamedTuple):
     what: str
-    shape: tuple[int, int]
-    theirs: float  # milliseconds
-    ours: float
-    ratio: float
-    target: str
+    theirs: Work
+    ours: Work
+    target: float | None = None  # theirs ÷ ours, at least
+
+
+class Peak(NamedTuple):
+    operations: float  # of fp32 matrix products, per ms
+    bytes: float  # read and written by a copy, per ms
 
 
 @torch.no_grad()
@@ -38,73 +44,99 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    print(f"{ROWS} rows, {torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds\n")
-    print("| search and statistics | D | K | theirs, ms | ours, ms | theirs ÷ ours | target |")
-    print("|---|---|---|---|---|---|---|")
-    for shape in SHAPES:
-        for row in compare(*shape, rounds):
-            times = f"{row.theirs:.2f} | {row.ours:.2f} | {row.ratio:.2f}"
-            print(f"| {row.what} | {row.shape[0]} | {row.shape[1]} | {times} | {row.target} |", flush=True)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds\n")
+    print("| search and statistics | on | N | D | K | theirs, ms | ours, ms | theirs ÷ ours | target |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        clock = time.perf_counter if device == "cpu" else synchronised
+        peak = None if device == "cpu" else measure_peak()
+        for dim, codes in SHAPES:
+            where = f"{device} | {ROWS[device]} | {dim} | {codes}"
+            generator = torch.Generator().manual_seed(0)
+            z = torch.randn(ROWS[device], dim, generator=generator).to(device)
+            codebook = torch.randn(codes, dim, generator=generator).to(device)
+            check(z, codebook)
+            for pair in [*searches(z, codebook), *statistics(z, codebook), *steps(z, codebook)]:
+                theirs, ours, ratio = paired(pair.theirs, pair.ours, 1, rounds, clock)
+                line(pair.what, where, theirs, ours, ratio, pair.target)
+                if peak and pair.what.endswith("alone"):
+                    least = roofline(peak, len(z), dim, codes, "product" in pair.what)
+                    line(f"{pair.what.split(' alone')[0]}: the roofline", where, least, ours, least / ours, None)
 
 
-def compare(dim: int, codes: int, rounds: int) -> list[Row]:
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(ROWS, dim, generator=generator)
-    codebook = torch.randn(codes, dim, generator=generator)
-    check(z, codebook)
-    few = codes <= 1024
-    found = nearest(z, codebook)
-    ours = VectorQuantizer(Config(codes=codes, dim=dim), 0)
-    searches: dict[str, tuple[Work, Work, str]] = {}
-    if codes <= LARGEST:
-        searches["torch.cdist"] = (
-            lambda: torch.cdist(z, codebook).argmin(1),
-            lambda: nearest(z, codebook),
-            aim(few, 1.25, 2.2),
+def line(what: str, where: str, theirs: float, ours: float, ratio: float, target: float | None) -> None:
+    aim = "" if target is None else f"≥ {target:.3g}, {'met' if ratio >= target else 'missed'}"
+    print(f"| {what} | {where} | {theirs:.2f} | {ours:.2f} | {ratio:.2f} | {aim} |", flush=True)
+
+
+def searches(z: Tensor, codebook: Tensor) -> Iterator[Pair]:
+    few, large = len(codebook) <= 1024, len(codebook) > LARGEST
+
+    def ours() -> Tensor:
+        return nearest(z, codebook)
+
+    yield Pair("the search's matrix product alone", lambda: product(z, codebook), ours)
+    if not large:
+        cpu = not z.is_cuda
+        yield Pair(
+            "torch.cdist", lambda: torch.cdist(z, codebook).argmin(1), ours, (1.25 if few else 2.2) if cpu else None
         )
-        searches["the expanded form (taming, LlamaGen)"] = (
-            lambda: expanded(z, codebook),
-            lambda: nearest(z, codebook),
-            aim(few, 1.8, 5),
-        )
-        searches["one-hot statistics"] = (
-            lambda: one_hot_statistics(z, found, codes),
-            lambda: ours._sums(z, found),
-            "≥ 40",
-        )
-    searches["bare index_add_"] = lambda: bare(z, found, codes), lambda: ours._sums(z, found), "≥ 0.83"
-    if find_spec("faiss"):
+        expanded_target = (1.8 if few else 5) if cpu else None
+        yield Pair("the expanded form (taming, LlamaGen)", lambda: expanded(z, codebook), ours, expanded_target)
+    if find_spec("faiss") and not z.is_cuda:
         import faiss
 
-        index = faiss.IndexFlatL2(dim)
+        index = faiss.IndexFlatL2(z.shape[1])
         index.add(codebook.numpy())
-        searches["faiss-cpu"] = lambda: index.search(z.numpy(), 1), lambda: nearest(z, codebook), "≥ 1.9"
-    if find_spec("vector_quantize_pytorch") and codes <= LARGEST:
-        from vector_quantize_pytorch import VectorQuantize
+        yield Pair("faiss-cpu", lambda: index.search(z.numpy(), 1), ours, 1.9)
+    if find_spec("flash_kmeans") and z.is_cuda:
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
 
-        theirs = VectorQuantize(dim=dim, codebook_size=codes, kmeans_init=False, threshold_ema_dead_code=2).train()
-        searches["vector-quantize-pytorch, a training step"] = (
-            lambda: theirs(z[None]),
-            lambda: (ours(z), ours.update(11, 0.0)),
-            aim(few, 5, 12),
-        )
-    return [
-        Row(name, (dim, codes), *paired(a, b, 1, rounds, time.perf_counter), target)
-        for name, (a, b, target) in searches.items()
-    ]
+        squares = z.square().sum(1)[None]
+        yield Pair("flash-kmeans", lambda: euclid_assign_triton(z[None], codebook[None], squares), ours)
 
 
-def aim(few: bool, small: float, large: float) -> str:
-    return f"≥ {small if few else large:g}"
+def statistics(z: Tensor, codebook: Tensor) -> Iterator[Pair]:
+    found = nearest(z, codebook)
+    quantizer = VectorQuantizer(Config(codes=len(codebook), dim=z.shape[1]), 0)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return quantizer._sums(z, found)
+
+    if len(codebook) <= LARGEST:
+        yield Pair("one-hot statistics", lambda: one_hot_statistics(z, found, len(codebook)), ours, 40)
+    yield Pair("the statistics' index_add_ alone", lambda: bare(z, found, len(codebook)), ours, 1 / 1.2)
+
+
+def steps(z: Tensor, codebook: Tensor) -> Iterator[Pair]:
+    if not find_spec("vector_quantize_pytorch") or len(codebook) > LARGEST:
+        return
+    from vector_quantize_pytorch import VectorQuantize
+
+    codes, dim = codebook.shape
+    theirs = VectorQuantize(dim=dim, codebook_size=codes, kmeans_init=False, threshold_ema_dead_code=2).to(z.device)
+    ours = VectorQuantizer(Config(codes=codes, dim=dim), 0).to(z.device)
+    target = 5 if codes <= 1024 else 12
+    what = "vector-quantize-pytorch, a training step"
+    yield Pair(what, lambda: theirs(z[None]), lambda: (ours(z), ours.update(11, 0.0)), None if z.is_cuda else target)
 
 
 def check(z: Tensor, codebook: Tensor) -> None:
     """The chosen code is the nearest one in float64, or tied with it."""
     chosen = nearest(z, codebook)
-    for rows in torch.arange(len(z)).split(256):
-        distances = torch.cdist(z[rows].double(), codebook.double()).square()
+    for part, codes in zip(z.split(256), chosen.split(256), strict=True):
+        distances = torch.cdist(part.double(), codebook.double()).square()
         least = distances.min(1).values
-        assert (distances[torch.arange(len(rows)), chosen[rows]] <= least * (1 + TIE) + TIE).all()
+        assert (distances.gather(1, codes[:, None])[:, 0] <= least * (1 + TIE) + TIE).all()
+
+
+def product(z: Tensor, codebook: Tensor) -> None:
+    """All products z·e, by tiles of the search's size into one place: what no search by fp32 products can undercut."""
+    columns = min(COLUMNS, len(codebook))
+    tile = z.new_empty(TILE // columns, columns)
+    for rows in z.split(len(tile)):
+        for codes in codebook.split(columns):
+            torch.mm(rows, codes.t(), out=tile[: len(rows), : len(codes)])
 
 
 def expanded(z: Tensor, codebook: Tensor) -> Tensor:
@@ -122,6 +154,25 @@ def one_hot_statistics(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Ten
 
 def bare(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return z.new_zeros(size, z.shape[1]).index_add_(0, codes, z), torch.bincount(codes, minlength=size)
+
+
+def synchronised() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure_peak() -> Peak:
+    a, b = torch.randn(2, 8192, 8192, device="cuda")
+    copy = torch.empty_like(a)
+    product, copied, _ = paired(lambda: torch.mm(a, b, out=copy), lambda: copy.copy_(a), 1, 9, synchronised)
+    return Peak(2 * 8192**3 / product, 2 * a.numel() * a.element_size() / copied)
+
+
+def roofline(peak: Peak, rows: int, dim: int, codes: int, search: bool) -> float:
+    """Milliseconds that the operations or the bytes of a search, or of the sums and counts, take at the least."""
+    numbers = 4 * dim * (rows + codes) + 8 * rows  # z, the codebook or its sums, the codes found
+    operations = 2 * rows * dim * codes if search else rows * dim
+    return max(operations / peak.operations, numbers / peak.bytes)
 
 
 if __name__ == "__main__":

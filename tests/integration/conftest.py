@@ -7,12 +7,13 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.conftest import ROOT
 
+TINY = ROOT / "tests" / "integration" / "tiny.yaml"
 STEPS, BATCH, SEED = 12, 12, 0  # those of tiny.yaml
 
 
@@ -54,16 +55,23 @@ def overrides(case: Case, run: Path, pictures: Path) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def forked(folder: Path, cases: list[Case], pictures: Path) -> None:
+def train(folder: Path, cases: list[Case], pictures: Path) -> None:
     """Train the cases one after another; what each leaves lies in folder/NAME, its run in folder/NAME/run."""
-    described = []
+    jobs = []
     for case in cases:
         out = folder / case.name
-        out.mkdir(exist_ok=True)
-        described.append({"world": case.world, "out": str(out), "overrides": overrides(case, out / "run", pictures)})
-    (folder / "cases.json").write_text(json.dumps(described))
+        given = overrides(case, out / "run", pictures)
+        jobs.append({"task": "train", "world": case.world, "out": str(out), "overrides": given})
+    forked(folder, jobs)
+
+
+def forked(folder: Path, jobs: list[dict[str, Any]]) -> None:
+    """Do the jobs of forked.py one after another."""
+    for job in jobs:
+        Path(job["out"]).mkdir(exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.forked", str(folder / "cases.json")],
+        [sys.executable, "-m", "tests.integration.forked", str(folder / "jobs.json")],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
         stdout=subprocess.PIPE,
@@ -82,7 +90,7 @@ def forked(folder: Path, cases: list[Case], pictures: Path) -> None:
 @pytest.fixture(scope="session")
 def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    forked(folder, CASES, pictures)
+    train(folder, CASES, pictures)
     return folder
 
 

@@ -1,10 +1,10 @@
-"""forked.py CASES.json: import everything once, then train each case in freshly forked ranks, one case after another.
+"""forked.py JOBS.json: import everything once, then do each job on freshly forked ranks, one job after another.
 
-A case: {"world": W, "out": folder, "overrides": [key=value …]}. Each rank leaves in `out` its model's tensors as
-rank-R.safetensors and the sample numbers it saw, in order, as rank-R.json. The cheapest test on real ranks: one
-import of torch and DeepSpeed serves all.
+A job: {"task": one of TASKS, "world": W, "out": folder, …}; what else a task reads and what each rank leaves in `out`,
+it says. The cheapest test on real ranks: one import of torch and DeepSpeed serves all.
 """
 
+import gc
 import json
 import os
 import socket
@@ -12,10 +12,11 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from deepspeed.accelerator import get_accelerator
-from safetensors.torch import save_file
 
+from tests.integration import probe
 from vaescale import distributed
 from vaescale.interfaces import Batch
 from vaescale.training import settings
@@ -28,26 +29,29 @@ TINY = Path(__file__).parent / "tiny.yaml"
 
 
 def main() -> int:
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        children = [fork(case, rank, port) for rank in range(case["world"])]
+    gc.freeze()  # what all ranks share is neither traversed nor copied
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = [fork(job, rank, port) for rank in range(job["world"])]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
-            print(f"{case}: exit codes {codes}")
+            print(f"{job}: exit codes {codes}")
             return 1
     return 0
 
 
-def fork(case: dict, rank: int, port: int) -> int:
+def fork(job: dict[str, Any], rank: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
-    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world"], "MASTER_PORT": port}
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["world"], "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in world.items()}})
     try:
-        train(case, rank)
+        distributed.init()
+        TASKS[job["task"]](job)
+        distributed.finish()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -56,26 +60,29 @@ def fork(case: dict, rank: int, port: int) -> int:
     os._exit(code)
 
 
-def train(case: dict, rank: int) -> None:
-    out = Path(case["out"])
-    trainer = Trainer(settings.load(TINY, case["overrides"]))
+def train(job: dict[str, Any]) -> None:
+    """Reads "overrides" [key=value …] and, where codes are to be lost after the first step, "stranded" [from, to].
+    Leaves the model's tensors, rank-R.safetensors, and the sample numbers that the rank saw, in order, rank-R.json."""
+    out = Path(job["out"])
+    trainer = Trainer(settings.load(TINY, job["overrides"]))
     seen: list[int] = []
     step = trainer.learner.step
 
     def recording(batches: Iterable[Batch], number: int) -> dict:
         held = list(batches)
         seen.extend(int(g) for batch in held for g in batch.sample)
-        return step(held, number)
+        metrics = step(held, number)
+        if number == 0 and "stranded" in job:
+            probe.strand(trainer.model, slice(*job["stranded"]))
+        return metrics
 
     trainer.learner.step = recording
     trainer.train()
-    save_file(
-        {name: value.contiguous() for name, value in trainer.model.state_dict().items()},
-        out / f"rank-{rank}.safetensors",
-    )
-    (out / f"rank-{rank}.json").write_text(json.dumps(seen))
-    distributed.finish()
+    probe.save(out, "", trainer.model)
+    (out / f"rank-{distributed.rank()}.json").write_text(json.dumps(seen))
 
+
+TASKS = {"train": train, "cases": probe.every_case, "resets": probe.every_reset, "collectives": probe.collectives}
 
 if __name__ == "__main__":
     sys.exit(main())

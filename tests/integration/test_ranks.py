@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import Start, finish, ranks
-from tests.integration import quantizer_rank
-from tests.integration.conftest import BATCH, CASES, SEED, STEPS, Case, losses
+from tests.integration.conftest import BATCH, CASES, SEED, STEPS, TINY, Case, losses, overrides
 from vaescale.data.order import Order
 from vaescale.data.stream import Samples
+from vaescale.interfaces import Batch
+from vaescale.training import checkpoint, settings
 
 
 def tensors(trained: Path, case: Case, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -50,28 +50,27 @@ def test_all_ranks_together_see_what_one_rank_sees(trained: Path, pictures: Path
 @pytest.mark.parametrize("case", [case for case in CASES if case.precision == "fp32"], ids=lambda case: case.name)
 def test_fp32_training_is_that_of_one_process_on_the_joined_batch(trained: Path, case: Case) -> None:
     """The loss curve, whatever the world size, the ZeRO stage and the accumulation: only sums are rounded in another
-    order. Codebooks and ages are compared in the next test, where no encoder magnifies that rounding."""
+    order. Codebooks and ages are compared in test_codebooks.py, where no encoder magnifies that rounding."""
     alone = Case(1, learning=case.learning)
     assert losses(trained / case.name / "run") == pytest.approx(losses(trained / alone.name / "run"), rel=1e-4)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_codebooks_on_ranks_are_those_of_one_process(tmp_path: Path, start: Start, world: int) -> None:
-    """The same 200 global batches, split over ranks and micro-batches, and whole: the same codes, ages and resets, the
-    same codebook up to rounding, the same bits on all ranks."""
-    for process in ranks(start, world, ["-m", "tests.integration.quantizer_rank", str(tmp_path)]):
-        code, output = finish(process)
-        assert code == 0, output
-    for kind in quantizer_rank.KINDS:
-        expected = quantizer_rank.train(kind).state_dict()
-        if kind in ("ema", "gradient"):
-            assert int(expected["tally.resets"]) > 80  # the first 40 and more
-        first = load_file(tmp_path / f"{kind}-0.safetensors")
-        assert first.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6, msg=f"{kind} {name}")
-            for rank in range(world):
-                assert torch.equal(load_file(tmp_path / f"{kind}-{rank}.safetensors")[name], first[name]), (kind, name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_averaged_weights_come_with_the_codebook_of_their_model(trained: Path, pictures: Path, case: Case) -> None:
+    """The averaged copy, the checkpoint and what evaluation loads hold the codebook, its statistics and its usage to
+    the bit, not an average; all parameters are averages."""
+    run = trained / case.name / "run"
+    saved = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
+    loaded = settings.build(settings.load(TINY, overrides(case, run, pictures)))
+    checkpoint.load_averaged(loaded, run)
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(buffer, saved[name]), name
+        assert torch.equal(buffer, tensors(trained, case)[name]), name
+    for name, parameter in loaded.named_parameters():
+        assert not torch.equal(parameter, saved[name]), name
+    x = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (codes,) = loaded.eval().encode(Batch(x, torch.zeros(4).long(), torch.arange(4)))
+    assert torch.equal(loaded.quantizer.lookup(codes), saved["quantizer.codebook"][codes])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Start, finish, ranks
-from tests.integration.conftest import STEPS, Case, forked, losses, overrides
+from tests.integration.conftest import STEPS, Case, losses, overrides, train
 
 TRAIN = ["launch/train.py", "--config", "tests/integration/tiny.yaml"]
 RESUMED = [
@@ -49,7 +49,7 @@ def resumed(trained: Path, pictures: Path, tmp_path_factory: pytest.TempPathFact
         rewind(trained / case.name / "run", folder / case.name / "run")
     for case, other in OTHERS.items():
         rewind(trained / case.name / "run", folder / other.name / "run")
-    forked(folder, [*RESUMED, *OTHERS.values()], pictures)
+    train(folder, [*RESUMED, *OTHERS.values()], pictures)
     return folder
 
 

@@ -63,7 +63,7 @@ def heard(config: Config, encoder: Encoder, steps: int = 400, warmup: int = 0) -
 VQ = Config(codes=256, dim=DIM)
 GRADIENT = Config(codes=256, dim=DIM, learning="gradient")
 FSQ = Config(kind="fsq", codes=60, dim=3, levels=[5, 4, 3])
-LFQ = Config(kind="lfq", codes=256, dim=DIM)
+LFQ = Config(kind="lfq", codes=256, dim=DIM, entropy=0.1)
 
 
 @pytest.mark.parametrize("encoder", [healthy, background])
@@ -98,7 +98,7 @@ def test_nothing_is_said_of_healthy_codebooks(config: Config, encoder: Encoder) 
         (Config(codes=256, dim=DIM, reset_every=0), broken, "never placed on encoder outputs"),
         (Config(kind="simvq", codes=256, dim=DIM), moved, "faster than their one map could follow"),
         (FSQ, point, "The encoder reaches few of the levels"),
-        (LFQ, point, "raise model.quantizer.entropy=0.1"),
+        (LFQ, point, "raise model.quantizer.entropy above 0.1"),
     ],
     ids=str,
 )

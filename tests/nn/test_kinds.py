@@ -1,6 +1,7 @@
 """Every kind of quantiser and how they combine, against brute force, float64 and scikit-learn."""
 
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,11 +23,15 @@ KINDS = {
     "vq by gradient": Config(codes=20, dim=DIM, learning="gradient"),
     "cosine": Config(codes=20, dim=DIM, metric="cosine"),
     "k-means": Config(codes=20, dim=DIM, init="kmeans"),
+    "uniform": Config(codes=20, dim=DIM, init="uniform"),
     "simvq": Config(kind="simvq", codes=20, dim=DIM),
     "fsq": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=3),
     "fsq in groups": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=6, groups=2),
-    "lfq": Config(kind="lfq", codes=2**DIM, dim=DIM),
-    "lfq in groups": Config(kind="lfq", codes=8, dim=DIM, project=6, groups=2),
+    "lfq": Config(kind="lfq", codes=2**DIM, dim=DIM, entropy=0.1),
+    "lfq in groups": Config(kind="lfq", codes=8, dim=DIM, project=6, groups=2, entropy=0.1),
+    "vq with entropy": Config(codes=20, dim=DIM, entropy=0.1, temperature=2.0),
+    "cosine with entropy": Config(codes=20, dim=DIM, metric="cosine", entropy=0.1),
+    "simvq with entropy": Config(kind="simvq", codes=20, dim=DIM, entropy=0.1),
     "rotation": Config(codes=20, dim=DIM, gradient="rotation"),
     "projected cosine": Config(codes=20, dim=DIM, project=4, metric="cosine"),
     "groups": Config(codes=20, dim=DIM, groups=3),
@@ -169,7 +174,7 @@ def test_lfq_entropies_are_those_over_all_codes(bits: int) -> None:
 
 
 def test_lfq_of_two_to_the_eighteen_codes_holds_no_large_matrix() -> None:
-    quantizer = LFQ(Config(kind="lfq", codes=2**18, dim=18))
+    quantizer = LFQ(Config(kind="lfq", codes=2**18, dim=18, entropy=0.1))
     largest = [0]
 
     class Watch(TorchDispatchMode):
@@ -238,6 +243,34 @@ def test_kmeans_is_that_of_scikit_learn() -> None:
     np.testing.assert_allclose(clustered.codebook.numpy(), reference.cluster_centers_, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_a_uniform_codebook_is_neither_replaced_nor_idle(learning: Literal["ema", "gradient"]) -> None:
+    """From the first step on it learns what torch or the EMA's recursion would, and codes without rows stay."""
+    config = Config(codes=50, dim=DIM, init="uniform", learning=learning, dead_after=3)
+    quantizer = VectorQuantizer(config, begin=2)  # as a third level, which would wait for two others
+    e = quantizer.codebook.clone()
+    assert e.abs().max() <= 1 / 50
+    (z,) = batches(1, 20, DIM)
+    codes = quantizer(z).codes
+    assert torch.equal(codes, torch.cdist(z, e).argmin(1))
+    quantizer.update(0, lr=0.01)
+    used = torch.zeros(50, dtype=torch.bool).index_fill_(0, codes, True)
+    assert not used.all()
+    if learning == "ema":
+        n = torch.bincount(codes, minlength=50)[:, None]
+        s = torch.zeros(50, DIM).index_add_(0, codes, z)
+        expected = (0.99 * e + 0.01 * s) / (0.99 + 0.01 * n)
+    else:
+        parameter = torch.nn.Parameter(e.clone())
+        F.mse_loss(parameter[codes], z).backward()
+        torch.optim.Adam([parameter], lr=0.01).step()
+        expected = parameter.detach()
+    torch.testing.assert_close(quantizer.codebook[used], expected[used], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantizer.codebook[~used], e[~used], rtol=1e-4, atol=1e-8)
+    assert torch.equal(quantizer.tally.ever, used)
+    assert not quantizer.tally.resets
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -246,6 +279,9 @@ def test_kmeans_is_that_of_scikit_learn() -> None:
         ({"kind": "fsq", "depth": 2}, "leaves no rest to quantise"),
         ({"project": -1}, "project=-1 must be at least 0"),
         ({"depth": 0}, "depth=0 must be at least 1"),
+        ({"entropy": -0.1}, "entropy=-0.1 must be at least 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"kind": "fsq", "entropy": 0.1}, "set entropy=0"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(change: dict[str, object], message: str) -> None:

@@ -1,13 +1,15 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.nn.memory import MIB, growth
 from vaescale.nn import nearest as module
 from vaescale.nn.nearest import nearest
 
 
 @pytest.mark.parametrize(
     ("rows", "codes", "dim"),
-    [(1, 1, 1), (3, 5, 2), (513, 512, 64), (1000, 2049, 8), (700, 5000, 16), (2048, 4096, 3)],
+    [(1, 1, 1), (3, 5, 2), (513, 512, 64), (1000, 4097, 8), (700, 5000, 16), (2049, 4096, 3), (600, 8191, 300)],
 )
 def test_agrees_with_brute_force_in_float64(rows: int, codes: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(rows)
@@ -20,24 +22,67 @@ def test_agrees_with_brute_force_in_float64(rows: int, codes: int, dim: int) -> 
     assert (found == exact.argmin(1)).float().mean() > 0.999
 
 
-def test_ties_go_to_the_lowest_index() -> None:
-    """Equal codes within a tile and across the border between two."""
-    codebook = torch.randn(2 * module.COLUMNS + 7, 4)
-    for first, second in ((5, 9), (3, module.COLUMNS + 3), (module.COLUMNS - 1, 2 * module.COLUMNS)):
-        codebook[second] = codebook[first]
-        assert nearest(codebook[[second]], codebook).item() == first
+@pytest.mark.parametrize("codes", [5, 100, 2 * module.COLUMNS + 7])
+def test_ties_go_to_the_lowest_index(codes: int) -> None:
+    """Every code occurs again, in its own block, in another one and in another tile."""
+    half = torch.randn(-(-codes // 2), 4)
+    for codebook in (half.repeat_interleave(2, 0)[:codes], half.repeat(2, 1)[:codes]):
+        places = [(codebook == row).all(1).nonzero()[0] for row in half]
+        assert torch.equal(nearest(half, codebook), torch.cat(places))
 
 
 def test_holds_no_matrix_of_rows_times_codes() -> None:
-    """The largest single allocation is one tile, where N×K would take 512 MiB."""
-    rows, codes = 16384, 8192
-    z, codebook = torch.randn(rows, 4), torch.randn(codes, 4)
-    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
-        nearest(z, codebook)
-    largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest <= 2 * module.ROWS * module.COLUMNS * 4
+    """4 GiB would be needed for it."""
+    z, codebook = torch.randn(4096, 4), torch.randn(262144, 4)
+    nearest(z[:100], codebook[:100])  # what is done once
+    assert growth(lambda: nearest(z, codebook)) <= 64 * MIB
+    # The same measure sees a matrix of 256 MiB.
+    assert growth(lambda: torch.cdist(z, codebook[:16384]).argmin(1)) >= 250 * MIB
+
+
+def test_many_rows_take_no_memory_either() -> None:
+    z, codebook = torch.randn(2**20, 4), torch.randn(2, 4)
+    codes = 8 * len(z)  # the result itself
+    assert growth(lambda: nearest(z, codebook)) <= codes + 64 * MIB
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_are_fp32_whatever_is_allowed(precision: str) -> None:
+    """TF32 and bf16 are only used on hardware that has them; so look at what is allowed during the product."""
+    seen: list[tuple[str, str]] = []
+
+    def allowed() -> tuple[str, str]:
+        return torch.backends.mkldnn.matmul.fp32_precision, torch.get_float32_matmul_precision()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if "addmm" in str(func):
+                seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return func(*args, **(kwargs or {}))
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        outside = allowed()
+        with Watch():
+            nearest(torch.randn(10, 4), torch.randn(20, 4))
+        assert seen == ["ieee"]
+        assert allowed() == outside
+        assert outside[1] == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_nan_gives_a_code_and_not_a_crash() -> None:
-    codes = nearest(torch.full((3, 2), float("nan")), torch.randn(5, 2))
+    z = torch.randn(6, 2)
+    z[0], z[1, 0], z[2, 0], z[3] = torch.nan, torch.nan, torch.inf, -torch.inf
+    codebook = torch.randn(5, 2)
+    codes = nearest(z, codebook)
     assert ((codes >= 0) & (codes < 5)).all()
+    assert torch.equal(codes[4:], torch.cdist(z[4:], codebook).argmin(1))  # the other rows are unharmed
+    codebook[3] = torch.nan
+    assert ((nearest(z, codebook) >= 0) & (nearest(z, codebook) < 5)).all()
+
+
+def test_no_rows_have_no_codes() -> None:
+    assert nearest(torch.empty(0, 3), torch.randn(5, 3)).shape == (0,)

@@ -85,3 +85,20 @@ def test_a_nan_gradient_moves_nothing(group: None) -> None:
     assert engine.optimizer_steps() == 1
     for name, value in [*model.named_parameters(), *engine.moments().items()]:
         assert torch.equal(value, before[name]), name
+
+
+def test_an_engine_does_not_inherit_the_autocast_of_another(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed keeps it in a global: fp16 weights would get torch's GradScaler on top of their own and skip every
+    step, halving the scale to its end."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+
+    def losses(zero: int) -> list[float]:
+        config = load("precision=fp16", f"zero={zero}")
+        torch.manual_seed(0)
+        model = settings.build(config)
+        learner = Learner(model, Engine(model, config), config)
+        return [float(learner.step([batch()], step)["loss"]) for step in range(12)]
+
+    first = losses(zero=1)
+    losses(zero=0)
+    assert losses(zero=1) == first

@@ -75,8 +75,8 @@ def cause(reading: Reading, settings: Any) -> str:
     slower = "lower optimizer.lr or raise optimizer.warmup"
     if settings.kind == "lfq":
         return (
-            f"The entropy loss is too weak to spread the bits: raise model.quantizer.entropy={settings.entropy}, or "
-            f"{slower}"
+            f"The entropy loss is too weak to spread the bits: raise model.quantizer.entropy above "
+            f"{settings.entropy}, or {slower}"
         )
     if settings.kind == "fsq":
         return f"The encoder reaches few of the levels, which no reset can help: {slower}, or take fewer levels"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..interfaces import Quantized
 from .codebook import EMA, Adam, Tally
+from .entropy import entropies
 from .nearest import nearest
 from .quantizer import Grouped, Projected, Quantizer, Residual, pass_through
 
@@ -33,20 +34,35 @@ class Config:
     metric: Literal["euclidean", "cosine"] = "euclidean"
     gradient: Literal["straight-through", "rotation"] = "straight-through"
     beta: float = 0.25  # weight of the commitment ‖z − sg[e]‖²
-    entropy: float = 0.1  # lfq: weight of its entropy loss
-    temperature: float = 0.01  # lfq: of the soft codes whose entropy that is
+    entropy: float = 0.0  # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
+    temperature: float = 0.01  # of the soft codes whose entropies these are
     learning: Literal["ema", "gradient"] = "ema"
     decay: float = 0.99  # of the EMA
-    init: Literal["samples", "kmeans"] = "samples"  # of the first global batch
+    # Of the first global batch, its k-means, or small random numbers as in the first VQ-VAEs, to compare with.
+    init: Literal["samples", "kmeans", "uniform"] = "samples"
     reset_every: int = 10  # steps between resets; 0: never after the first
     dead_after: int = 50  # steps without a use after which a code counts as dead
 
 
 def build(config: Config, seed: int) -> Quantizer:
     """Raises ValueError, one sentence, for what cannot be built."""
-    for key, least in (("codes", 2), ("dim", 1), ("dead_after", 1), ("groups", 1), ("depth", 1), ("project", 0)):
+    for key, least in (
+        ("codes", 2),
+        ("dim", 1),
+        ("dead_after", 1),
+        ("groups", 1),
+        ("depth", 1),
+        ("project", 0),
+        ("entropy", 0),
+    ):
         if getattr(config, key) < least:
             raise ValueError(f"model.quantizer.{key}={getattr(config, key)} must be at least {least}")
+    if config.temperature <= 0:
+        raise ValueError(f"model.quantizer.temperature={config.temperature} must be above 0")
+    if config.kind == "fsq" and config.entropy:
+        raise ValueError(
+            f"model.quantizer.entropy={config.entropy} has no codebook to spread for kind=fsq: set entropy=0"
+        )
     inner = config.project or config.dim
     if inner % config.groups:
         raise ValueError(f"model.quantizer.groups={config.groups} must divide the {inner} channels")
@@ -73,9 +89,9 @@ def _leaf(config: Config, seed: int, level: int) -> Quantizer:
 class VectorQuantizer(Quantizer):
     """VQ-VAE's quantizer (van den Oord, Vinyals, Kavukcuoglu 2017, equations 1 to 3; EMA: appendix A.1).
 
-    The update of step `begin` is the initialisation: all codes count as dead and are replaced by encoder outputs. With
-    the cosine metric rows and codes have length 1 (Yu et al. 2022, "Vector-quantized image modeling with improved
-    VQGAN", section 3.2).
+    The update of step `begin` is the initialisation: all codes count as dead and are replaced by encoder outputs; with
+    init=uniform there is none, and the codes learn from the first step on. With the cosine metric rows and codes have
+    length 1 (Yu et al. 2022, "Vector-quantized image modeling with improved VQGAN", section 3.2).
     """
 
     codebook: Tensor  # fp32 [K, D]
@@ -84,11 +100,12 @@ class VectorQuantizer(Quantizer):
         super().__init__()
         self.config = config
         self.seed = seed
-        self.begin = begin
+        random = config.init == "uniform"
+        self.begin = -1 if random else begin
         self.sizes = (config.codes,)
-        codebook = torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes)
+        codebook = self._measured(torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes))
         self.register_buffer("codebook", codebook)
-        self.tally = Tally(config.codes, config.dead_after)
+        self.tally = Tally(config.codes, age=0 if random else config.dead_after)
         self.learner: EMA | Adam = EMA(codebook, config.decay) if config.learning == "ema" else Adam(codebook)
         # This step's micro-batches: (rows [N, D], codes [N]).
         self._seen: list[tuple[Tensor, Tensor]] = []
@@ -107,6 +124,10 @@ class VectorQuantizer(Quantizer):
             if self.config.learning == "gradient":
                 # ‖sg[z] − e‖²: its value is part of the loss; its gradient is taken in `Adam`, from the sums.
                 loss = loss + commitment.detach()
+            if self.config.entropy:
+                # For the encoder alone; the codebook keeps learning from its rows.
+                sure, varied = entropies(rows, self.codebook, self.config.temperature)
+                loss = loss + self.config.entropy * (sure - varied)
             through = pass_through(z, e, self.config.gradient)
             return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach()[None])
 
@@ -116,8 +137,8 @@ class VectorQuantizer(Quantizer):
     def gather(self, step: int) -> list[Tensor]:
         """[K, D]: the sum of each code's rows; [K]: their number, exact in fp32 below 2**24 rows a step; on reset
         steps [K, D] candidates, too."""
-        rows = torch.cat([rows for rows, _ in self._seen])
-        codes = torch.cat([codes for _, codes in self._seen])
+        # One micro-batch is not copied: that would take as long as summing its rows.
+        rows, codes = self._seen[0] if len(self._seen) == 1 else map(torch.cat, zip(*self._seen, strict=True))
         self._seen.clear()
         if step == self.begin and self.config.init == "kmeans":
             self._first = rows
@@ -155,7 +176,7 @@ class VectorQuantizer(Quantizer):
     def _sums(self, rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         # Two tensors: adding to columns of one that holds both takes four times as long.
         sums = rows.new_zeros(self.config.codes, self.config.dim).index_add_(0, codes, rows)
-        counts = rows.new_zeros(self.config.codes).index_add_(0, codes, rows.new_ones(len(rows)))
+        counts = rows.new_zeros(self.config.codes).scatter_add_(0, codes, rows.new_ones(1).expand(len(rows)))
         return sums, counts
 
     def _candidates(self, rows: Tensor, step: int) -> Tensor:
@@ -206,6 +227,9 @@ class SimVQ(Quantizer):
             e = F.embedding(codes, codebook).view_as(z)
             commitment = F.mse_loss(z, e.detach())
             loss = self.config.beta * commitment + F.mse_loss(e, z.detach())
+            if self.config.entropy:
+                sure, varied = entropies(z.reshape(-1, self.config.dim), codebook, self.config.temperature)
+                loss = loss + self.config.entropy * (sure - varied)
             through = pass_through(z, e.detach(), self.config.gradient)
             return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach()[None])
 
@@ -286,8 +310,10 @@ class LFQ(Quantizer):
                 self.tally.add(codes.flatten())
             e = bits * 2.0 - 1
             commitment = F.mse_loss(z, e)
-            sure, varied = self.entropies(z.reshape(-1, self.config.dim))
-            loss = self.config.beta * commitment + self.config.entropy * (sure - varied)
+            loss = self.config.beta * commitment
+            if self.config.entropy:
+                sure, varied = self.entropies(z.reshape(-1, self.config.dim))
+                loss = loss + self.config.entropy * (sure - varied)
             return Quantized(pass_through(z, e, self.config.gradient), codes, loss, commitment.detach()[None])
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from .. import distributed
 from ..interfaces import Quantized, Usage
@@ -161,11 +162,25 @@ class Projected(Quantizer):
         return F.linear(z, self.up.weight.float(), self.up.bias.float())
 
 
+class StraightThrough(torch.autograd.Function):
+    """z + sg[e − z], without the two passes over memory and their rounding."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, z: Tensor, e: Tensor) -> Tensor:
+        del ctx, z
+        return e.view_as(e)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        del ctx
+        return gradient, None
+
+
 def pass_through(z: Tensor, e: Tensor, how: str) -> Tensor:
     """e, with a gradient for z: the same one (van den Oord et al. 2017), or turned and scaled as z is to become e
     (Fifty et al. 2024, "Restructuring vector quantization with the rotation trick", equation 4). z, e: [..., D]."""
     if how == "straight-through":
-        return z + (e - z).detach()
+        return StraightThrough.apply(z, e)
     e, length = e.detach(), z.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6)
     from_, to = z.detach() / length, F.normalize(e, dim=-1)
     between = F.normalize(from_ + to, dim=-1)

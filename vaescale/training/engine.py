@@ -8,6 +8,7 @@
   while they are still scaled, so there it is the `fp16` engine: half weights, fp32 masters.
 - A JSON optimizer compiles FusedAdam for a minute and a half: torch's own fused AdamW is passed in instead.
 - Initialisation broadcasts parameters, not buffers: codebooks are broadcast here.
+- That an engine has `torch_autocast` is remembered for all later ones of the process: it is forgotten before each.
 """
 
 import logging
@@ -22,6 +23,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import torch_autocast
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -64,6 +66,7 @@ class Engine:
         )
         # DeepSpeed looks at the environment for a launcher unless a process group stands already.
         deepspeed.init_distributed(dist_init_required=False)
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
         )

@@ -1,0 +1,222 @@
+"""A model that is nothing but quantisers and a decoder, trained by the real learner and engine.
+
+Its rows are made from the bytes of the batch, one by one and in fp32: no encoder rounds them otherwise on another
+number of ranks. So codebooks can be compared with those of one process to the last bits, while DeepSpeed wraps, casts
+and shards the decoder beside them.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vaescale import distributed
+from vaescale.interfaces import Batch, Model, Output
+from vaescale.nn.quantize import Config, VectorQuantizer, build
+from vaescale.nn.quantizer import Grouped
+from vaescale.training import checkpoint, settings
+from vaescale.training.engine import Engine
+from vaescale.training.learner import Learner, learning_rate
+
+STEPS, IMAGES, ROWS, DIM = 200, 16, 4, 6  # steps, images a step, rows an image, channels a row
+SEED = 18000  # of the images: with it no row is as near to two codes as rounding reaches, see test_codebooks.py
+# Cube roots, so that no two codes that are rows are equally far from a third row.
+SCALE = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0]) ** (1 / 3) / 255
+KINDS = {
+    "vq": {
+        "ema": Config(codes=40, dim=DIM, dead_after=5),
+        "gradient": Config(codes=40, dim=DIM, dead_after=5, learning="gradient"),
+    },
+    "others": {
+        "cosine, k-means": Config(codes=40, dim=DIM, dead_after=5, metric="cosine", init="kmeans"),
+        "groups": Config(codes=20, dim=DIM, dead_after=5, groups=2),
+        "residual": Config(codes=20, dim=DIM, dead_after=5, depth=2),
+        "fsq": Config(kind="fsq", codes=60, dim=DIM, levels=[5, 4, 3], groups=2),
+    },
+}
+
+
+class Case(NamedTuple):
+    precision: str = "fp32"
+    zero: int = 0
+    accumulation: int = 1
+    kinds: str = "vq"
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(part) for part in self)
+
+
+CASES = [Case(*given) for given in product(("fp32", "bf16", "fp16"), (0, 1, 2), (1, 4))]
+OTHERS = Case("bf16", 1, 2, "others")
+RESETS = [Case(*given) for given in product(("bf16", "fp16"), (0, 1, 2))]
+RESET, LATER, STRANDED = 10, 16, slice(10, 40)  # the step of the reset; steps when all is done; the codes that are lost
+
+
+class Probe(Model):
+    def __init__(self, kinds: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.quantizer = Grouped([build(config, seed=0) for config in KINDS[kinds].values()])
+        width = DIM * len(self.quantizer.parts)
+        self.decoder = nn.Linear(width, width, bias=False)
+
+    def forward(self, batch: Batch, step: int) -> Output:
+        z = rows(batch.x).repeat(1, len(self.quantizer.parts))
+        quantized = self.quantizer(z)
+        y = self.decoder(quantized.z.to(self.decoder.weight.dtype))
+        return Output(F.mse_loss(y.float(), z) + quantized.loss, {}, None)
+
+    def encode(self, batch: Batch) -> list[Tensor]:
+        raise NotImplementedError
+
+    def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        raise NotImplementedError
+
+    def update(self, step: int, lr: float) -> None:
+        self.quantizer.update(step, lr)
+
+
+def rows(x: Tensor) -> Tensor:
+    """uint8 [B, 3, 4, 2] → fp32 [4 B, 6]."""
+    return (x.reshape(-1, DIM).float() - 128) * SCALE
+
+
+@cache
+def images(step: int) -> Tensor:
+    """The global batch of a step, uint8 [16, 3, 4, 2]. It drifts, so that codes die and are replaced all along."""
+    generator = torch.Generator().manual_seed(SEED + step)
+    centre = 128 + 40 * torch.sin(torch.arange(DIM) + step / 30)
+    x = centre + 24 * torch.randn(IMAGES, ROWS, DIM, generator=generator)
+    return x.clamp(0, 255).byte().view(IMAGES, 3, 4, 2)
+
+
+def batches(step: int, accumulation: int) -> Iterator[Batch]:
+    """This rank's micro-batches of a step."""
+    share = images(step).chunk(distributed.world())[distributed.rank()]
+    for x in share.chunk(accumulation):
+        yield Batch(x, torch.zeros(len(x)).long(), torch.arange(len(x)))
+
+
+def settings_of(case: Case) -> settings.Config:
+    optimizer = settings.Optimizer(lr=2e-2, warmup=10)
+    given = {"precision": case.precision, "zero": case.zero, "accumulation": case.accumulation}
+    small = {"zero_optimization": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
+    return settings.Config(None, steps=STEPS, batch=IMAGES, optimizer=optimizer, deepspeed=small, **given)
+
+
+class Run:
+    """One Probe under one engine."""
+
+    def __init__(self, case: Case) -> None:
+        self.accumulation = case.accumulation
+        self.model = Probe(case.kinds)
+        self.engine = Engine(self.model, settings_of(case))
+        self.learner = Learner(self.model, self.engine, settings_of(case))
+
+    def train(self, first: int, until: int) -> None:
+        for step in range(first, until):
+            self.learner.step(batches(step, self.accumulation), step)
+
+
+def alone(kinds: str, first: int = 0, until: int = STEPS, quantizer: Grouped | None = None) -> Grouped:
+    """The same quantisers on the joined batches, in one process, without learner, engine or DeepSpeed."""
+    quantizer = quantizer or Probe(kinds).quantizer
+    for step in range(first, until):
+        quantizer(rows(images(step)).repeat(1, len(quantizer.parts)))
+        quantizer.update(step, learning_rate(settings_of(Case()).optimizer, step, STEPS))
+    return quantizer
+
+
+def every_case(job: dict[str, Any]) -> None:
+    """All engines one after another, in one process group."""
+    for case in [*CASES, OTHERS]:
+        run = Run(case)
+        run.train(0, STEPS)
+        save(Path(job["out"]), f"{case.name}-", run.model)
+
+
+def every_reset(job: dict[str, Any]) -> None:
+    """Codes are stranded, a reset brings them back, training goes on; and so does another life, from a checkpoint."""
+    out = Path(job["out"])
+    for case in RESETS:
+        run = Run(case)
+        run.train(0, 2)
+        strand(run.model.quantizer, STRANDED)
+        run.train(2, RESET + 1)
+        save(out, f"{case.name}-reset-", run.model)
+        tensors = {"model": run.engine.weights(), "optimizer": run.engine.moments()}
+        state = {"steps": run.engine.optimizer_steps(), "scaler": run.engine.scaler()}
+        folder = out / f"{case.name}-checkpoints"
+        if distributed.rank() == 0:
+            checkpoint.save(folder, RESET + 1, tensors, state, keep=1)
+        distributed.barrier()
+        run.train(RESET + 1, LATER)
+        save(out, f"{case.name}-later-", run.model)
+
+        run = Run(case)
+        found = checkpoint.newest(folder)
+        state = checkpoint.read_state(found)
+        run.engine.load_weights(checkpoint.read_tensors(found, "model"))
+        run.engine.load_moments(checkpoint.read_tensors(found, "optimizer"), state["steps"])
+        run.engine.load_scaler(state["scaler"])
+        run.train(RESET + 1, LATER)
+        save(out, f"{case.name}-resumed-", run.model)
+
+
+def strand(quantizer: nn.Module, codes: slice) -> None:
+    """Put codes far from all rows, as if they had learned there for long."""
+    for part in quantizer.modules():
+        if not isinstance(part, VectorQuantizer):
+            continue
+        part.codebook[codes] += 1000
+        if part.config.learning == "ema":
+            part.learner.counts[codes] = 1
+            part.learner.sums[codes] = part.codebook[codes]
+        else:
+            part.learner.mean[codes] = part.learner.square[codes] = 1
+            part.learner.steps[codes] = 100
+
+
+class Collectives(TorchDispatchMode):
+    """What travels between ranks: [name, entries] of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "c10d":
+            self.seen.append([func.__name__, sum(tensor.numel() for tensor in args[0])])
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(job: dict[str, Any]) -> None:
+    """Leaves what rank 0 sent in the quantisers' update of a step with a reset and of one without; and in all of it."""
+    run = Run(OTHERS)
+    run.train(0, RESET)
+    update, seen = run.model.update, []
+
+    def watched(step: int, lr: float) -> None:
+        with Collectives() as mode:
+            update(step, lr)
+        seen.append(mode.seen)
+
+    run.model.update = watched
+    with Collectives() as whole:
+        run.train(RESET, RESET + 2)
+    if distributed.rank() == 0:
+        (Path(job["out"]) / "collectives.json").write_text(json.dumps({"updates": seen, "whole": whole.seen}))
+
+
+def save(out: Path, prefix: str, model: nn.Module) -> None:
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, out / f"{prefix}rank-{distributed.rank()}.safetensors")
