@@ -53,11 +53,12 @@ class _Gaussian(Likelihood):
         super().__init__()
         self.channels = channels
         log_variance = math.log(config.variance)
-        self.log_variance = nn.Parameter(torch.tensor(log_variance)) if config.learned else log_variance
+        # Of one element, [1]: DeepSpeed cannot broadcast a parameter without dimensions.
+        self.log_variance = nn.Parameter(torch.tensor([log_variance])) if config.learned else log_variance
 
     def variance(self) -> Tensor:
         """c, fp32 []."""
-        return torch.as_tensor(self.log_variance).float().exp()
+        return torch.as_tensor(self.log_variance).float().exp().squeeze()
 
 
 class Gaussian(_Gaussian):
