@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+TINY = Path(__file__).parent / "tiny.yaml"
 STEPS, BATCH, SEED = 12, 12, 0  # those of tiny.yaml
 
 
@@ -60,7 +61,13 @@ def forked(folder: Path, cases: list[Case], pictures: Path) -> None:
     for case in cases:
         out = folder / case.name
         out.mkdir(exist_ok=True)
-        described.append({"world": case.world, "out": str(out), "overrides": overrides(case, out / "run", pictures)})
+        given = overrides(case, out / "run", pictures)
+        described.append({"world": case.world, "out": str(out), "config": str(TINY), "overrides": given})
+    train_forked(folder, described)
+
+
+def train_forked(folder: Path, described: list[dict[str, object]]) -> None:
+    """Cases as forked.py takes them."""
     (folder / "cases.json").write_text(json.dumps(described))
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.integration.forked", str(folder / "cases.json")],

@@ -1,8 +1,8 @@
 """forked.py CASES.json: import everything once, then train each case in freshly forked ranks, one case after another.
 
-A case: {"world": W, "out": folder, "overrides": [key=value …]}. Each rank leaves in `out` its model's tensors as
-rank-R.safetensors and the sample numbers it saw, in order, as rank-R.json. The cheapest test on real ranks: one
-import of torch and DeepSpeed serves all.
+A case: {"world": W, "out": folder, "config": file, "overrides": [key=value …]}. Each rank leaves in `out` its
+model's tensors as rank-R.safetensors and the sample numbers it saw, in order, as rank-R.json. The cheapest test on real
+ranks: one import of torch and DeepSpeed serves all.
 """
 
 import json
@@ -23,8 +23,6 @@ from vaescale.training.trainer import Trainer
 
 # Not every CPU has fast fp16, and DeepSpeed refuses it there; slow is good enough for a test.
 get_accelerator().is_fp16_supported = lambda: True
-
-TINY = Path(__file__).parent / "tiny.yaml"
 
 
 def main() -> int:
@@ -58,7 +56,7 @@ def fork(case: dict, rank: int, port: int) -> int:
 
 def train(case: dict, rank: int) -> None:
     out = Path(case["out"])
-    trainer = Trainer(settings.load(TINY, case["overrides"]))
+    trainer = Trainer(settings.load(case["config"], case["overrides"]))
     seen: list[int] = []
     step = trainer.learner.step
 

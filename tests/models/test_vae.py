@@ -325,7 +325,8 @@ def test_a_conditional_vae_learns_what_the_label_says() -> None:
     levels = torch.tensor([40, 120, 220], dtype=torch.uint8)
     rates = {}
     for classes in (0, 3):
-        vae = model(Shape(1, 8), classes=classes, embedding=4, label_dropout=0.0)
+        given = likelihood.Config(variance=0.01, learned=False)
+        vae = model(Shape(1, 8), likelihood=given, classes=classes, embedding=4)
         adam = torch.optim.Adam(vae.parameters(), 1e-2)
         for step in range(150):
             label = torch.arange(30) % 3

@@ -115,7 +115,7 @@ def test_a_learned_variance_becomes_the_mean_squared_error() -> None:
     x = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
     output = x / 255 - 0.5 + 0.07 * torch.randn(8, 1, 8, 8)
     likelihood = made("gaussian", variance=0.5)
-    adam = torch.optim.Adam(likelihood.parameters(), 0.03)
+    adam = torch.optim.Adam(likelihood.parameters(), 0.003)
     for _ in range(500):
         adam.zero_grad()
         (-likelihood.log_prob(output, x).mean() / 64).backward()

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 DELTA = 1 / 255  # δ: the width of an 8-bit value's bin
+PACE = 10.0  # Adam moves a parameter by its learning rate a step, and log c has some units to go: ten times as fast
 FAR = 1e6  # standard deviations: the outer edge of the first and last bin
 LEAST_LOG_SCALE = -7.0  # of a logistic on [−1, 1], as in the authors' implementation
 
@@ -25,7 +26,7 @@ LEAST_LOG_SCALE = -7.0  # of a logistic on [−1, 1], as in the authors' impleme
 class Config:
     kind: Literal["gaussian", "discretised-gaussian", "logistic-mixture", "bernoulli"] = "gaussian"
     # The Gaussians: c, the variance of a pixel in [0, 1] given the latents. The squared error weighs 1/(2c).
-    variance: float = 0.01
+    variance: float = 0.06
     learned: bool = True  # c is learned, one for all pixels, and begins at `variance`
     components: int = 10  # K of the mixture
 
@@ -52,13 +53,15 @@ class _Gaussian(Likelihood):
     def __init__(self, config: Config, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        log_variance = math.log(config.variance)
+        self.begin = config.variance
         # Of one element, [1]: DeepSpeed cannot broadcast a parameter without dimensions.
-        self.log_variance = nn.Parameter(torch.tensor([log_variance])) if config.learned else log_variance
+        self.exponent = nn.Parameter(torch.zeros(1)) if config.learned else None
 
     def variance(self) -> Tensor:
         """c, fp32 []."""
-        return torch.as_tensor(self.log_variance).float().exp().squeeze()
+        if self.exponent is None:
+            return torch.tensor(self.begin)
+        return self.begin * (PACE * self.exponent.float()).exp().squeeze()
 
 
 class Gaussian(_Gaussian):
