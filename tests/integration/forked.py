@@ -25,8 +25,6 @@ from vaescale.training.trainer import Trainer
 # Not every CPU has fast fp16, and DeepSpeed refuses it there; slow is good enough for a test.
 get_accelerator().is_fp16_supported = lambda: True
 
-TINY = Path(__file__).parent / "tiny.yaml"
-
 
 def main() -> int:
     gc.freeze()  # what all ranks share is neither traversed nor copied
@@ -61,10 +59,10 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
 
 
 def train(job: dict[str, Any]) -> None:
-    """Reads "overrides" [key=value …] and, where codes are to be lost after the first step, "stranded" [from, to].
-    Leaves the model's tensors, rank-R.safetensors, and the sample numbers that the rank saw, in order, rank-R.json."""
+    """Reads "config", "overrides" [key=value …] and, where codes are to be lost after the first step, "stranded" [from,
+    to]. Leaves the model's tensors, rank-R.safetensors, and the sample numbers that the rank saw, in order, rank-R.json."""
     out = Path(job["out"])
-    trainer = Trainer(settings.load(TINY, job["overrides"]))
+    trainer = Trainer(settings.load(job["config"], job["overrides"]))
     seen: list[int] = []
     step = trainer.learner.step
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.integration import probe
-from tests.integration.conftest import Case, forked, overrides
+from tests.integration.conftest import TINY, Case, forked, overrides
 from tests.integration.probe import CASES, LATER, OTHERS, RESET, RESETS, STRANDED
 from vaescale.nn.quantize import VectorQuantizer
 
@@ -183,7 +183,8 @@ def test_a_run_comes_back_from_ninety_percent_dead_codes(
         out = tmp_path / f"{count}-{learning}-{every}"
         given = [*overrides(Case(count, learning=learning), out / "run", pictures), *changes]
         given += [f"model.quantizer.reset_every={every}"]
-        job = {"task": "train", "world": count, "out": str(out), "overrides": given, "stranded": [4, 40]}
+        job = {"task": "train", "world": count, "out": str(out), "config": str(TINY), "overrides": given}
+        job["stranded"] = [4, 40]
         jobs[count, learning, every] = job
     forked(tmp_path, list(jobs.values()))
     for (count, learning, every), job in jobs.items():

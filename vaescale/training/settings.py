@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 
 from .. import config as mechanics
 from ..config import ConfigError
 from ..data import places, stream
+from ..data.index import Index
 from ..interfaces import Batch, Model, Shape
 from ..models import MODELS
 
@@ -127,6 +129,20 @@ def micro_batch(config: Config, world: int) -> int:
             f"take batch={lower or parts} or batch={lower + parts}"
         )
     return config.batch // parts
+
+
+def check_labels(config: Config, index: Index) -> None:
+    """Raises ConfigError for a label that the model was not built for: on a device it would be an obscure crash."""
+    classes = getattr(config.model, "classes", 0)
+    labels = index.records["label"]
+    wrong = np.flatnonzero(labels >= classes)
+    if classes and len(wrong):
+        sample = int(wrong[0])
+        raise ConfigError(
+            f"model.classes={classes} knows the labels 0 to {classes - 1}, and sample {sample} of {index.folder} (in "
+            f"{index.shards[index.locate(sample).shard].name}) has {labels[sample]}: take "
+            f"model.classes={labels.max() + 1} or more, or other data"
+        )
 
 
 def _require(config: Config) -> None:

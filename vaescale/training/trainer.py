@@ -29,7 +29,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .ema import WeightEMA
 from .learner import Descent, Learner
-from .settings import Config, build, micro_batch
+from .settings import Config, build, check_labels, micro_batch
 
 
 @dataclass
@@ -68,6 +68,8 @@ class Trainer:
         # The data are opened first: of all that can be wrong they are the most likely, and the cheapest to find.
         self.slices = stream.TrainSlices(config.data, config.seed)
         self.validation = stream.ValidationSlices(config.data)
+        for slices in (self.slices, self.validation):
+            check_labels(config, slices.samples.index)
 
         torch.manual_seed(config.seed)
         self.model = build(config).to(self.device)

@@ -1,0 +1,43 @@
+"""What a conditional model is told beside the image: a class label, attributes, or nothing."""
+
+import torch
+from torch import Tensor, nn
+
+from ..interfaces import Condition
+
+
+class Conditioner(nn.Module):
+    """Condition → [B, dim]: an embedding of the label, and the attributes as they are.
+
+    "Not said" (label −1, attribute NaN) is learned: one more row of the embedding, one value for each attribute.
+    """
+
+    def __init__(self, classes: int, embedding: int, attributes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.dim = (embedding if classes else 0) + attributes
+        self.label = nn.Embedding(classes + 1, embedding) if classes else None
+        self.unknown = nn.Parameter(torch.zeros(attributes)) if attributes else None
+
+    def forward(self, condition: Condition) -> Tensor:
+        parts = []
+        if self.label is not None:
+            label = condition.label
+            parts.append(self.label(torch.where(label < 0, self.classes, label)))
+        if self.unknown is not None:
+            attributes = condition.attributes
+            parts.append(torch.where(attributes.isnan(), self.unknown, attributes))
+        return torch.cat(parts, dim=1)
+
+    def nothing_said(self, images: int) -> Condition:
+        """Of so many images."""
+        device = next(self.parameters()).device
+        attributes = 0 if self.unknown is None else len(self.unknown)
+        label = torch.full((images,), -1, device=device)
+        return Condition(label, torch.full((images, attributes), torch.nan, device=device))
+
+
+def dropped(condition: Condition, drop: Tensor) -> Condition:
+    """Nothing is said where drop, bool [B], is true."""
+    label = condition.label.masked_fill(drop, -1)
+    return Condition(label, condition.attributes.masked_fill(drop[:, None], torch.nan))
