@@ -254,7 +254,12 @@ def fixed_images(slices: ValidationSlices) -> Batch:
     if len(labels) < SHOWN:
         first = np.arange(len(slices.samples.index))
     chosen = first[np.linspace(0, len(first) - 1, min(SHOWN, len(first))).astype(int)]
-    batches = [slices[range(number, number + 1)].batch for number in chosen.tolist()]
+    return chosen_images(slices, chosen.tolist())
+
+
+def chosen_images(slices: ValidationSlices, numbers: list[int]) -> Batch:
+    """These validation images, in this order."""
+    batches = [slices[range(number, number + 1)].batch for number in numbers]
     return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 

@@ -7,6 +7,7 @@ run the same command. What is taken, in this order: the newest checkpoint of the
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from .. import distributed
 from ..config import ConfigError
 from ..data import DataError, stream
 from ..data.decode import CAUSES
+from ..evaluation import sample
 from ..evaluation.evaluate import evaluate, reconstruct
 from ..interfaces import Batch, Usage
 from ..monitoring import alarm, codebook, pictures
@@ -30,6 +32,8 @@ from .checkpoint import CheckpointError
 from .ema import WeightEMA
 from .learner import Descent, Learner
 from .settings import Config, build, micro_batch
+
+SAMPLES = 32  # from the prior, in a picture
 
 
 @dataclass
@@ -198,11 +202,14 @@ class Trainer:
             self.show(self.board)
 
     def show(self, board: Board) -> None:
-        """The fixed images, their codes, and what each codebook decodes to."""
+        """The fixed images, samples from the prior, codes, and what each codebook decodes to."""
         model, step = self.ema.model, self.position.step
         shown = stream.fixed_images(self.validation).to(self.device)
         y, latents = reconstruct(model, shown)
         board.picture("val/reconstructions", pictures.reconstructions(shown.x, y), step)
+        with suppress(sample.Unable):
+            drawn = sample.from_prior(model, sample.in_turn(shown.condition, SAMPLES), seed=0)
+            board.picture("val/samples", pictures.grid(drawn, per_row=len(shown.x)), step)
         averages = {name: usage.average for name, usage in model.usage(clear=False).items()}
         decoded = codebook.decoded(model, list(averages.values()), [level.shape[1:] for level in latents])
         for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=False):
