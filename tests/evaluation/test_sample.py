@@ -197,6 +197,15 @@ def test_vary_keeps_the_coarse_latents_of_several_levels(shown: list[Shown]) -> 
         assert ((z[:, 0, column, drawn] - z[:, 1, column, drawn]).abs().amax(-1) > CLOSE).all()
 
 
+def test_given_latents_are_kept_however_many_images_there_are() -> None:
+    coarse = torch.linspace(-2, 2, 150)[:, None]
+    told = sample.in_turn(batch(5, 0).condition, 150)
+    z = read(sample.from_prior(Linear(levels=2), told, seed=0, given=[coarse]))
+    close(z[:, 0], coarse[:, 0])
+    close(z[:, M], told.label / 2)
+    assert z[:, 1:M].std(0).numpy() == pytest.approx([1] * (M - 1), abs=0.18)  # 150 draws: 3 standard errors
+
+
 def test_traverse_changes_one_latent_a_row_the_most_active_first(shown: list[Shown]) -> None:
     one = subject()
     sample.traverse(one)
