@@ -44,12 +44,12 @@ def code_map(x: Tensor, codes: Tensor, size: int) -> Picture:
 def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 24) -> Picture:
     """The middle of what each of `codes` decodes to, row by row; those not in use are struck out.
 
-    tiles: uint8 [N, 3, H, W]; codes: int64 [N], most used first; in_use: bool [K].
+    tiles: uint8 [N, 1 or 3, H, W]; codes: int64 [N], most used first; in_use: bool [K].
     """
     caption = f"{len(codes)} of {len(in_use)} codes, most used first; {int((~in_use).sum())} not in use (struck out)"
     side = min(TILE, *tiles.shape[-2:])
     top, left = ((length - side) // 2 for length in tiles.shape[-2:])
-    tiles = tiles[:, :, top : top + side, left : left + side].permute(0, 2, 3, 1).cpu()
+    tiles = _coloured(tiles)[:, :, top : top + side, left : left + side].permute(0, 2, 3, 1).cpu()
     per_row, pitch = min(per_row, len(tiles)), side + 2
     font = ImageFont.load_default(size=11)
     width = max(per_row * pitch + 2, math.ceil(font.getlength(caption)) + 2 * GAP)
