@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.conftest import jpeg, samples
 from vaescale.data import DataError, stream
+from vaescale.data.decode import validation_image
 from vaescale.data.index import Index
 from vaescale.data.order import Order
 from vaescale.data.shards import index, name, write, write_shard
@@ -213,3 +214,12 @@ def test_validation_pictures_are_the_centre(tmp_path: Path) -> None:
     write(tmp_path / "val", [samples(1)[0]._replace(image=file.getvalue())], 1, [])
     x = stream.ValidationSlices(config(tmp_path, size=20))[range(1)].batch.x
     assert (x == 200).all()
+
+
+def test_without_augmentation_training_pictures_are_validation_pictures(pictures: Path) -> None:
+    slices = stream.TrainSlices(config(pictures, augment=False), seed=7)
+    gs = range(100, 120)  # of the second epoch
+    decoded = slices[gs].batch.x
+    for image, sample in zip(decoded, slices.order(np.arange(gs.start, gs.stop)).tolist(), strict=True):
+        expected = validation_image(slices.samples.read(sample)[0], 16)
+        assert np.array_equal(image.permute(1, 2, 0), expected)
