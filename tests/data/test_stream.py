@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.conftest import jpeg, samples
 from vaescale.data import DataError, stream
+from vaescale.data.decode import validation_image
 from vaescale.data.index import Index
 from vaescale.data.order import Order
 from vaescale.data.shards import index, name, write, write_shard
@@ -254,10 +255,8 @@ def test_attributes_are_standardised_by_the_training_set(aged: Path, split: str)
         slices = stream.TrainSlices(config(aged, attributes=names), seed=7)
         samples, attributes = slices.order(np.arange(5)), slices[range(5)].batch.attributes
     else:
-        samples, attributes = (
-            np.arange(3),
-            stream.ValidationSlices(config(aged, attributes=names))[range(3)].batch.attributes,
-        )
+        slices = stream.ValidationSlices(config(aged, attributes=names))
+        samples, attributes = np.arange(3), slices[range(3)].batch.attributes
     assert attributes.dtype == torch.float32
     known = np.array([age for age in AGES["train"] if age is not None])
     for sample, row in zip(samples.tolist(), attributes, strict=True):
@@ -289,3 +288,12 @@ def test_an_unknown_attribute_is_named_with_those_there_are(aged: Path, pictures
         slices(config(aged, attributes=["age", "hue"]))
     with pytest.raises(DataError, match=r"have no age; they have none"):
         slices(config(pictures, attributes=["age"]))
+
+
+def test_without_augmentation_training_pictures_are_validation_pictures(pictures: Path) -> None:
+    slices = stream.TrainSlices(config(pictures, augment=False), seed=7)
+    gs = range(100, 120)  # of the second epoch
+    decoded = slices[gs].batch.x
+    for image, sample in zip(decoded, slices.order(np.arange(gs.start, gs.stop)).tolist(), strict=True):
+        expected = validation_image(slices.samples.read(sample)[0], 16)
+        assert np.array_equal(image.permute(1, 2, 0), expected)

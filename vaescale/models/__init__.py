@@ -3,7 +3,11 @@
 from typing import Any
 
 from ..interfaces import Model
-from . import vqvae
+from . import autoencoder, pca, vqvae
 
 # model.kind → (its settings, its class)
-MODELS: dict[str, tuple[type[Any], type[Model]]] = {"vqvae": (vqvae.Config, vqvae.VQVAE)}
+MODELS: dict[str, tuple[type[Any], type[Model]]] = {
+    "pca": (pca.Config, pca.PCA),
+    "autoencoder": (autoencoder.Config, autoencoder.Autoencoder),
+    "vqvae": (vqvae.Config, vqvae.VQVAE),
+}

@@ -1,10 +1,37 @@
-"""The convolutional blocks that the models share."""
+"""The blocks that the models share, and the networks between images and vectors."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..interfaces import Shape
+
+
+@dataclass(frozen=True)
+class Network:
+    """The two networks between images and vectors."""
+
+    kind: Literal["conv", "linear"] = "conv"  # linear: one linear map each way, and nothing below applies
+    width: int = 32  # channels at full resolution
+    halvings: int = 3  # each doubles the channels
+    hidden: int = 256  # units of the layer between the feature map and the vector
+
+
+def encoder(network: Network, shape: Shape, out: int, condition: int = 0) -> nn.Module:
+    """forward(x [B, C, H, W], condition [B, E] or None) → [B, out]."""
+    if network.kind == "linear":
+        return LinearEncoder(shape, out, condition)
+    return Encoder(shape, network.width, network.halvings, network.hidden, out, condition)
+
+
+def decoder(network: Network, shape: Shape, dim: int, out: int) -> nn.Module:
+    """forward(z [B, dim]) → [B, out, H, W]."""
+    if network.kind == "linear":
+        return LinearDecoder(shape, dim, out)
+    return Decoder(shape, network.width, network.halvings, network.hidden, dim, out)
 
 
 class ResidualBlock(nn.Module):
@@ -69,11 +96,35 @@ class Decoder(nn.Module):
         return self.image(grid.unflatten(1, (-1, self.least, self.least)))
 
 
+class LinearEncoder(nn.Linear):
+    """Image [B, C, H, W] and condition [B, E] → [B, out], one linear map."""
+
+    def __init__(self, shape: Shape, out: int, condition: int = 0) -> None:
+        super().__init__(shape.channels * shape.size**2 + condition, out)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        features = x.flatten(1)
+        if condition is not None:
+            features = torch.cat([features, condition.to(features.dtype)], dim=1)
+        return super().forward(features)
+
+
+class LinearDecoder(nn.Linear):
+    """[B, D] → [B, out, H, W], one linear map."""
+
+    def __init__(self, shape: Shape, dim: int, out: int) -> None:
+        super().__init__(dim, out * shape.size**2)
+        self.image = (out, shape.size, shape.size)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z).unflatten(1, self.image)
+
+
 def least_size(shape: Shape, halvings: int) -> int:
     """Pixels a side after `halvings`; raises ValueError where they do not divide."""
     if shape.size % 2**halvings:
         raise ValueError(
             f"data.size={shape.size} cannot be halved {halvings} times: take a multiple of {2**halvings}, or fewer "
-            f"model.halvings"
+            f"model.network.halvings"
         )
     return shape.size >> halvings
