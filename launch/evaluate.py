@@ -20,7 +20,8 @@ from vaescale.config import ConfigError
 from vaescale.data import DataError, stream
 from vaescale.evaluation.evaluate import PROTOCOL, evaluate, reconstruct
 from vaescale.monitoring import codebook, pictures
-from vaescale.training import checkpoint, settings
+from vaescale.training import trained
+from vaescale.training.checkpoint import CheckpointError
 
 BATCH = 32  # images at a time on one rank; the numbers do not depend on it
 SHOWN = {
@@ -41,7 +42,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         result = evaluate_run(arguments.run, arguments.overrides)
-    except (ConfigError, DataError, checkpoint.CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -53,13 +54,9 @@ def main() -> int:
 
 def evaluate_run(run: Path, overrides: list[str]) -> dict[str, Any]:
     """Collective; rank 0 writes the two files. Returns what evaluation.json holds."""
-    if not (run / "config.yaml").exists():
-        raise ConfigError(f"{run} is no run directory: it has no config.yaml; give the run= of a training as --run")
-    config = settings.load(run / "config.yaml", overrides)
+    config = trained.read_config(run, overrides)
     device = distributed.init()
-    model = settings.build(config)
-    state = checkpoint.load_averaged(model, run)
-    model.to(device).eval()
+    model, step = trained.read_model(run, config, device)
     slices = stream.ValidationSlices(config.data)
     loader = stream.validation_loader(slices, BATCH, distributed.rank(), distributed.world(), device.type == "cuda")
     usage = model.usage(clear=False)
@@ -70,7 +67,7 @@ def evaluate_run(run: Path, overrides: list[str]) -> dict[str, Any]:
         metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(codebook.used(one.ever))
     result = {
         **metrics,
-        "step": state["step"],
+        "step": step,
         "weights": "averaged",
         "data": str(Path(config.data.root) / "val"),
         "size": config.data.size,

@@ -1,6 +1,7 @@
 """Make, index and check shards, and see what a run will read.
 
     python launch/shards.py demo data/photos                    the demo photographs, as training and validation shards
+    python launch/shards.py digits data/digits                  the handwritten digits of scikit-learn, likewise
     python launch/shards.py prepare SRC --out DIR               shuffled shards from ImageNet as it is published
     python launch/shards.py index SRC --out DIR                 an index for webdataset shards that others made
     python launch/shards.py verify DIR                          read everything back
@@ -16,7 +17,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from vaescale.data import DataError, demo, places, prepare, shards, stream, tar
+from vaescale.data import DataError, demo, digits, places, prepare, shards, stream, tar
 from vaescale.data.parallel import processors
 
 
@@ -25,9 +26,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parse()
     try:
-        return {"demo": demo_, "prepare": prepare_, "index": index_, "verify": verify_, "order": order_}[
-            arguments.command
-        ](arguments)
+        return COMMANDS[arguments.command](arguments)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,6 +41,12 @@ def main() -> int:
 def demo_(arguments: argparse.Namespace) -> int:
     for split, count in demo.write_demo(arguments.root).items():
         print(f"{arguments.root / split}: {count} tiles of {demo.TILE} px")
+    return 0
+
+
+def digits_(arguments: argparse.Namespace) -> int:
+    for split, count in digits.write_digits(arguments.root).items():
+        print(f"{arguments.root / split}: {count} digits of {digits.SIDE} px")
     return 0
 
 
@@ -100,6 +105,16 @@ def order_(arguments: argparse.Namespace) -> int:
     return 0
 
 
+COMMANDS = {
+    "demo": demo_,
+    "digits": digits_,
+    "prepare": prepare_,
+    "index": index_,
+    "verify": verify_,
+    "order": order_,
+}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -107,6 +122,9 @@ def parse() -> argparse.Namespace:
     several.add_argument("--processes", type=positive, default=processors(), help="default: all cores")
 
     command = commands.add_parser("demo", help="write the demo photographs")
+    command.add_argument("root", type=Path)
+
+    command = commands.add_parser("digits", help="write the demo digits")
     command.add_argument("root", type=Path)
 
     command = commands.add_parser("prepare", help="shuffled shards from pictures", parents=[several])

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import signal
 import time
@@ -8,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
 from tests.conftest import jpeg, samples
 from vaescale.data import DataError, stream
+from vaescale.data.decode import validation_image
 from vaescale.data.index import Index
 from vaescale.data.order import Order
 from vaescale.data.shards import index, name, write, write_shard
@@ -213,3 +216,84 @@ def test_validation_pictures_are_the_centre(tmp_path: Path) -> None:
     write(tmp_path / "val", [samples(1)[0]._replace(image=file.getvalue())], 1, [])
     x = stream.ValidationSlices(config(tmp_path, size=20))[range(1)].batch.x
     assert (x == 200).all()
+
+
+def test_grey_batches_are_pillows_luma(pictures: Path) -> None:
+    colour, grey = take(pictures, 2)[1].x, take(pictures, 2, channels=1)[1].x
+    assert grey.shape == (12, 1, 16, 16)
+    assert grey.is_contiguous(memory_format=torch.channels_last)
+    for one, luma in zip(colour, grey, strict=True):
+        assert np.array_equal(np.asarray(Image.fromarray(one.permute(1, 2, 0).numpy()).convert("L")), luma[0])
+    validation = stream.ValidationSlices(config(pictures, channels=1))
+    assert validation[range(3)].batch.x.shape == stream.fixed_images(validation).x[:3].shape == (3, 1, 16, 16)
+
+
+AGES = {"train": [10.0, 20.0, None, 30.0, 60.0], "val": [30.0, None, 75.0]}
+BROKEN = 1  # a training sample
+
+
+@pytest.fixture(scope="module")
+def aged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples with numbers in their JSON: `age` as above, `weight` 100 times the sample's number, `same` always 4."""
+    root = tmp_path_factory.mktemp("aged")
+    for split, ages in AGES.items():
+        (root / split).mkdir()
+        with webdataset.TarWriter(str(root / split / name(0))) as tar:
+            for i, age in enumerate(ages):
+                numbers = {"weight": 100 * i, "same": 4} | ({} if age is None else {"age": age})
+                image = b"no picture" if (split, i) == ("train", BROKEN) else jpeg(i)
+                tar.write({"__key__": str(i), "jpg": image, "cls": b"0", "json": json.dumps(numbers).encode()})
+        index(str(root / split), root / split, "*.tar", Fields(), 1)
+    return root
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_attributes_are_standardised_by_the_training_set(aged: Path, split: str) -> None:
+    """In the order they are asked for; what is not said is NaN; what never differs is 0."""
+    names = ["weight", "same", "age"]
+    if split == "train":
+        slices = stream.TrainSlices(config(aged, attributes=names), seed=7)
+        samples, attributes = slices.order(np.arange(5)), slices[range(5)].batch.attributes
+    else:
+        slices = stream.ValidationSlices(config(aged, attributes=names))
+        samples, attributes = np.arange(3), slices[range(3)].batch.attributes
+    assert attributes.dtype == torch.float32
+    known = np.array([age for age in AGES["train"] if age is not None])
+    for sample, row in zip(samples.tolist(), attributes, strict=True):
+        if (split, sample) == ("train", BROKEN):
+            continue
+        age = np.nan if AGES[split][sample] is None else (AGES[split][sample] - known.mean()) / known.std()
+        expected = [(sample - 2) / np.std(range(5)), 0, age]
+        np.testing.assert_allclose(row, expected, rtol=1e-6, equal_nan=True)
+
+
+def test_a_replaced_sample_has_the_attributes_of_what_replaces_it(aged: Path) -> None:
+    slices = stream.TrainSlices(config(aged, attributes=["weight"]), seed=7)
+    place = slices.order(np.arange(5)).tolist().index(BROKEN)
+    batch, damage = slices[range(place, place + 1)]
+    assert damage
+    own = {float(slices[range(g, g + 1)].batch.attributes) for g in range(5) if g != place}
+    assert float(batch.attributes) in own
+    assert float(batch.attributes) != pytest.approx((BROKEN - 2) / np.std(range(5)))
+
+
+def test_without_attributes_a_batch_has_none(aged: Path) -> None:
+    assert stream.ValidationSlices(config(aged))[range(3)].batch.attributes.shape == (3, 0)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_unknown_attribute_is_named_with_those_there_are(aged: Path, pictures: Path, split: str) -> None:
+    slices = {"train": lambda root: stream.TrainSlices(root, 0), "val": stream.ValidationSlices}[split]
+    with pytest.raises(DataError, match=rf"data\.attributes: the samples of .*{split} have no hue; they have age, sa"):
+        slices(config(aged, attributes=["age", "hue"]))
+    with pytest.raises(DataError, match=r"have no age; they have none"):
+        slices(config(pictures, attributes=["age"]))
+
+
+def test_without_augmentation_training_pictures_are_validation_pictures(pictures: Path) -> None:
+    slices = stream.TrainSlices(config(pictures, augment=False), seed=7)
+    gs = range(100, 120)  # of the second epoch
+    decoded = slices[gs].batch.x
+    for image, sample in zip(decoded, slices.order(np.arange(gs.start, gs.stop)).tolist(), strict=True):
+        expected = validation_image(slices.samples.read(sample)[0], 16)
+        assert np.array_equal(image.permute(1, 2, 0), expected)

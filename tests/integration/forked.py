@@ -59,8 +59,9 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
 
 
 def train(job: dict[str, Any]) -> None:
-    """Reads "config", "overrides" [key=value …] and, where codes are to be lost after the first step, "stranded" [from,
-    to]. Leaves the model's tensors, rank-R.safetensors, and the sample numbers that the rank saw, in order, rank-R.json."""
+    """Reads "config", "overrides" [key=value …] and, where codes are to be lost after the first step, "stranded"
+    [from, to]. Leaves the model's tensors, rank-R.safetensors, and the sample numbers that the rank saw, in order,
+    rank-R.json."""
     out = Path(job["out"])
     trainer = Trainer(settings.load(job["config"], job["overrides"]))
     seen: list[int] = []

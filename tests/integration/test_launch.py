@@ -164,3 +164,26 @@ def test_evaluating_what_is_not_there_is_one_sentence(tmp_path: Path, start: Sta
     assert code == 2
     assert "none is no run directory" in output
     assert "Traceback" not in output
+
+
+def test_sampling_from_what_has_no_prior_says_why(trained: Path, tmp_path: Path, start: Start) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / Case(1).name / "run", run)
+    sample = [sys.executable, "launch/sample.py", "--run", str(run)]
+    cases = {
+        (): "error: .* has no pictures to show",
+        ("generate",): "error: .* cannot generate: a VQ-VAE draws no samples by itself",
+        ("interpolate", "--images", "3", "11"): "error: --images 11: the validation images are 0 to 10",
+        ("vary", "data.syze=3"): r"unknown key data\.syze: did you mean data\.size",
+        ("dream",): "error: dream is none of the modes: generate, interpolate, vary, traverse, swap",
+        ("generate", "--temperature", "1", "-1"): "--temperature",
+    }
+    for arguments, words in cases.items():
+        code, output = finish(start([*sample, *arguments]))
+        assert code == 2, output
+        assert re.search(words, output), output
+        assert "Traceback" not in output
+        if not arguments:
+            for mode in ("generate", "interpolate", "vary", "traverse", "swap"):
+                assert f"skipped {mode}: " in output
+    assert not list(run.glob("sample_*"))

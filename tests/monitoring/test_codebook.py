@@ -161,8 +161,9 @@ def test_every_kind_shows_its_codes(config: quantize.Config) -> None:
         assert (tiles[place].int() - pictures.to_bytes(whole)[0].int()).abs().max() <= 1
 
 
-def test_the_picture_strikes_out_what_is_not_in_use() -> None:
-    tiles = torch.arange(5, dtype=torch.uint8).mul(40).view(5, 1, 1, 1).expand(5, 3, 48, 48)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_picture_strikes_out_what_is_not_in_use(channels: int) -> None:
+    tiles = torch.arange(5, dtype=torch.uint8).mul(40).view(5, 1, 1, 1).expand(5, channels, 48, 48)
     codes = torch.tensor([4, 0, 3, 1, 2])
     sheet = pictures.codebook(tiles, codes, torch.tensor([True, True, False, True, True]), per_row=3)
     side = pictures.TILE

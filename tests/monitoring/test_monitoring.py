@@ -52,27 +52,60 @@ def test_json_lines_are_json_whatever_happens(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 1.0}
 
 
-def test_a_grid_holds_input_reconstruction_and_error() -> None:
-    x = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    y = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+@pytest.mark.parametrize(("size", "factor"), [(16, 6), (64, 2), (100, 1)])
+def test_a_grid_holds_input_reconstruction_and_error(size: int, factor: int) -> None:
+    """Small images enlarged, pixel by pixel."""
+    x = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
+    y = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
     picture = pictures.reconstructions(x, y, per_row=2)
     error = np.clip(4 * np.abs(x.numpy().astype(int) - y.numpy()), 0, 255)
+    side = factor * size
     for number, row, place in ((0, 0, 0), (1, 0, 1), (2, 1, 0)):
-        top = pictures.CAPTION + row * (16 + pictures.GAP)
+        top = pictures.CAPTION + row * (side + pictures.GAP)
         for kind, images in enumerate((x.numpy(), y.numpy(), error)):
-            left = pictures.GAP + place * (3 * (16 + pictures.GAP) + 2 * pictures.GAP) + kind * (16 + pictures.GAP)
-            shown = picture[top : top + 16, left : left + 16]
-            assert np.array_equal(shown, images[number].transpose(1, 2, 0))
+            left = pictures.GAP + place * (3 * (side + pictures.GAP) + 2 * pictures.GAP) + kind * (side + pictures.GAP)
+            shown = picture[top : top + side, left : left + side]
+            assert np.array_equal(shown, images[number].transpose(1, 2, 0).repeat(factor, 0).repeat(factor, 1))
 
 
 def test_a_code_map_gives_each_code_one_colour() -> None:
     x = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     codes = torch.arange(16).view(1, 4, 4)
     picture = pictures.code_map(x, codes, size=16)
-    left = pictures.GAP + 16 + pictures.GAP
-    shown = picture[pictures.CAPTION : pictures.CAPTION + 16, left : left + 16]
+    side = 96  # 16 pixels, enlarged
+    left = pictures.GAP + side + pictures.GAP
+    shown = picture[pictures.CAPTION : pictures.CAPTION + side, left : left + side]
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) == 16
-    assert (shown[:4, :4] == shown[0, 0]).all()
+    assert (shown[:24, :24] == shown[0, 0]).all()
+
+
+def test_a_captioned_grid_holds_its_images_row_by_row() -> None:
+    """Grey ones, too; captions change the margins only, and a row may be short."""
+    images = torch.randint(0, 256, (5, 1, 48, 48), dtype=torch.uint8)
+    plain = pictures.grid(images, 2)
+    full = pictures.grid(images, 2, ["a", "a caption far too long for its column"], ["one", "two", "three"], "title")
+    assert len(plain) == pictures.GAP + 3 * 100
+    assert full.shape[0] == 2 * pictures.CAPTION + 3 * 100
+    for picture in (plain, full):
+        corner = picture.shape[1] - 200, picture.shape[0] - 300
+        for number, image in enumerate(images[:, 0].numpy()):
+            left, top = corner[0] + number % 2 * 100, corner[1] + number // 2 * 100
+            shown = picture[top : top + 96, left : left + 96]
+            assert np.array_equal(shown, image.repeat(2, 0).repeat(2, 1)[..., None].repeat(3, 2))
+        assert (picture[-100:, -100:] == pictures.PAPER).all()
+        assert (picture[:, -4:] == pictures.PAPER).all()  # no caption runs into the next column
+
+
+def test_joined_pictures_are_whole() -> None:
+    a, b = np.full((5, 7, 3), 10, np.uint8), np.full((6, 2, 3), 20, np.uint8)
+    below, beside = pictures.joined([a, b], 0), pictures.joined([a, b], 1)
+    assert below.shape == (5 + 8 + 6, 7, 3)
+    assert beside.shape == (6, 7 + 8 + 2, 3)
+    assert (below[:5] == 10).all()
+    assert (below[13:, :2] == 20).all()
+    assert (beside[:5, :7] == 10).all()
+    assert (beside[:, 15:] == 20).all()
+    assert (beside[5, :7] == pictures.PAPER).all()
 
 
 def test_rounding_is_to_the_nearest() -> None:

@@ -1,12 +1,9 @@
 """The DeepSpeed engine on one process, in this process."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from vaescale import distributed
 from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
 from vaescale.training import settings
@@ -14,13 +11,6 @@ from vaescale.training.engine import deepspeed_config
 from vaescale.training.learner import Descent, learning_rate
 
 CONFIG = "tests/integration/tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    distributed.init()
-    yield
-    distributed.finish()
 
 
 def load(*overrides: str) -> settings.Config:
@@ -96,7 +86,7 @@ def test_an_engine_does_not_inherit_the_autocast_of_another(group: None, monkeyp
         config = load("precision=fp16", f"zero={zero}")
         torch.manual_seed(0)
         model = settings.build(config)
-        learner = Learner(model, Engine(model, config), config)
+        learner = Descent(model, config)
         return [float(learner.step([batch()], step)["loss"]) for step in range(12)]
 
     first = losses(zero=1)

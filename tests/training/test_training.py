@@ -43,6 +43,15 @@ def test_averaged_weights_are_the_weighted_sum() -> None:
     assert torch.equal(ema.model.codebook, model.codebook)
 
 
+def test_a_model_without_buffers_is_averaged() -> None:
+    model = nn.Linear(1, 1)
+    ema = WeightEMA(model, decay=0.9)
+    before = float(ema.model.weight)
+    model.weight.data.fill_(3.0)
+    ema.update(model, 0)
+    assert float(ema.model.weight) == pytest.approx(0.1 * before + 0.9 * 3.0)
+
+
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"w": torch.full((2,), value), "n": torch.tensor(3)}}
 

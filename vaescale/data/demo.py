@@ -50,15 +50,17 @@ def write_demo(root: Path) -> dict[str, int]:
 
 
 def find_photographs() -> dict[str, Path]:
-    found = {}
-    for name, inside in PHOTOGRAPHS.items():
-        package, _, rest = inside.partition("/")
-        spec = importlib.util.find_spec(package)
-        path = Path(spec.origin).parent / rest if spec and spec.origin else None
-        if path is None or not path.exists():
-            raise DataError(f"the photograph {inside} is not installed: `pip install 'vaescale[demo]'` brings it")
-        found[name] = path
-    return found
+    return {name: installed(inside) for name, inside in PHOTOGRAPHS.items()}
+
+
+def installed(inside: str) -> Path:
+    """A file that lies inside a package, whose name is the first part of `inside`."""
+    package, _, rest = inside.partition("/")
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / rest if spec and spec.origin else None
+    if path is None or not path.exists():
+        raise DataError(f"{inside} is not installed: `pip install 'vaescale[demo]'` brings it")
+    return path
 
 
 def tiles(photographs: dict[str, Image.Image], split: str) -> Iterator[Sample]:

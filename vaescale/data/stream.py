@@ -29,6 +29,7 @@ class Config:
     attributes: list[str] = field(default_factory=list)  # of the index's, those that a model is given, in this order
     least_area: float = 0.25  # random-resized-crop: smallest part of a picture
     flip: bool = True
+    augment: bool = True  # false: training images are made as validation images are, neither cropped nor flipped
     columns: int = 256  # places that one batch mixes; fixed for the life of a run
     workers: int = 2  # decoding processes a rank; 0 decodes in the training process
     prefetch: int = 4  # batches a worker decodes ahead
@@ -147,15 +148,11 @@ class TrainSlices(Dataset[Decoded]):
 
     def _one(self, g: int, sample: int) -> tuple[decode.Pixels, int, int, list[Damage]]:
         """A damaged sample is replaced by one that only (seed, g) and the try decide, at any world size."""
-        config = self.config
         damage: list[Damage] = []
         for attempt in range(IN_A_ROW):
             try:
                 data, label = self.samples.read(sample)
-                image = decode.train_image(
-                    data, config.size, config.least_area, config.flip, self.seed, g, config.decoder
-                )
-                return image, label, sample, damage
+                return self._image(data, g), label, sample, damage
             except decode.Damaged as error:
                 damage.append(Damage(g, *self.samples.name(sample), str(error)))
                 sample = int(mix(self.seed, g, attempt)) % len(self.samples.index)
@@ -163,6 +160,12 @@ class TrainSlices(Dataset[Decoded]):
             f"{IN_A_ROW} samples in a row are damaged, the last one {damage[-1].key} in {damage[-1].shard} "
             f"({damage[-1].cause}): `python launch/shards.py verify {self.samples.index.folder}` names the shards"
         )
+
+    def _image(self, data: bytes, g: int) -> decode.Pixels:
+        config = self.config
+        if not config.augment:
+            return decode.validation_image(data, config.size)
+        return decode.train_image(data, config.size, config.least_area, config.flip, self.seed, g, config.decoder)
 
 
 class ValidationSlices(Dataset[Decoded]):
@@ -254,7 +257,12 @@ def fixed_images(slices: ValidationSlices) -> Batch:
     if len(labels) < SHOWN:
         first = np.arange(len(slices.samples.index))
     chosen = first[np.linspace(0, len(first) - 1, min(SHOWN, len(first))).astype(int)]
-    batches = [slices[range(number, number + 1)].batch for number in chosen.tolist()]
+    return chosen_images(slices, chosen.tolist())
+
+
+def chosen_images(slices: ValidationSlices, numbers: list[int]) -> Batch:
+    """These validation images, in this order."""
+    batches = [slices[range(number, number + 1)].batch for number in numbers]
     return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 

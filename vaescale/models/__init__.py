@@ -3,10 +3,12 @@
 from typing import Any
 
 from ..interfaces import Model
-from . import vae, vqvae
+from . import autoencoder, pca, vae, vqvae
 
 # model.kind → (its settings, its class)
 MODELS: dict[str, tuple[type[Any], type[Model]]] = {
+    "pca": (pca.Config, pca.PCA),
+    "autoencoder": (autoencoder.Config, autoencoder.Autoencoder),
     "vae": (vae.Config, vae.VAE),
     "vqvae": (vqvae.Config, vqvae.VQVAE),
 }

@@ -47,3 +47,10 @@ class Board:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def add_pictures(run: Path, pictures: dict[str, Picture], step: int) -> None:
+    """Beside a run's curves, as a run "samples" of its own: a training that goes on meanwhile is left alone."""
+    with SummaryWriter(str(run / "tensorboard" / "samples")) as writer:
+        for name, picture in pictures.items():
+            writer.add_image(name, picture, step, dataformats="HWC")

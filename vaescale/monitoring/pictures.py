@@ -2,6 +2,7 @@
 
 import colorsys
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ GAP = 4  # pixels between images
 CAPTION = 18  # pixels of the line above them
 PAPER, INK = (250, 250, 248), (40, 40, 40)
 TILE = 24  # pixels of each code's picture
+LEAST = 96  # pixels a side; smaller images are shown enlarged
 ERROR_GAIN = 4  # the absolute error is multiplied by this, or one would see black
 
 
@@ -42,12 +44,12 @@ def code_map(x: Tensor, codes: Tensor, size: int) -> Picture:
 def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 24) -> Picture:
     """The middle of what each of `codes` decodes to, row by row; those not in use are struck out.
 
-    tiles: uint8 [N, 3, H, W]; codes: int64 [N], most used first; in_use: bool [K].
+    tiles: uint8 [N, 1 or 3, H, W]; codes: int64 [N], most used first; in_use: bool [K].
     """
     caption = f"{len(codes)} of {len(in_use)} codes, most used first; {int((~in_use).sum())} not in use (struck out)"
     side = min(TILE, *tiles.shape[-2:])
     top, left = ((length - side) // 2 for length in tiles.shape[-2:])
-    tiles = tiles[:, :, top : top + side, left : left + side].permute(0, 2, 3, 1).cpu()
+    tiles = _coloured(tiles)[:, :, top : top + side, left : left + side].permute(0, 2, 3, 1).cpu()
     per_row, pitch = min(per_row, len(tiles)), side + 2
     font = ImageFont.load_default(size=11)
     width = max(per_row * pitch + 2, math.ceil(font.getlength(caption)) + 2 * GAP)
@@ -62,6 +64,51 @@ def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 24) ->
             for colour, thickness in ((INK, 3), (PAPER, 1)):  # seen on any tile
                 draw.line(stroke, colour, thickness)
     return np.asarray(sheet)
+
+
+def grid(
+    images: Tensor, per_row: int, columns: Sequence[str] = (), rows: Sequence[str] = (), title: str = ""
+) -> Picture:
+    """Images row by row under a title, captions above the columns and before the rows. uint8 [N, 1 or 3, H, W]."""
+    images = enlarged(_coloured(images)).cpu()
+    height, width = images.shape[-2:]
+    font = ImageFont.load_default(size=11)
+    left = max((math.ceil(font.getlength(row)) + GAP for row in rows), default=0) + GAP
+    top = CAPTION * (bool(title) + bool(columns)) or GAP
+    lines = -(-len(images) // per_row)
+    wide = max(left + per_row * (width + GAP), math.ceil(font.getlength(title)) + 2 * GAP)
+    sheet = Image.new("RGB", (wide, top + lines * (height + GAP)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 3), title, INK, font)
+    for column, caption in enumerate(columns):
+        draw.text((left + column * (width + GAP), top - CAPTION + 3), _cut(caption, width, font), INK, font)
+    for row, caption in enumerate(rows):
+        draw.text((GAP, top + row * (height + GAP) + height // 2 - 7), caption, INK, font)
+    for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(number, per_row)
+        sheet.paste(Image.fromarray(image), (left + column * (width + GAP), top + row * (height + GAP)))
+    return np.asarray(sheet)
+
+
+def joined(pictures: Sequence[Picture], axis: int) -> Picture:
+    """One below the other (axis 0) or side by side (axis 1)."""
+    size = [max(picture.shape[0] for picture in pictures), max(picture.shape[1] for picture in pictures)]
+    size[axis] = sum(picture.shape[axis] for picture in pictures) + 2 * GAP * (len(pictures) - 1)
+    sheet = np.empty((*size, 3), np.uint8)
+    sheet[:] = PAPER
+    begin = 0
+    for picture in pictures:
+        height, width, _ = picture.shape
+        top, left = (begin, 0) if axis == 0 else (0, begin)
+        sheet[top : top + height, left : left + width] = picture
+        begin += picture.shape[axis] + 2 * GAP
+    return sheet
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """Each pixel repeated by the smallest whole factor that makes the images at least LEAST pixels wide."""
+    factor = max(1, -(-LEAST // images.shape[-1]))
+    return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def save(picture: Picture, path: Any) -> None:
@@ -81,7 +128,7 @@ def _coloured(images: Tensor) -> Tensor:
 
 def _sheet(columns: dict[str, Tensor], per_row: int) -> Picture:
     """The columns side by side under their captions, again and again until a row holds `per_row` images."""
-    stacked = torch.stack([_coloured(images) for images in columns.values()], dim=1).cpu()
+    stacked = torch.stack([enlarged(_coloured(images)) for images in columns.values()], dim=1).cpu()
     count, kinds, _, height, width = stacked.shape
     per_row = min(per_row, count)
     rows = -(-count // per_row)
@@ -98,3 +145,12 @@ def _sheet(columns: dict[str, Tensor], per_row: int) -> Picture:
             image = Image.fromarray(stacked[number, kind].permute(1, 2, 0).numpy())
             sheet.paste(image, (left, CAPTION + row * (height + GAP)))
     return np.asarray(sheet)
+
+
+def _cut(text: str, width: int, font: Any) -> str:
+    """As much of it as fits."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,130 @@
+"""Pictures of what a trained run has learned, from its averaged weights.
+
+    python launch/sample.py --run runs/vae_digits                                      all that the model can do
+    python launch/sample.py --run runs/vae_digits generate --count 64 --seed 0 --temperature 0.7 1.0
+    python launch/sample.py --run runs/vae_digits interpolate vary --images 3 17 --board [key=value …]
+
+    generate       images from the prior: the means of p(x|z), and beside them draws
+    interpolate    from each image to the next, along a line and along a great circle
+    vary           images like each image, from near to far
+    traverse       one latent changed at a time, the most active first
+    swap           the same latents under every class, and under other attributes
+
+Writes sample_MODE.png into the run directory; the same seed gives the same picture. Exit code 2: there is no such run,
+or its model has no such pictures.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from vaescale import distributed
+from vaescale.config import ConfigError
+from vaescale.data import DataError, stream
+from vaescale.evaluation.sample import MODES, Subject, Unable
+from vaescale.interfaces import Batch
+from vaescale.monitoring import board, pictures
+from vaescale.training import trained
+from vaescale.training.checkpoint import CheckpointError
+
+BATCH = 32
+SEEN = 32  # batches from which the spread of the latents is measured
+
+
+def main() -> int:
+    arguments = parse()
+    try:
+        check(arguments)
+        subject, step = load(arguments)
+        return write(arguments.run, subject, step, arguments.modes, arguments.board)
+    except (ConfigError, DataError, CheckpointError, Unable) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.finish()
+
+
+def load(arguments: argparse.Namespace) -> tuple[Subject, int]:
+    """(the model and what it is shown on, the step of its weights)."""
+    config = trained.read_config(arguments.run, arguments.overrides)
+    slices = stream.ValidationSlices(config.data)
+    total = len(slices.samples.index)
+    if wrong := [number for number in arguments.images or () if not 0 <= number < total]:
+        raise ConfigError(f"--images {wrong[0]}: the validation images are 0 to {total - 1}")
+    device = distributed.init()
+    model, step = trained.read_model(arguments.run, config, device)
+
+    def several() -> Iterator[Batch]:
+        loader = stream.validation_loader(slices, BATCH, 0, 1, device.type == "cuda")
+        return (decoded.batch.to(device) for decoded in islice(loader, SEEN))
+
+    shown = stream.chosen_images(slices, arguments.images) if arguments.images else stream.fixed_images(slices)
+    classes, names = getattr(config.model, "classes", 0), slices.samples.index.classes
+    subject = Subject(
+        codec=model,
+        shown=shown.to(device),
+        several=several,
+        classes=[names[label] if label < len(names) else str(label) for label in range(classes)],
+        attributes=config.data.attributes,
+        seed=arguments.seed,
+        count=arguments.count,
+        temperatures=arguments.temperature,
+    )
+    return subject, step
+
+
+def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bool) -> int:
+    """Without modes: all there are, and for each that there is not a line that says why. Raises Unable otherwise."""
+    made: dict[str, pictures.Picture] = {}
+    for mode in modes or MODES:
+        try:
+            made |= MODES[mode](subject)
+        except Unable as error:
+            if modes:
+                raise Unable(f"{run} cannot {mode}: {error}") from None
+            print(f"skipped {mode}: {error}")
+    for name, picture in made.items():
+        pictures.save(picture, run / f"sample_{name}.png")
+        print(run / f"sample_{name}.png")
+    if on_board:
+        board.add_pictures(run, made, step)
+    if not made:
+        raise Unable(f"{run} has no pictures to show: its model can do none of {', '.join(MODES)}")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    if unknown := set(arguments.modes) - set(MODES):
+        raise ConfigError(f"{min(unknown)} is none of the modes: {', '.join(MODES)}")
+    if arguments.count < 1:
+        raise ConfigError(f"--count {arguments.count} must be at least 1")
+    if not 0 <= arguments.seed < 2**48:
+        raise ConfigError(f"--seed {arguments.seed} must be at least 0 and below 2^48")
+    for temperature in arguments.temperature:
+        if not 0 <= temperature < math.inf:
+            raise ConfigError(f"--temperature {temperature:g} must be a number, 0 or more")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("modes", nargs="*", metavar="MODE", help=f"{', '.join(MODES)}; default: all of them")
+    parser.add_argument("--count", type=int, default=64, help="images that generate draws (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=[1.0], help="of the prior that generate draws from (1)"
+    )
+    parser.add_argument("--images", type=int, nargs="+", metavar="N", help="validation images to begin from, from 0 on")
+    parser.add_argument("--board", action="store_true", help="show the pictures in TensorBoard, too")
+    # Taken out first, or options of several values would swallow them.
+    overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]
+    arguments = parser.parse_intermixed_args([word for word in sys.argv[1:] if word not in overrides])
+    arguments.overrides = overrides
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""Pictures of what a Codec has learned: samples from its prior, and what its latents and conditions change.
+
+Standard deviations of latents are those of draws from q(z|x) over validation images, about 1 where these fit a prior
+N(0, I). For `vary` and `traverse` they stand in for the prior itself, which a Codec does not show.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..data.order import mix
+from ..interfaces import Batch, Codec, Condition
+from ..monitoring.pictures import Picture, grid, joined, to_bytes
+from .latents import Moments
+
+AT_ONCE = 64  # images decoded together
+PER_ROW = 8
+WIDEST = 16  # classes, attributes or levels in one picture
+IMAGES = 4  # that rows of one picture begin from
+VARIATIONS = 3
+STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
+DEVIATIONS = (-3, -2, -1, 0, 1, 2, 3)
+ATTRIBUTE_VALUES = (-2, -1, 0, 1, 2)
+TRAVERSED = 10  # latents
+
+
+class Unable(ValueError):
+    """This codec has no such pictures; the text says why in one sentence."""
+
+
+class Spread:
+    """What is known of each latent over images, the latents of all levels in one row: fp64 [M] each."""
+
+    def __init__(self, codec: Codec, batches: Iterable[Batch], device: torch.device) -> None:
+        means, draws = Moments(device), Moments(device)
+        for batch in batches:
+            means.add(codec.encode(batch))
+            draws.add(codec.encode(batch, temperature=1.0))
+        _, self.activity = means.result()  # variance of the posterior mean
+        self.mean, variance = draws.result()
+        self.deviation = variance.sqrt()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A codec and what it is shown on."""
+
+    codec: Codec
+    shown: Batch  # images to begin from, on the device
+    several: Callable[[], Iterable[Batch]]  # gives many validation images, on the device
+    classes: Sequence[str] = ()  # their names; none: the codec is told no class
+    attributes: Sequence[str] = ()
+    seed: int = 0
+    count: int = 64  # samples
+    temperatures: Sequence[float] = (1.0,)
+
+    @property
+    def device(self) -> torch.device:
+        return self.shown.x.device
+
+    @cached_property
+    def spread(self) -> Spread:
+        with seeded(self.seed, self.device):
+            return Spread(self.codec, self.several(), self.device)
+
+
+@torch.no_grad()
+def generate(subject: Subject) -> dict[str, Picture]:
+    """z ~ p(z): the means of p(x|z) and, beside them, a draw from it for each z; below one another the temperatures.
+
+    Conditions: the classes in turn, a column each; the attributes of the shown images in turn.
+    """
+    classes = _some(subject.classes)
+    per_row = len(classes) or PER_ROW
+    condition = in_turn(subject.shown.condition, subject.count)
+    if classes:
+        labels = torch.tensor(list(classes), device=subject.device)
+        condition = condition._replace(label=labels[torch.arange(subject.count, device=subject.device) % len(labels)])
+    rows = []
+    for temperature in subject.temperatures:
+        blocks = []
+        for draw, name in ((False, "mean of p(x|z)"), (True, "one draw from p(x|z)")):
+            images = from_prior(subject.codec, condition, subject.seed, temperature, draw)
+            blocks.append(grid(images, per_row, list(classes.values()), title=f"{name}, temperature {temperature:g}"))
+        rows.append(joined(blocks, axis=1))
+    return {"generate": joined(rows, axis=0)}
+
+
+@torch.no_grad()
+def interpolate(subject: Subject) -> dict[str, Picture]:
+    """Between each two images, along a straight line and along a great circle (Shoemake 1985, "Animating rotation with
+    quaternion curves"); both ends are reconstructions. The class is that of the nearer image."""
+    x = subject.shown
+    if len(x.x) < 2:
+        raise Unable("interpolate needs two images")
+    latents = _continuous(subject, "between two of them lies nothing")
+    shares = torch.linspace(0, 1, PER_ROW + 1).tolist()
+    images, rows = [], []
+    for a in range(0, min(len(x.x), 2 * IMAGES) - 1, 2):
+        for name, path in (("linear", torch.lerp), ("spherical", slerp)):
+            ends = [(level[a : a + 1], level[a + 1 : a + 2]) for level in latents]
+            between = [torch.cat([path(one, two, share) for share in shares]) for one, two in ends]
+            nearer = torch.tensor([a + (share > 0.5) for share in shares], device=subject.device)
+            attributes = torch.cat([torch.lerp(x.attributes[a], x.attributes[a + 1], share)[None] for share in shares])
+            y = decoded(subject.codec, between, Condition(x.label[nearer], attributes))
+            images += [x.x[a : a + 1], y, x.x[a + 1 : a + 2]]
+            rows.append(name)
+    columns = ["input", *(f"{share:g}" for share in shares), "input"]
+    return {"interpolate": grid(torch.cat(images), len(columns), columns, rows, "from one image to another")}
+
+
+@torch.no_grad()
+def vary(subject: Subject) -> dict[str, Picture]:
+    """Images like one. Of one level of latents √(1 − a²) z + a ζ, so that their distribution stays what it is, with ζ
+    as far from their mean as latents are; of several levels the first k are kept, the others drawn from the prior."""
+    latents = [level[:IMAGES] for level in _continuous(subject, "there is nothing to mix with noise")]
+    x = Batch(*(tensor[:IMAGES] for tensor in subject.shown))
+    y = decoded(subject.codec, latents, x.condition)
+    if len(latents) == 1:
+        variations, columns = _mixed(subject, latents[0], x.condition)
+        title = "an image's latents mixed with noise; each row another noise"
+    else:
+        variations, columns = _redrawn(subject, latents, x.condition)
+        title = "an image's coarse latents kept, the finer ones drawn; each row another draw"
+    images = []
+    for number in range(len(x.x)):
+        for row in variations:
+            images += [x.x[number : number + 1], y[number : number + 1], row[number]]
+    return {"vary": grid(torch.cat(images), len(columns) + 2, ["input", "a = 0", *columns], title=title)}
+
+
+@torch.no_grad()
+def traverse(subject: Subject) -> dict[str, Picture]:
+    """One latent a row, the most active first (variance of its posterior mean, Burda et al. 2016), by so many standard
+    deviations away from the mean latents, and from those of the first image; under the first image's condition."""
+    latents = _continuous(subject, "there is no way from one to the next")
+    spread, sizes = subject.spread, [level[0].numel() for level in latents]
+    most = spread.activity.argsort(descending=True, stable=True)[:TRAVERSED].tolist()
+    image = torch.cat([level[0].flatten() for level in latents]).double()
+    blocks = []
+    for begin, title in ((spread.mean, "around the mean latents, by standard deviations"), (image, "around an image")):
+        row = begin.repeat(len(most), len(DEVIATIONS), 1)
+        for number, latent in enumerate(most):
+            steps = torch.tensor(DEVIATIONS, device=subject.device) * spread.deviation[latent]
+            row[number, :, latent] += steps
+        levels = row.flatten(0, 1).to(latents[0].dtype).split(sizes, dim=1)
+        changed = [part.unflatten(1, level.shape[1:]) for part, level in zip(levels, latents, strict=True)]
+        count = len(most) * len(DEVIATIONS)
+        same = Condition(*(tensor[:1].expand(count, *tensor.shape[1:]) for tensor in subject.shown.condition))
+        images = decoded(subject.codec, changed, same)
+        names = [f"z{latent}, var {float(spread.activity[latent]):.2g}" for latent in most]
+        blocks.append(grid(images, len(DEVIATIONS), [f"{step:+d}" for step in DEVIATIONS], names, title))
+    return {"traverse": joined(blocks, axis=1)}
+
+
+@torch.no_grad()
+def swap(subject: Subject) -> dict[str, Picture]:
+    """The same latents, another condition: every class; each attribute at some standard deviations from its mean."""
+    if not subject.classes and not subject.attributes:
+        raise Unable("the model is told neither class nor attributes: there is nothing to swap")
+    x = subject.shown
+    latents = subject.codec.encode(x)
+    result = {}
+    if subject.classes:
+        classes = _some(subject.classes)
+        said = [x.condition._replace(label=torch.full_like(x.label, label)) for label in classes]
+        columns = ["input", *classes.values()]
+        images = torch.stack([x.x, *_told(subject, latents, said)], dim=1).flatten(0, 1)
+        result["swap_classes"] = grid(images, len(columns), columns, title="the latents of the input, every class")
+    if subject.attributes:
+        columns = [f"{value:+d}" for value in ATTRIBUTE_VALUES]
+        blocks = []
+        for number, name in enumerate(subject.attributes[:WIDEST]):
+            said = []
+            for value in ATTRIBUTE_VALUES:
+                attributes = x.attributes.clone()
+                attributes[:, number] = value
+                said.append(x.condition._replace(attributes=attributes))
+            images = torch.stack([x.x, *_told(subject, latents, said)], dim=1)[:IMAGES].flatten(0, 1)
+            blocks.append(grid(images, len(columns) + 1, ["input", *columns], title=f"{name}, in standard deviations"))
+        result["swap_attributes"] = joined(blocks, axis=0)
+    return result
+
+
+MODES: dict[str, Callable[[Subject], dict[str, Picture]]] = {
+    "generate": generate,
+    "interpolate": interpolate,
+    "vary": vary,
+    "traverse": traverse,
+    "swap": swap,
+}
+
+
+@torch.no_grad()
+def from_prior(
+    codec: Codec,
+    condition: Condition,
+    seed: int,
+    temperature: float = 1.0,
+    draw: bool = False,
+    given: Sequence[Tensor] = (),
+) -> Tensor:
+    """uint8 [B, C, H, W], B that of the condition: the same for the same seed, and with `draw` from the same latents.
+
+    `given`: the coarsest latents. Raises Unable where there is no prior.
+    """
+    images = []
+    for start in range(0, len(condition.label), AT_ONCE):
+        part = Condition(*(tensor[start : start + AT_ONCE] for tensor in condition))
+        kept = [level[start : start + AT_ONCE] for level in given]
+        with seeded(int(mix(seed, start)) >> 1, condition.label.device):
+            try:
+                images.append(to_bytes(codec.decode(kept, part, temperature, draw)))
+            except ValueError as error:
+                raise Unable(str(error)) from None
+    return torch.cat(images)
+
+
+def in_turn(condition: Condition, count: int) -> Condition:
+    """The first image's, the second's, …, again from the first one on."""
+    place = torch.arange(count, device=condition.label.device) % len(condition.label)
+    return Condition(*(tensor[place] for tensor in condition))
+
+
+def decoded(codec: Codec, latents: Sequence[Tensor], condition: Condition) -> Tensor:
+    """uint8 [B, C, H, W], the means of p(x|z)."""
+    images = []
+    for start in range(0, len(condition.label), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        said = Condition(condition.label[part], condition.attributes[part])
+        images.append(to_bytes(codec.decode([level[part] for level in latents], said)))
+    return torch.cat(images)
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a to b along a great circle around 0, the length changing evenly. One pair: [1, …]."""
+    one, two = a.double(), b.double()
+    lengths = one.norm(), two.norm()
+    cosine = ((one * two).sum() / (lengths[0] * lengths[1])).clamp(-1, 1)
+    angle = cosine.acos()
+    if not angle.sin() > 1e-6:  # on one line, or a length of 0: there is no circle through them, or no single one
+        return torch.lerp(a, b, share)
+    parts = ((1 - share) * angle).sin() * one / lengths[0], (share * angle).sin() * two / lengths[1]
+    return (sum(parts) / angle.sin() * torch.lerp(*lengths, share)).to(a.dtype)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch draws what the seed says; outside, as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _continuous(subject: Subject, why: str) -> list[Tensor]:
+    latents = subject.codec.encode(subject.shown)
+    if not all(level.is_floating_point() for level in latents):
+        raise Unable(f"the latents of this model are codes: {why}")
+    return latents
+
+
+def _mixed(subject: Subject, z: Tensor, condition: Condition) -> tuple[list[Tensor], list[str]]:
+    """(for each variation uint8 [B, columns, C, H, W], the columns' captions)."""
+    mean, deviation = (values.view(z.shape[1:]) for values in (subject.spread.mean, subject.spread.deviation))
+    generator = torch.Generator().manual_seed(subject.seed)
+    variations = []
+    for _ in range(VARIATIONS):
+        noise = deviation * torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.device)
+        mixed = [mean + (1 - a * a) ** 0.5 * (z - mean) + a * noise for a in STRENGTHS]
+        y = [decoded(subject.codec, [one.to(z.dtype)], condition) for one in mixed]
+        variations.append(torch.stack(y, dim=1))
+    return variations, [f"a = {a:g}" for a in STRENGTHS]
+
+
+def _redrawn(subject: Subject, latents: list[Tensor], condition: Condition) -> tuple[list[Tensor], list[str]]:
+    """As `_mixed`."""
+    fewer = list(reversed(_some(range(len(latents)))))
+    variations = []
+    for variation in range(VARIATIONS):
+        seed = subject.seed + variation
+        y = [from_prior(subject.codec, condition, seed, given=latents[:kept]) for kept in fewer]
+        variations.append(torch.stack(y, dim=1))
+    return variations, [f"keep {kept}" for kept in fewer]
+
+
+def _told(subject: Subject, latents: list[Tensor], conditions: list[Condition]) -> list[Tensor]:
+    """The same latents under each condition, uint8 [B, C, H, W] each."""
+    images = [decoded(subject.codec, latents, condition) for condition in conditions]
+    if len(images) > 1 and all(torch.equal(images[0], other) for other in images[1:]):
+        raise Unable("the pictures are the same whatever is said of them: the model takes no notice of it")
+    return images
+
+
+def _some(names: Sequence[object]) -> dict[int, str]:
+    """At most WIDEST of them, spread evenly: place → name."""
+    places = torch.linspace(0, len(names) - 1, min(WIDEST, len(names))).long().tolist()
+    return {place: str(names[place]) for place in places}
