@@ -123,3 +123,8 @@ class Model(nn.Module, ABC):
         """Per codebook by name, coarse to fine; `clear` begins a new window."""
         del clear
         return {}
+
+    def basis(self) -> Tensor | None:
+        """What can be seen of a linear decoder: the mean image and the first directions, as deviations from 0.5 of at
+        most 0.5; fp32 [K, C, H, W] in [0, 1]. None where there is no such thing."""
+        return None

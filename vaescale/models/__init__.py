@@ -3,7 +3,10 @@
 from typing import Any
 
 from ..interfaces import Model
-from . import vqvae
+from . import pca, vqvae
 
 # model.kind → (its settings, its class)
-MODELS: dict[str, tuple[type[Any], type[Model]]] = {"vqvae": (vqvae.Config, vqvae.VQVAE)}
+MODELS: dict[str, tuple[type[Any], type[Model]]] = {
+    "pca": (pca.Config, pca.PCA),
+    "vqvae": (vqvae.Config, vqvae.VQVAE),
+}

@@ -5,6 +5,7 @@
         model.safetensors               fp32 parameters and buffers, codebooks among them
         ema.safetensors                 averaged parameters and the same buffers: what evaluation loads
         optimizer.safetensors           AdamW's two averages, by parameter
+        moments.safetensors             of PCA, instead: sums over the images so far
         state.json                      step, images, and what the order of samples depends on
 
 One layout at every world size and ZeRO stage. Nothing that is read can run code.

@@ -1,28 +1,41 @@
 """What a config would run, said before anything is run."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from .. import config as mechanics
+from ..data.index import Index
+from ..models.pca import PCA
+from .closed_form import moment_bytes, one_epoch
 from .settings import Config, blank, build, micro_batch
 
 
 def describe(config: Config, world: int) -> str:
-    """The resolved config, the batch arithmetic, parameters, and the memory of one rank."""
+    """The resolved config, the batch arithmetic, parameters, and the memory of one rank. Raises DataError where the
+    number of steps depends on that of the training images, and there are none."""
     micro = micro_batch(config, world)
     model = build(config)
     parameters = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    images = config.steps * config.batch
-    memory = state_bytes(parameters, config, world) | {
-        "buffers": 2 * buffers,  # the model's and the averaged copy's
-        "activations": activation_bytes(model, config) * micro,
-    }
+    if isinstance(model, PCA):
+        samples = len(Index(Path(config.data.root) / "train"))
+        config = one_epoch(config, samples)
+        run = f"{config.steps} steps, {samples} images, each once"
+        # While they are solved: their sum over ranks, the covariance, and what the eigensolver needs (measured: 3.6).
+        memory = {"moments": moment_bytes(model), "solution": 4 * moment_bytes(model), "buffers": buffers}
+    else:
+        run = f"{config.steps} steps, {config.steps * config.batch} images"
+        memory = state_bytes(parameters, config, world) | {
+            "buffers": 2 * buffers,  # the model's and the averaged copy's
+            "activations": activation_bytes(model, config) * micro,
+        }
     total = sum(memory.values())
     lines = [
         mechanics.to_yaml(config),
         f"batch       {micro} (micro) × {config.accumulation} (accumulation) × {world} (world) = {config.batch} images",
-        f"run         {config.steps} steps, {images} images",
+        f"run         {run}",
         f"parameters  {parameters / 1e6:.3f} M",
         f"memory      {_size(total)} a rank, estimated: "
         + ", ".join(f"{name} {_size(value)}" for name, value in memory.items()),

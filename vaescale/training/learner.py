@@ -19,6 +19,10 @@ class Learner(Protocol):
         """Learn from one step's micro-batches; returns this rank's means over them, fp32 scalars on the device."""
         ...
 
+    def settle(self) -> None:
+        """Called before the model is validated or saved: finish what is not finished at every step. Collective."""
+        ...
+
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
         """The board's names and values, after `step` steps. means: of what `step` returned, over a window of steps and
         all ranks."""
@@ -34,6 +38,10 @@ class Learner(Protocol):
 
     def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
         """Take up what `tensors` and `state` gave; `read` gives a file's tensors."""
+        ...
+
+    def summary(self) -> str:
+        """What is learned and how, in a few words for the log."""
         ...
 
 
@@ -66,6 +74,9 @@ class Descent:
         finite = norm.isfinite()
         return {**total, "gradient_norm": torch.where(finite, norm, 0.0), "skipped": (~finite).float()}
 
+    def settle(self) -> None:
+        """Each step is."""
+
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
         skipped, norm = means.pop("skipped"), means.pop("gradient_norm")
         values = {grouped(name): value for name, value in means.items()}
@@ -86,6 +97,10 @@ class Descent:
         self.engine.load_weights(read("model"))
         self.engine.load_moments(read("optimizer"), state["optimizer_steps"])
         self.engine.load_scaler(state["scaler"])
+
+    def summary(self) -> str:
+        weights = sum(p.numel() for p in self.model.parameters())
+        return f"{weights / 1e6:.2f} M parameters, {self.config.precision}, ZeRO {self.config.zero}"
 
 
 def grouped(name: str) -> str:

@@ -22,11 +22,13 @@ from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..evaluation.evaluate import evaluate, reconstruct
 from ..interfaces import Batch, Usage
+from ..models.pca import PCA
 from ..monitoring import alarm, codebook, pictures
 from ..monitoring.board import Board
 from ..monitoring.console import Console
 from . import checkpoint
 from .checkpoint import CheckpointError
+from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
 from .learner import Descent, Learner
 from .settings import Config, build, micro_batch
@@ -72,9 +74,14 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build(config).to(self.device)
         self.ema = WeightEMA(self.model, config.ema)
-        self.learner: Learner = Descent(self.model, config)
+        samples = len(self.slices.samples.index)
+        self.learner: Learner = (
+            ClosedForm(self.model, samples) if isinstance(self.model, PCA) else Descent(self.model, config)
+        )
         self.position = Position()
         self.resume()
+        if isinstance(self.learner, ClosedForm):
+            config = self.config = one_epoch(config, samples, self.position.step, self.position.images)
 
         self.console = Console(self.position.step, config.steps, loud=self.rank == 0)
         self.board: Board | None = None
@@ -99,13 +106,17 @@ class Trainer:
             window.add(metrics)
             self.console.advance()
 
-            if position.step % config.every.report == 0 or last:
+            every = (config.every.report, config.every.validate, config.every.checkpoint)
+            report, validate, save = (last or position.step % steps == 0 for steps in every)
+            if validate or save:
+                self.learner.settle()
+            if report:
                 self.report(window)
                 window = Window()
             paused = time.monotonic()
-            if position.step % config.every.validate == 0 or last:
+            if validate:
                 self.validate()
-            if position.step % config.every.checkpoint == 0 or last:
+            if save:
                 self.count_damage(window)
                 self.save()
             window.begun += time.monotonic() - paused  # images/s are those of training
@@ -198,7 +209,7 @@ class Trainer:
             self.show(self.board)
 
     def show(self, board: Board) -> None:
-        """The fixed images, their codes, and what each codebook decodes to."""
+        """The fixed images, their codes, and what each codebook or linear decoder holds."""
         model, step = self.ema.model, self.position.step
         shown = stream.fixed_images(self.validation).to(self.device)
         y, latents = reconstruct(model, shown)
@@ -208,6 +219,10 @@ class Trainer:
         for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=False):
             board.picture(f"{name}/map", pictures.code_map(shown.x, level, len(average)), step)
             board.picture(f"{name}/decoded", pictures.codebook(tiles, codes, codebook.in_use(average)), step)
+        basis = model.basis()
+        if basis is not None:
+            captions = ["mean", *map(str, range(1, len(basis)))]
+            board.picture("val/basis", pictures.grid(pictures.to_bytes(basis), len(basis), captions), step)
 
     def save(self) -> None:
         """Collective: every rank takes part in gathering, rank 0 writes."""
@@ -259,13 +274,11 @@ class Trainer:
 
     def banner(self) -> str:
         config, index = self.config, self.slices.samples.index
-        weights = sum(p.numel() for p in self.model.parameters())
         begin = f"resumes at step {self.position.step}" if self.position.step else "begins"
         return (
-            f"{config.run} {begin}: {config.model.kind}, {weights / 1e6:.2f} M parameters, {config.precision}, ZeRO "
-            f"{config.zero}, {self.world} rank(s) on {self.device.type}; batch {config.batch} = {self.micro} × "
-            f"{config.accumulation} × {self.world}; {len(index)} training images, "
-            f"{len(self.validation.samples.index)} validation images"
+            f"{config.run} {begin}: {config.model.kind}, {self.learner.summary()}, {self.world} rank(s) on "
+            f"{self.device.type}; batch {config.batch} = {self.micro} × {config.accumulation} × {self.world}; "
+            f"{len(index)} training images, {len(self.validation.samples.index)} validation images"
         )
 
 

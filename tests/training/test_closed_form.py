@@ -1,0 +1,103 @@
+"""PCA as it is learned."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.test_pca import batch, textures
+from vaescale.config import ConfigError
+from vaescale.interfaces import Shape
+from vaescale.models.pca import PCA, Config
+from vaescale.training import settings
+from vaescale.training.closed_form import ClosedForm, one_epoch
+from vaescale.training.dry_run import describe
+from vaescale.training.ema import WeightEMA
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+
+
+def learner(samples: int) -> ClosedForm:
+    return ClosedForm(PCA(Config(latents=4), Shape(3, 8)), samples)
+
+
+def test_what_lies_beyond_the_epoch_does_not_count() -> None:
+    """200 images in batches of two micro-batches of 32: the fourth batch has 8 images, the next epoch's fill it."""
+    x = textures()
+    whole, masked = learner(200), learner(200)
+    whole.step([batch(x)], 0)
+    endless = torch.cat([x, x.flip(0)])
+    for step in range(4):
+        parts = [
+            batch(endless[g : g + 32])._replace(sample=torch.arange(g, g + 32)) for g in (64 * step, 64 * step + 32)
+        ]
+        masked.step(parts, step)
+    whole.settle()
+    masked.settle()
+    assert int(masked.moments.count) == 200
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(masked.model.state_dict()[name], value), name
+
+
+def test_it_resumes_to_the_same_bits() -> None:
+    x = textures()
+    whole, first, second = learner(200), learner(200), learner(200)
+    whole.step([batch(x)], 0)
+    first.step([batch(x[:70])], 0)
+    first.settle()
+    saved = {file: {name: value.clone() for name, value in held.items()} for file, held in first.tensors().items()}
+    second.load(saved.__getitem__, {})
+    assert torch.equal(second.model.components, first.model.components)
+    second.step([batch(x[70:])._replace(sample=torch.arange(70, 200))], 1)
+    whole.settle()
+    second.settle()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+
+
+def test_the_training_loss_is_that_of_the_last_solution() -> None:
+    x = textures()
+    learned = learner(400)
+    learned.step([batch(x)], 0)
+    learned.settle()
+    means = learned.step([batch(x[:50]), batch(x[50:100])], 1)
+    torch.testing.assert_close(means["loss"], learned.model(batch(x[:100]), 1).loss)
+    values = learned.report({name: float(value) for name, value in means.items()}, 2)
+    assert values.keys() == {"train/loss", "train/mse", "train/psnr", "train/explained"}
+    assert 0 < values["train/explained"] < 1
+
+
+@pytest.mark.parametrize(
+    ("position", "steps"),
+    [((0, 0), 12), ((4, 512), 12), ((4, 256), 14), ((12, 1536), 12)],
+    ids=["scratch", "resumed", "resumed with twice the batch", "finished"],
+)
+def test_a_run_has_as_many_steps_as_one_epoch(position: tuple[int, int], steps: int) -> None:
+    config = settings.load(CONFIGS / "pca_digits.yaml", ["batch=128", "steps=3"])
+    assert one_epoch(config, 1500, *position).steps == steps
+
+
+def test_nothing_is_averaged() -> None:
+    """Neither a copy nor work: the model itself is validated and saved."""
+    learned = learner(200)
+    ema = WeightEMA(learned.model, 0.9)
+    learned.step([batch(textures())], 0)
+    learned.settle()
+    ema.update(learned.model, 0)
+    assert ema.model is learned.model
+
+
+def test_a_dry_run_says_the_steps_and_the_moments(pictures: Path) -> None:
+    overrides = [f"data.root={pictures}", "data.channels=3", "batch=20"]
+    text = describe(settings.load(CONFIGS / "pca_digits.yaml", overrides), world=2)
+    assert "10 (micro) × 1 (accumulation) × 2 (world) = 20 images" in text
+    assert "5 steps, 90 images, each once" in text
+    assert "steps: 5" in text
+    assert "moments 4.5 MiB" in text  # (3 · 16 · 16)² · 8 bytes
+
+
+def test_an_image_too_large_is_refused_before_training() -> None:
+    config = settings.load(CONFIGS / "pca_digits.yaml", ["data.size=256"])
+    with pytest.raises(ConfigError, match=r"set model\.patch to a side that divides data\.size=256"):
+        settings.check(config, 1)
+    settings.check(settings.load(CONFIGS / "pca_digits.yaml", ["data.size=256", "model.patch=16"]), 1)

@@ -1,0 +1,181 @@
+"""Principal component analysis, in closed form over the whole stream; and the Gaussian that it is the estimate of:
+Tipping, Bishop 1999, "Probabilistic principal component analysis".
+
+    image [B, C, H, W] → minus the mean, onto the m leading eigenvectors of the covariance → scores fp32 [B, m] → image
+
+With `patch: p` an image is a grid of patches of p × p pixels, all of them samples of one PCA: [B, m, H/p, W/p].
+
+Nothing is descended: the learner sums moments, and `solve` takes the eigenvectors. With D = C·H·W (or C·p·p) that
+costs 2·D² operations a row, about 9·D³ a solution, and meanwhile some five matrices of 8·D² bytes on each rank.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .. import distributed
+from ..interfaces import Batch, Bound, Condition, Model, Output, Shape
+from ..nn.covariance import Moments, covariance
+
+LARGEST = 16384  # subpixels: the covariance has 2 GiB
+BIN = 1 / 255  # width of a grey level
+UNIFORM = BIN**2 / 12  # variance of what is uniform in it
+SHOWN = 15  # components in a picture
+
+
+@dataclass(frozen=True)
+class Config:
+    kind: str = "pca"
+    latents: int = 32  # m, components
+    patch: int = 0  # p, pixels a side; 0: the whole image is one
+
+
+class PCA(Model):
+    """Pixels are in [0, 1], all numbers are scikit-learn's for x / 255: `variance` and `noise` have n − 1 below.
+
+    The model of images is x = μ + V s + ε with s ~ N(0, λ − σ²) and ε ~ N(0, σ² I), where σ² is the mean of the
+    left-out eigenvalues: the most likely one (Tipping and Bishop, equations 7 and 8). That of *dequantised* images,
+    8-bit ones plus uniform noise within their bins, has all eigenvalues and σ² larger by UNIFORM, and the same prior.
+    """
+
+    def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
+        del seed  # nothing is drawn
+        super().__init__()
+        self.config = config
+        self.shape = shape
+        self.side = config.patch or shape.size
+        size = shape.channels * self.side**2
+        if config.patch < 0 or shape.size % self.side:
+            raise ValueError(f"model.patch={config.patch} does not divide data.size={shape.size}")
+        if size > LARGEST:
+            raise ValueError(
+                f"a PCA of {size} subpixels needs a covariance of {8 * size**2 / 2**30:.1f} GiB; above {LARGEST} it "
+                f"is refused: set model.patch to a side that divides data.size={shape.size}, as in model.patch=8"
+            )
+        if not 1 <= config.latents < size:
+            raise ValueError(
+                f"model.latents={config.latents} must lie between 1 and {size - 1}, below the number of subpixels"
+            )
+        self.mean: Tensor
+        self.components: Tensor
+        self.variance: Tensor
+        self.noise: Tensor
+        self.register_buffer("mean", torch.full((size,), 0.5))  # μ
+        self.register_buffer("components", torch.zeros(config.latents, size))  # the rows of Vᵀ
+        self.register_buffer("variance", torch.zeros(config.latents))  # λ, descending
+        self.register_buffer("noise", torch.zeros(()))  # σ²
+
+    def forward(self, batch: Batch, step: int) -> Output:
+        del step
+        reconstruction = self.decode(self.encode(batch))
+        squared_errors = (reconstruction - batch.x / 255).square().mean(dim=(1, 2, 3))
+        mse = squared_errors.mean()
+        return Output(mse, {"mse": mse, "psnr": -10 * squared_errors.log10().mean()}, reconstruction)
+
+    def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
+        """The scores u = Vᵀ(x − μ), whose decoding is the nearest image. The posterior mean of `bound` is shorter by
+        the factor (λ − σ²) / λ."""
+        u = self._scores(self._rows(batch.x) / 255)
+        if temperature:
+            u = u + temperature * self._posterior()[1].sqrt() * torch.randn_like(u)
+        return [self._grid(u)]
+
+    def decode(
+        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+    ) -> Tensor:
+        """Raises ValueError where neither latents nor a condition say how many images."""
+        if latents:
+            u = rearrange(latents[0], "b m h w -> b (h w) m") if self.config.patch else latents[0][:, None]
+        elif condition is not None:
+            patches = (self.shape.size // self.side) ** 2
+            noise = torch.randn(len(condition.label), patches, self.config.latents, device=self.mean.device)
+            u = temperature * self._prior().sqrt() * noise
+        else:
+            raise ValueError("decode needs latents, or a condition that says how many images to draw")
+        rows = self.mean + u @ self.components
+        if draw:
+            rows = rows + self.noise.sqrt() * torch.randn_like(rows)
+        return self._images(rows)
+
+    def bound(self, batch: Batch) -> Bound:
+        """That of the dequantised image. The posterior is the true one, so distortion − log_ratio is the same for
+        every draw. Patches count as independent."""
+        x = self._rows(batch.x) / 255
+        prior, noise = self._prior(), self.noise + UNIFORM
+        shrink, variance = self._posterior()
+        mean = shrink * self._scores(x)
+        epsilon = torch.randn_like(mean)
+        z = mean + variance.sqrt() * epsilon
+        squares = (x - self.mean - z @ self.components).square() + UNIFORM
+        distortion = (squares / noise + (2 * math.pi * noise).log()) / 2 - math.log(BIN)
+        gain = (prior / variance).log()
+        rate = ((variance + mean.square()) / prior - 1 + gain) / 2
+        log_ratio = (epsilon.square() - z.square() / prior - gain) / 2
+        return Bound(distortion.sum((1, 2)), rate.sum((1, 2))[None], log_ratio.sum((1, 2)))
+
+    def moments(self) -> Moments:
+        """Where the images are to be summed up."""
+        return Moments(len(self.mean)).to(self.mean.device)
+
+    def count(self, moments: Moments, batch: Batch, counted: Tensor) -> None:
+        """Add those images of the batch that are `counted`, bool [B]."""
+        rows = self._rows(batch.x)
+        moments.add(rows.flatten(0, 1), counted.repeat_interleave(rows.shape[1]))
+
+    def solve(self, sums: dict[str, Tensor]) -> None:
+        """sums: those of Moments, over all ranks. Collective; rank 0's solution on all ranks.
+
+        Signs are scikit-learn's: the largest entry of each component is positive.
+        """
+        if distributed.rank() == 0:
+            mean, matrix = covariance(**sums)
+            values, vectors = torch.linalg.eigh(matrix)  # ascending
+            values, vectors = values.clamp(min=0) / 255**2, vectors[:, -self.config.latents :].flip(1).T
+            largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+            self.mean.copy_(mean / 255)
+            self.components.copy_(vectors * largest.sign())
+            self.variance.copy_(values[-self.config.latents :].flip(0))
+            self.noise.copy_(values[: -self.config.latents].mean())
+        for buffer in self.buffers():
+            distributed.broadcast_(buffer)
+
+    def explained(self) -> Tensor:
+        """Share of the variance that the components hold, in [0, 1]."""
+        held = self.variance.sum()
+        return held / (held + self.noise * (len(self.mean) - self.config.latents)).clamp(min=1e-12)
+
+    def basis(self) -> Tensor:
+        """Of a patch, where the image is a grid of them."""
+        shown = self.components[:SHOWN]
+        scaled = 0.5 + shown / (2 * shown.abs().amax(1, keepdim=True).clamp(min=1e-12))
+        rows = torch.cat([self.mean[None], scaled])
+        return rearrange(rows, "k (c p q) -> k c p q", c=self.shape.channels, p=self.side)
+
+    def _prior(self) -> Tensor:
+        """Variances of s [m]; never zero, so that a component without variance costs nothing, and is no NaN."""
+        return (self.variance - self.noise).clamp(min=1e-12)
+
+    def _posterior(self) -> tuple[Tensor, Tensor]:
+        """(posterior mean / score [m], posterior variance [m]) of s given a dequantised image (equation 6)."""
+        prior, noise = self._prior(), self.noise + UNIFORM
+        shrink = prior / (prior + noise)
+        return shrink, shrink * noise
+
+    def _scores(self, rows: Tensor) -> Tensor:
+        return (rows - self.mean) @ self.components.T
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, patches, D]"""
+        return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.side, q=self.side)
+
+    def _images(self, rows: Tensor) -> Tensor:
+        beside = self.shape.size // self.side
+        return rearrange(rows, "b (h w) (c p q) -> b c (h p) (w q)", h=beside, p=self.side, q=self.side)
+
+    def _grid(self, u: Tensor) -> Tensor:
+        if not self.config.patch:
+            return u[:, 0]
+        return rearrange(u, "b (h w) m -> b m h w", h=self.shape.size // self.side)

@@ -1,0 +1,74 @@
+"""Learning without an optimiser: one pass that sums, and a solution whenever somebody looks."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..interfaces import Batch
+from ..models.pca import PCA
+from .settings import Config
+
+Tensors = dict[str, Tensor]
+
+
+class ClosedForm:
+    """A Learner for PCA. Its state is the model's moments, exact sums over the images consumed: so the solution has the
+    same bits at any batch size and number of ranks, resumed or not. There is no engine and nothing to average.
+    """
+
+    def __init__(self, model: PCA, samples: int) -> None:
+        """samples: N of the training set. One pass is g in [0, N): what the last batch holds beyond does not count."""
+        self.model = model
+        self.samples = samples
+        self.moments = model.moments()
+
+    @torch.no_grad()
+    def step(self, batches: Iterable[Batch], step: int) -> Tensors:
+        """The loss is that of the solution before these images: the mean squared error of pixels in [0, 1]."""
+        total: Tensors = {}
+        for count, batch in enumerate(batches, start=1):
+            output = self.model(batch, step)
+            for name, value in {"loss": output.loss, **output.metrics}.items():
+                total[name] = total.get(name, value) + (value - total.get(name, value)) / count
+            self.model.count(self.moments, batch, batch.sample < self.samples)
+        return total
+
+    def settle(self) -> None:
+        self.model.solve(self.moments.over_ranks())
+
+    def report(self, means: dict[str, float], step: int) -> dict[str, float]:
+        del step
+        return {
+            **{f"train/{name}": value for name, value in means.items()},
+            "train/explained": float(self.model.explained()),
+        }
+
+    def tensors(self) -> dict[str, Tensors]:
+        return {"model": self.model.state_dict(), "moments": self.moments.over_ranks()}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
+        """Rank 0 goes on from the sums over all ranks, the others from nothing."""
+        del state
+        self.model.load_state_dict(read("model"))
+        if distributed.rank() == 0:
+            self.moments.load_state_dict(read("moments"))
+
+    def summary(self) -> str:
+        return f"closed form over one epoch, {moment_bytes(self.model) / 2**20:.1f} MiB of moments"
+
+
+def one_epoch(config: Config, samples: int, step: int = 0, images: int = 0) -> Config:
+    """`steps` such that a run that stands at `step` and has consumed `images` ends with the epoch of N samples."""
+    return replace(config, steps=step + max(0, math.ceil((samples - images) / config.batch)))
+
+
+def moment_bytes(model: PCA) -> float:
+    return 8.0 * len(model.mean) ** 2
