@@ -1,11 +1,13 @@
-"""PCA as it is learned."""
+"""PCA as it is learned, and what gradient descent makes of the same task."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA as Reference
 
-from tests.models.test_pca import batch, textures
+from tests.models.test_pca import batch, digits, textures
 from vaescale.config import ConfigError
 from vaescale.interfaces import Shape
 from vaescale.models.pca import PCA, Config
@@ -13,6 +15,7 @@ from vaescale.training import settings
 from vaescale.training.closed_form import ClosedForm, one_epoch
 from vaescale.training.dry_run import describe
 from vaescale.training.ema import WeightEMA
+from vaescale.training.learner import Descent
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
@@ -101,3 +104,26 @@ def test_an_image_too_large_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match=r"set model\.patch to a side that divides data\.size=256"):
         settings.check(config, 1)
     settings.check(settings.load(CONFIGS / "pca_digits.yaml", ["data.size=256", "model.patch=16"]), 1)
+
+
+def test_a_linear_autoencoder_finds_the_principal_subspace_by_other_axes(group: None) -> None:
+    """All digits in each step, ten latents: the eleventh eigenvalue is .77 of the tenth, and the gap decides how soon
+    the subspaces meet."""
+    x = digits()
+    overrides = ["data.size=8", "steps=1000", f"batch={len(x)}"]
+    config = settings.load(CONFIGS / "ae_linear_digits.yaml", overrides)
+    torch.manual_seed(0)
+    model = settings.build(config)
+    descent = Descent(model, config)
+    for step in range(config.steps):
+        descent.step([batch(x)], step)
+
+    rows = x.flatten(1).double().numpy() / 255
+    reference = Reference(10, svd_solver="full").fit(rows)
+    least = np.square(rows - reference.inverse_transform(reference.transform(rows))).sum(1).mean()
+    assert least <= float(model(batch(x), 0).loss.detach()) < 1.01 * least
+    axes = model.decoder.weight.detach().double().numpy()
+    cosines = np.linalg.svd(reference.components_ @ np.linalg.qr(axes)[0], compute_uv=False)
+    assert np.degrees(np.arccos(cosines.min())) < 1
+    axes /= np.linalg.norm(axes, axis=0)
+    assert np.abs(axes.T @ axes - np.eye(10)).max() > 0.1

@@ -1,12 +1,9 @@
 """The DeepSpeed engine on one process, in this process."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from vaescale import distributed
 from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
 from vaescale.training import settings
@@ -14,13 +11,6 @@ from vaescale.training.engine import deepspeed_config
 from vaescale.training.learner import Descent, learning_rate
 
 CONFIG = "tests/integration/tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    distributed.init()
-    yield
-    distributed.finish()
 
 
 def load(*overrides: str) -> settings.Config:

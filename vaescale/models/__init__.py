@@ -3,10 +3,11 @@
 from typing import Any
 
 from ..interfaces import Model
-from . import pca, vqvae
+from . import autoencoder, pca, vqvae
 
 # model.kind → (its settings, its class)
 MODELS: dict[str, tuple[type[Any], type[Model]]] = {
     "pca": (pca.Config, pca.PCA),
+    "autoencoder": (autoencoder.Config, autoencoder.Autoencoder),
     "vqvae": (vqvae.Config, vqvae.VQVAE),
 }

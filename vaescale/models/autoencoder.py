@@ -1,0 +1,68 @@
+"""The autoencoder without a prior, to compare others with: ‖x − d(e(x))‖².
+
+    image [B, C, H, W] → encoder → fp32 [B, m] → decoder → [B, C, H, W]
+
+With `network.kind: linear` its optimum spans the space of the m leading principal components (Baldi, Hornik 1989,
+"Neural networks and principal component analysis"), though its axes are any basis of it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..interfaces import Batch, Condition, Model, Output, Shape
+from ..nn.blocks import Network, decoder, encoder
+
+
+@dataclass(frozen=True)
+class Config:
+    kind: str = "autoencoder"
+    latents: int = 32  # m
+    network: Network = field(default_factory=Network)
+
+
+class Autoencoder(Model):
+    def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
+        del seed
+        super().__init__()
+        if config.latents < 1:
+            raise ValueError(f"model.latents={config.latents} must be at least 1")
+        self.config = config
+        self.encoder = encoder(config.network, shape, config.latents)
+        self.decoder = decoder(config.network, shape, config.latents, shape.channels)
+
+    def forward(self, batch: Batch, step: int) -> Output:
+        """The loss is the squared error of pixels in [0, 1], summed over an image, mean over images."""
+        del step
+        x = batch.x / 255
+        reconstruction = self._images(self._latents(x))
+        squared_errors = (reconstruction.float() - x).square().mean(dim=(1, 2, 3))
+        mse = squared_errors.mean()
+        metrics = {"mse": mse.detach(), "psnr": -10 * squared_errors.detach().log10().mean()}
+        return Output(mse * x[0].numel(), metrics, reconstruction)
+
+    def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
+        """fp32 [B, m]"""
+        del temperature  # an autoencoder is certain
+        return [self._latents(batch.x / 255).float()]
+
+    def decode(
+        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+    ) -> Tensor:
+        """Raises ValueError without latents: there is no prior to draw them from."""
+        del condition, temperature, draw  # the decoder is deterministic and unconditional
+        if not latents:
+            raise ValueError("an autoencoder has no prior to draw samples from: give the latents, or train a VAE")
+        return self._images(latents[0]).float()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights: half under DeepSpeed's fp16 engine."""
+        return next(self.encoder.parameters()).dtype
+
+    def _latents(self, x: Tensor) -> Tensor:
+        return self.encoder((x - 0.5).to(self.dtype))
+
+    def _images(self, z: Tensor) -> Tensor:
+        return self.decoder(z.to(self.dtype)) + 0.5
