@@ -97,8 +97,9 @@ class Codec(Protocol):
 class Bounded(Protocol):
     """A codec that knows how probable images are."""
 
-    def bound(self, batch: Batch) -> Bound:
-        """One draw a call."""
+    def bound(self, batch: Batch, draw: int = 0) -> Bound:
+        """Of the draw of this number for each image: the number and `batch.sample` decide its noise, whatever else is
+        in the batch."""
         ...
 
 

@@ -53,15 +53,7 @@ class Halves:
 def test_evaluate_is_a_mean_over_images(pictures: object) -> None:
     """Whatever the batch size, the last one short."""
     slices = stream.ValidationSlices(stream.Config(root=str(pictures), size=16, workers=0))
-    results = [
-        evaluate(
-            Halves(),
-            stream.validation_loader(slices, micro, 0, 1, pin=False),
-            {"codebook": 128},
-            torch.device("cpu"),
-        )
-        for micro in (1, 4, 100)
-    ]
+    results = [evaluate(Halves(), slices, {"codebook": 128}, torch.device("cpu"), micro) for micro in (1, 4, 100)]
     x = slices[range(11)].batch.x.numpy().astype(np.float64)
     codes = np.round(x.mean((1, 2, 3)) / 2).astype(int)
     y = np.clip(2 * codes, 0, 255)[:, None, None, None]

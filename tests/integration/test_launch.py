@@ -159,6 +159,22 @@ def test_evaluation_is_the_same_on_one_and_two_ranks(trained: Path, tmp_path: Pa
         assert one[name] == pytest.approx(two[name], rel=1e-6), name
 
 
+def test_several_runs_are_evaluated_into_one_table(trained: Path, tmp_path: Path, start: Start) -> None:
+    runs = [tmp_path / "ema", tmp_path / "gradient"]
+    for run, learning in zip(runs, ("ema", "gradient"), strict=True):
+        shutil.copytree(trained / Case(1, learning=learning).name / "run", run)
+    command = ["launch/evaluate.py", "--run", *map(str, runs), "--iw", "2", "data.workers=0"]
+    code, output = finish(start([sys.executable, *command]))
+    assert code == 0, output
+    rows = [line for line in output.splitlines() if line.startswith(f"| {tmp_path}")]
+    assert len(rows) == 2
+    for run, row in zip(runs, rows, strict=True):
+        result = json.loads((run / "evaluation.json").read_text())
+        assert f"| 4 × 4, K = 24 | {'–':>8} |" in row
+        assert f"{result['psnr']:.2f}" in row
+    assert "do not compare" not in output
+
+
 def test_evaluating_what_is_not_there_is_one_sentence(tmp_path: Path, start: Start) -> None:
     code, output = finish(start([sys.executable, "launch/evaluate.py", "--run", str(tmp_path / "none")]))
     assert code == 2

@@ -4,7 +4,8 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 SIGMA = 1.5
-BORDER = 5  # half a window of 11
+WINDOW = 11  # pixels a side
+BORDER = WINDOW // 2
 
 
 def mse(x: Tensor, y: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004): data range 1, Gaussian window 11, σ 1.5, where the window lies wholly
-    inside the image, as in the authors' code. fp64 [B]; sides of at least 11 pixels."""
+    inside the image, as in the authors' code. fp64 [B]; sides of at least WINDOW pixels."""
     _, similarity = structural_similarity_index_measure(
         y.float() / 255,
         x.float() / 255,

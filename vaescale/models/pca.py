@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..interfaces import Batch, Bound, Condition, Model, Output, Shape
+from ..nn import noise
 from ..nn.covariance import Moments, covariance
 
 LARGEST = 16384  # subpixels: the covariance has 2 GiB
@@ -100,17 +101,17 @@ class PCA(Model):
             rows = rows + self.noise.sqrt() * torch.randn_like(rows)
         return self._images(rows)
 
-    def bound(self, batch: Batch) -> Bound:
+    def bound(self, batch: Batch, draw: int = 0) -> Bound:
         """That of the dequantised image. The posterior is the true one, so distortion − log_ratio is the same for
         every draw. Patches count as independent."""
         x = self._rows(batch.x) / 255
-        prior, noise = self._prior(), self.noise + UNIFORM
+        prior, c = self._prior(), self.noise + UNIFORM
         shrink, variance = self._posterior()
         mean = shrink * self._scores(x)
-        epsilon = torch.randn_like(mean)
+        epsilon = noise.normal(batch.sample, tuple(mean.shape[1:]), draw)
         z = mean + variance.sqrt() * epsilon
         squares = (x - self.mean - z @ self.components).square() + UNIFORM
-        distortion = (squares / noise + (2 * math.pi * noise).log()) / 2 - math.log(BIN)
+        distortion = (squares / c + (2 * math.pi * c).log()) / 2 - math.log(BIN)
         gain = (prior / variance).log()
         rate = ((variance + mean.square()) / prior - 1 + gain) / 2
         log_ratio = (epsilon.square() - z.square() / prior - gain) / 2

@@ -21,7 +21,7 @@ from ..nn.blocks import Network, decoder, encoder
 from ..nn.condition import Conditioner, dropped
 from ..nn.gaussian import Normal
 
-POSTERIOR, DROPOUT = 0, 1  # what noise is drawn for
+POSTERIOR, DROPOUT, BOUND = 0, 1, 2  # what noise is drawn for
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,10 @@ class VAE(Model):
         output = self._output(z, self._told(condition, len(z)))
         return self.likelihood.draw(output) if draw else self.likelihood.mean(output)
 
-    def bound(self, batch: Batch) -> Bound:
-        """ζ from torch's default generator."""
+    def bound(self, batch: Batch, draw: int = 0) -> Bound:
         told = self._told(batch.condition, len(batch.x))
         q = self._posterior(batch.x, told)
-        z = q.draw(torch.randn_like(q.mean))
+        z = q.draw(noise.normal(batch.sample, (self.config.latents,), self.seed, BOUND, draw))
         distortion = -self.likelihood.log_prob(self._output(z, told), batch.x)
         return Bound(distortion, q.rates().sum(1)[None], gaussian.standard_log_prob(z) - q.log_prob(z))
 

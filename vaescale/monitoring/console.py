@@ -24,14 +24,13 @@ class Console:
     def report(self, step: int, values: dict[str, float]) -> None:
         """The numbers one looks at first. Missing ones (a model without codebook) are left out; of several codebooks,
         the lowest and the highest are given."""
-        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
-        for name, (key, form) in COLUMNS.items():
-            found = [value for tag, value in values.items() if fnmatchcase(tag, key)]
-            ends = dict.fromkeys(f"{end:{form}}" for end in (min(found), max(found))) if found else {}
-            if ends:
-                parts.append(f"{name} {'–'.join(ends)}")
+        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", *_shown(COLUMNS, values)]
         parts.append(f"ETA {self._left(step)}")
         self.say("  ".join(parts))
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Likewise, of what was measured on the validation set."""
+        self.say("  ".join([f"validation at step {step}:", *_shown(VALIDATION, values)]))
 
     def say(self, line: str) -> None:
         if self._loud:
@@ -46,8 +45,19 @@ class Console:
         return timedelta(seconds=round(per_step * (self._steps - step)))
 
 
+def _shown(columns: dict[str, tuple[str, str]], values: dict[str, float]) -> list[str]:
+    parts = []
+    for name, (key, form) in columns.items():
+        found = [value for tag, value in values.items() if fnmatchcase(tag, key)]
+        ends = dict.fromkeys(f"{end:{form}}" for end in (min(found), max(found))) if found else {}
+        if ends:
+            parts.append(f"{name} {'–'.join(ends)}")
+    return parts
+
+
 COLUMNS = {
     "loss": ("train/loss", ".4f"),
+    "bits/dim": ("train/bits_per_dim", ".4f"),
     "PSNR": ("train/psnr", ".2f"),
     "usage": ("codebook*/usage_window", ".3f"),
     "perplexity": ("codebook*/perplexity", ".1f"),
@@ -55,4 +65,15 @@ COLUMNS = {
     "lr": ("optim/lr", ".2e"),
     "img/s": ("perf/images_per_second", ".1f"),
     "data wait": ("data/wait_share", ".1%"),
+}
+
+VALIDATION = {
+    "PSNR": ("val/psnr", ".2f"),
+    "SSIM": ("val/ssim", ".4f"),
+    "bits/dim": ("val/bits_per_dim", ".4f"),
+    "rate": ("val/rate", ".4f"),
+    "distortion": ("val/distortion", ".4f"),
+    "active units": ("val/active_units", "d"),
+    "usage": ("val/*usage", ".3f"),
+    "perplexity": ("val/*perplexity", ".1f"),
 }

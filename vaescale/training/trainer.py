@@ -203,15 +203,13 @@ class Trainer:
     def validate(self) -> None:
         """The averaged weights on the whole validation set, and the fixed images as pictures."""
         step = self.position.step
-        loader = stream.validation_loader(
-            self.validation, self.micro, self.rank, self.world, self.device.type == "cuda"
-        )
         averaged = self.ema.model
         sizes = {name: len(usage.window) for name, usage in averaged.usage(clear=False).items()}
-        values = evaluate(averaged, loader, sizes, self.device)
-        self.console.say(f"validation at step {step}: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.4f}")
+        measured = evaluate(averaged, self.validation, sizes, self.device, self.micro)
+        values = {f"val/{name}": value for name, value in measured.items()}
+        self.console.validation(step, values)
         if self.board:
-            self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
+            self.board.scalars(values, step)
             self.show(self.board)
 
     def show(self, board: Board) -> None:

@@ -1,0 +1,58 @@
+import torch
+
+from vaescale.evaluation import tables
+
+VAE = {
+    "run": "runs/vae", "model": "vae", "parameters": 123456, "latents": "16", "bits_per_dim": 1.25, "rate": 0.25,
+    "bits_per_dim_iw": 1.125, "distortion": 1.0, "mse": 0.012, "psnr": 19.5, "ssim": 0.9, "active_units": 11,
+    "images": 50000, "draws": 64, "step": 7, "data": "data/digits/val", "fingerprint": "0123456789abcdef", "size": 16,
+    "channels": 1, "likelihood": "gaussian",
+}  # fmt: skip
+VQVAE = {
+    **{key: value for key, value in VAE.items() if key not in ("bits_per_dim", "bits_per_dim_iw", "active_units")},
+    "run": "runs/vq", "model": "vqvae", "codebook0/usage": 0.5, "codebook1/usage": 0.75, "codebook0/perplexity": 9.0,
+    "codebook1/perplexity": 30.0,
+}  # fmt: skip
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_runs_stand_side_by_side_and_a_dash_says_that_a_family_has_none() -> None:
+    lines = tables.comparison([VAE, VQVAE]).splitlines()
+    assert len(lines) == 4  # the held-out images are the same: there is nothing to say of them
+    assert len({len(line) for line in lines}) == 1
+    names, _, vae, vqvae = map(cells, lines)
+    first, second = dict(zip(names, vae, strict=True)), dict(zip(names, vqvae, strict=True))
+    assert first["parameters"] == "123,456"
+    assert (first["bits/dim"], first["bits/dim, IW-64"], first["active units"]) == ("1.2500", "1.1250", "11")
+    assert (first["usage"], second["bits/dim"], second["active units"]) == ("–", "–", "–")
+    assert (second["usage"], second["perplexity"]) == ("0.500 … 0.750", "9.0 … 30.0")
+
+
+def test_rows_that_do_not_compare_are_said_to() -> None:
+    for other in ({"fingerprint": "fedcba9876543210"}, {"size": 32}, {"channels": 3}):
+        text = tables.comparison([VAE, {**VQVAE, **other}])
+        assert "These rows do not compare" in text
+        assert "runs/vae: 50000 images of data/digits/val at 16 px, 1 channel(s), index 01234567" in text
+    text = tables.comparison([VAE, {**VAE, "run": "runs/binary", "likelihood": "bernoulli"}])
+    assert "Bits of binarised images compare with no others: runs/binary." in text
+
+
+def test_a_listing_holds_every_number_once() -> None:
+    text = tables.listing({**VAE, "level0/rate": 0.2, "level1/rate": 0.05})
+    lines = [line.split("  ") for line in text.splitlines()[1:]]
+    found = {parts[1]: parts[-1].strip() for parts in lines}
+    assert found["bits/dim, ELBO"] == "1.25"
+    assert found["rate (bits/dim), level1"] == "0.05"
+    assert found["images"] == "50000"
+    assert "left out" in tables.listing({key: value for key, value in VAE.items() if key != "ssim"})
+
+
+def test_latents_are_described_by_their_shape() -> None:
+    grid = torch.zeros(3, 32, 24)
+    assert tables.describe([torch.zeros(3, 16)], []) == "16"
+    assert tables.describe([grid], [512]) == "32 × 24, K = 512"
+    assert tables.describe([grid, grid], [512, 512]) == "2 × (32 × 24, K = 512)"
+    assert tables.describe([grid, torch.zeros(3, 16, 12)], [512, 64]) == "32 × 24, K = 512 + 16 × 12, K = 64"
