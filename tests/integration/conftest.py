@@ -65,8 +65,8 @@ def train(folder: Path, cases: list[Case], pictures: Path) -> None:
     forked(folder, jobs)
 
 
-def forked(folder: Path, jobs: list[dict[str, Any]]) -> None:
-    """Do the jobs of forked.py one after another."""
+def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500) -> None:
+    """Do the jobs of forked.py one after another, within so many seconds."""
     for job in jobs:
         Path(job["out"]).mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -80,7 +80,7 @@ def forked(folder: Path, jobs: list[dict[str, Any]]) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=timeout)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # whatever rank is left
