@@ -14,6 +14,9 @@ from tests.integration.conftest import TINY, Case, forked, overrides
 from tests.integration.probe import CASES, LATER, OTHERS, RESET, RESETS, STRANDED
 from vaescale.nn.quantize import VectorQuantizer
 
+# 18 engines of 200 steps one after another: two or three minutes on two idle cores, far more on busy ones.
+pytestmark = pytest.mark.timeout(1800)
+
 
 class Alone(NamedTuple):
     """One process on the joined batches, without DeepSpeed."""
@@ -30,7 +33,7 @@ def world(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def cases(world: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cases")
-    forked(folder, [{"task": "cases", "world": world, "out": str(folder)}])
+    forked(folder, [{"task": "cases", "world": world, "out": str(folder)}], timeout=1700)
     return folder
 
 
