@@ -16,7 +16,7 @@ from vaescale.data import stream
 from vaescale.interfaces import Shape
 from vaescale.models.pca import PCA, Config
 
-SETTINGS = ["data.channels=3", "data.workers=0", "model.dim=8", "every.validate=3", "every.checkpoint=3"]
+SETTINGS = ["data.channels=3", "data.workers=0", "model.latents=8", "every.validate=3", "every.checkpoint=3"]
 
 
 def command(run: Path, pictures: Path, *overrides: str) -> list[str]:
@@ -33,7 +33,7 @@ def rows(pictures: Path) -> torch.Tensor:
 
 
 def learned(run: Path, step: int = 8, patch: int = 0) -> PCA:
-    model = PCA(Config(dim=8, patch=patch), Shape(3, 16))
+    model = PCA(Config(latents=8, patch=patch), Shape(3, 16))
     model.load_state_dict(load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors"))
     return model
 

@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
 def learner(samples: int) -> ClosedForm:
-    return ClosedForm(PCA(Config(dim=4), Shape(3, 8)), samples)
+    return ClosedForm(PCA(Config(latents=4), Shape(3, 8)), samples)
 
 
 def test_what_lies_beyond_the_epoch_does_not_count() -> None:

@@ -18,7 +18,7 @@ from ..nn.blocks import Network, decoder, encoder
 @dataclass(frozen=True)
 class Config:
     kind: str = "autoencoder"
-    dim: int = 32  # m
+    latents: int = 32  # m
     network: Network = field(default_factory=Network)
 
 
@@ -26,12 +26,11 @@ class Autoencoder(Model):
     def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
         del seed
         super().__init__()
-        if config.dim < 1:
-            raise ValueError(f"model.dim={config.dim} must be at least 1")
+        if config.latents < 1:
+            raise ValueError(f"model.latents={config.latents} must be at least 1")
         self.config = config
-        self.shape = shape
-        self.encoder = encoder(config.network, shape, config.dim)
-        self.decoder = decoder(config.network, shape, config.dim, shape.channels)
+        self.encoder = encoder(config.network, shape, config.latents)
+        self.decoder = decoder(config.network, shape, config.latents, shape.channels)
 
     def forward(self, batch: Batch, step: int) -> Output:
         """The loss is the squared error of pixels in [0, 1], summed over an image, mean over images."""

@@ -29,7 +29,7 @@ SHOWN = 15  # components in a picture
 @dataclass(frozen=True)
 class Config:
     kind: str = "pca"
-    dim: int = 32  # m, components
+    latents: int = 32  # m, components
     patch: int = 0  # p, pixels a side; 0: the whole image is one
 
 
@@ -55,15 +55,17 @@ class PCA(Model):
                 f"a PCA of {size} subpixels needs a covariance of {8 * size**2 / 2**30:.1f} GiB; above {LARGEST} it "
                 f"is refused: set model.patch to a side that divides data.size={shape.size}, as in model.patch=8"
             )
-        if not 1 <= config.dim < size:
-            raise ValueError(f"model.dim={config.dim} must lie between 1 and {size - 1}, below the number of subpixels")
+        if not 1 <= config.latents < size:
+            raise ValueError(
+                f"model.latents={config.latents} must lie between 1 and {size - 1}, below the number of subpixels"
+            )
         self.mean: Tensor
         self.components: Tensor
         self.variance: Tensor
         self.noise: Tensor
         self.register_buffer("mean", torch.full((size,), 0.5))  # μ
-        self.register_buffer("components", torch.zeros(config.dim, size))  # the rows of Vᵀ
-        self.register_buffer("variance", torch.zeros(config.dim))  # λ, descending
+        self.register_buffer("components", torch.zeros(config.latents, size))  # the rows of Vᵀ
+        self.register_buffer("variance", torch.zeros(config.latents))  # λ, descending
         self.register_buffer("noise", torch.zeros(()))  # σ²
 
     def forward(self, batch: Batch, step: int) -> Output:
@@ -84,13 +86,15 @@ class PCA(Model):
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
+        """Raises ValueError where neither latents nor a condition say how many images."""
         if latents:
             u = rearrange(latents[0], "b m h w -> b (h w) m") if self.config.patch else latents[0][:, None]
-        else:
-            count = 1 if condition is None else len(condition.label)
+        elif condition is not None:
             patches = (self.shape.size // self.side) ** 2
-            noise = torch.randn(count, patches, self.config.dim, device=self.mean.device)
+            noise = torch.randn(len(condition.label), patches, self.config.latents, device=self.mean.device)
             u = temperature * self._prior().sqrt() * noise
+        else:
+            raise ValueError("decode needs latents, or a condition that says how many images to draw")
         rows = self.mean + u @ self.components
         if draw:
             rows = rows + self.noise.sqrt() * torch.randn_like(rows)
@@ -129,19 +133,19 @@ class PCA(Model):
         if distributed.rank() == 0:
             mean, matrix = covariance(**sums)
             values, vectors = torch.linalg.eigh(matrix)  # ascending
-            values, vectors = values.clamp(min=0) / 255**2, vectors[:, -self.config.dim :].flip(1).T
+            values, vectors = values.clamp(min=0) / 255**2, vectors[:, -self.config.latents :].flip(1).T
             largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
             self.mean.copy_(mean / 255)
             self.components.copy_(vectors * largest.sign())
-            self.variance.copy_(values[-self.config.dim :].flip(0))
-            self.noise.copy_(values[: -self.config.dim].mean())
+            self.variance.copy_(values[-self.config.latents :].flip(0))
+            self.noise.copy_(values[: -self.config.latents].mean())
         for buffer in self.buffers():
             distributed.broadcast_(buffer)
 
     def explained(self) -> Tensor:
         """Share of the variance that the components hold, in [0, 1]."""
         held = self.variance.sum()
-        return held / (held + self.noise * (len(self.mean) - self.config.dim)).clamp(min=1e-12)
+        return held / (held + self.noise * (len(self.mean) - self.config.latents)).clamp(min=1e-12)
 
     def basis(self) -> Tensor:
         """Of a patch, where the image is a grid of them."""
