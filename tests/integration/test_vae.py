@@ -122,8 +122,8 @@ def test_bf16_is_fp32_to_a_hundredth_of_a_bit(tmp_path: Path) -> None:
     jobs = []
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
-        given = [f"run={out / 'run'}", f"data.root={tmp_path / 'digits'}", f"precision={precision}", "steps=120"]
-        given += ["every.report=40", "every.validate=120", "every.checkpoint=120", "batch=32"]
+        given = [f"run={out / 'run'}", f"data.root={tmp_path / 'digits'}", f"precision={precision}", "steps=100"]
+        given += ["every.report=50", "every.validate=100", "every.checkpoint=100", "model.network.width=8"]
         config = str(ROOT / "configs" / "vae_digits.yaml")
         jobs.append({"task": "train", "world": 1, "out": str(out), "config": config, "overrides": given})
     forked(tmp_path, jobs)
@@ -132,4 +132,4 @@ def test_bf16_is_fp32_to_a_hundredth_of_a_bit(tmp_path: Path) -> None:
         lines = map(json.loads, (Path(job["out"]) / "run" / "metrics.jsonl").read_text().splitlines())
         found.append([line["train/bits_per_dim"] for line in lines if "train/bits_per_dim" in line])
     assert found[1] == pytest.approx(found[0], abs=0.01)
-    assert found[0][-1] < found[0][0] - 1  # and it has learned
+    assert found[0][-1] < found[0][0] - 0.5  # and it has learned
