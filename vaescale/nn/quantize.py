@@ -38,7 +38,7 @@ class Config:
     temperature: float = 0.01  # of the soft codes whose entropies these are
     learning: Literal["ema", "gradient"] = "ema"
     decay: float = 0.99  # of the EMA
-    # Of the first global batch, its k-means, or small random numbers as in the first VQ-VAEs, to compare with.
+    # Rows of the first global batch, their k-means, or small random numbers that only serve to compare: README.md.
     init: Literal["samples", "kmeans", "uniform"] = "samples"
     reset_every: int = 10  # steps between resets; 0: never after the first
     dead_after: int = 50  # steps without a use after which a code counts as dead
