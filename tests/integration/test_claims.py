@@ -21,11 +21,15 @@ from vaescale.training import trained
 
 SAMPLES = 1000
 SMALLER = [
-    "model.latents=10", "model.network.width=8", "model.network.halvings=2", "model.network.hidden=128", "steps=300",
+    "model.network.width=8", "model.network.halvings=2", "model.network.hidden=128", "steps=600",
     "batch=64", "optimizer.lr=4e-3", "optimizer.warmup=50", "ema=0.98", "data.augment=false", "data.workers=0",
     "every.validate=1000", "every.checkpoint=1000",
 ]  # fmt: skip
-FAMILIES = {"ae": ("ae_digits", []), "vae": ("vae_digits", []), "cvae": ("vae_digits", ["model.classes=10"])}
+FAMILIES = {  # as many latents as configs/ae_digits.yaml has
+    "ae": ("ae_digits", []),
+    "vae": ("vae_digits", ["model.latents=10"]),
+    "cvae": ("vae_digits", ["model.latents=10", "model.classes=10"]),
+}
 
 Pixels = NDArray[np.float64]  # [B, 256], in [0, 1]
 
