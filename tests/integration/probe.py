@@ -7,7 +7,7 @@ and shards the decoder beside them.
 
 import json
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,7 @@ from vaescale.interfaces import Batch, Model, Output
 from vaescale.nn.quantize import Config, VectorQuantizer, build
 from vaescale.nn.quantizer import Grouped
 from vaescale.training import checkpoint, settings
-from vaescale.training.engine import Engine
-from vaescale.training.learner import Learner, learning_rate
+from vaescale.training.learner import Descent, learning_rate
 
 STEPS, IMAGES, ROWS, DIM = 200, 16, 4, 6  # steps, images a step, rows an image, channels a row
 SEED = 18000  # of the images: with it no row is as near to two codes as rounding reaches, see test_codebooks.py
@@ -75,10 +74,10 @@ class Probe(Model):
         y = self.decoder(quantized.z.to(self.decoder.weight.dtype))
         return Output(F.mse_loss(y.float(), z) + quantized.loss, {}, None)
 
-    def encode(self, batch: Batch) -> list[Tensor]:
+    def encode(self, *_: object) -> list[Tensor]:
         raise NotImplementedError
 
-    def decode(self, latents: list[Tensor], label: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    def decode(self, *_: object) -> Tensor:
         raise NotImplementedError
 
     def update(self, step: int, lr: float) -> None:
@@ -103,7 +102,7 @@ def batches(step: int, accumulation: int) -> Iterator[Batch]:
     """This rank's micro-batches of a step."""
     share = images(step).chunk(distributed.world())[distributed.rank()]
     for x in share.chunk(accumulation):
-        yield Batch(x, torch.zeros(len(x)).long(), torch.arange(len(x)))
+        yield Batch(x, torch.zeros(len(x)).long(), torch.zeros(len(x), 0), torch.arange(len(x)))
 
 
 def settings_of(case: Case) -> settings.Config:
@@ -119,8 +118,7 @@ class Run:
     def __init__(self, case: Case) -> None:
         self.accumulation = case.accumulation
         self.model = Probe(case.kinds)
-        self.engine = Engine(self.model, settings_of(case))
-        self.learner = Learner(self.model, self.engine, settings_of(case))
+        self.learner = Descent(self.model, settings_of(case))
 
     def train(self, first: int, until: int) -> None:
         for step in range(first, until):
@@ -153,8 +151,7 @@ def every_reset(job: dict[str, Any]) -> None:
         strand(run.model.quantizer, STRANDED)
         run.train(2, RESET + 1)
         save(out, f"{case.name}-reset-", run.model)
-        tensors = {"model": run.engine.weights(), "optimizer": run.engine.moments()}
-        state = {"steps": run.engine.optimizer_steps(), "scaler": run.engine.scaler()}
+        tensors, state = run.learner.tensors(), run.learner.state()
         folder = out / f"{case.name}-checkpoints"
         if distributed.rank() == 0:
             checkpoint.save(folder, RESET + 1, tensors, state, keep=1)
@@ -164,10 +161,7 @@ def every_reset(job: dict[str, Any]) -> None:
 
         run = Run(case)
         found = checkpoint.newest(folder)
-        state = checkpoint.read_state(found)
-        run.engine.load_weights(checkpoint.read_tensors(found, "model"))
-        run.engine.load_moments(checkpoint.read_tensors(found, "optimizer"), state["steps"])
-        run.engine.load_scaler(state["scaler"])
+        run.learner.load(partial(checkpoint.read_tensors, found), checkpoint.read_state(found))
         run.train(RESET + 1, LATER)
         save(out, f"{case.name}-resumed-", run.model)
 
