@@ -72,7 +72,7 @@ def test_averaged_weights_come_with_the_codebook_of_their_model(trained: Path, p
     for name, parameter in loaded.named_parameters():
         assert not torch.equal(parameter, saved[name]), name
     x = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (codes,) = loaded.eval().encode(Batch(x, torch.zeros(4).long(), torch.arange(4)))
+    (codes,) = loaded.eval().encode(Batch(x, torch.zeros(4).long(), torch.zeros(4, 0), torch.arange(4)))
     assert torch.equal(loaded.quantizer.lookup(codes), saved["quantizer.codebook"][codes])
 
 
