@@ -2,7 +2,7 @@
 
     python launch/evaluate.py --run runs/quickstart [key=value …]
     python launch/evaluate.py --run runs/a runs/b … [--iw K] [key=value …]     one table of all
-    torchrun --nproc-per-node 2 launch/evaluate.py --run …
+    torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the -- torchrun takes --run for its own
 
 Writes evaluation.json (the numbers, and the protocol they were measured by) and reconstructions.png into each run
 directory. Each validation image counts exactly once, on any number of ranks. The overrides hold for all the runs.
