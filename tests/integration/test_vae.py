@@ -1,22 +1,19 @@
 """The VAE under real DeepSpeed: its noise, its dropped labels and its free bits depend on no rank and no history."""
 
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 
 from tests.conftest import ROOT, Start, finish, ranks
 from tests.integration.conftest import forked, losses
 from tests.integration.test_resume import rewind, same_bits
-from vaescale.data.shards import Sample, write
+from vaescale.data import digits
+from vaescale.data.shards import write
 
 TINY_VAE = Path(__file__).parent / "tiny_vae.yaml"
 
@@ -107,18 +104,11 @@ def test_a_label_that_the_model_does_not_know_is_one_sentence(pictures: Path, tm
     assert not (tmp_path / "run").exists()
 
 
-def digits(first: int, last: int) -> Iterator[Sample]:
-    data = load_digits()
-    for number in range(first, last):
-        file = io.BytesIO()
-        Image.fromarray((data.images[number] * (255 / 16)).round().astype(np.uint8)).save(file, "PNG")
-        yield Sample(f"{number:04d}", file.getvalue(), int(data.target[number]), "png")
-
-
 def test_bf16_is_fp32_to_a_hundredth_of_a_bit(tmp_path: Path) -> None:
     """configs/vae_digits.yaml, shortened: bits/dim over the last steps of training."""
-    write(tmp_path / "digits" / "train", digits(0, 400), 100, [])
-    write(tmp_path / "digits" / "val", digits(400, 420), 100, [])
+    samples = list(digits.read())
+    write(tmp_path / "digits" / "train", samples[:400], 100, [])
+    write(tmp_path / "digits" / "val", samples[400:420], 100, [])
     jobs = []
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
