@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..interfaces import Batch, Condition, Model, Output, Shape
 from ..nn.blocks import Network, decoder, encoder
+from ..nn.fidelity import fidelity, squared_errors
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,8 @@ class Autoencoder(Model):
         del step
         x = batch.x / 255
         reconstruction = self._images(self._latents(x))
-        squared_errors = (reconstruction.float() - x).square().mean(dim=(1, 2, 3))
-        mse = squared_errors.mean()
-        metrics = {"mse": mse.detach(), "psnr": -10 * squared_errors.detach().log10().mean()}
-        return Output(mse * x[0].numel(), metrics, reconstruction)
+        errors = squared_errors(reconstruction, x)
+        return Output(errors.mean() * x[0].numel(), fidelity(errors), reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """fp32 [B, m]"""

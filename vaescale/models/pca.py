@@ -20,10 +20,10 @@ from .. import distributed
 from ..interfaces import Batch, Bound, Condition, Model, Output, Shape
 from ..nn import noise
 from ..nn.covariance import Moments, covariance
+from ..nn.fidelity import fidelity, squared_errors
+from ..nn.likelihood import DELTA, UNIFORM
 
 LARGEST = 16384  # subpixels: the covariance has 2 GiB
-BIN = 1 / 255  # width of a grey level
-UNIFORM = BIN**2 / 12  # variance of what is uniform in it
 SHOWN = 15  # components in a picture
 
 
@@ -72,9 +72,8 @@ class PCA(Model):
     def forward(self, batch: Batch, step: int) -> Output:
         del step
         reconstruction = self.decode(self.encode(batch))
-        squared_errors = (reconstruction - batch.x / 255).square().mean(dim=(1, 2, 3))
-        mse = squared_errors.mean()
-        return Output(mse, {"mse": mse, "psnr": -10 * squared_errors.log10().mean()}, reconstruction)
+        errors = squared_errors(reconstruction, batch.x / 255)
+        return Output(errors.mean(), fidelity(errors), reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """The scores u = Vᵀ(x − μ), whose decoding is the nearest image. The posterior mean of `bound` is shorter by
@@ -111,7 +110,7 @@ class PCA(Model):
         epsilon = noise.normal(batch.sample, tuple(mean.shape[1:]), draw)
         z = mean + variance.sqrt() * epsilon
         squares = (x - self.mean - z @ self.components).square() + UNIFORM
-        distortion = (squares / c + (2 * math.pi * c).log()) / 2 - math.log(BIN)
+        distortion = (squares / c + (2 * math.pi * c).log()) / 2 - math.log(DELTA)
         gain = (prior / variance).log()
         rate = ((variance + mean.square()) / prior - 1 + gain) / 2
         log_ratio = (epsilon.square() - z.square() / prior - gain) / 2

@@ -19,6 +19,7 @@ from ..nn import gaussian, noise
 from ..nn import likelihood as likelihoods
 from ..nn.blocks import Network, decoder, encoder
 from ..nn.condition import Conditioner, dropped
+from ..nn.fidelity import fidelity, squared_errors
 from ..nn.gaussian import Normal
 
 POSTERIOR, DROPOUT, BOUND = 0, 1, 2  # what noise is drawn for
@@ -73,13 +74,11 @@ class VAE(Model):
         with torch.no_grad():
             rate = rates.sum(1).mean()
             reconstruction = self.likelihood.mean(output)
-            errors = (reconstruction - batch.x / 255).square().mean(dim=(1, 2, 3))
             metrics = {
                 "distortion": distortion.detach(),
                 "rate": rate,
                 "bits_per_dim": (distortion + rate) / (self.subpixels * math.log(2)),
-                "mse": errors.mean(),
-                "psnr": -10 * errors.log10().mean(),
+                **fidelity(squared_errors(reconstruction, batch.x / 255)),
             }
         return Output(loss, metrics, reconstruction)
 

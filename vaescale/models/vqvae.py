@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..interfaces import Batch, Condition, Model, Output, Shape, Usage
 from ..nn import quantize
 from ..nn.blocks import ResidualBlock, downsample, upsample
+from ..nn.fidelity import fidelity, squared_errors
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,12 @@ class VQVAE(Model):
         x = batch.x / 255
         quantized = self.quantizer(self._features(x))
         reconstruction = self._images(quantized.z)
-        squared_errors = (reconstruction.float() - x).square().mean(dim=(1, 2, 3))
-        mse = squared_errors.mean()
+        errors = squared_errors(reconstruction, x)
         metrics = {
-            "mse": mse.detach(),
-            "psnr": -10 * squared_errors.detach().log10().mean(),
+            **fidelity(errors),
             **{f"{name}/commitment": value for name, value in zip(self.codebooks, quantized.commitment, strict=True)},
         }
-        return Output(mse / self.config.variance + quantized.loss, metrics, reconstruction)
+        return Output(errors.mean() / self.config.variance + quantized.loss, metrics, reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """Codes int64 [B, H/f, W/f], one a codebook."""

@@ -71,10 +71,7 @@ class Encoder(nn.Module):
         self.out = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        features = self.image(x)
-        if condition is not None:
-            features = torch.cat([features, condition.to(features.dtype)], dim=1)
-        return self.out(F.relu(self.hidden(features)))
+        return self.out(F.relu(self.hidden(_beside(self.image(x), condition))))
 
 
 class Decoder(nn.Module):
@@ -103,10 +100,7 @@ class LinearEncoder(nn.Linear):
         super().__init__(shape.channels * shape.size**2 + condition, out)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        features = x.flatten(1)
-        if condition is not None:
-            features = torch.cat([features, condition.to(features.dtype)], dim=1)
-        return super().forward(features)
+        return super().forward(_beside(x.flatten(1), condition))
 
 
 class LinearDecoder(nn.Linear):
@@ -118,6 +112,13 @@ class LinearDecoder(nn.Linear):
 
     def forward(self, z: Tensor) -> Tensor:
         return super().forward(z).unflatten(1, self.image)
+
+
+def _beside(features: Tensor, condition: Tensor | None) -> Tensor:
+    """[B, F] and [B, E] → [B, F + E], of the features' type, which autocast decides."""
+    if condition is None:
+        return features
+    return torch.cat([features, condition.to(features.dtype)], dim=1)
 
 
 def least_size(shape: Shape, halvings: int) -> int:

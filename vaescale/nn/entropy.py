@@ -38,7 +38,7 @@ class _Entropies(torch.autograd.Function):
         totals, entropy = z.new_empty(len(z)), z.new_zeros(len(z))  # log Σ_k exp s_nk; H
         mean = z.new_zeros(len(codebook))  # m
         with exact(z.device):
-            for n in _slices(len(z), max(TILE // min(COLUMNS, len(codebook)), 1)):
+            for n in _rows(z, codebook):
                 totals[n] = _totals(z[n], codebook, temperature)
                 for k in _slices(len(codebook), COLUMNS):
                     log_soft = _scores(z[n], codebook[k], temperature).sub_(totals[n, None])
@@ -58,7 +58,7 @@ class _Entropies(torch.autograd.Function):
         of_codebook = torch.zeros_like(codebook) if ctx.needs_input_grad[1] else None
         surprise = -mean.clamp(min=torch.finfo(mean.dtype).tiny).log()  # w
         with exact(z.device):
-            for n in _slices(len(z), max(TILE // min(COLUMNS, len(codebook)), 1)):
+            for n in _rows(z, codebook):
                 average = z.new_zeros(len(z[n]))  # Σ_k p_nk w_k
                 for k in _slices(len(codebook), COLUMNS):
                     soft = _scores(z[n], codebook[k], ctx.temperature).sub_(totals[n, None]).exp_()
@@ -84,6 +84,11 @@ def _totals(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
 def _scores(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     """s but for −‖z‖² / τ, which the softmax does not see."""
     return torch.addmm(codebook.square().sum(1).div_(-temperature), z, codebook.t(), alpha=2 / temperature)
+
+
+def _rows(z: Tensor, codebook: Tensor) -> Iterator[slice]:
+    """As many at once as fill a tile."""
+    return _slices(len(z), max(TILE // min(COLUMNS, len(codebook)), 1))
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

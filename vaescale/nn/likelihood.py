@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 DELTA = 1 / 255  # δ: the width of an 8-bit value's bin
+UNIFORM = DELTA**2 / 12  # variance of what is uniform in it
 PACE = 10.0  # Adam moves a parameter by its learning rate a step, and log c has some units to go: ten times as fast
 FAR = 1e6  # standard deviations: the outer edge of the first and last bin
 LEAST_LOG_SCALE = -7.0  # of a logistic on [−1, 1], as in the authors' implementation
@@ -73,7 +74,7 @@ class Gaussian(_Gaussian):
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         c = self.variance()
-        errors = (x / 255 - self.mean(output)).square() + DELTA**2 / 12
+        errors = (x / 255 - self.mean(output)).square() + UNIFORM
         constant = math.log(DELTA) - (2 * math.pi * c).log() / 2
         return (constant - errors / (2 * c)).sum((1, 2, 3))
 
