@@ -15,17 +15,19 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain, islice, product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vaescale.data import DataError, stream
-from vaescale.evaluation.evaluate import evaluate
+from vaescale.evaluation import metrics
+from vaescale.evaluation.evaluate import reconstruct
+from vaescale.interfaces import Shape
 from vaescale.models.vqvae import VQVAE, Config
+from vaescale.monitoring import codebook
 from vaescale.nn import quantize
 from vaescale.training.learner import learning_rate
 from vaescale.training.settings import Optimizer
@@ -124,26 +126,35 @@ class Images:
         self.train = list(islice(loader, max(steps, COUNTED)))
         self.validation = list(stream.validation_loader(stream.ValidationSlices(config), BATCH, 0, 1, pin=False))
 
-    def counted(self) -> Iterator[stream.Decoded]:
-        return chain(self.train[:COUNTED], self.validation)
-
 
 def measure(remedy: str, codes: int, seed: int, images: Images, steps: int) -> Line:
     torch.manual_seed(seed)
-    vqvae = VQVAE(model(remedy, codes), seed)
+    vqvae = VQVAE(model(remedy, codes), Shape(size=SIZE), seed)
     start = time.process_time()
     train(vqvae, images, steps)
     seconds = time.process_time() - start
     vqvae.eval()
-    sizes, device = {"codebook": vqvae.quantizer.sizes[0]}, torch.device("cpu")
-    counted = evaluate(vqvae, images.counted(), sizes, device)
+    counts = torch.zeros(vqvae.quantizer.sizes[0], dtype=torch.int64)
+    psnr: list[float] = []
+    with torch.no_grad():
+        for batch, _ in images.train[:COUNTED]:
+            counts += occurrences(vqvae.encode(batch), len(counts))
+        for batch, _ in images.validation:
+            y, latents = reconstruct(vqvae, batch)
+            counts += occurrences(latents, len(counts))
+            psnr += metrics.psnr(batch.x, y).tolist()
     return {
-        "latents": counted["images"] * (SIZE // vqvae.config.downsampling) ** 2,
-        "usage": counted["usage"],
-        "perplexity": counted["perplexity"],
-        "psnr": evaluate(vqvae, images.validation, sizes, device)["psnr"],
+        "latents": int(counts.sum()),
+        "usage": float(codebook.used(counts)),
+        "perplexity": float(codebook.perplexity(counts)),
+        "psnr": statistics.mean(psnr),
         "seconds": seconds,
     }
+
+
+def occurrences(latents: list[torch.Tensor], codes: int) -> torch.Tensor:
+    """int64 [K] of the only level."""
+    return torch.bincount(latents[0].flatten(), minlength=codes)
 
 
 def train(vqvae: VQVAE, images: Images, steps: int) -> None:
