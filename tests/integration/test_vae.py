@@ -7,13 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import webdataset
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, Start, finish, ranks
+from tests.conftest import ROOT, Start, finish, ranks, samples
 from tests.integration.conftest import forked, losses
 from tests.integration.test_resume import rewind, same_bits
 from vaescale.data import digits
-from vaescale.data.shards import write
+from vaescale.data.index import Fields
+from vaescale.data.shards import index, name, write
 
 TINY_VAE = Path(__file__).parent / "tiny_vae.yaml"
 
@@ -38,11 +40,27 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data.root of pictures with a label and, all but every fifth, an age in their JSON."""
+    root = tmp_path_factory.mktemp("described")
+    for seed, (split, count) in enumerate({"train": 90, "val": 11}.items()):
+        (root / split).mkdir()
+        with webdataset.TarWriter(str(root / split / name(0))) as tar:
+            for number, sample in enumerate(samples(count, seed)):
+                said = {"age": 20 + number} if number % 5 else {}
+                label, numbers = str(sample.label).encode(), json.dumps(said).encode()
+                tar.write({"__key__": sample.key, "jpg": sample.image, "cls": label, "json": numbers})
+        index(str(root / split), root / split, "*.tar", Fields(), 1)
+    return root
+
+
 def train(folder: Path, pictures: Path) -> None:
+    """Told label and age."""
     jobs = []
     for case in CASES:
         out = folder / case.name
-        values = {"run": out / "run", "data.root": pictures, **case._asdict()}
+        values = {"run": out / "run", "data.root": pictures, "data.attributes": "[age]", **case._asdict()}
         del values["world"]
         given = [f"{key}={value}" for key, value in values.items()]
         jobs.append(
@@ -52,9 +70,9 @@ def train(folder: Path, pictures: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(described: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vae")
-    train(folder, pictures)
+    train(folder, described)
     return folder
 
 
@@ -83,11 +101,17 @@ def test_free_bits_and_warm_up_were_at_work(trained: Path) -> None:
     assert (rates > 0.01).any()
 
 
-def test_a_resumed_run_ends_in_the_same_bits(trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_attributes_were_at_work(trained: Path) -> None:
+    """What stands for an age that is not said has been learned."""
+    weights = load_file(trained / Case(1).name / "rank-0.safetensors")
+    assert weights["conditioner.unknown"].abs() > 1e-3
+
+
+def test_a_resumed_run_ends_in_the_same_bits(trained: Path, described: Path, tmp_path: Path) -> None:
     for case in CASES:
         (tmp_path / case.name).mkdir()
         rewind(trained / case.name / "run", tmp_path / case.name / "run")
-    train(tmp_path, pictures)
+    train(tmp_path, described)
     for case in CASES:
         assert len(json.loads((tmp_path / case.name / "rank-0.json").read_text())) == 4 * 12 // case.world
         same_bits(tmp_path / case.name / "run", trained / case.name / "run")

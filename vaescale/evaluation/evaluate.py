@@ -32,7 +32,8 @@ PROTOCOL = {
     "draws": "latents drawn from q(z|x) for each image; their noise is decided by the numbers of sample and draw",
     "rate": "KL(q(z|x) || p(z)) in bits a subpixel, over all levels; levelN/rate: each, coarse to fine",
     "distortion": "-log2 p(x|z) in bits a subpixel, mean over draws",
-    "active_units": f"latents whose posterior mean has a variance over images above {ACTIVE}, Burda et al. 2016, 5.2",
+    "active_units": f"latents whose posterior mean (PCA: score) has a variance over images above "
+    f"{ACTIVE}, Burda et al. 2016, 5.2",
 }
 
 
