@@ -5,7 +5,8 @@ Images are uint8 [B, C, H, W], C = 3 or 1, until they are on the device, and flo
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,17 @@ class Bound(NamedTuple):
     """
 
     distortion: Tensor  # fp32 [B]: −log p(x|z)
-    rate: Tensor  # fp32 [L, B]: KL(q‖p) of each level, coarse to fine, in closed form
+    rate: Tensor  # fp32 [L, B]: KL(q‖p) of each level, coarse to fine, in closed form where there is one
     log_ratio: Tensor  # fp32 [B]: log p(z) − log q(z|x) of the draw, over all levels
+
+
+T = TypeVar("T")
+
+
+def by_level(name: str, values: Sequence[T]) -> dict[str, T]:
+    """How a number of each level is called, coarse to fine; sorted, the names stand as the levels do."""
+    width = len(str(len(values) - 1))
+    return {f"{name}/level{number:0{width}}": value for number, value in enumerate(values)}
 
 
 class Quantized(NamedTuple):

@@ -131,8 +131,8 @@ def test_several_levels_have_a_rate_each(batch: Batch) -> None:
             return bound._replace(rate=torch.cat([0.25 * bound.rate, 0.75 * bound.rate]))
 
     one, two = bits(Linear(1.0), batch, 3), bits(Levels(1.0), batch, 3)
-    torch.testing.assert_close(two["level0/rate"], one["rate"] / 4)
-    torch.testing.assert_close(two["level0/rate"] + two["level1/rate"], two["rate"])
+    torch.testing.assert_close(two["rate/level0"], one["rate"] / 4)
+    torch.testing.assert_close(two["rate/level0"] + two["rate/level1"], two["rate"])
     torch.testing.assert_close(two["bits_per_dim"], one["bits_per_dim"])
 
 

@@ -174,7 +174,7 @@ def test_vary_mixes_with_noise_of_the_latents_spread(shown: list[Shown]) -> None
     close(z[:, :, 0], own)
     close(z[:, :, 1], own)
     zeta = z[:, :, 6] - mean
-    for column, a in enumerate(sample.STRENGTHS, start=2):
+    for column, a in enumerate(sample.STRENGTHS, start=1):
         close(z[:, :, column], mean + math.sqrt(1 - a * a) * (own - mean) + a * zeta)
     assert (zeta[:, 0] - zeta[:, 1]).abs().max() > 0.5
     expected = (SCALE**2 + NOISE**2).sqrt().numpy()
@@ -187,7 +187,7 @@ def test_vary_keeps_the_coarse_latents_of_several_levels(shown: list[Shown]) -> 
     one = subject(Linear(levels=2))
     sample.vary(one)
     (grid,) = shown
-    assert grid.columns == ["input", "a = 0", "keep 1", "keep 0"]
+    assert grid.columns == ["input", "keep 2", "keep 1", "keep 0"]
     z = latents(grid).view(4, sample.VARIATIONS, 4, M + 2)
     own = read(one.shown.x[:4])[:, None, :M]
     close(z[:, :, 2, 0], own[..., 0])
@@ -195,6 +195,40 @@ def test_vary_keeps_the_coarse_latents_of_several_levels(shown: list[Shown]) -> 
     for column, drawn in ((2, slice(1, M)), (3, slice(0, M))):
         assert ((z[:, :, column, drawn] - own[..., drawn]).abs().amax(-1) > CLOSE).all()
         assert ((z[:, 0, column, drawn] - z[:, 1, column, drawn]).abs().amax(-1) > CLOSE).all()
+
+
+def test_each_level_is_moved_alone(shown: list[Shown]) -> None:
+    one = subject(Linear(levels=2))
+    sample.interpolate(one)
+    grid = shown[1]
+    assert grid.rows == ["level 0", "level 1"]
+    z, (a, b) = latents(grid)[:, 1:-1], read(one.shown.x[:2])[:, :M]
+    shares = torch.linspace(0, 1, 9)[:, None]
+    close(z[0, :, :1], torch.lerp(a[:1], b[:1], shares))
+    close(z[0, :, 1:M], a[1:])
+    close(z[1, :, 1:M], torch.lerp(a[1:], b[1:], shares))
+    close(z[1, :, 0], a[0])
+    close(z[..., M], torch.tensor(0.0))  # the first image's class
+
+
+def test_progressive_keeps_ever_fewer_levels(shown: list[Shown]) -> None:
+    one = subject(Linear(levels=2))
+    sample.progressive(one.codec, one.shown)
+    (grid,) = shown
+    assert grid.columns == ["input", "keep 2", "keep 1", "keep 0"]
+    z, own = latents(grid)[..., :M], read(one.shown.x)[:, :M]
+    close(z[:, 1], own)
+    close(z[:, 2, 0], own[:, 0])
+    assert ((z[:, 2, 1:] - own[:, 1:]).abs().amax(-1) > CLOSE).all()
+
+
+def test_samples_of_higher_temperatures_come_from_the_same_noise(shown: list[Shown]) -> None:
+    one = subject()
+    sample.at_temperatures(one.codec, one.shown.condition)
+    assert [grid.title for grid in shown] == [f"samples, temperature {t:g}" for t in sample.TEMPERATURES]
+    first, *others = (read(grid.images)[:, :M] for grid in shown)
+    for temperature, z in zip(sample.TEMPERATURES[1:], others, strict=True):
+        close(z, first * temperature / sample.TEMPERATURES[0])
 
 
 def test_given_latents_are_kept_however_many_images_there_are() -> None:

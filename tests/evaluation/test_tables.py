@@ -41,7 +41,7 @@ def test_rows_that_do_not_compare_are_said_to() -> None:
 
 
 def test_a_listing_holds_every_number_once() -> None:
-    text = tables.listing({**VAE, "level0/rate": 0.2, "level1/rate": 0.05})
+    text = tables.listing({**VAE, "rate/level0": 0.2, "rate/level1": 0.05})
     lines = [line.split("  ") for line in text.splitlines()[1:]]
     found = {parts[1]: parts[-1].strip() for parts in lines}
     assert found["bits/dim, ELBO"] == "1.25"

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data import stream
-from ..interfaces import Batch, Bounded, Codec
+from ..interfaces import Batch, Bounded, Codec, by_level
 from ..monitoring import codebook
 from ..monitoring.pictures import to_bytes
 from . import metrics
@@ -30,10 +30,10 @@ PROTOCOL = {
     "dequantisation": "a density is that of the image plus uniform noise in its bins of 1/255, its log averaged over "
     "them in closed form; a Bernoulli speaks of the image binarised at 127.5 and compares with no other",
     "draws": "latents drawn from q(z|x) for each image; their noise is decided by the numbers of sample and draw",
-    "rate": "KL(q(z|x) || p(z)) in bits a subpixel, over all levels; levelN/rate: each, coarse to fine",
+    "rate": "KL(q(z|x) || p(z)) in bits a subpixel, over all levels; rate/levelN: each, coarse to fine",
     "distortion": "-log2 p(x|z) in bits a subpixel, mean over draws",
     "active_units": f"latents whose posterior mean (PCA: score) has a variance over images above "
-    f"{ACTIVE}, Burda et al. 2016, 5.2",
+    f"{ACTIVE}, Burda et al. 2016, 5.2; active_share: of all latents",
 }
 
 
@@ -55,7 +55,8 @@ def evaluate(
     rank, world = distributed.rank(), distributed.world()
     loader = stream.validation_loader(slices, micro, rank, world, device.type == "cuda")
     # A rank without images, where there are fewer than ranks, must know the names of what the others sum.
-    names = list(_measure(codec, slices[range(1)].batch.to(device), min(draws, 2))[0])
+    first, latents = _measure(codec, slices[range(1)].batch.to(device), min(draws, 2))
+    names = list(first)
     totals = torch.zeros(len(names), dtype=torch.float64, device=device)
     counts = {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in sizes.items()}
     moments = Moments(device)
@@ -70,7 +71,11 @@ def evaluate(
     means = (distributed.sum_(totals) / images).tolist()
     result: dict[str, Any] = {"images": images, **dict(zip(names, means, strict=True))}
     if isinstance(codec, Bounded):
-        result["active_units"] = int((moments.result()[1] > ACTIVE).sum())
+        active = moments.result()[1] > ACTIVE
+        result["active_units"], result["active_share"] = int(active.sum()), float(active.double().mean())
+        if len(latents) > 1:
+            each = active.split([level[0].numel() for level in latents])
+            result |= by_level("active_units", [int(level.sum()) for level in each])
     for name, count in counts.items():
         distributed.sum_(count)
         prefix = "" if len(counts) == 1 else f"{name}/"
@@ -104,7 +109,7 @@ def bits(codec: Bounded, batch: Batch, draws: int) -> dict[str, Tensor]:
         values["bits_per_dim_iw"] = math.log(draws) - log_weights
     values |= {"rate": rate.sum(0), "distortion": distortion}
     if len(rate) > 1:
-        values |= {f"level{number}/rate": level for number, level in enumerate(rate)}
+        values |= by_level("rate", rate.unbind())
     return {name: nats / (math.log(2) * batch.x[0].numel()) for name, nats in values.items()}
 
 

@@ -22,10 +22,12 @@ PER_ROW = 8
 WIDEST = 16  # classes, attributes or levels in one picture
 IMAGES = 4  # that rows of one picture begin from
 VARIATIONS = 3
-STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
+STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEVIATIONS = (-3, -2, -1, 0, 1, 2, 3)
 ATTRIBUTE_VALUES = (-2, -1, 0, 1, 2)
 TRAVERSED = 10  # latents
+SAMPLES = 16  # a temperature, in a picture
+TEMPERATURES = (0.7, 0.85, 1.0)
 
 
 class Unable(ValueError):
@@ -110,7 +112,10 @@ def interpolate(subject: Subject) -> dict[str, Picture]:
             images += [x.x[a : a + 1], y, x.x[a + 1 : a + 2]]
             rows.append(name)
     columns = ["input", *(f"{share:g}" for share in shares), "input"]
-    return {"interpolate": grid(torch.cat(images), len(columns), columns, rows, "from one image to another")}
+    result = {"interpolate": grid(torch.cat(images), len(columns), columns, rows, "from one image to another")}
+    if len(latents) > 1:
+        result["interpolate_levels"] = _each_level(subject, latents, shares)
+    return result
 
 
 @torch.no_grad()
@@ -119,18 +124,40 @@ def vary(subject: Subject) -> dict[str, Picture]:
     as far from their mean as latents are; of several levels the first k are kept, the others drawn from the prior."""
     latents = [level[:IMAGES] for level in _continuous(subject, "there is nothing to mix with noise")]
     x = Batch(*(tensor[:IMAGES] for tensor in subject.shown))
-    y = decoded(subject.codec, latents, x.condition)
     if len(latents) == 1:
         variations, columns = _mixed(subject, latents[0], x.condition)
         title = "an image's latents mixed with noise; each row another noise"
     else:
-        variations, columns = _redrawn(subject, latents, x.condition)
+        seeds = range(subject.seed, subject.seed + VARIATIONS)
+        variations, columns = _redrawn(subject.codec, latents, x.condition, seeds)
         title = "an image's coarse latents kept, the finer ones drawn; each row another draw"
     images = []
     for number in range(len(x.x)):
         for row in variations:
-            images += [x.x[number : number + 1], y[number : number + 1], row[number]]
-    return {"vary": grid(torch.cat(images), len(columns) + 2, ["input", "a = 0", *columns], title=title)}
+            images += [x.x[number : number + 1], row[number]]
+    return {"vary": grid(torch.cat(images), len(columns) + 1, ["input", *columns], title=title)}
+
+
+@torch.no_grad()
+def at_temperatures(codec: Codec, condition: Condition) -> Picture:
+    """Samples from the prior under these conditions, and below one another those of higher temperatures from the same
+    noise. Raises Unable where there is no prior."""
+    blocks = []
+    for temperature in TEMPERATURES:
+        images = from_prior(codec, in_turn(condition, SAMPLES), 0, temperature)
+        blocks.append(grid(images, PER_ROW, title=f"samples, temperature {temperature:g}"))
+    return joined(blocks, axis=0)
+
+
+@torch.no_grad()
+def progressive(codec: Codec, x: Batch) -> Picture:
+    """Reconstructions from all levels of latents, from ever fewer, and from none: the finer ones come from the prior.
+    The same noise in every column."""
+    latents = codec.encode(x)
+    (y,), columns = _redrawn(codec, latents, x.condition, [0])
+    images = torch.cat([x.x[:, None], y], dim=1).flatten(0, 1)
+    title = f"the coarsest of {len(latents)} levels kept, the finer ones drawn"
+    return grid(images, len(columns) + 1, ["input", *columns], title=title)
 
 
 @torch.no_grad()
@@ -276,13 +303,31 @@ def _mixed(subject: Subject, z: Tensor, condition: Condition) -> tuple[list[Tens
     return variations, [f"a = {a:g}" for a in STRENGTHS]
 
 
-def _redrawn(subject: Subject, latents: list[Tensor], condition: Condition) -> tuple[list[Tensor], list[str]]:
-    """As `_mixed`."""
-    fewer = list(reversed(_some(range(len(latents)))))
+def _each_level(subject: Subject, latents: Sequence[Tensor], shares: Sequence[float]) -> Picture:
+    """From the first image's latents to the second's in one level, a row each; the other levels stay the first's, and
+    so does the condition."""
+    x = subject.shown
+    levels, count = _some(range(len(latents))), len(shares)
+    same = Condition(*(tensor[:1].expand(count, *tensor.shape[1:]) for tensor in x.condition))
+    images = []
+    for moved in levels:
+        between = [level[:1].expand(count, *level.shape[1:]) for level in latents]
+        one, two = latents[moved][:1], latents[moved][1:2]
+        between[moved] = torch.cat([torch.lerp(one, two, share) for share in shares])
+        images += [x.x[:1], decoded(subject.codec, between, same), x.x[1:2]]
+    columns = ["input", *(f"{share:g}" for share in shares), "other"]
+    rows = [f"level {level}" for level in levels]
+    return grid(torch.cat(images), len(columns), columns, rows, "one level of latents at a time, coarse to fine")
+
+
+def _redrawn(
+    codec: Codec, latents: Sequence[Tensor], condition: Condition, seeds: Sequence[int]
+) -> tuple[list[Tensor], list[str]]:
+    """As `_mixed`, a seed a variation."""
+    fewer = list(reversed(_some(range(len(latents) + 1))))
     variations = []
-    for variation in range(VARIATIONS):
-        seed = subject.seed + variation
-        y = [from_prior(subject.codec, condition, seed, given=latents[:kept]) for kept in fewer]
+    for seed in seeds:
+        y = [from_prior(codec, condition, seed, given=latents[:kept]) for kept in fewer]
         variations.append(torch.stack(y, dim=1))
     return variations, [f"keep {kept}" for kept in fewer]
 

@@ -17,6 +17,7 @@ SHOWN = {
     "rate": "rate (bits/dim)",
     "distortion": "distortion (bits/dim)",
     "active_units": "active units",
+    "active_share": "active units, share",
     "usage": "codes used",
     "usage_ever": "codes ever used in training",
     "perplexity": "perplexity",
@@ -46,8 +47,9 @@ def listing(result: Result) -> str:
     """All numbers of one run, one a line; those of one codebook or level among several carry its name."""
     rows = [(text.format(**result), _number(result[key])) for key, text in SHOWN.items() if key in result]
     for key in result:
-        name, slash, measure = key.partition("/")
+        group, slash, part = key.partition("/")  # codebook0/usage, rate/level0
         if slash:
+            measure, name = (part, group) if part in SHOWN else (group, part)
             rows.append((f"{SHOWN[measure]}, {name}", _number(result[key])))
     if "ssim" not in result:
         rows.append(("SSIM", "left out: its window is wider than the images"))

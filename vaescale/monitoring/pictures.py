@@ -90,6 +90,24 @@ def grid(
     return np.asarray(sheet)
 
 
+def bars(values: Sequence[float], title: str) -> Picture:
+    """Vertical bars from 0, numbered from 0."""
+    font = ImageFont.load_default(size=11)
+    pitch, height, most = max(8, min(40, 640 // len(values))), 160, max([*values, 1e-9])
+    width = max(pitch * len(values), math.ceil(font.getlength(title))) + 4 * GAP
+    sheet = Image.new("RGB", (width, height + 3 * CAPTION), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 3), title, INK, font)
+    draw.text((GAP, CAPTION), f"highest bar {most:.3g}", INK, font)
+    base = 2 * CAPTION + height
+    for number, value in enumerate(values):
+        left = 2 * GAP + number * pitch
+        draw.rectangle((left, base - round(height * max(value, 0) / most), left + pitch - 3, base), (70, 110, 160))
+        if number % math.ceil(24 / pitch) == 0:
+            draw.text((left, base + 2), str(number), INK, font)
+    return np.asarray(sheet)
+
+
 def joined(pictures: Sequence[Picture], axis: int) -> Picture:
     """One below the other (axis 0) or side by side (axis 1)."""
     size = [max(picture.shape[0] for picture in pictures), max(picture.shape[1] for picture in pictures)]

@@ -71,7 +71,7 @@ class Encoder(nn.Module):
         self.out = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return self.out(F.relu(self.hidden(_beside(self.image(x), condition))))
+        return self.out(F.relu(self.hidden(beside(self.image(x), condition))))
 
 
 class Decoder(nn.Module):
@@ -100,7 +100,7 @@ class LinearEncoder(nn.Linear):
         super().__init__(shape.channels * shape.size**2 + condition, out)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return super().forward(_beside(x.flatten(1), condition))
+        return super().forward(beside(x.flatten(1), condition))
 
 
 class LinearDecoder(nn.Linear):
@@ -114,7 +114,7 @@ class LinearDecoder(nn.Linear):
         return super().forward(z).unflatten(1, self.image)
 
 
-def _beside(features: Tensor, condition: Tensor | None) -> Tensor:
+def beside(features: Tensor, condition: Tensor | None) -> Tensor:
     """[B, F] and [B, E] → [B, F + E], of the features' type, which autocast decides."""
     if condition is None:
         return features

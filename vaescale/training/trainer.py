@@ -23,7 +23,7 @@ from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..evaluation import sample
 from ..evaluation.evaluate import evaluate, reconstruct
-from ..interfaces import Batch, Usage
+from ..interfaces import Batch, Bounded, Usage
 from ..models.pca import PCA
 from ..monitoring import alarm, codebook, pictures
 from ..monitoring.board import Board
@@ -34,8 +34,6 @@ from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
 from .learner import Descent, Learner
 from .settings import Config, build, check_labels, micro_batch
-
-SAMPLES = 32  # from the prior, in a picture
 
 
 @dataclass
@@ -211,6 +209,9 @@ class Trainer:
         if self.board:
             self.board.scalars(values, step)
             self.show(self.board)
+            if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
+                title = "bits/dim that each level of latents costs, coarse to fine"
+                self.board.picture("val/rates", pictures.bars(rates, title), step)
 
     def show(self, board: Board) -> None:
         """The fixed images, samples from the prior, codes, and what each codebook or linear decoder holds."""
@@ -219,8 +220,9 @@ class Trainer:
         y, latents = reconstruct(model, shown)
         board.picture("val/reconstructions", pictures.reconstructions(shown.x, y), step)
         with suppress(sample.Unable):
-            drawn = sample.from_prior(model, sample.in_turn(shown.condition, SAMPLES), seed=0)
-            board.picture("val/samples", pictures.grid(drawn, per_row=len(shown.x)), step)
+            board.picture("val/samples", sample.at_temperatures(model, shown.condition), step)
+        if isinstance(model, Bounded) and len(latents) > 1:
+            board.picture("val/progressive", sample.progressive(model, shown), step)
         averages = {name: usage.average for name, usage in model.usage(clear=False).items()}
         decoded = codebook.decoded(model, list(averages.values()), [level.shape[1:] for level in latents])
         for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=False):

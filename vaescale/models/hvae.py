@@ -1,0 +1,92 @@
+"""A VAE with two levels of latents: Sønderby et al. 2016, "Ladder variational autoencoders", section 2.
+
+    p(z2) = N(0, I),  p(z1|z2) = N(·, diag),  p(x|z1)
+    bottom-up:  q(z1|x) from the image, then q(z2|z1)
+    top-down:   q(z2|x) from the image, then q(z1|x, z2)
+
+−ELBO = −E log p(x|z1) + E log q(z1|·)/p(z1|z2) + E KL(q(z2|·) ‖ p(z2)). Top-down, the middle term, too, is a KL in
+closed form; bottom-up it is not, since z2 was drawn given z1. All but p(z2) are also given the condition, if there is
+one. With `network.kind: linear` every map is one linear map.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..interfaces import Shape
+from ..nn import gaussian
+from ..nn.blocks import Network, beside, decoder, encoder
+from ..nn.likelihood import Likelihood
+from . import variational
+from .variational import Draw, Level, Net, Variational, at_least_one
+
+TOP, LOW = 0, 1  # levels, coarse to fine: z2 and z1
+
+
+@dataclass(frozen=True)
+class Config(variational.Config):
+    kind: str = "hvae"
+    latents: int = 32  # of z1
+    top_latents: int = 8  # of z2
+    posterior: Literal["bottom-up", "top-down"] = "bottom-up"
+    network: Network = field(default_factory=Network)
+
+
+class TwoLevels(Net):
+    def __init__(self, config: Config, shape: Shape, condition: int, likelihood: Likelihood) -> None:
+        super().__init__()
+        at_least_one(config, "latents", "top_latents")
+        low, top = config.latents, config.top_latents
+        self.sizes = [top, low]
+        self.top_down = config.posterior == "top-down"
+        vector = config.network.hidden if self.top_down else 2 * low
+        self.encoder = encoder(config.network, shape, vector, condition)
+        self.q_top = _map(config.network, vector if self.top_down else low + condition, 2 * top)
+        self.q_low = _map(config.network, vector + top, 2 * low) if self.top_down else None
+        self.p_low = _map(config.network, top + condition, 2 * low)
+        self.decoder = decoder(config.network, shape, low + condition, likelihood.channels)
+
+    def infer(self, x: Tensor, told: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
+        features = self.encoder(x, told)
+        if self.q_low is None:
+            q_low = gaussian.normal(features)
+            low = draw(LOW, q_low)
+            q_top = gaussian.normal(self.q_top(beside(low.to(self.dtype), told)))
+            top = draw(TOP, q_top)
+        else:
+            features = F.relu(features)
+            q_top = gaussian.normal(self.q_top(features))
+            top = draw(TOP, q_top)
+            q_low = gaussian.normal(self.q_low(beside(features, top)))
+            low = draw(LOW, q_low)
+        p_low = self._prior(top, told)
+        return low, [Level(top, q_top, gaussian.standard(top)), Level(low, q_low, p_low, follows=not self.top_down)]
+
+    def generate(self, latents: Sequence[Tensor], told: Tensor | None, images: int, draw: Draw) -> Tensor:
+        if len(latents) > LOW:
+            return latents[LOW]
+        top = latents[TOP] if latents else draw(TOP, self.standard(images, self.sizes[TOP]))
+        return draw(LOW, self._prior(top, told))
+
+    def read(self, h: Tensor, told: Tensor | None) -> Tensor:
+        return self.decoder(beside(h.to(self.dtype), told))
+
+    def _prior(self, top: Tensor, told: Tensor | None) -> gaussian.Normal:
+        """p(z1|z2)"""
+        return gaussian.normal(self.p_low(beside(top.to(self.dtype), told)))
+
+
+def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
+    """Raises ValueError for values that cannot be."""
+    return Variational(config, shape, seed, partial(TwoLevels, config, shape))
+
+
+def _map(network: Network, dim: int, out: int) -> nn.Module:
+    """[B, dim] → [B, out]"""
+    if network.kind == "linear":
+        return nn.Linear(dim, out)
+    return nn.Sequential(nn.Linear(dim, network.hidden), nn.ReLU(), nn.Linear(network.hidden, out))

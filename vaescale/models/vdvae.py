@@ -1,0 +1,236 @@
+"""A deep top-down VAE: Child 2021, "Very deep VAEs generalize autoregressive models and can outperform them on images".
+
+    image → encoder: blocks at full resolution, halved and halved → features e of each resolution
+    learned start at 1 × 1 → decoder, each of its blocks one level of latents [B, D, h, w]:
+        h → prior block → p(z|h), and what is added to h whatever z is
+        h, e → posterior block → q(z|h, e)
+        h + z's projection → residual block → h;   after a stage h is enlarged to the next resolution
+    h at full resolution → p(x|z)
+
+Posterior and prior are one way: without an image the posterior blocks are left out. A condition is added to h where a
+resolution begins. As in the paper blocks are bottlenecks of two 1×1 and two 3×3 convolutions behind GELUs, the last
+ones of N blocks begin √(1/N) as large, and that of the prior at zero, so that p begins as N(0, I).
+
+Other than in the authors' code the features of a resolution come from the last of its blocks, not the last but one
+(there the last belongs to the halving), and label and attributes may be told. Parameters are the same but for those.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..interfaces import Shape
+from ..nn import gaussian
+from ..nn import likelihood as likelihoods
+from ..nn.gaussian import Normal
+from ..nn.likelihood import Likelihood
+from . import variational
+from .variational import Draw, Level, Net, Variational, at_least_one
+
+
+@dataclass(frozen=True)
+class Stage:
+    size: int  # pixels a side
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Config(variational.Config):
+    kind: str = "vdvae"
+    width: int = 384  # channels of h
+    bottleneck: int = 96  # channels inside a block
+    latents: int = 16  # D, channels of z
+    encoder: list[Stage] = field(default_factory=list)  # from the image's size downwards
+    decoder: list[Stage] = field(default_factory=list)  # up to the image's size; each block is a level of latents
+    checkpointing: bool = False  # a block's inside is computed again in the backward pass instead of kept
+    likelihood: likelihoods.Config = field(default_factory=lambda: likelihoods.Config(kind="logistic-mixture"))
+
+
+class Block(nn.Module):
+    """[B, channels, s, s] → [B, out, s, s]: through `hidden` channels, 3×3 where there is more than a pixel or two."""
+
+    def __init__(self, channels: int, hidden: int, out: int, size: int, scale: float = 1.0) -> None:
+        super().__init__()
+        wide = 3 if size > 2 else 1
+        self.layers = nn.Sequential(
+            nn.GELU(),
+            _conv(channels, hidden, 1),
+            nn.GELU(),
+            _conv(hidden, hidden, wide),
+            nn.GELU(),
+            _conv(hidden, hidden, wide),
+            nn.GELU(),
+            _conv(hidden, out, 1, scale),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Step(NamedTuple):
+    """What one stochastic block has done."""
+
+    h: Tensor
+    level: Level | None  # of the posterior, if there was one
+
+
+class Stochastic(nn.Module):
+    """One level of latents between h and h, [B, width, s, s]."""
+
+    def __init__(self, config: Config, size: int, number: int, count: int) -> None:
+        super().__init__()
+        width, hidden, latents = config.width, config.bottleneck, config.latents
+        self.number = number
+        self.split = [2 * latents, width]
+        scale = math.sqrt(1 / count)
+        self.prior = Block(width, hidden, 2 * latents + width, size, scale=0.0)
+        self.posterior = Block(2 * width, hidden, 2 * latents, size)
+        self.project = _conv(latents, width, 1, scale)
+        self.residual = Block(width, hidden, width, size, scale)
+
+    def forward(self, h: Tensor, features: Tensor | None, given: Tensor | None, draw: Draw) -> Step:
+        """features: [B, width, s, s], of an image; given: z, if it is not to be drawn."""
+        parameters, certain = self.prior(h).split(self.split, dim=1)
+        p = gaussian.normal(parameters)
+        q: Normal | None = None
+        if features is not None:
+            q = gaussian.normal(self.posterior(torch.cat([h, features.to(h.dtype)], dim=1)))
+        z = draw(self.number, q or p) if given is None else given
+        h = h + certain + self.project(z.to(certain.dtype))
+        return Step(h + self.residual(h), Level(z, q, p) if q else None)
+
+
+class Encoder(nn.Module):
+    """[B, C, H, W] → features by their size."""
+
+    def __init__(self, config: Config, channels: int) -> None:
+        super().__init__()
+        self.first = _conv(channels, config.width, 3)
+        scale = math.sqrt(1 / sum(stage.blocks for stage in config.encoder))
+        self.places = [stage.size for stage in config.encoder for _ in range(stage.blocks)]
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.bottleneck, config.width, size, scale) for size in self.places
+        )
+        self.checkpointing = config.checkpointing
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        x = self.first(x)
+        features = {}
+        for size, block in zip(self.places, self.blocks, strict=True):
+            if x.shape[-1] != size:
+                x = F.avg_pool2d(x, x.shape[-1] // size)
+            x = x + kept(block, self.checkpointing and self.training, x)
+            features[size] = x
+        return features
+
+
+class TopDown(Net):
+    def __init__(self, config: Config, shape: Shape, condition: int, likelihood: Likelihood) -> None:
+        super().__init__()
+        _require(config, shape)
+        self.encoder = Encoder(config, shape.channels)
+        places = [stage.size for stage in config.decoder for _ in range(stage.blocks)]
+        self.sizes = [config.latents] * len(places)
+        self.blocks = nn.ModuleList(Stochastic(config, size, number, len(places)) for number, size in enumerate(places))
+        self.places = places
+        stages = [stage.size for stage in config.decoder]
+        self.starts = nn.ParameterDict(
+            {str(size): nn.Parameter(torch.zeros(1, config.width, size, size)) for size in stages}
+        )
+        self.conditions = nn.ModuleDict(
+            {str(size): nn.Linear(condition, config.width) for size in stages} if condition else {}
+        )
+        self.gain = nn.Parameter(torch.ones(1, config.width, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, config.width, 1, 1))
+        self.out = _conv(config.width, likelihood.channels, 1)
+        self.checkpointing = config.checkpointing
+
+    def infer(self, x: Tensor, told: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
+        h, levels = self._walk(self.encoder(x), (), told, len(x), draw)
+        return h, levels
+
+    def generate(self, latents: Sequence[Tensor], told: Tensor | None, images: int, draw: Draw) -> Tensor:
+        h, _ = self._walk({}, latents, told, images, draw)
+        return h
+
+    def read(self, h: Tensor, told: Tensor | None) -> Tensor:
+        del told  # h has it
+        return self.out(h * self.gain + self.bias)
+
+    def _walk(
+        self, features: dict[int, Tensor], latents: Sequence[Tensor], told: Tensor | None, images: int, draw: Draw
+    ) -> tuple[Tensor, list[Level]]:
+        """From the start to full resolution; the levels' posteriors if there are features."""
+        levels: list[Level] = []
+        size = self.places[0]
+        h = self._start(size, told, images)
+        for number, block in enumerate(self.blocks):
+            if self.places[number] != size:
+                larger = self.places[number]
+                h = self._start(larger, told, images) + F.interpolate(h, scale_factor=larger // size)
+                size = larger
+            given = latents[number] if number < len(latents) else None
+            h, level = kept(block, self.checkpointing and self.training, h, features.get(size), given, draw)
+            if level:
+                levels.append(level)
+        return h, levels
+
+    def _start(self, size: int, told: Tensor | None, images: int) -> Tensor:
+        start = self.starts[str(size)].expand(images, -1, -1, -1)
+        return start if told is None else start + self.conditions[str(size)](told)[:, :, None, None]
+
+
+def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
+    """Raises ValueError for values that cannot be."""
+    return Variational(config, shape, seed, partial(TopDown, config, shape))
+
+
+def kept(block: nn.Module, again: bool, *inputs: Any) -> Any:
+    """block(*inputs); with `again` only the inputs are kept for the backward pass, and the rest is computed again, from
+    the same noise, since only the samples' numbers decide it."""
+    if again:
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
+def _conv(channels: int, out: int, size: int, scale: float = 1.0) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, out, size, padding=size // 2)
+    with torch.no_grad():
+        conv.weight.mul_(scale)
+        conv.bias.zero_()  # type: ignore[union-attr]
+    return conv
+
+
+def _require(config: Config, shape: Shape) -> None:
+    """Raises ValueError."""
+    at_least_one(config, "width", "bottleneck", "latents")
+    down = [stage.size for stage in config.encoder]
+    up = [stage.size for stage in config.decoder]
+    for key, stages in (("encoder", config.encoder), ("decoder", config.decoder)):
+        if not stages or any(stage.blocks < 1 or stage.size < 1 for stage in stages):
+            raise ValueError(
+                f"model.{key} must be a list of stages, each of at least one block, as in [{{size: {shape.size}, "
+                f"blocks: 2}}, …]"
+            )
+    if down[0] != shape.size or up[-1] != shape.size:
+        raise ValueError(
+            f"model.encoder begins at {down[0]} px and model.decoder ends at {up[-1]} px: both must be at "
+            f"data.size={shape.size}"
+        )
+    for larger, smaller in [*pairwise(down), *pairwise(reversed(up))]:
+        if larger <= smaller or larger % smaller:
+            raise ValueError(
+                f"model.encoder and model.decoder: {smaller} px beside {larger} px is no whole part of it; sizes must "
+                f"fall in the encoder and rise in the decoder"
+            )
+    for size in up:
+        if size not in down:
+            raise ValueError(f"model.decoder has a stage of {size} px and model.encoder none: add one there")
