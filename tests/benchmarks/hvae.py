@@ -1,0 +1,160 @@
+"""One training step of the 39 M top-down VAE: `python tests/benchmarks/hvae.py [--batch 4] [--rounds 3]`.
+
+Ours is the trainer's step: DeepSpeed's engine, clipping, AdamW, averaged weights. Against it, in this one process and
+by turns: a loop of plain torch around the same network that does the same; ours with activation checkpointing; ours
+with its blocks compiled. A ratio is the median over rounds of theirs ÷ ours in seconds. Peak memory is that of a process
+of its own for each, above what it held before the model was built: resident on a CPU, allocated on a GPU.
+"""
+
+import argparse
+import copy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from paired import Work, paired
+
+from vaescale import distributed
+from vaescale.interfaces import Batch, Model
+from vaescale.models import vdvae
+from vaescale.training import settings
+from vaescale.training.ema import WeightEMA
+from vaescale.training.learner import Descent
+from vaescale.training.settings import Config
+
+CONFIG = Path(__file__).parents[2] / "configs" / "hvae_cifar10.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=str(CONFIG))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=SIDES, help="two steps of this side alone; prints its peak memory in MiB")
+    arguments = parser.parse_args()
+    device = distributed.init()
+    cuda = device.type == "cuda"
+    precision = "bf16" if cuda else "fp32"
+    config = settings.load(arguments.config, [f"batch={arguments.batch}", f"precision={precision}"])
+    if arguments.only:
+        print(f"{measure_memory(arguments.only, config, device):.0f}")
+        return
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}, batch {config.batch}\n"
+    )
+    print("| side | images/s | ours, images/s | theirs ÷ ours, time | peak memory, MiB |\n|---|---:|---:|---:|---:|")
+    ours = SIDES["ours"](config, device)
+    print(f"| ours | | | | {in_its_own_process('ours', arguments)} |", flush=True)
+    for name, build in SIDES.items():
+        if name == "ours":
+            continue
+        clock = synchronised if cuda else time.perf_counter
+        theirs, own, ratio = paired(build(config, device), ours, config.batch, arguments.rounds, clock)
+        memory = in_its_own_process(name, arguments)
+        print(f"| {name} | {1000 / theirs:.3f} | {1000 / own:.3f} | {ratio:.3f} | {memory} |", flush=True)
+    distributed.finish()
+
+
+def trained(model: Model, config: Config) -> Work:
+    """The trainer's step, the first time with everything that is made then."""
+    learner, ema = Descent(model, config), WeightEMA(model, config.ema)
+    batch = images(config, next(model.parameters()).device)
+
+    def work() -> None:
+        learner.step([batch], 0)
+        ema.update(model, 0)
+
+    return work
+
+
+def ours(config: Config, device: torch.device) -> Work:
+    return trained(built(config, device), config)
+
+
+def plain(config: Config, device: torch.device) -> Work:
+    """What one writes by hand."""
+    model = built(config, device)
+    averaged = copy.deepcopy(model)
+    given = config.optimizer
+    adam = torch.optim.AdamW(model.parameters(), given.lr, given.betas, weight_decay=given.weight_decay, fused=True)
+    batch = images(config, device)
+
+    def work() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = model(batch, 0).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), given.clip)
+        adam.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - config.ema)
+
+    return work
+
+
+def checkpointing(config: Config, device: torch.device) -> Work:
+    model = built(config, device)
+    for module in model.modules():
+        if isinstance(module, vdvae.TopDown | vdvae.Encoder):
+            module.checkpointing = True
+    return trained(model, config)
+
+
+def compiled(config: Config, device: torch.device) -> Work:
+    """Blocks alone: they are one function at each size, and all of the time."""
+    model = built(config, device)
+    for module in model.modules():
+        if isinstance(module, vdvae.Block):
+            module.compile()
+    return trained(model, config)
+
+
+SIDES: dict[str, Callable[[Config, torch.device], Work]] = {
+    "ours": ours,
+    "plain torch": plain,
+    "activation checkpointing": checkpointing,
+    "torch.compile": compiled,
+}
+
+
+def built(config: Config, device: torch.device) -> Model:
+    torch.manual_seed(0)
+    return settings.build(config).to(device)
+
+
+def images(config: Config, device: torch.device) -> Batch:
+    batch = settings.blank(config, config.batch)
+    x = torch.randint(0, 256, batch.x.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return batch._replace(x=x).to(device)
+
+
+def measure_memory(side: str, config: Config, device: torch.device) -> float:
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
+    before = resident()
+    work = SIDES[side](config, device)
+    for _ in range(2):
+        work()
+    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident() - before
+
+
+def resident() -> float:
+    """The most since the peak was last forgotten, in MiB."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+def in_its_own_process(side: str, arguments: argparse.Namespace) -> str:
+    command = [sys.executable, __file__, "--config", arguments.config, "--batch", str(arguments.batch), "--only", side]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+
+def synchronised() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
