@@ -2,8 +2,8 @@
 
 Ours is the trainer's step: DeepSpeed's engine, clipping, AdamW, averaged weights. Against it, in this one process and
 by turns: a loop of plain torch around the same network that does the same; ours with activation checkpointing; ours
-with its blocks compiled. A ratio is the median over rounds of theirs ÷ ours in seconds. Peak memory is that of a process
-of its own for each, above what it held before the model was built: resident on a CPU, allocated on a GPU.
+with its blocks compiled. A ratio is the median over rounds of theirs ÷ ours in seconds. Peak memory is that of one
+process for each, above what it held before the model was built: resident on a CPU, allocated on a GPU.
 """
 
 import argparse
