@@ -1,0 +1,33 @@
+"""That benchmarks still run on what they measure, on its smallest scale; their numbers are nobody's here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / name), *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
+
+
+def test_collapse(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study.jsonl"
+    cells = ["--codes", "512", "--remedies", "first batch, resets", "--steps", "2"]
+    printed = run("collapse.py", "--data", str(pictures), "--out", str(out), *cells)
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert 0 < line["usage"] <= 1
+    assert 1 <= line["perplexity"] <= line["codes"]
+    assert line["psnr"] > 5
+    assert line["latents"] == 256 * (512 + 11)
+    assert f"| {line['usage']:.1%}, {line['perplexity']:.0f}, {line['psnr']:.2f}" in printed
+
+
+def test_hvae() -> None:
+    config = str(ROOT / "configs" / "hvae_photos32.yaml")
+    held = [
+        float(run("hvae.py", "--config", config, "--batch", "1", "--only", side)) for side in ("ours", "plain torch")
+    ]
+    assert all(1 < one < 4096 for one in held)
