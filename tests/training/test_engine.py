@@ -1,14 +1,14 @@
 """The DeepSpeed engine on one process, in this process."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from tests.integration.probe import broken
 from vaescale.config import ConfigError
-from vaescale.interfaces import Batch, Model, Output
+from vaescale.interfaces import Batch
 from vaescale.training import settings
 from vaescale.training.engine import deepspeed_config
 from vaescale.training.guard import NOT_FINITE, OVERFLOW, SPIKE, WHY
@@ -82,22 +82,6 @@ def test_a_nan_gradient_moves_nothing(group: None) -> None:
         assert torch.equal(value, before[name]), name
 
 
-def broken(model: Model, fault: str) -> Callable[[Batch, int], Output]:
-    """Its forward pass with one image that is NaN, or with a loss a thousand times as large."""
-    forward = model.forward
-
-    def nan(given: Batch, step: int) -> Output:
-        x = given.x.float()
-        x[5] = torch.nan
-        return forward(given._replace(x=x), step)
-
-    def spike(given: Batch, step: int) -> Output:
-        output = forward(given, step)
-        return output._replace(loss=1000 * output.loss)
-
-    return {"nan": nan, "spike": spike}[fault]
-
-
 @pytest.mark.parametrize("fault", ["nan", "spike"])
 @pytest.mark.parametrize(
     "overrides",
@@ -123,16 +107,14 @@ def test_a_skipped_step_leaves_no_trace(group: None, overrides: list[str], fault
         torch.manual_seed(0)
         model = settings.build(config)
         learner = Descent(model, config)
-        whole = model.forward
         norms: list[float] = []
         for step in range(8):
             if step == 4:
                 if not bad:
                     continue
-                model.forward = broken(model, fault)
+                model.forward = broken(model, fault, [4])
                 learner.engine.guard.load({"count": 100.0, "mean": math.log(norms[-1]), "variance": 0.0, "run": 0.0})
             norms.append(float(learner.step([batch()], step)["gradient_norm"]))
-            model.forward = whole
         if bad:
             (skip,) = learner.skips()
             assert skip.step == 4
@@ -154,7 +136,6 @@ def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest
     torch.manual_seed(0)
     model = settings.build(config)
     learner = Descent(model, config)
-    whole = model.forward
     engine = learner.engine
 
     def steps(count: int, first: int) -> list[int]:
@@ -164,9 +145,8 @@ def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest
 
     assert set(steps(12, 0)) <= {OVERFLOW}
     learned, scale = engine.optimizer_steps(), engine.loss_scale()
-    model.forward = broken(model, "nan")
+    model.forward = broken(model, "nan", range(12, 32))
     assert steps(20, 12) == [NOT_FINITE] * 20
-    model.forward = whole
     engine.guard.load({"count": 100.0, "mean": -10.0, "variance": 0.0, "run": 20.0})
     assert steps(2, 32) == [SPIKE] * 2
     assert engine.guard.run == 22

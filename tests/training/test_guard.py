@@ -88,12 +88,14 @@ def test_overflows_neither_count_as_steps_in_a_row_nor_end_a_row() -> None:
     watched = guard()
     assert judge(watched, [math.inf] * 3, YES) == [OVERFLOW] * 3
     assert watched.run == 0
+    assert not watched.spoilt(torch.tensor(OVERFLOW))
     assert judge(watched, [math.nan] * 2) == [NOT_FINITE] * 2
     assert judge(watched, [math.inf], YES) == [OVERFLOW]
     assert judge(watched, [math.nan]) == [NOT_FINITE]
     assert watched.run == 3
     judge(watched, [1.0] * MEMORY, YES)
     assert judge(watched, [1e6], YES) == [SPIKE]  # finite: no overflow
+    assert [bool(watched.spoilt(torch.tensor(why))) for why in (TAKEN, NOT_FINITE, SPIKE, OVERFLOW)] == [0, 1, 1, 1]
 
 
 def test_a_guard_goes_on_from_its_state_with_the_same_bits() -> None:
@@ -111,6 +113,7 @@ def test_the_diagnosis_says_why_and_what_to_do() -> None:
     assert told(Skip(7, NOT_FINITE, math.nan, 2.0, 1, [3]), 2) == "the loss of rank 1 is not finite"
     assert told(Skip(7, NOT_FINITE, math.nan, 2.0, 1, [0, 1, 5]), 2) == "the loss of rank 0 and 2 is not finite"
     assert told(Skip(7, NOT_FINITE, math.inf, 2.0, 1, []), 2) == "the gradient is not finite, though all losses are"
+    assert told(Skip(7, OVERFLOW, math.inf, 2.0, 1, []), 2) == "the gradient overflowed, and the loss scale falls"
     spike = diagnosis(Skip(142, SPIKE, 1234.5, 1.25, 20, []), 2, 10.0)
     assert spike == (
         "20 steps in a row were skipped, the last of them step 143: the gradient norm is 1.23e+03, where 1.25 is "

@@ -77,6 +77,11 @@ class Guard:
         self.run = torch.where(why == TAKEN, 0.0, self.run + (why != OVERFLOW))
         return why
 
+    def spoilt(self, why: Tensor) -> Tensor:
+        """bool []: nothing may be learned from the step, by the optimiser or without it. An overflow while a loss scale
+        first finds itself says nothing of the images, and they initialise codebooks; a later one may be a spike."""
+        return (why != TAKEN) & ((why != OVERFLOW) | (self.count >= MEMORY))
+
     def state(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in ("count", "mean", "variance", "run")}
 
@@ -89,6 +94,8 @@ def told(skip: Skip, micros: int) -> str:
     """Why, in words. micros: of one rank in a step."""
     if skip.why == SPIKE:
         return f"the gradient norm is {skip.norm:.3g}, where {skip.usual:.3g} is usual"
+    if skip.why == OVERFLOW:
+        return "the gradient overflowed, and the loss scale falls"
     ranks = sorted({micro // micros for micro in skip.micros})
     if ranks:
         return f"the loss of rank {' and '.join(map(str, ranks))} is not finite"

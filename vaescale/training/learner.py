@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import distributed
 from ..interfaces import Batch, Model
 from .engine import Engine
-from .guard import OVERFLOW, TAKEN, WHY, Skip
+from .guard import TAKEN, WHY, Skip
 from .settings import Config, Optimizer
 
 Tensors = dict[str, Tensor]
@@ -84,11 +84,10 @@ class Descent:
         losses, usual = torch.stack(finite), self.engine.guard.usual()
         norm, why = self.engine.step(lr, losses.all())
         self.model.update(step, lr)
-        # What is learned without the optimiser is taken back. Not where only the loss scale was too high: those images
-        # are as good as any, and the first steps of fp16, which are such, initialise codebooks.
-        refused = (why != TAKEN) & (why != OVERFLOW)
+        # What is learned without the optimiser is taken back; its collectives take place on all ranks in any case.
+        spoilt = self.engine.guard.spoilt(why)
         for buffer, old in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(torch.where(refused, old, buffer))
+            buffer.copy_(torch.where(spoilt, old, buffer))
         if not self._records:
             self._first = step
         self._records.append(torch.stack([why, norm, usual, self.engine.guard.run, *~losses]).float())

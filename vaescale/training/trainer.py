@@ -33,7 +33,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
-from .guard import OVERFLOW, Diverged, Skip, diagnosis, told
+from .guard import Diverged, Skip, diagnosis, told
 from .learner import Descent, Learner
 from .settings import Config, build, check_labels, micro_batch
 
@@ -209,8 +209,6 @@ class Trainer:
         """Say which steps were skipped since the last call, and why; too many in a row stop all ranks together."""
         optimizer, micros = self.config.optimizer, self.config.accumulation
         for skip in self.learner.skips():
-            if skip.why == OVERFLOW:  # a loss scale that finds itself: only counted
-                continue
             self.console.say(f"step {skip.step + 1} skipped: {told(skip, micros)}; {self.named(skip)}")
             if skip.run >= optimizer.patience:
                 raise Diverged(diagnosis(skip, micros, optimizer.spike))
