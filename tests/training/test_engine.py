@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.integration.probe import broken
 from vaescale.config import ConfigError
@@ -125,6 +126,28 @@ def test_a_skipped_step_leaves_no_trace(group: None, overrides: list[str], fault
     assert one.keys() == twin.keys()
     for name, value in one.items():
         assert torch.equal(value, twin[name]), name
+
+
+class Waiting(TorchDispatchMode):
+    """Fails where a value is asked for that a device has yet to compute."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_waits_for_nothing_at_zero_0(group: None, precision: str) -> None:
+    config = load(f"precision={precision}")
+    model = settings.build(config)
+    learner = Descent(model, config)
+    learner.step([batch()], 0)
+    model.forward = broken(model, "nan", [2])
+    with Waiting():
+        for step in range(1, 6):  # a NaN and a reset are among them
+            learner.step([batch()], step)
+    with pytest.raises(AssertionError, match=r"_local_scalar_dense|nonzero"), Waiting():
+        learner.skips()
 
 
 @pytest.mark.parametrize("zero", [0, 1])

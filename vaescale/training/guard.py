@@ -105,6 +105,7 @@ def told(skip: Skip, micros: int) -> str:
 def diagnosis(skip: Skip, micros: int, factor: float) -> str:
     """Of the step with which patience ends."""
     cure = "lower optimizer.lr or raise optimizer.warmup, and look at the samples named above"
+    cure += "; if that does not help, go on from an older checkpoint"
     if skip.why == SPIKE:
         cure += f"; if gradients are to stay so large, raise optimizer.spike={factor:g} (0: no limit)"
     usual = "" if skip.why == SPIKE or math.isnan(skip.usual) else f" (the usual gradient norm is {skip.usual:.3g})"
