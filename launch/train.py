@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 launch/train.py --config …
     python launch/train.py --config …                       one process
 
-To resume, run the same command. Exit codes: 0 finished, 2 wrong settings or missing data.
+To resume, run the same command. Exit codes: 0 finished, 2 wrong settings or missing data,
+3 too many steps in a row were skipped.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from vaescale.config import ConfigError
 from vaescale.data import DataError
 from vaescale.training import settings
 from vaescale.training.checkpoint import CheckpointError
+from vaescale.training.guard import Diverged
 
 
 def main() -> int:
@@ -38,15 +40,15 @@ def main() -> int:
         from vaescale.training.trainer import Trainer
 
         Trainer(config).train()
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, Diverged) as error:
         place = distributed.place()
-        if place.rank == 0 or not isinstance(error, ConfigError):
+        if place.rank == 0 or not isinstance(error, ConfigError | Diverged):
             print(
                 f"error: {f'rank {place.rank}: ' if place.world > 1 else ''}{error}",
                 file=sys.stderr,
                 flush=True,
             )
-        return 2
+        return 3 if isinstance(error, Diverged) else 2
     finally:
         distributed.finish()
     return 0

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from tests.integration import probe
 from vaescale import distributed
 from vaescale.interfaces import Batch
 from vaescale.training import settings
+from vaescale.training.guard import MEMORY
 from vaescale.training.trainer import Trainer
 
 # Not every CPU has fast fp16, and DeepSpeed refuses it there; slow is good enough for a test.
@@ -62,26 +64,43 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
 
 
 def train(job: dict[str, Any]) -> None:
-    """Reads "config", "overrides" [key=value …] and, where codes are to be lost after the first step, "stranded"
-    [from, to]. Leaves the model's tensors, rank-R.safetensors, and the sample numbers that the rank saw, in order,
-    rank-R.json."""
+    """Reads "config", "overrides" [key=value …]; where codes are to be lost after the first step, "stranded" [from,
+    to]; "broken" [[fault, rank, steps, micro-batches] …], see probe.broken; "omitted", the steps that the learner is
+    not told of; and "settled", the step from which on the guard takes itself to have seen enough. Leaves the model's
+    tensors, rank-R.safetensors, the sample numbers that the rank saw, in order, rank-R.json, and all that it said or,
+    being silent, would have said, rank-R.txt."""
     out = Path(job["out"])
     trainer = Trainer(settings.load(job["config"], job["overrides"]))
+    for fault, rank, *where in job.get("broken", []):
+        if rank == distributed.rank():
+            trainer.model.forward = probe.broken(trainer.model, fault, *where)
     seen: list[int] = []
-    step = trainer.learner.step
+    said: list[str] = []
+    metrics: dict[str, Tensor] = {}
+    step, say = trainer.learner.step, trainer.console.say
 
-    def recording(batches: Iterable[Batch], number: int) -> dict:
+    def recording(batches: Iterable[Batch], number: int) -> dict[str, Tensor]:
+        nonlocal metrics
         held = list(batches)
         seen.extend(int(g) for batch in held for g in batch.sample)
+        if number in job.get("omitted", []):
+            return metrics
+        if number == job.get("settled"):
+            trainer.learner.engine.guard.count.fill_(MEMORY)
         metrics = step(held, number)
         if number == 0 and "stranded" in job:
             probe.strand(trainer.model, slice(*job["stranded"]))
         return metrics
 
-    trainer.learner.step = recording
+    def saying(line: str) -> None:
+        said.append(line + "\n")
+        say(line)
+
+    trainer.learner.step, trainer.console.say = recording, saying
     trainer.train()
     probe.save(out, "", trainer.model)
     (out / f"rank-{distributed.rank()}.json").write_text(json.dumps(seen))
+    (out / f"rank-{distributed.rank()}.txt").write_text("".join(said))
 
 
 TASKS = {"train": train, "cases": probe.every_case, "resets": probe.every_reset, "collectives": probe.collectives}

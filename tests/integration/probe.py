@@ -6,7 +6,7 @@ and shards the decoder beside them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -178,6 +178,27 @@ def strand(quantizer: nn.Module, codes: slice) -> None:
         else:
             part.learner.mean[codes] = part.learner.square[codes] = 1
             part.learner.steps[codes] = 100
+
+
+def broken(
+    model: Model, fault: str, steps: Container[int], micros: Container[int] = range(99)
+) -> Callable[[Batch, int], Output]:
+    """Its forward pass, but in these steps and micro-batches an image is NaN, or the loss a thousand times as large."""
+    whole, current, micro = model.forward, -1, 0
+
+    def forward(batch: Batch, step: int) -> Output:
+        nonlocal current, micro
+        micro = micro + 1 if step == current else 0
+        current = step
+        bad = step in steps and micro in micros
+        if bad and fault == "nan":
+            x = batch.x.float()
+            x[0] = torch.nan
+            batch = batch._replace(x=x)
+        output = whole(batch, step)
+        return output._replace(loss=1000 * output.loss) if bad and fault == "spike" else output
+
+    return forward
 
 
 class Collectives(TorchDispatchMode):

@@ -1,16 +1,22 @@
 """The DeepSpeed engine on one process, in this process."""
 
+import math
+
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.integration.probe import broken
 from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
 from vaescale.training import settings
 from vaescale.training.engine import deepspeed_config
+from vaescale.training.guard import NOT_FINITE, OVERFLOW, SPIKE, WHY
 from vaescale.training.learner import Descent, learning_rate
 
 CONFIG = "tests/integration/tiny.yaml"
+VAE = "tests/integration/tiny_vae.yaml"
 
 
 def load(*overrides: str) -> settings.Config:
@@ -75,6 +81,112 @@ def test_a_nan_gradient_moves_nothing(group: None) -> None:
     assert engine.optimizer_steps() == 1
     for name, value in [*model.named_parameters(), *engine.moments().items()]:
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("fault", ["nan", "spike"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["zero=0"],
+        ["zero=1", "model.quantizer.learning=gradient"],
+        ["zero=2", "model.quantizer.metric=cosine", "model.quantizer.depth=2"],
+        ["model.quantizer.kind=lfq", "model.quantizer.codes=16"],
+        ["vae"],
+    ],
+    ids=" ".join,
+)
+def test_a_skipped_step_leaves_no_trace(group: None, overrides: list[str], fault: str) -> None:
+    """Weights, moments, and what is learned without the optimiser, codebooks, their use and the VAE's rates, go on
+    with the bits of a run that never had the step; step 4 is one of a reset, too."""
+    config = (
+        settings.load(VAE, ["run=none", "data.root=none", "data.channels=3"])
+        if overrides == ["vae"]
+        else load(*overrides)
+    )
+
+    def train(bad: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = settings.build(config)
+        learner = Descent(model, config)
+        norms: list[float] = []
+        for step in range(8):
+            if step == 4:
+                if not bad:
+                    continue
+                model.forward = broken(model, fault, [4])
+                learner.engine.guard.load({"count": 100.0, "mean": math.log(norms[-1]), "variance": 0.0, "run": 0.0})
+            norms.append(float(learner.step([batch()], step)["gradient_norm"]))
+        if bad:
+            (skip,) = learner.skips()
+            assert skip.step == 4
+            assert WHY[skip.why] == ("spike" if fault == "spike" else "not finite")
+        return {**model.state_dict(), **learner.engine.moments()}
+
+    one, twin = train(bad=True), train(bad=False)
+    assert one.keys() == twin.keys()
+    for name, value in one.items():
+        assert torch.equal(value, twin[name]), name
+
+
+class Waiting(TorchDispatchMode):
+    """Fails where a value is asked for that a device has yet to compute."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_waits_for_nothing_at_zero_0(group: None, precision: str) -> None:
+    config = load(f"precision={precision}")
+    model = settings.build(config)
+    learner = Descent(model, config)
+    learner.step([batch()], 0)
+    model.forward = broken(model, "nan", [2])
+    with Waiting():
+        for step in range(1, 6):  # a NaN and a reset are among them
+            learner.step([batch()], step)
+    with pytest.raises(AssertionError, match=r"_local_scalar_dense|nonzero"), Waiting():
+        learner.skips()
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
+    """Neither for a loss that is not finite nor for a spike; and not below 1, where an overflow is none any more and
+    DeepSpeed would raise."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    config = load("precision=fp16", f"zero={zero}", "steps=100")
+    torch.manual_seed(0)
+    model = settings.build(config)
+    learner = Descent(model, config)
+    engine = learner.engine
+
+    def steps(count: int, first: int) -> list[int]:
+        for step in range(first, first + count):
+            learner.step([batch()], step)
+        return [skip.why for skip in learner.skips()]
+
+    assert set(steps(12, 0)) <= {OVERFLOW}
+    learned, scale = engine.optimizer_steps(), engine.loss_scale()
+    model.forward = broken(model, "nan", range(12, 32))
+    assert steps(20, 12) == [NOT_FINITE] * 20
+    engine.guard.load({"count": 100.0, "mean": -10.0, "variance": 0.0, "run": 20.0})
+    assert steps(2, 32) == [SPIKE] * 2
+    assert engine.guard.run == 22
+    assert engine.loss_scale() == scale
+
+    hook = model.decoder[0].bias.register_hook(lambda gradient: gradient * torch.inf)
+    forgiven = int(engine.scaler().get("cur_hysteresis", 1)) - 1  # by DeepSpeed
+    halvings = int(math.log2(scale)) + forgiven
+    assert steps(halvings + 3, 34) == [OVERFLOW] * halvings + [NOT_FINITE] * 3
+    assert engine.loss_scale() == 1
+    assert engine.guard.run == 25
+    assert engine.optimizer_steps() == learned
+    hook.remove()
+    engine.guard.load({"count": 0.0, "mean": 0.0, "variance": 0.0, "run": 25.0})
+    assert steps(1, 80) == []
+    assert engine.optimizer_steps() == learned + 1
+    assert engine.guard.run == 0
 
 
 def test_an_engine_does_not_inherit_the_autocast_of_another(group: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import distributed
 from ..interfaces import Batch
 from ..models.pca import PCA
+from .guard import Skip
 from .settings import Config
 
 Tensors = dict[str, Tensor]
@@ -40,6 +41,9 @@ class ClosedForm:
 
     def settle(self) -> None:
         self.model.solve(self.moments.over_ranks())
+
+    def skips(self) -> list[Skip]:
+        return []  # sums have no gradient
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
         del step

@@ -8,6 +8,8 @@
   while they are still scaled, so there it is the `fp16` engine: half weights, fp32 masters.
 - A JSON optimizer compiles FusedAdam for a minute and a half: torch's own fused AdamW is passed in instead.
 - Initialisation broadcasts parameters, not buffers: codebooks are broadcast here.
+- ZeRO 1 and 2 skip a step whose norm is not finite: a norm that the guard refuses is told them as infinite. Their loss
+  scale would then fall, and DeepSpeed raise where it cannot; so it hears of overflows alone.
 - That an engine has `torch_autocast` is remembered for all later ones of the process: it is forgotten before each.
 """
 
@@ -35,6 +37,7 @@ from deepspeed.utils import (
 from .. import distributed
 from ..config import ConfigError
 from ..interfaces import Batch, Model, Output
+from .guard import Guard
 from .settings import Config, micro_batch
 
 logger.setLevel(logging.WARNING)
@@ -72,6 +75,12 @@ class Engine:
         )
         for buffer in model.buffers():
             distributed.broadcast_(buffer)
+        self.device = next(iter(self.parameters.values())).device
+        self.guard = Guard(config.optimizer.spike, self.device)
+        if self.sharded:
+            zero = self.deepspeed.optimizer
+            self._scaled_norm, zero.scaled_global_norm = zero.scaled_global_norm, self._guarded_norm
+            self._rescale, zero._update_scale = zero._update_scale, self._guarded_rescale
 
     def forward(self, batch: Batch, step: int) -> Output:
         return self.deepspeed(batch, step)
@@ -83,27 +92,62 @@ class Engine:
         """After each accumulated backward pass but the last."""
         self.deepspeed.step()
 
-    def step(self, lr: float) -> Tensor:
-        """Clip and move the weights once; returns the global gradient norm before clipping, fp32 []. Where it is
-        not finite the optimiser has not moved."""
+    def step(self, lr: float, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and move the weights once, unless the guard refuses; returns (the global gradient norm before clipping,
+        fp32 []; the guard's judgement). finite: bool [], whether this rank's losses are."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = None if self.sharded else self._clip()
-        self.deepspeed.step()
-        if norm is None:
-            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32)
-        return norm
+        self._excused = self._excuse(finite)
+        if self.sharded:
+            self._norm = torch.full((), torch.inf, device=self.device)
+            self.deepspeed.step()
+        else:
+            self._norm = self._clip_and_step()
+        return self._norm, self.guard.judge(self._norm, self._excused)
 
-    def _clip(self) -> Tensor:
+    def _clip_and_step(self) -> Tensor:
         scaler = self.deepspeed.torch_autocast_z0_gradscaler
         if scaler:
             scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or float("inf"), foreach=True)
+        # What a GradScaler does on overflow, without its host synchronisation: the fused optimiser leaves weights,
+        # averages and step count alone. One NaN would otherwise stay in the weights for ever.
+        refused = self.guard.refuses(norm).float()
         if not scaler:
-            # What a GradScaler does on overflow, without its host synchronisation: the fused optimiser leaves weights,
-            # averages and step count alone. One NaN would otherwise stay in the weights for ever.
-            self.optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = refused  # type: ignore[attr-defined]
+            self.deepspeed.step()
+            return norm
+        for found in scaler._found_inf_per_device(self.optimizer).values():
+            found.copy_(refused)
+        state = (scaler._scale, scaler._growth_tracker)
+        before = [tensor.clone() for tensor in state]
+        self.deepspeed.step()
+        overflow = self._excused & ~norm.isfinite()
+        for tensor, old in zip(state, before, strict=True):
+            tensor.copy_(torch.where((refused > 0) & ~overflow, old, tensor))
         return norm
+
+    def _excuse(self, finite: Tensor) -> Tensor:
+        """bool [], the same on all ranks: a gradient that is not finite would be the loss scale's doing. It is not if
+        a loss is not finite itself, or if nothing is scaled: 1 is DeepSpeed's lowest scale."""
+        if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
+            scaled = scaler._scale > 1
+        elif self.deepspeed.fp16_enabled():
+            scaled = torch.tensor(self.deepspeed.optimizer.loss_scale > 1, device=self.device)
+        else:
+            return torch.zeros((), dtype=torch.bool, device=self.device)
+        return scaled & (distributed.sum_((~finite).float()) == 0)
+
+    def _guarded_norm(self, *arguments: Any) -> Tensor:
+        """In place of DeepSpeed's own, which is multiplied by the loss scale, too."""
+        scaled = self._scaled_norm(*arguments)
+        self._norm = (scaled / self.deepspeed.optimizer.loss_scale).float()
+        return torch.where(self.guard.refuses(self._norm), torch.inf, scaled)
+
+    def _guarded_rescale(self, skipped: bool) -> None:
+        """In place of DeepSpeed's own, which takes every step that is skipped for an overflow."""
+        if not skipped or bool(self._excused & ~self._norm.isfinite()):
+            self._rescale(skipped)
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters in fp32 and buffers as they are, by name. Collective."""

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..interfaces import Batch, Model
 from .engine import Engine
+from .guard import TAKEN, WHY, Skip
 from .settings import Config, Optimizer
 
 Tensors = dict[str, Tensor]
@@ -21,6 +23,10 @@ class Learner(Protocol):
 
     def settle(self) -> None:
         """Called before the model is validated or saved: finish what is not finished at every step. Collective."""
+        ...
+
+    def skips(self) -> list[Skip]:
+        """The steps that were not taken since the last call. Collective; waits for the device."""
         ...
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
@@ -52,36 +58,74 @@ class Descent:
         self.model = model
         self.engine = Engine(model, config)
         self.config = config
+        self.skipped = dict.fromkeys(WHY.values(), 0)  # steps since the run began
+        # Of each step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, and for each
+        # micro-batch of this rank whether its loss is not finite.
+        self._first = 0
+        self._records: list[Tensor] = []
 
     def step(self, batches: Iterable[Batch], step: int) -> Tensors:
-        """ "skipped" is 1 where the gradient was not finite and the optimiser therefore did not move. Nothing of ours
-        waits for the device here; DeepSpeed does, once a step, at ZeRO 1 and 2.
+        """ "skipped" is 1 where the optimiser did not move. Nothing of ours waits for the device here; DeepSpeed does,
+        once a step, at ZeRO 1 and 2.
         """
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         count = self.config.accumulation
         total: Tensors = {}
-        norm = torch.zeros(())
+        finite: list[Tensor] = []
+        before = [buffer.clone() for buffer in self.model.buffers()]
         for number, batch in enumerate(batches, start=1):
             output = self.engine.forward(batch, step)
             self.engine.backward(output.loss)
+            finite.append(output.loss.detach().isfinite())
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 total[name] = total.get(name, 0) + value.float() / count
             if number < count:
                 self.engine.micro_step()
-            else:
-                norm = self.engine.step(lr)
+        losses, usual = torch.stack(finite), self.engine.guard.usual()
+        norm, why = self.engine.step(lr, losses.all())
         self.model.update(step, lr)
-        finite = norm.isfinite()
-        return {**total, "gradient_norm": torch.where(finite, norm, 0.0), "skipped": (~finite).float()}
+        # What is learned without the optimiser is taken back; its collectives take place on all ranks in any case.
+        spoilt = self.engine.guard.spoilt(why)
+        for buffer, old in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(torch.where(spoilt, old, buffer))
+        if not self._records:
+            self._first = step
+        self._records.append(torch.stack([why, norm, usual, self.engine.guard.run, *~losses]).float())
+        skipped = why != TAKEN
+        return {**total, "gradient_norm": torch.where(skipped, 0.0, norm), "skipped": skipped.float()}
 
     def settle(self) -> None:
         """Each step is."""
+
+    def skips(self) -> list[Skip]:
+        if not self._records:
+            return []
+        records = torch.stack(self._records)
+        self._records = []
+        (places,) = records[:, 0].cpu().nonzero(as_tuple=True)  # the same on all ranks
+        if not len(places):
+            return []
+        mine = records[places.to(records.device)]
+        failed = mine.new_zeros(distributed.world(), *mine[:, 4:].shape)
+        failed[distributed.rank()] = mine[:, 4:]
+        failures = distributed.sum_(failed).transpose(0, 1).flatten(1).cpu()
+        found = []
+        for place, (why, norm, usual, run), failure in zip(
+            places.tolist(), mine[:, :4].tolist(), failures, strict=True
+        ):
+            micros = failure.nonzero().flatten().tolist()
+            found.append(Skip(self._first + place, int(why), norm, usual, int(run), micros))
+            self.skipped[WHY[int(why)]] += 1
+        return found
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
         skipped, norm = means.pop("skipped"), means.pop("gradient_norm")
         values = {grouped(name): value for name, value in means.items()}
         values["optim/skipped"] = skipped  # share of the window's steps
         values["optim/gradient_norm"] = norm / max(1 - skipped, 1e-9)  # mean of the others
+        if math.isfinite(limit := float(self.engine.guard.limit())):
+            values["optim/norm_limit"] = limit
+        values |= {f"optim/skipped_{why.replace(' ', '_')}": float(count) for why, count in self.skipped.items()}
         values["optim/lr"] = learning_rate(self.config.optimizer, step - 1, self.config.steps)
         if scale := self.engine.loss_scale():
             values["optim/loss_scale"] = scale
@@ -91,12 +135,19 @@ class Descent:
         return {"model": self.engine.weights(), "optimizer": self.engine.moments()}
 
     def state(self) -> dict[str, Any]:
-        return {"optimizer_steps": self.engine.optimizer_steps(), "scaler": self.engine.scaler()}
+        return {
+            "optimizer_steps": self.engine.optimizer_steps(),
+            "scaler": self.engine.scaler(),
+            "skipped": self.skipped,
+            "gradient_norms": self.engine.guard.state(),
+        }
 
     def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
         self.engine.load_weights(read("model"))
         self.engine.load_moments(read("optimizer"), state["optimizer_steps"])
         self.engine.load_scaler(state["scaler"])
+        self.engine.guard.load(state["gradient_norms"])
+        self.skipped = state["skipped"]
 
     def summary(self) -> str:
         weights = sum(p.numel() for p in self.model.parameters())

@@ -26,6 +26,10 @@ class Optimizer:
     clip: float = 1.0  # global gradient norm; 0: no clipping
     warmup: int = 100  # steps
     final: float = 0.05  # share of lr at the last step
+    # A step is skipped if its gradient norm is so many times the running geometric mean and six standard deviations of
+    # its logarithm above; 0: only if it is not finite.
+    spike: float = 10.0
+    patience: int = 20  # so many skipped steps in a row stop the run
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ def _require(config: Config) -> None:
         "ema": (config.ema, 0),
         "optimizer.clip": (config.optimizer.clip, 0),
         "optimizer.warmup": (config.optimizer.warmup, 0),
+        "optimizer.patience": (config.optimizer.patience, 1),
         "every.report": (config.every.report, 1),
         "every.validate": (config.every.validate, 1),
         "every.checkpoint": (config.every.checkpoint, 1),
@@ -169,6 +174,8 @@ def _require(config: Config) -> None:
             raise ConfigError(f"{key}={value} must be at least {bound}")
     if config.ema >= 1:
         raise ConfigError(f"ema={config.ema} must be below 1, or the averaged weights never move")
+    if config.optimizer.spike and config.optimizer.spike <= 1:
+        raise ConfigError(f"optimizer.spike={config.optimizer.spike} must be above 1, or 0 for no limit")
     if config.optimizer.lr <= 0:
         raise ConfigError(f"optimizer.lr={config.optimizer.lr} must be positive")
     if places.is_url(config.data.cache):

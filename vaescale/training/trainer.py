@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +33,11 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
+from .guard import Diverged, Skip, diagnosis, told
 from .learner import Descent, Learner
 from .settings import Config, build, check_labels, micro_batch
+
+NAMED = 8  # samples of a skipped step, in the log
 
 
 @dataclass
@@ -122,6 +126,7 @@ class Trainer:
                 self.validate()
             if save:
                 self.count_damage(window)
+                self.count_skips()
                 self.save()
             window.begun += time.monotonic() - paused  # images/s are those of training
         self.console.close()
@@ -152,6 +157,7 @@ class Trainer:
         sums = torch.stack([window.sums[name].to(self.device) / window.steps for name in names])
         totals = distributed.sum_(sums.double()).tolist()
         self.count_damage(window)
+        self.count_skips()
         seconds = time.monotonic() - window.begun
 
         means = {name: total / self.world for name, total in zip(names, totals, strict=True)}
@@ -197,6 +203,23 @@ class Trainer:
                 f"{total} damaged samples ({causes}) among {position.images} are more than data.damaged_share="
                 f"{config.damaged_share} allows: mend the shards named above, or raise it"
             )
+
+    def count_skips(self) -> None:
+        """Say which steps were skipped since the last call, and why; too many in a row stop all ranks together."""
+        optimizer, micros = self.config.optimizer, self.config.accumulation
+        for skip in self.learner.skips():
+            self.console.say(f"step {skip.step + 1} skipped: {told(skip, micros)}; {self.named(skip)}")
+            if skip.run >= optimizer.patience:
+                raise Diverged(diagnosis(skip, micros, optimizer.spike))
+
+    def named(self, skip: Skip) -> str:
+        """The samples of the micro-batches whose losses are not finite, or of all."""
+        total = self.config.accumulation * self.world
+        begin = self.position.images - (self.position.step - skip.step) * self.config.batch
+        g = begin + np.arange(self.config.batch).reshape(total, self.micro)[skip.micros or range(total)].flatten()
+        samples = self.slices.samples
+        keys = [samples.name(sample)[1] for sample in self.slices.order(g[:NAMED]).tolist()]
+        return f"its samples: {', '.join(keys)}" + (f" and {len(g) - NAMED} more" if len(g) > NAMED else "")
 
     def validate(self) -> None:
         """The averaged weights on the whole validation set, and the fixed images as pictures."""

@@ -1,0 +1,127 @@
+"""Which steps are refused, against a plain computation on the whole history."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vaescale.training.guard import (
+    MEMORY,
+    NOT_FINITE,
+    OVERFLOW,
+    SPIKE,
+    TAKEN,
+    Guard,
+    Skip,
+    diagnosis,
+    told,
+)
+
+NO, YES = torch.tensor(False), torch.tensor(True)
+
+
+def guard(factor: float = 10.0) -> Guard:
+    return Guard(factor, torch.device("cpu"))
+
+
+def judge(guard: Guard, norms: list[float], excused: torch.Tensor = NO) -> list[int]:
+    return [int(guard.judge(torch.tensor(norm), excused)) for norm in norms]
+
+
+def moments(taken: list[float]) -> tuple[float, float]:
+    """Mean and variance of log ‖g‖ with each step's weight written out: the last one has 1/MEMORY, each one before it
+    that of the next times 1 − 1/MEMORY, and the first MEMORY of them alike."""
+    later = np.arange(len(taken))[::-1].clip(max=max(0, len(taken) - MEMORY))
+    weights = (1 - 1 / MEMORY) ** later
+    mean = np.average(np.log(taken), weights=weights)
+    return mean, np.average(np.square(np.log(taken) - mean), weights=weights)
+
+
+@pytest.mark.parametrize("deviation", [0.1, 1.0])
+def test_the_limit_is_that_of_the_whole_history(deviation: float) -> None:
+    """Of a calm run the factor decides, of a noisy one the standard deviations; what is refused leaves no trace."""
+    generator = np.random.default_rng(0)
+    watched = guard()
+    taken: list[float] = []
+    refused = 0
+    for step, norm in enumerate(generator.lognormal(0.7, deviation, 400).tolist()):
+        given = {40: math.nan, 41: math.inf, 130: 0.0, 200: 3000.0, 201: math.nan, 320: 2e4}.get(step, norm)
+        limit = math.inf
+        if len(taken) >= MEMORY:
+            mean, variance = moments(taken)
+            limit = math.exp(mean + max(math.log(10), 6 * math.sqrt(variance)))
+            assert float(watched.limit()) == pytest.approx(limit, rel=1e-4)
+            assert float(watched.usual()) == pytest.approx(math.exp(mean), rel=1e-5)
+        expected = NOT_FINITE if not math.isfinite(given) else SPIKE if given > limit else TAKEN
+        assert judge(watched, [given]) == [expected], step
+        refused += expected != TAKEN
+        if expected == TAKEN and given:
+            taken.append(given)
+    assert refused == 5
+
+
+def test_nothing_is_a_spike_until_enough_steps_were_taken() -> None:
+    watched = guard()
+    assert judge(watched, [1.0] * (MEMORY - 1)) == [TAKEN] * (MEMORY - 1)
+    assert judge(watched, [1000.0, 1e6]) == [TAKEN, SPIKE]
+
+
+def test_without_a_factor_only_what_is_not_finite_is_refused() -> None:
+    watched = guard(0)
+    judge(watched, [1.0] * 200)
+    assert judge(watched, [1e30, math.inf]) == [TAKEN, NOT_FINITE]
+
+
+def test_a_lasting_change_is_refused_as_long_as_it_lasts_and_counted() -> None:
+    """So patience ends it: it never becomes the new habit in silence."""
+    watched = guard()
+    judge(watched, [1.0] * 150)
+    assert judge(watched, [50.0] * 30) == [SPIKE] * 30
+    assert watched.run == 30
+    assert judge(watched, [1.0]) == [TAKEN]
+    assert watched.run == 0
+
+
+def test_overflows_neither_count_as_steps_in_a_row_nor_end_a_row() -> None:
+    watched = guard()
+    assert judge(watched, [math.inf] * 3, YES) == [OVERFLOW] * 3
+    assert watched.run == 0
+    assert not watched.spoilt(torch.tensor(OVERFLOW))
+    assert judge(watched, [math.nan] * 2) == [NOT_FINITE] * 2
+    assert judge(watched, [math.inf], YES) == [OVERFLOW]
+    assert judge(watched, [math.nan]) == [NOT_FINITE]
+    assert watched.run == 3
+    judge(watched, [1.0] * MEMORY, YES)
+    assert judge(watched, [1e6], YES) == [SPIKE]  # finite: no overflow
+    assert [bool(watched.spoilt(torch.tensor(why))) for why in (TAKEN, NOT_FINITE, SPIKE, OVERFLOW)] == [0, 1, 1, 1]
+
+
+def test_a_guard_goes_on_from_its_state_with_the_same_bits() -> None:
+    norms = np.random.default_rng(1).lognormal(0, 0.5, 260).tolist()
+    whole, first, second = guard(), guard(), guard()
+    judge(whole, norms)
+    judge(first, norms[:130])
+    second.load(json.loads(json.dumps(first.state())))
+    judge(second, norms[130:])
+    assert second.state() == whole.state()
+
+
+def test_the_diagnosis_says_why_and_what_to_do() -> None:
+    """Two micro-batches a rank: 3 is the second of rank 1."""
+    assert told(Skip(7, NOT_FINITE, math.nan, 2.0, 1, [3]), 2) == "the loss of rank 1 is not finite"
+    assert told(Skip(7, NOT_FINITE, math.nan, 2.0, 1, [0, 1, 5]), 2) == "the loss of rank 0 and 2 is not finite"
+    assert told(Skip(7, NOT_FINITE, math.inf, 2.0, 1, []), 2) == "the gradient is not finite, though all losses are"
+    assert told(Skip(7, OVERFLOW, math.inf, 2.0, 1, []), 2) == "the gradient overflowed, and the loss scale falls"
+    spike = diagnosis(Skip(142, SPIKE, 1234.5, 1.25, 20, []), 2, 10.0)
+    assert spike == (
+        "20 steps in a row were skipped, the last of them step 143: the gradient norm is 1.23e+03, where 1.25 is "
+        "usual; the weights have not moved meanwhile: lower optimizer.lr or raise optimizer.warmup, and look at the "
+        "samples named above; if that does not help, go on from an older checkpoint; "
+        "if gradients are to stay so large, raise optimizer.spike=10 (0: no limit)"
+    )
+    text = diagnosis(Skip(142, NOT_FINITE, math.nan, 1.25, 20, [0]), 1, 10.0)
+    assert "step 143: the loss of rank 0 is not finite (the usual gradient norm is 1.25); the weights" in text
+    assert "optimizer.spike" not in text
+    assert "usual" not in diagnosis(Skip(19, NOT_FINITE, math.nan, math.nan, 20, [0]), 1, 10.0)
