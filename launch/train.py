@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 launch/train.py --config …
     python launch/train.py --config …                       one process
 
-To resume, run the same command. Exit codes: 0 finished, 2 wrong settings or missing data,
-3 too many steps in a row were skipped.
+To resume, run the same command. Exit codes: 0 finished; 2 wrong settings, missing data, or checkpoints
+that cannot be read or written; 3 too many steps in a row were skipped, or weights are not finite.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from vaescale import distributed
 from vaescale.config import ConfigError
 from vaescale.data import DataError
 from vaescale.training import settings
-from vaescale.training.checkpoint import CheckpointError
+from vaescale.training.checkpoint import CheckpointError, Unreadable
 from vaescale.training.guard import Diverged
 
 
@@ -42,7 +42,7 @@ def main() -> int:
         Trainer(config).train()
     except (ConfigError, DataError, CheckpointError, Diverged) as error:
         place = distributed.place()
-        if place.rank == 0 or not isinstance(error, ConfigError | Diverged):
+        if place.rank == 0 or isinstance(error, DataError | Unreadable):  # the others are the same on all ranks
             print(
                 f"error: {f'rank {place.rank}: ' if place.world > 1 else ''}{error}",
                 file=sys.stderr,

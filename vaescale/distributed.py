@@ -1,7 +1,8 @@
 """Ranks and their collectives, which are no-ops on one process."""
 
+import json
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,30 @@ def broadcast_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def tell(value: Any) -> Any:
+    """Rank 0's value on all ranks; it travels as JSON."""
+    if world() == 1:
+        return value
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=_device())
+    length = broadcast_(torch.tensor(len(text), device=_device()))
+    if rank():
+        text = torch.empty(int(length), dtype=torch.uint8, device=_device())
+    return json.loads(bytes(broadcast_(text).tolist()))
+
+
+def where(flag: bool) -> list[int]:
+    """The ranks whose flag it is."""
+    flags = torch.zeros(world(), device=_device())
+    flags[rank()] = flag
+    return sum_(flags).nonzero().flatten().tolist()
+
+
 def barrier() -> None:
     if world() > 1:
         dist.barrier()
+
+
+def _device() -> torch.device:
+    """Where the backend wants its tensors."""
+    cuda = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

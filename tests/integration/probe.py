@@ -160,7 +160,7 @@ def every_reset(job: dict[str, Any]) -> None:
         save(out, f"{case.name}-later-", run.model)
 
         run = Run(case)
-        found = checkpoint.newest(folder)
+        found = checkpoint.newest(folder).path
         run.learner.load(partial(checkpoint.read_tensors, found), checkpoint.read_state(found))
         run.train(RESET + 1, LATER)
         save(out, f"{case.name}-resumed-", run.model)

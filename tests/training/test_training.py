@@ -1,6 +1,5 @@
 """The parts of training that need no launch."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vaescale.training import checkpoint, settings
-from vaescale.training.checkpoint import CheckpointError
+from vaescale.training import settings
 from vaescale.training.dry_run import activation_bytes, describe
 from vaescale.training.ema import WeightEMA
 from vaescale.training.learner import learning_rate
@@ -50,52 +48,6 @@ def test_a_model_without_buffers_is_averaged() -> None:
     model.weight.data.fill_(3.0)
     ema.update(model, 0)
     assert float(ema.model.weight) == pytest.approx(0.1 * before + 0.9 * 3.0)
-
-
-def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
-    return {"model": {"w": torch.full((2,), value), "n": torch.tensor(3)}}
-
-
-def test_checkpoints_are_kept_and_pointed_to(tmp_path: Path) -> None:
-    for step in (5, 10, 15):
-        checkpoint.save(tmp_path, step, tensors(step), {"step": step}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010", "step-00000015"]
-    found = checkpoint.newest(tmp_path)
-    assert found == tmp_path / "step-00000015"
-    assert checkpoint.read_state(found) == {"step": 15}
-    assert torch.equal(checkpoint.read_tensors(found, "model")["w"], torch.full((2,), 15.0))
-
-
-def test_what_a_killed_save_leaves_is_never_taken(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 5, tensors(5), {}, keep=2)
-    (tmp_path / ".partial-step-00000010").mkdir()
-    (tmp_path / ".partial-step-00000010" / "model.safetensors").write_bytes(b"half")
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000005"
-    checkpoint.save(tmp_path, 10, tensors(10), {}, keep=2)
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000010"
-
-
-def test_without_latest_the_newest_is_taken_and_never_nothing(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
-    for step in (5, 10):
-        checkpoint.save(tmp_path, step, tensors(step), {}, keep=2)
-    (tmp_path / "latest").unlink()
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000010"
-    (tmp_path / "latest").write_text("step-00000099\n")
-    with pytest.raises(CheckpointError, match="step-00000099, which is not there"):
-        checkpoint.newest(tmp_path)
-
-
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    saved = checkpoint.save(tmp_path, 5, tensors(5), {}, keep=2)
-    (saved / "model.safetensors").write_bytes(b"\x80\x04 not safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
-        checkpoint.read_tensors(saved, "model")
-
-
-def test_the_state_is_readable(tmp_path: Path) -> None:
-    saved = checkpoint.save(tmp_path, 5, tensors(5), {"step": 5, "images": 80}, keep=2)
-    assert json.loads((saved / "state.json").read_text()) == {"step": 5, "images": 80}
 
 
 def test_a_dry_run_says_the_batch_arithmetic_and_the_memory() -> None:

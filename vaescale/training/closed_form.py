@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..config import ConfigError
 from ..interfaces import Batch
 from ..models.pca import PCA
 from .guard import Skip
@@ -64,6 +65,14 @@ class ClosedForm:
         self.model.load_state_dict(read("model"))
         if distributed.rank() == 0:
             self.moments.load_state_dict(read("moments"))
+
+    def begin(self, weights: Tensors) -> None:
+        raise ConfigError(
+            "init_from is of no use to a closed form, which is computed from the images alone: leave it out"
+        )
+
+    def size(self) -> int:
+        return sum(value.nbytes for part in (self.model, self.moments) for value in part.state_dict().values())
 
     def summary(self) -> str:
         return f"closed form over one epoch, {moment_bytes(self.model) / 2**20:.1f} MiB of moments"

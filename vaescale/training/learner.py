@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..interfaces import Batch, Model
-from .engine import Engine
+from .engine import MOMENTS, Engine
 from .guard import TAKEN, WHY, Skip
 from .settings import Config, Optimizer
 
@@ -44,6 +44,14 @@ class Learner(Protocol):
 
     def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
         """Take up what `tensors` and `state` gave; `read` gives a file's tensors."""
+        ...
+
+    def begin(self, weights: Tensors) -> None:
+        """Take up the "model" of another run, and nothing else."""
+        ...
+
+    def size(self) -> int:
+        """Bytes of what `tensors` gives."""
         ...
 
     def summary(self) -> str:
@@ -148,6 +156,13 @@ class Descent:
         self.engine.load_scaler(state["scaler"])
         self.engine.guard.load(state["gradient_norms"])
         self.skipped = state["skipped"]
+
+    def begin(self, weights: Tensors) -> None:
+        self.engine.load_weights(weights)
+
+    def size(self) -> int:
+        weights = sum(p.numel() for p in self.model.parameters())
+        return 4 * weights * (1 + len(MOMENTS)) + sum(buffer.nbytes for buffer in self.model.buffers())
 
     def summary(self) -> str:
         weights = sum(p.numel() for p in self.model.parameters())

@@ -53,6 +53,9 @@ class Config:
     zero: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
     ema: float = 0.999  # decay of the averaged weights that validation and evaluation use
     keep: int = 2  # checkpoints
+    keep_every: int = 0  # and those of every such step, for ever; 0: none
+    # A run directory or a checkpoint: a new run begins with its weights, at step 0, the optimiser knowing nothing.
+    init_from: str = ""
     data: stream.Config = field(default_factory=stream.Config)
     optimizer: Optimizer = field(default_factory=Optimizer)
     every: Every = field(default_factory=Every)
@@ -155,6 +158,7 @@ def _require(config: Config) -> None:
         "batch": (config.batch, 1),
         "accumulation": (config.accumulation, 1),
         "keep": (config.keep, 1),
+        "keep_every": (config.keep_every, 0),
         "data.size": (config.data.size, 1),
         "data.columns": (config.data.columns, 1),
         "data.workers": (config.data.workers, 0),
@@ -172,6 +176,11 @@ def _require(config: Config) -> None:
     for key, (value, bound) in least.items():
         if value < bound:
             raise ConfigError(f"{key}={value} must be at least {bound}")
+    if config.keep_every % config.every.checkpoint:
+        raise ConfigError(
+            f"keep_every={config.keep_every} must be a multiple of every.checkpoint={config.every.checkpoint}: "
+            f"only then are there checkpoints to keep"
+        )
     if config.ema >= 1:
         raise ConfigError(f"ema={config.ema} must be below 1, or the averaged weights never move")
     if config.optimizer.spike and config.optimizer.spike <= 1:

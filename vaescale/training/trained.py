@@ -1,9 +1,11 @@
 """A run that has been trained: its settings and its averaged weights."""
 
+import sys
 from pathlib import Path
 
 import torch
 
+from .. import distributed
 from ..config import ConfigError
 from ..interfaces import Model
 from . import checkpoint, settings
@@ -17,7 +19,10 @@ def read_config(run: Path, overrides: list[str]) -> Config:
 
 
 def read_model(run: Path, config: Config, device: torch.device) -> tuple[Model, int]:
-    """(the model with the newest averaged weights, ready to encode and decode; their step)."""
+    """(the model with the newest averaged weights, ready to encode and decode; their step). Collective."""
     model = settings.build(config)
-    state = checkpoint.load_averaged(model, run)
+    state, remarks = checkpoint.load_averaged(model, run)
+    if distributed.rank() == 0:
+        for remark in remarks:
+            print(remark, file=sys.stderr)
     return model.to(device).eval(), state["step"]

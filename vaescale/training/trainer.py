@@ -1,7 +1,7 @@
 """The training loop.
 
 A run's position is one integer, the number of images consumed; with the seed it decides all that follows. To resume,
-run the same command. What is taken, in this order: the newest checkpoint of the run directory; else scratch.
+run the same command.
 """
 
 import time
@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from .ema import WeightEMA
 from .guard import Diverged, Skip, diagnosis, told
 from .learner import Descent, Learner
 from .settings import Config, build, check_labels, micro_batch
+from .writer import Writer
 
 NAMED = 8  # samples of a skipped step, in the log
 
@@ -92,6 +92,9 @@ class Trainer:
             config = self.config = one_epoch(config, samples, self.position.step, self.position.images)
 
         self.console = Console(self.position.step, config.steps, loud=self.rank == 0)
+        self.writer = Writer(self.run / "checkpoints", config.keep, config.keep_every, self.console)
+        averaged = sum(value.nbytes for value in self.ema.model.state_dict().values())
+        self.writer.check_room(self.learner.size() + averaged, config.steps)
         self.board: Board | None = None
         if self.rank == 0:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -100,6 +103,12 @@ class Trainer:
             self.board.text("config", _verbatim(mechanics.to_yaml(config)), self.position.step)
 
     def train(self) -> None:
+        try:
+            self.loop()
+        finally:
+            self.writer.join()  # what has been begun is finished, whatever ends the loop
+
+    def loop(self) -> None:
         config, position = self.config, self.position
         self.console.say(self.banner())
         if advice := self.slices.advice():
@@ -129,6 +138,7 @@ class Trainer:
                 self.count_skips()
                 self.save()
             window.begun += time.monotonic() - paused  # images/s are those of training
+        self.writer.settle(wait=True, last=True)
         self.console.close()
         self.console.say(f"finished at step {position.step}: {self.run}")
         if self.board:
@@ -158,6 +168,7 @@ class Trainer:
         totals = distributed.sum_(sums.double()).tolist()
         self.count_damage(window)
         self.count_skips()
+        self.writer.settle(wait=False)
         seconds = time.monotonic() - window.begun
 
         means = {name: total / self.world for name, total in zip(names, totals, strict=True)}
@@ -258,42 +269,56 @@ class Trainer:
 
     def save(self) -> None:
         """Collective: every rank takes part in gathering, rank 0 writes."""
-        position, config = self.position, self.config
+        position = self.position
         tensors = {**self.learner.tensors(), "ema": self.ema.model.state_dict()}
-        learned = self.learner.state()
-        if self.rank == 0:
-            state = {
-                "step": position.step,
-                "images": position.images,
-                "damaged": position.damaged,
-                "alarms": position.alarms,
-                **learned,
-                "order": self.order(),
-            }
-            checkpoint.save(self.run / "checkpoints", position.step, tensors, state, config.keep)
-        distributed.barrier()
+        state = {
+            "step": position.step,
+            "images": position.images,
+            "damaged": position.damaged,
+            "alarms": position.alarms,
+            **self.learner.state(),
+            "order": self.order(),
+        }
+        self.writer.save(position.step, tensors, state, dict(self.model.named_buffers()))
 
     def resume(self) -> None:
-        """Take up the newest checkpoint, if there is one."""
-        found = checkpoint.newest(self.run / "checkpoints")
-        state: dict[str, Any] = checkpoint.read_state(found) if found else {"step": 0}
-        first = int(distributed.broadcast_(torch.tensor(state["step"], device=self.device)))
-        if state["step"] != first:
-            raise CheckpointError(
-                f"the newest checkpoint of {self.run} is that of step {state['step']} for rank {self.rank} and of step "
-                f"{first} for rank 0: the nodes do not see the same files yet; start again"
-            )
+        """What is taken, in this order: the newest valid checkpoint of the run directory; else the weights of
+        `init_from`, at step 0 with a fresh optimiser; else scratch."""
+        found = self.find(self.run)
         if found is None:
+            if self.config.init_from:
+                self.begin(Path(self.config.init_from))
             return
+        state = checkpoint.read_state(found)
         for key, value in self.order().items():
             if state["order"][key] != value:
                 raise ConfigError(
                     f"{self.run} was begun with {key}={state['order'][key]}, now it is {value}: the order of samples "
                     f"would break; set it back, or give another run=…"
                 )
+        averaged = checkpoint.read_fitting(found, "ema", self.ema.model)
         self.learner.load(partial(checkpoint.read_tensors, found), state)
-        self.ema.model.load_state_dict(checkpoint.read_tensors(found, "ema"))
+        self.ema.model.load_state_dict(averaged)
         self.position = Position(state["step"], state["images"], state["damaged"], state["alarms"])
+
+    def begin(self, place: Path) -> None:
+        found = self.find(place)
+        if found is None:
+            raise CheckpointError(f"init_from={place} is neither a checkpoint nor a run directory that has one")
+        weights = checkpoint.read_fitting(found, "model", self.model)
+        averaged = checkpoint.read_fitting(found, "ema", self.ema.model)
+        self.learner.begin(weights)
+        self.ema.model.load_state_dict(averaged)
+        if self.rank == 0:
+            print(f"{self.run} begins with the weights of {found}", flush=True)
+
+    def find(self, place: Path) -> Path | None:
+        """The checkpoint that all ranks take; what was wrong with others is said."""
+        found = checkpoint.agreed(place)
+        if self.rank == 0:
+            for remark in found.remarks:
+                print(remark, flush=True)
+        return found.path
 
     def order(self) -> dict[str, int | str]:
         """What decides which sample is number g."""

@@ -1,0 +1,310 @@
+"""Checkpoints without a launch: what is written, found damaged, and taken."""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from vaescale.config import ConfigError
+from vaescale.training import checkpoint, settings, trained
+from vaescale.training.checkpoint import CheckpointError, agreed, newest, verify
+from vaescale.training.writer import unsound
+
+TINY = "tests/integration/tiny.yaml"
+
+
+def tensors(value: float) -> dict[str, dict[str, Tensor]]:
+    return {"model": {"w": torch.full((2,), value), "n": torch.tensor(3)}, "optimizer": {}}
+
+
+def save(run: Path, *steps: int, keep: int = 9, keep_every: int = 0) -> list[Path]:
+    folder = run / "checkpoints"
+    return [checkpoint.save(folder, step, tensors(step), {"step": step}, keep, keep_every) for step in steps]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip(path: Path, place: int, mask: int = 1) -> None:
+    with path.open("r+b") as file:
+        file.seek(place, os.SEEK_END if place < 0 else os.SEEK_SET)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ mask]))
+
+
+def forge(saved: Path, name: str, data: bytes) -> None:
+    """Put other bytes in a file's place, and what the manifest says of them."""
+    (saved / name).write_bytes(data)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest[name] = {"bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}
+    (saved / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def test_what_was_saved_is_read(tmp_path: Path) -> None:
+    (saved,) = save(tmp_path, 5)
+    assert verify(saved) == []
+    assert newest(tmp_path / "checkpoints") == (saved, [])
+    assert checkpoint.read_state(saved) == {"step": 5}
+    read = checkpoint.read_tensors(saved, "model")
+    assert torch.equal(read["w"], torch.full((2,), 5.0))
+    assert read["n"] == 3
+    assert checkpoint.read_tensors(saved, "optimizer") == {}
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert set(manifest) == {path.name for path in saved.iterdir()} - {"manifest.json"}
+    for name, entry in manifest.items():
+        data = (saved / name).read_bytes()
+        assert entry == {"bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}
+    assert names(tmp_path / "checkpoints") == ["latest", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"),
+    [(2, 0, [20, 25]), (1, 0, [25]), (1, 10, [10, 20, 25]), (3, 15, [15, 20, 25])],
+)
+def test_the_newest_and_every_nth_are_kept(tmp_path: Path, keep: int, keep_every: int, left: list[int]) -> None:
+    save(tmp_path, 5, 10, 15, 20, 25, keep=keep, keep_every=keep_every)
+    assert names(tmp_path / "checkpoints") == ["latest", *(f"step-{step:08d}" for step in left)]
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """Each bit of every file, the manifest among them."""
+    (saved,) = save(tmp_path, 5)
+    for path in sorted(saved.iterdir()):
+        for place, bit in product(range(path.stat().st_size), range(8)):
+            flip(path, place, 1 << bit)
+            (wrong,) = verify(saved)
+            assert path.name in wrong or path.name == "manifest.json", (path.name, place, bit, wrong)
+            flip(path, place, 1 << bit)
+    assert verify(saved) == []
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (missing, "model.safetensors is missing"),
+        (cut, r"model.safetensors has \d+ bytes instead of \d+"),
+        (lambda path: flip(path, -1), r"model.safetensors has changed \(xxh3 [0-9a-f]{16} instead of [0-9a-f]{16}\)"),
+        (folder, r"model.safetensors has \d+ bytes instead of"),
+    ],
+)
+def test_what_is_wrong_is_said_and_the_next_newest_taken(
+    tmp_path: Path, harm: Callable[[Path], None], words: str
+) -> None:
+    first, second, third = save(tmp_path, 5, 10, 15)
+    harm(third / "model.safetensors")
+    found = newest(tmp_path / "checkpoints")
+    assert found.path == second
+    (remark,) = found.remarks
+    assert remark.startswith(f"{third} is damaged, and the next one looked for: ")
+    assert re.search(words, remark)
+    (second / "manifest.json").unlink()
+    found = newest(tmp_path / "checkpoints")
+    assert found.path == first
+    assert "manifest.json is missing" in found.remarks[1]
+
+
+def test_a_checkpoint_without_any_valid_stops(tmp_path: Path) -> None:
+    assert newest(tmp_path / "checkpoints") == (None, [])
+    one, other = save(tmp_path, 5, 10)
+    flip(one / "state.json", 3)
+    flip(other / "manifest.json", 0)
+    with pytest.raises(
+        CheckpointError,
+        match=r"none of the 2 checkpoint\(s\) .*step-00000010 is damaged: manifest.json cannot be read",
+    ):
+        newest(tmp_path / "checkpoints")
+
+
+POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "missing": (missing, "is missing"),
+    "dangling": (lambda path: path.write_text("step-00000099\n"), "names 'step-00000099', which is not there"),
+    "a path": (lambda path: path.write_text("../../step-00000005\n"), "which is not there"),
+    "no text": (lambda path: path.write_bytes(b"\xff\x00\x80"), "which is not there"),
+    "a folder": (folder, "cannot be read"),
+    "a dead link": (lambda path: (path.unlink(), path.symlink_to("nowhere")), "is missing"),
+}
+
+
+@pytest.mark.parametrize("harm", POINTERS)
+def test_latest_is_a_hint(tmp_path: Path, harm: str) -> None:
+    """A wrong one is told, and the newest valid checkpoint taken."""
+    _, second, third = save(tmp_path, 5, 10, 15)
+    pointer = tmp_path / "checkpoints" / "latest"
+    act, words = POINTERS[harm]
+    act(pointer)
+    found = newest(tmp_path / "checkpoints")
+    assert found.path == third
+    (remark,) = found.remarks
+    assert str(pointer) in remark
+    assert words in remark
+    flip(third / "state.json", 0)
+    assert newest(tmp_path / "checkpoints").path == second
+
+
+def test_a_latest_that_is_right_comes_first(tmp_path: Path) -> None:
+    """So a run goes on from an older checkpoint. What is saved from there on replaces the newer ones of that step."""
+    first, _, third = save(tmp_path, 5, 10, 15)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000005\n")
+    assert newest(tmp_path / "checkpoints") == (first, [])
+    flip(first / "state.json", 0)
+    assert newest(tmp_path / "checkpoints").path == third
+    checkpoint.save(tmp_path / "checkpoints", 10, tensors(-1), {"step": 10}, keep=1)
+    found = newest(tmp_path / "checkpoints").path
+    assert found is not None
+    assert checkpoint.read_tensors(found, "model")["w"][0] == -1
+    assert names(tmp_path / "checkpoints") == ["latest", "step-00000010", "step-00000015"]
+
+
+def test_latest_alone_is_no_reason_to_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000005\n")
+    with pytest.raises(CheckpointError, match="and there are no checkpoints: remove it to begin again"):
+        newest(tmp_path / "checkpoints")
+
+
+def test_copies_and_what_a_killed_save_leaves_are_never_taken(tmp_path: Path) -> None:
+    (saved,) = save(tmp_path, 5)
+    there = tmp_path / "checkpoints"
+    for name in (".partial-step-00000010", ".gone-step-00000002", "step-00000020-copy", "step-7"):
+        (there / name).mkdir()
+        (there / name / "model.safetensors").write_bytes(b"half")
+    (there / ".latest").write_text("step-")
+    (there / "latest").unlink()
+    assert newest(there).path == saved
+    save(tmp_path, 10)
+    assert names(there) == ["latest", "step-00000005", "step-00000010", "step-00000020-copy", "step-7"]
+
+
+def test_a_failed_save_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the disk fails while it is written, or gives back other bytes than it was given."""
+    (saved,) = save(tmp_path, 5, keep=1)
+    sync, synced = os.fsync, []
+
+    def failing(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 3:
+            raise OSError(5, "Input/output error")
+        sync(descriptor)
+
+    def lying(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.name == "model.safetensors":
+            flip(path, -1)
+
+    for fsync, error in ((failing, OSError), (lying, CheckpointError)):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fsync)
+            with pytest.raises(
+                error, match=r"Input/output|other bytes than were written: model\.safetensors has changed"
+            ):
+                save(tmp_path, 10, keep=1)
+        assert names(tmp_path / "checkpoints") == ["latest", "step-00000005"]
+        assert newest(tmp_path / "checkpoints") == (saved, [])
+
+
+def test_the_place_may_be_a_run_or_a_checkpoint(tmp_path: Path) -> None:
+    first, second = save(tmp_path, 5, 10)
+    assert agreed(tmp_path).path == second
+    assert agreed(first).path == first
+    assert agreed(tmp_path / "nowhere").path is None
+    flip(first / "model.safetensors", -1)
+    with pytest.raises(CheckpointError, match=r"step-00000005 is damaged: model\.safetensors has changed"):
+        agreed(first)
+
+
+def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
+    (saved,) = save(tmp_path, 5)
+    model = nn.Linear(3, 1)
+    model.register_buffer("w", torch.zeros(2, 2))
+    with pytest.raises(
+        CheckpointError, match=r"of another model: it has no weight, it has no bias, the model has no n and 1 more; set"
+    ):
+        checkpoint.read_fitting(saved, "model", model)
+    model = nn.Module()
+    model.register_buffer("w", torch.zeros(2, 2))
+    model.register_buffer("n", torch.tensor(0))
+    with pytest.raises(CheckpointError, match=r"of another model: w is 2 instead of 2×2; set"):
+        checkpoint.read_fitting(saved, "model", model)
+
+
+class Poison:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, int]]:
+        return os.mkdir, (str(self.path), 0o777)
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer", "state.json", "manifest.json", "latest"])
+def test_a_poisoned_pickle_is_named_and_never_run(tmp_path: Path, name: str, forged: bool) -> None:
+    """Even where the manifest vouches for it; and even where nobody verifies."""
+    poison, ran = pickle.dumps(Poison(tmp_path / "ran")), tmp_path / "ran"
+    pickle.loads(poison)
+    ran.rmdir()  # it works
+    config = settings.load(TINY, [f"run={tmp_path}", f"data.root={tmp_path}"])
+    model = settings.build(config)
+    held = {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": {}}
+    saved = [checkpoint.save(tmp_path / "checkpoints", step, held, {"step": step}, 9) for step in (5, 10)]
+
+    file = name if name in ("state.json", "manifest.json", "latest") else f"{name}.safetensors"
+    if file == "latest":
+        (tmp_path / "checkpoints" / file).write_bytes(poison)
+    elif file == "manifest.json" or not forged:
+        (saved[1] / file).write_bytes(poison)
+    else:
+        forge(saved[1], file, poison)
+    found = agreed(tmp_path)
+    assert found.path == saved[file == "latest"]
+    assert file in found.remarks[0]
+    _, step = trained.read_model(tmp_path, config, torch.device("cpu"))
+    assert step == (10 if file == "latest" else 5)
+    if name in held:
+        with pytest.raises(CheckpointError, match=rf"{name}\.safetensors cannot be read"):
+            checkpoint.read_tensors(saved[1], name)
+    elif file == "state.json":
+        with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+            checkpoint.read_state(saved[1])
+    assert not ran.exists()
+
+
+def test_what_is_not_finite_is_named() -> None:
+    nan, inf = torch.tensor([0.0, torch.nan]), torch.tensor(torch.inf)
+    assert unsound({"model": {"n": torch.tensor(3), "w": torch.zeros(2)}, "ema": {}}, ()) == ""
+    assert unsound({"model": {"w": torch.zeros(2)}, "ema": {"w": nan}}, ()) == "w of ema.safetensors"
+    assert unsound({"model": {"bound": inf}}, ["bound"]) == ""
+    assert unsound({"model": {"bound": inf}}, []) == "bound of model.safetensors"
+    assert unsound({"model": {"bound": nan}}, ["bound"]) == "bound of model.safetensors"
+    assert unsound({"model": {"half": -inf.half()}}, []) == "half of model.safetensors"
+
+
+def test_what_would_never_be_kept_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"keep_every=6 must be a multiple of every\.checkpoint=4"):
+        settings.load(TINY, ["run=none", "data.root=none", "keep_every=6"])

@@ -1,0 +1,122 @@
+"""Checkpoints are written beside training: a step waits for the copy to the host, and for the save before.
+
+    save       all ranks gather; rank 0 refuses what is not finite, copies, and leaves the rest to a thread
+    settle     all ranks hear how that went: at every report, before the next save, and at the end
+
+A full disk costs one checkpoint, not the run: the one before is untouched, and the next save tries again.
+"""
+
+import copy
+import shutil
+from collections.abc import Container
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from torch import Tensor
+
+from .. import distributed
+from ..monitoring.console import Console
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .guard import Diverged
+
+PATIENCE = 2  # saves in a row that may fail before the run stops; this one is told
+
+
+class Writer:
+    def __init__(self, folder: Path, keep: int, keep_every: int, console: Console) -> None:
+        self.folder = folder
+        self.keep, self.keep_every = keep, keep_every
+        self.console = console
+        self._thread: Thread | None = None  # on rank 0, until it is known how it ended
+        self._failed = ""  # why the last save did; "" if it did not
+        self._failures = 0  # in a row
+
+    def check_room(self, size: int, steps: int) -> None:
+        """size: bytes of one checkpoint; steps: of the whole run. Raises CheckpointError if they will not fit.
+        Collective."""
+        error = ""
+        if distributed.rank() == 0:
+            count = self.keep + 1 + (steps // self.keep_every if self.keep_every else 0)
+            held = sum(file.stat().st_size for path in checkpoint.there(self.folder) for file in path.iterdir())
+            parents = [self.folder, *self.folder.absolute().parents]
+            free = shutil.disk_usage(next(path for path in parents if path.exists())).free
+            if free + held < count * size:
+                error = (
+                    f"{count} checkpoints of {_gib(size)} (keep={self.keep}, one being written"
+                    f"{f', and those of keep_every={self.keep_every}' if self.keep_every else ''}) do not fit into "
+                    f"{self.folder}: {_gib(free)} are free and {_gib(held)} taken by those that are there; make room, "
+                    f"lower keep, or give another run=…"
+                )
+        if error := distributed.tell(error):
+            raise CheckpointError(error)
+
+    def save(
+        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], buffers: Container[str]
+    ) -> None:
+        """Collective. buffers: their names; they alone may hold infinities, as bounds do before anything is seen.
+
+        Raises Diverged rather than save what training could not go on from.
+        """
+        self.settle(wait=True)
+        spoilt = distributed.tell(unsound(tensors, buffers) if distributed.rank() == 0 else "")
+        if spoilt:
+            raise Diverged(
+                f"the checkpoint of step {step} is not written, for {spoilt} is not finite: go on from the one before "
+                f"by the same command, with a lower optimizer.lr or a longer optimizer.warmup"
+            )
+        if distributed.rank() == 0:
+            held = {
+                file: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
+                for file, values in tensors.items()
+            }
+            self._thread = Thread(target=self._write, args=(step, held, copy.deepcopy(state)), name="checkpoint")
+            self._thread.start()
+
+    def settle(self, wait: bool, last: bool = False) -> None:
+        """Say if the save has failed; stop all ranks if it is the second in a row, or the last. Collective.
+
+        wait: until it is written; otherwise only if it is already.
+        """
+        failed = ""
+        if self._thread and (wait or not self._thread.is_alive()):
+            self.join()
+            failed = self._failed
+        failed, failures = distributed.tell([failed, self._failures])
+        if not failed:
+            return
+        if last or failures >= PATIENCE:
+            why = "no step follows" if last else f"{failures} saves in a row have failed"
+            raise CheckpointError(f"{failed}, and {why}: make room in {self.folder}, then run the same command")
+        self.console.say(f"{failed}; those before are untouched, and training goes on to the next save")
+
+    def join(self) -> None:
+        """Wait until nothing is being written; for rank 0 alone."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        try:
+            checkpoint.save(self.folder, step, tensors, state, self.keep, self.keep_every)
+            self._failed, self._failures = "", 0
+        except Exception as error:  # a thread's would be lost
+            cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self._failed = f"the checkpoint of step {step} could not be written ({cause})"
+            self._failures += 1
+
+
+def unsound(tensors: dict[str, dict[str, Tensor]], buffers: Container[str]) -> str:
+    """The first tensor that is not finite, in words; "" if there is none."""
+    for file, values in tensors.items():
+        for name, value in values.items():
+            if value.is_floating_point():
+                bad = value.isnan() if name in buffers else ~value.isfinite()
+                if bad.any():
+                    return f"{name} of {file}.safetensors"
+    return ""
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
