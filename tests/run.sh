@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold: format, lint, types, tests. `bash tests/run.sh unit` (launch, browser, benchmark) runs one kind.
+# Everything that must hold: format, lint, types, tests. `bash tests/run.sh unit` (launch, faults, browser, benchmark) runs one kind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

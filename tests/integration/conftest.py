@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,13 +66,13 @@ def train(folder: Path, cases: list[Case], pictures: Path) -> None:
     forked(folder, jobs)
 
 
-def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500) -> None:
-    """Do the jobs of forked.py one after another, within so many seconds."""
+def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500, within: Sequence[str] = ()) -> None:
+    """Do the jobs of forked.py one after another, within so many seconds; or as what the command `within` runs."""
     for job in jobs:
         Path(job["out"]).mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.forked", str(folder / "jobs.json")],
+        [*within, sys.executable, "-m", "tests.integration.forked", str(folder / "jobs.json")],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
         stdout=subprocess.PIPE,

@@ -1,7 +1,8 @@
 """forked.py JOBS.json: import everything once, then do each job on freshly forked ranks, one job after another.
 
-A job: {"task": one of TASKS, "world": W, "out": folder, …}; what else a task reads and what each rank leaves in `out`,
-it says. The cheapest test on real ranks: one import of torch and DeepSpeed serves all.
+A job: {"task": one of TASKS, "world": W, "out": folder, …}, and "code" where its ranks do not end with 0; what else a
+task reads and what each rank leaves in `out`, it says. The cheapest test on real ranks: one import of torch and
+DeepSpeed serves all.
 """
 
 import gc
@@ -17,6 +18,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from tests.faults import inject
 from tests.integration import probe
 from vaescale import distributed
 from vaescale.interfaces import Batch
@@ -36,7 +38,7 @@ def main() -> int:
             port = free.getsockname()[1]
         children = [fork(job, rank, port) for rank in range(job["world"])]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(codes):
+        if any(code != job.get("code", 0) for code in codes):
             print(f"{job}: exit codes {codes}")
             return 1
     return 0
@@ -103,7 +105,13 @@ def train(job: dict[str, Any]) -> None:
     (out / f"rank-{distributed.rank()}.txt").write_text("".join(said))
 
 
-TASKS = {"train": train, "cases": probe.every_case, "resets": probe.every_reset, "collectives": probe.collectives}
+TASKS = {
+    "train": train,
+    "launch": inject.launch,
+    "cases": probe.every_case,
+    "resets": probe.every_reset,
+    "collectives": probe.collectives,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,145 @@
+"""The commands that a user types, on forked ranks, and what befalls them from outside: the product knows nothing of it.
+
+A fault is [name, rank, argument …]; see FAULTS.
+"""
+
+import os
+import runpy
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vaescale import distributed
+from vaescale.training.checkpoint import verify
+from vaescale.training.ema import WeightEMA
+
+
+def launch(job: dict[str, Any]) -> None:
+    """Reads "command" [script, argument …] and "faults". Leaves code-R, the exit code, unless the rank was killed, and
+    all that was printed, output-R.txt."""
+    out, rank = Path(job["out"]), distributed.rank()
+    (out / f"pid-{rank}").write_text(str(os.getpid()))
+    distributed.barrier()
+    with (out / f"output-{rank}.txt").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name, victim, *arguments in job.get("faults", []):
+        if victim == rank:
+            FAULTS[name](out, *arguments)
+    sys.argv = job["command"]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code: Any = 0
+    except SystemExit as leave:
+        code = leave.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    (out / f"code-{rank}").write_text(str(code))
+
+
+def before(owner: Any, name: str, part: str, act: Callable[[Path], None]) -> None:
+    """Act on the path before the call of this name whose path ends so; an open file's path is known to the system."""
+    whole = getattr(owner, name)
+
+    def patched(path: Any, *arguments: Any, **options: Any) -> Any:
+        real = Path(f"/proc/self/fd/{path}").readlink() if isinstance(path, int) else Path(path)
+        if str(real).endswith(part):
+            act(real)
+        return whole(path, *arguments, **options)
+
+    setattr(owner, name, patched)
+
+
+def die(out: Path, point: str, step: int) -> None:
+    """SIGKILL to all ranks at this point of the save of this step."""
+
+    def kill() -> None:
+        pids = [int(path.read_text()) for path in out.glob("pid-*")]
+        for pid in sorted(pids, key=lambda pid: pid == os.getpid()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def halve(path: Path) -> None:
+        os.truncate(path, path.stat().st_size // 2)
+        kill()
+
+    def begin_to_remove(path: Path) -> None:
+        next(path.iterdir()).unlink()
+        kill()
+
+    owner, name, part, act = {
+        "nothing is written": (Path, "mkdir", f".partial-step-{step:08d}", lambda path: kill()),
+        "half a file is written": (os, "fsync", f".partial-step-{step:08d}/ema.safetensors", halve),
+        "the manifest is half written": (os, "fsync", f".partial-step-{step:08d}/manifest.json", halve),
+        "all is written": (Path, "rename", f".partial-step-{step:08d}", lambda path: kill()),
+        "latest has not moved": (Path, "replace", "checkpoints/.latest", lambda path: kill()),
+        "the old one is being removed": (shutil, "rmtree", f".gone-step-{step - 4:08d}", begin_to_remove),
+    }[point]
+    armed = False
+
+    def arm(path: Path) -> None:
+        nonlocal armed
+        armed = True
+
+    before(owner, name, part, lambda path: act(path) if armed else None)
+    before(Path, "mkdir", f".partial-step-{step:08d}", arm)
+
+
+def fill(out: Path, step: int, disk: str, left: int) -> None:
+    """The disk has so many bytes left once the save of this step begins."""
+
+    def act(path: Path) -> None:
+        with (Path(disk) / "ballast").open("wb", buffering=0) as file:
+            with suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            file.truncate(file.tell() - left)
+
+    before(Path, "mkdir", f".partial-step-{step:08d}", act)
+
+
+def free(out: Path, step: int, disk: str) -> None:
+    """The disk is free again once the save of this step begins; what is on it then stands in seen.txt."""
+
+    def act(path: Path) -> None:
+        there = sorted(path.parent.iterdir())
+        damaged = [wrong for one in there if one.name.startswith("step-") for wrong in verify(one)]
+        (out / "seen.txt").write_text("\n".join([one.name for one in there] + damaged))
+        (Path(disk) / "ballast").unlink()
+
+    before(Path, "mkdir", f".partial-step-{step:08d}", act)
+
+
+def spoil(out: Path, step: int) -> None:
+    """An averaged weight is NaN from this step on; the training itself does not notice."""
+    whole = WeightEMA.update
+
+    def update(self: WeightEMA, model: torch.nn.Module, now: int) -> None:
+        whole(self, model, now)
+        if now + 1 == step:
+            next(iter(self.model.parameters())).view(-1)[0] = torch.nan
+
+    WeightEMA.update = update
+
+
+def elsewhere(out: Path, folder: str) -> None:
+    """A node on which the same path is another folder."""
+    os.chdir(folder)
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    "die": die,
+    "fill": fill,
+    "free": free,
+    "spoil": spoil,
+    "elsewhere": elsewhere,
+}
