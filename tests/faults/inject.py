@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the commands check shapes with it: once for all forks, not 2 s in each
 
 from vaescale import distributed
+from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
 from vaescale.training.checkpoint import verify
 from vaescale.training.ema import WeightEMA
 
@@ -108,7 +110,7 @@ def fill(out: Path, step: int, disk: str, left: int) -> None:
 
 
 def free(out: Path, step: int, disk: str) -> None:
-    """The disk is free again once the save of this step begins; what is on it then stands in seen.txt."""
+    """The disk is free again once the save of this step begins, and what is on it then stands in seen.txt; 0: now."""
 
     def act(path: Path) -> None:
         there = sorted(path.parent.iterdir())
@@ -116,7 +118,10 @@ def free(out: Path, step: int, disk: str) -> None:
         (out / "seen.txt").write_text("\n".join([one.name for one in there] + damaged))
         (Path(disk) / "ballast").unlink()
 
-    before(Path, "mkdir", f".partial-step-{step:08d}", act)
+    if step:
+        before(Path, "mkdir", f".partial-step-{step:08d}", act)
+    else:
+        (Path(disk) / "ballast").unlink()
 
 
 def spoil(out: Path, step: int) -> None:

@@ -254,6 +254,14 @@ def load_averaged(model: torch.nn.Module, run: Path) -> tuple[dict[str, Any], li
     return read_state(found), remarks
 
 
+def amount(count: float) -> str:
+    """Of bytes, for people."""
+    for power, unit in ((3, "GiB"), (2, "MiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.{power - 1}f} {unit}"
+    return f"{count / 1024:.1f} KiB"
+
+
 def _step(path: Path) -> int:
     """-1: not a checkpoint, but perhaps somebody's copy of one."""
     match = re.fullmatch(r"step-(\d{8,})", path.name)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import config as mechanics
 from ..data.index import Index
 from ..models.pca import PCA
+from .checkpoint import amount
 from .closed_form import moment_bytes, one_epoch
 from .settings import Config, blank, build, micro_batch
 
@@ -37,8 +38,8 @@ def describe(config: Config, world: int) -> str:
         f"batch       {micro} (micro) × {config.accumulation} (accumulation) × {world} (world) = {config.batch} images",
         f"run         {run}",
         f"parameters  {parameters / 1e6:.3f} M",
-        f"memory      {_size(total)} a rank, estimated: "
-        + ", ".join(f"{name} {_size(value)}" for name, value in memory.items()),
+        f"memory      {amount(total)} a rank, estimated: "
+        + ", ".join(f"{name} {amount(value)}" for name, value in memory.items()),
     ]
     return "\n".join(lines)
 
@@ -72,7 +73,3 @@ def activation_bytes(model: nn.Module, config: Config) -> int:
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         model(blank(config, 1), 0)
     return sum(held.values()) // (1 if config.precision == "fp32" else 2)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

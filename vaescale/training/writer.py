@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import distributed
 from ..monitoring.console import Console
 from . import checkpoint
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, amount
 from .guard import Diverged
 
 PATIENCE = 2  # saves in a row that may fail before the run stops; this one is told
@@ -44,10 +44,10 @@ class Writer:
             free = shutil.disk_usage(next(path for path in parents if path.exists())).free
             if free + held < count * size:
                 error = (
-                    f"{count} checkpoints of {_gib(size)} (keep={self.keep}, one being written"
+                    f"{count} checkpoints of {amount(size)} (keep={self.keep}, one being written"
                     f"{f', and those of keep_every={self.keep_every}' if self.keep_every else ''}) do not fit into "
-                    f"{self.folder}: {_gib(free)} are free and {_gib(held)} taken by those that are there; make room, "
-                    f"lower keep, or give another run=…"
+                    f"{self.folder}: {amount(free)} are free, and {amount(held)} taken by those that are there: make "
+                    f"room, lower keep, or give another run=…"
                 )
         if error := distributed.tell(error):
             raise CheckpointError(error)
@@ -116,7 +116,3 @@ def unsound(tensors: dict[str, dict[str, Tensor]], buffers: Container[str]) -> s
                 if bad.any():
                     return f"{name} of {file}.safetensors"
     return ""
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
