@@ -5,12 +5,15 @@
     torchrun --nproc-per-node 2 launch/train.py --config …
     python launch/train.py --config …                       one process
 
-To resume, run the same command. Exit codes: 0 finished; 2 wrong settings, missing data, or checkpoints
-that cannot be read or written; 3 too many steps in a row were skipped, or weights are not finite.
+To resume, run the same command. To stop after a save: SIGTERM or SIGUSR1 to any rank, or `touch RUN/STOP`. Exit codes:
+0 finished; 2 wrong settings, missing data, or checkpoints that cannot be read or written; 3 too many steps were
+skipped, or weights are not finite; 75 stopped, run it again; 93 failed at one step time and again, do not requeue. The
+run directory's run_status.json says the same, and why.
 """
 
 import argparse
 import sys
+import traceback
 
 from vaescale import distributed
 from vaescale.config import ConfigError
@@ -18,6 +21,9 @@ from vaescale.data import DataError
 from vaescale.training import settings
 from vaescale.training.checkpoint import CheckpointError, Unreadable
 from vaescale.training.guard import Diverged
+from vaescale.training.status import NO_PROGRESS_CODE, PREEMPTED_CODE, NoProgress
+
+FORESEEN = (ConfigError, DataError, CheckpointError, Diverged)
 
 
 def main() -> int:
@@ -39,19 +45,23 @@ def main() -> int:
             return 0
         from vaescale.training.trainer import Trainer
 
-        Trainer(config).train()
-    except (ConfigError, DataError, CheckpointError, Diverged) as error:
-        place = distributed.place()
-        if place.rank == 0 or isinstance(error, DataError | Unreadable):  # the others are the same on all ranks
-            print(
-                f"error: {f'rank {place.rank}: ' if place.world > 1 else ''}{error}",
-                file=sys.stderr,
-                flush=True,
-            )
+        return PREEMPTED_CODE if Trainer(config).train() else 0
+    except NoProgress as error:
+        if not isinstance(error.__cause__, FORESEEN):
+            traceback.print_exception(error.__cause__)
+        say(error)
+        return NO_PROGRESS_CODE
+    except FORESEEN as error:
+        if distributed.place().rank == 0 or isinstance(error, DataError | Unreadable):  # the same on all ranks
+            say(error)
         return 3 if isinstance(error, Diverged) else 2
     finally:
         distributed.finish()
-    return 0
+
+
+def say(error: Exception) -> None:
+    rank, _, world = distributed.place()
+    print(f"error: {f'rank {rank}: ' if world > 1 else ''}{error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

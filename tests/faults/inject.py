@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +20,10 @@ import torch._dynamo  # the commands check shapes with it: once for all forks, n
 
 from vaescale import distributed
 from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
+from vaescale.training import stops
 from vaescale.training.checkpoint import verify
 from vaescale.training.ema import WeightEMA
+from vaescale.training.learner import Descent
 
 
 def launch(job: dict[str, Any]) -> None:
@@ -136,6 +139,42 @@ def spoil(out: Path, step: int) -> None:
     WeightEMA.update = update
 
 
+def ask(out: Path, step: int, *names: str) -> None:
+    """These signals to this rank, all in one step and again in the save that follows."""
+    whole = Descent.step
+
+    def send() -> None:
+        for name in names:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    def stepped(self: Descent, *arguments: Any) -> Any:
+        metrics = whole(self, *arguments)
+        if arguments[-1] + 1 == step:
+            send()
+        return metrics
+
+    Descent.step = stepped
+    before(Path, "mkdir", f".partial-step-{step + 1:08d}", lambda path: send())
+
+
+def touch(out: Path, step: int, file: str) -> None:
+    """A user's `touch FILE`, long enough ago to be seen after this step."""
+    whole = Descent.step
+
+    def stepped(self: Descent, *arguments: Any) -> Any:
+        if arguments[-1] + 1 == step:
+            Path(file).touch()
+        return whole(self, *arguments)
+
+    Descent.step = stepped
+    stops.LOOK = 0.0
+
+
+def ends(out: Path, seconds: float) -> None:
+    """The SLURM job ends in so many seconds."""
+    os.environ["SLURM_JOB_END_TIME"] = str(round(time.time() + seconds))
+
+
 def elsewhere(out: Path, folder: str) -> None:
     """A node on which the same path is another folder."""
     os.chdir(folder)
@@ -146,5 +185,8 @@ FAULTS: dict[str, Callable[..., None]] = {
     "fill": fill,
     "free": free,
     "spoil": spoil,
+    "ask": ask,
+    "touch": touch,
+    "ends": ends,
     "elsewhere": elsewhere,
 }

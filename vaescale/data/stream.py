@@ -1,5 +1,6 @@
 """The training stream and the validation pass: uint8 batches in an order that is a function of g alone."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -298,6 +299,9 @@ def _as_is(item: Decoded) -> Decoded:
 
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # What asks the run to stop may reach the whole process group; the rank still needs its workers to end well.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _batch(

@@ -53,6 +53,7 @@ class Config:
     zero: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
     ema: float = 0.999  # decay of the averaged weights that validation and evaluation use
     keep: int = 2  # checkpoints
+    stop_before: float = 120.0  # seconds before the end of its SLURM job at which a run saves and stops
     keep_every: int = 0  # and those of every such step, for ever; 0: none
     # A run directory or a checkpoint: a new run begins with its weights, at step 0, the optimiser knowing nothing.
     init_from: str = ""

@@ -35,6 +35,8 @@ from .ema import WeightEMA
 from .guard import Diverged, Skip, diagnosis, told
 from .learner import Descent, Learner
 from .settings import Config, build, check_labels, micro_batch
+from .status import FINISHED, PREEMPTED, SAME, NoProgress, Status
+from .stops import Stop
 from .writer import Writer
 
 NAMED = 8  # samples of a skipped step, in the log
@@ -102,19 +104,38 @@ class Trainer:
             self.board = Board(self.run, self.position.step)
             self.board.text("config", _verbatim(mechanics.to_yaml(config)), self.position.step)
 
-    def train(self) -> None:
+    def train(self) -> str:
+        """Returns why the run was stopped before its end, one of stops.REASONS; "" if it has finished.
+
+        Raises NoProgress in place of what has ended it at the same step the last times, too.
+        """
+        status, position = Status(self.run, self.rank), self.position
+        if self.rank == 0:
+            status.begin(position.step)
         try:
-            self.loop()
+            with Stop(self.run, self.config.stop_before) as stop:
+                why = self.loop(stop)
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+            if status.fail(said, position.step):
+                raise NoProgress(
+                    f"{SAME} times in a row the run has ended at step {position.step} with {said}"
+                ) from error
+            raise
         finally:
             self.writer.join()  # what has been begun is finished, whatever ends the loop
+        if self.rank == 0:
+            status.end(PREEMPTED if why else FINISHED, why, position.step)
+        return why
 
-    def loop(self) -> None:
+    def loop(self, stop: Stop) -> str:
         config, position = self.config, self.position
         self.console.say(self.banner())
         if advice := self.slices.advice():
             self.console.say(advice)
         batches = self.batches()
         window = Window()
+        asked = ""
         for step in range(position.step, config.steps):
             last = step + 1 == config.steps
             metrics = self.learner.step(self.next_batches(batches, window), step)
@@ -123,8 +144,11 @@ class Trainer:
             window.add(metrics)
             self.console.advance()
 
+            asked = "" if last else stop.agreed()
             every = (config.every.report, config.every.validate, config.every.checkpoint)
             report, validate, save = (last or position.step % steps == 0 for steps in every)
+            if asked:
+                validate, save = False, True
             if validate or save:
                 self.learner.settle()
             if report:
@@ -138,11 +162,17 @@ class Trainer:
                 self.count_skips()
                 self.save()
             window.begun += time.monotonic() - paused  # images/s are those of training
+            if asked:
+                break
         self.writer.settle(wait=True, last=True)
+        if asked:
+            stop.heeded()
         self.console.close()
-        self.console.say(f"finished at step {position.step}: {self.run}")
+        ended = f"stopped for {asked}, run the same command to go on" if asked else "finished"
+        self.console.say(f"{ended} at step {position.step}: {self.run}")
         if self.board:
             self.board.close()
+        return asked
 
     def batches(self) -> Iterator[stream.Decoded]:
         config, pin = self.config, self.device.type == "cuda"

@@ -1,0 +1,78 @@
+"""Runs that are asked to stop, and runs that fail: what they leave, and that they go on to the same bits."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.faults.test_checkpoints import end, job, names, train, twins  # noqa: F401
+from tests.integration.conftest import forked
+from tests.integration.test_resume import same_bits
+
+
+class Asked(NamedTuple):
+    how: str
+    why: str  # as run_status.json says it
+    fault: list[Any]  # of which rank and how
+    world: int = 1
+    step: int = 6  # the last one taken
+    given: tuple[str, ...] = ()
+
+
+# One rank is told of what another was asked at the end of the next step.
+ASKED = [
+    Asked("SIGTERM to one of two, and SIGUSR1 after it", "SIGTERM", ["ask", 1, 5, "SIGTERM", "SIGUSR1"], 2),
+    Asked("SIGUSR1, over and over", "SIGUSR1", ["ask", 0, 6, "SIGUSR1", "SIGUSR1"]),
+    Asked("a file", "the file STOP", ["touch", 0, 6, "STOP"]),
+    Asked("the job ends", "the end of the SLURM job", ["ends", 0, 100], step=1, given=("stop_before=200",)),
+]
+FAILING = ("optimizer.lr=1e30", "optimizer.patience=3")
+
+
+@pytest.fixture(scope="module")
+def stopped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    jobs = []
+    for one in ASKED:
+        out = folder / one.how
+        command = train(out / "run", pictures, *one.given, world=one.world)
+        fault = [str(out / "run" / "STOP") if part == "STOP" else part for part in one.fault]
+        jobs.append(job(out, command, fault, world=one.world))
+        jobs.append(job(out / "again", [*command, "stop_before=0"], world=one.world))
+    for life in range(4):
+        out = folder / f"failing-{life}"
+        jobs.append(job(out, train(folder / "failing", pictures, *FAILING, world=2), world=2))
+    forked(folder, jobs)
+    return folder
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run_status.json").read_text())
+
+
+@pytest.mark.parametrize("one", ASKED, ids=lambda one: one.how)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(stopped: Path, twins: Path, one: Asked) -> None:  # noqa: F811
+    out = stopped / one.how
+    codes, output = end(out)
+    assert codes == [75] * one.world, output
+    assert f"stopped for {one.why}, run the same command to go on at step {one.step}" in output
+    assert not (out / "run" / "STOP").exists()
+    codes, output = end(out / "again")
+    assert codes == [0] * one.world, output
+    assert f"resumes at step {one.step}:" in output
+    same_bits(out / "run", twins / str(one.world) / "run")
+    found = status(out / "run")
+    assert (found["status"], found["step"], found["why"]) == ("finished", 12, "")
+
+
+def test_the_same_failure_three_times_in_a_row_is_no_progress(stopped: Path) -> None:
+    """The fourth life is not the first of a new row."""
+    codes = [end(stopped / f"failing-{life}").codes for life in range(4)]
+    assert codes == [[3, 3], [3, 3], [93, 93], [93, 93]]
+    found = status(stopped / "failing")
+    assert (found["status"], found["step"]) == ("no-progress", found["failures"][-1]["step"])
+    assert found["why"].startswith("Diverged: 3 steps in a row were skipped")
+    assert "error: rank 0: 3 times in a row the run has ended at step" in end(stopped / "failing-2").output
+    assert "Traceback" not in end(stopped / "failing-2").output
+    assert "run_status.json" in names(stopped / "failing")

@@ -1,0 +1,43 @@
+"""run_status.json: what each life of a run leaves there."""
+
+import json
+from pathlib import Path
+
+from vaescale.training.status import Status
+
+
+def said(run: Path) -> tuple[str, int, int, str]:
+    found = json.loads((run / "run_status.json").read_text())
+    return found["status"], found["rank"], found["step"], found["why"]
+
+
+def life(run: Path, step: int, why: str, rank: int = 0) -> bool:
+    Status(run, 0).begin(step - 1)
+    return Status(run, rank).fail(why, step)
+
+
+def test_only_the_same_failure_at_the_same_step_counts(tmp_path: Path) -> None:
+    lives = [(7, "full"), (7, "full"), (8, "full"), (8, "nan"), (8, "nan"), (8, "nan")]
+    assert [life(tmp_path, step, why) for step, why in lives] == [False] * 5 + [True]
+    assert said(tmp_path) == ("no-progress", 0, 8, "nan")
+
+
+def test_a_life_that_ends_well_begins_a_new_row(tmp_path: Path) -> None:
+    for status in ("finished", "preempted"):
+        assert not life(tmp_path, 7, "nan")
+        assert not life(tmp_path, 7, "nan")
+        Status(tmp_path, 0).begin(6)
+        Status(tmp_path, 0).end(status, "", 9)
+        assert said(tmp_path) == (status, 0, 9, "")
+
+
+def test_the_first_rank_that_fails_has_the_word(tmp_path: Path) -> None:
+    assert not life(tmp_path, 7, "killed for want of memory", rank=3)
+    assert not Status(tmp_path, 0).fail("rank 3 has gone", 7)
+    assert said(tmp_path) == ("failed", 3, 7, "killed for want of memory")
+
+
+def test_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    (tmp_path / "run_status.json").write_text("[")
+    assert Status(tmp_path, 0).read() == {}
+    assert not life(tmp_path, 7, "nan")

@@ -1,0 +1,62 @@
+"""run_status.json: how a run stands, for people, schedulers and its next life.
+
+    {"status": …, "why": …, "rank": …, "step": …, "failures": […]}
+
+A launcher's exit code tells less: some lose their ranks' codes, and some end with 0 where a rank was killed.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+FILE = "run_status.json"
+RUNNING, FINISHED, PREEMPTED, FAILED, NO_PROGRESS = "running", "finished", "preempted", "failed", "no-progress"
+PREEMPTED_CODE, NO_PROGRESS_CODE = 75, 93  # EX_TEMPFAIL: run the same command again; do not requeue
+SAME = 3  # failures in a row, alike and at one step, after which another life would end likewise
+
+
+class NoProgress(RuntimeError):
+    """The same failure at the same step, time and again; the text says which."""
+
+
+class Status:
+    """Of one life of a run. A life that is killed leaves "running"."""
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self.path = run / FILE
+        self.rank = rank
+
+    def begin(self, step: int) -> None:
+        """On rank 0. What earlier lives failed of is kept until this one comes further."""
+        self._write(RUNNING, "", step, self.read().get("failures", []))
+
+    def end(self, status: str, why: str, step: int) -> None:
+        """On rank 0: finished or preempted."""
+        self._write(status, why, step, [])
+
+    def fail(self, why: str, step: int) -> bool:
+        """On the rank that failed; the first one's word stands. True if this run will not get further so."""
+        before = self.read()
+        if before.get("status") not in (RUNNING, None):
+            return before["status"] == NO_PROGRESS
+        failure = {"step": step, "why": why}
+        failures = before.get("failures", [])
+        failures = [*failures, failure] if failures and failures[-1] == failure else [failure]
+        status = NO_PROGRESS if len(failures) >= SAME else FAILED
+        self._write(status, why, step, failures)
+        return status == NO_PROGRESS
+
+    def read(self) -> dict[str, Any]:
+        """{} if there is none, or none that can be read."""
+        try:
+            found = json.loads(self.path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write(self, status: str, why: str, step: int, failures: list[dict[str, Any]]) -> None:
+        said = {"status": status, "why": why, "rank": self.rank, "step": step, "time": round(time.time())}
+        partial = self.path.with_name(f".{FILE}-{self.rank}")
+        partial.write_text(json.dumps({**said, "failures": failures}, indent=1) + "\n")
+        partial.replace(self.path)

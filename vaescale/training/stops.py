@@ -1,0 +1,74 @@
+"""How a run is asked to stop: SIGTERM or SIGUSR1 to any rank, a file STOP in its directory, the end of its SLURM job.
+
+Each step the ranks agree on what any of them has been asked, over gloo and beside the step, so that no device waits:
+what is asked during one step is known to all at the end of the next, and all save the same step.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from .. import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+REASONS = ("", "SIGTERM", "SIGUSR1", "the file STOP", "the end of the SLURM job")
+FILE, JOB_ENDS = REASONS[3:]
+LOOK = 1.0  # seconds between looks at the file and the clock
+
+
+class Stop:
+    """While it is entered, the signals ask for a stop instead of killing; a second one changes nothing."""
+
+    def __init__(self, run: Path, margin: float) -> None:
+        """margin: seconds before the SLURM job's end. Collective."""
+        self.file = run / "STOP"
+        ends = os.environ.get("SLURM_JOB_END_TIME")  # seconds since 1970
+        self.until = float(ends) - margin if ends else float("inf")
+        self._asked = ""
+        self._looked = 0.0
+        self._group = dist.new_group(backend="gloo") if distributed.world() > 1 else None
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> str:
+        """After each step, on all ranks: one of REASONS, the same for all; "" to go on."""
+        if self._group is None:
+            return self._look()
+        said = ""
+        if self._pending:
+            self._pending.wait()
+            said = REASONS[int(self._flag)]
+        self._flag = torch.tensor([REASONS.index(self._look())], dtype=torch.int32)
+        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
+        return said
+
+    def heeded(self) -> None:
+        """The file has had its effect: the next life shall not stop for it."""
+        if distributed.rank() == 0:
+            self.file.unlink(missing_ok=True)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        self._asked = self._asked or signal.Signals(number).name
+
+    def _look(self) -> str:
+        now = time.time()
+        if not self._asked and now - self._looked > LOOK:
+            self._looked = now
+            if now > self.until:
+                self._asked = JOB_ENDS
+            elif distributed.rank() == 0 and self.file.exists():
+                self._asked = FILE
+        return self._asked
