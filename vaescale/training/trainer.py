@@ -106,7 +106,7 @@ class Trainer:
         try:
             self.loop()
         finally:
-            self.writer.join()  # what has been begun is finished, whatever ends the loop
+            self.writer.close()
 
     def loop(self) -> None:
         config, position = self.config, self.position

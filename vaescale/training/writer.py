@@ -30,7 +30,7 @@ class Writer:
         self.keep, self.keep_every = keep, keep_every
         self.console = console
         self._thread: Thread | None = None  # on rank 0, until it is known how it ended
-        self._failed = ""  # why the last save did; "" if it did not
+        self._failed = ""  # why the last save did, until it is told
         self._failures = 0  # in a row
 
     def check_room(self, size: int, steps: int) -> None:
@@ -79,10 +79,7 @@ class Writer:
 
         wait: until it is written; otherwise only if it is already.
         """
-        failed = ""
-        if self._thread and (wait or not self._thread.is_alive()):
-            self.join()
-            failed = self._failed
+        failed = self._join() if wait or not (self._thread and self._thread.is_alive()) else ""
         failed, failures = distributed.tell([failed, self._failures])
         if not failed:
             return
@@ -91,16 +88,23 @@ class Writer:
             raise CheckpointError(f"{failed}, and {why}: make room in {self.folder}, then run the same command")
         self.console.say(f"{failed}; those before are untouched, and training goes on to the next save")
 
-    def join(self) -> None:
-        """Wait until nothing is being written; for rank 0 alone."""
+    def close(self) -> None:
+        """Whatever has ended the run, what is being written is finished. Each rank for itself."""
+        if failed := self._join():
+            self.console.say(failed)
+
+    def _join(self) -> str:
+        """Wait until nothing is being written; returns why it failed, once."""
         if self._thread:
             self._thread.join()
             self._thread = None
+        failed, self._failed = self._failed, ""
+        return failed
 
     def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         try:
             checkpoint.save(self.folder, step, tensors, state, self.keep, self.keep_every)
-            self._failed, self._failures = "", 0
+            self._failures = 0
         except Exception as error:  # a thread's would be lost
             cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             self._failed = f"the checkpoint of step {step} could not be written ({cause})"
