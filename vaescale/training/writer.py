@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import distributed
@@ -115,8 +116,8 @@ def unsound(tensors: dict[str, dict[str, Tensor]], buffers: Container[str]) -> s
     """The first tensor that is not finite, in words; "" if there is none."""
     for file, values in tensors.items():
         for name, value in values.items():
-            if value.is_floating_point():
-                bad = value.isnan() if name in buffers else ~value.isfinite()
-                if bad.any():
+            if value.is_floating_point() and value.numel():
+                ends = torch.stack(value.aminmax())  # NaN if one is; nothing as large as the tensor is made
+                if (ends.isnan() if name in buffers else ~ends.isfinite()).any():
                     return f"{name} of {file}.safetensors"
     return ""
