@@ -95,7 +95,7 @@ def kills(folder: Path, twins: Path, pictures: Path) -> Jobs:
 
 @pytest.mark.parametrize(("world", "point"), KILLS)
 def test_killed_in_a_save(befallen: Path, twins: Path, world: int, point: str) -> None:
-    """All ranks, while the checkpoint of step 8 was being written: no more than one interval is lost."""
+    """All ranks, while the checkpoint of step 8 was being written: an interval is lost, and what was done meanwhile."""
     out = befallen / f"{world}-{point}"
     assert end(out).codes == [None] * world
     codes, output = end(out / "again")
