@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,29 @@ def test_a_life_that_ended_before_its_first_checkpoint_leaves_no_trace(tmp_path:
 def test_json_lines_are_json_whatever_happens(tmp_path: Path) -> None:
     Board(tmp_path, 0).scalars({"a": float("nan"), "b": float("inf"), "c": 1.0}, 1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 1.0}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread gives up
+def test_a_line_that_finds_no_room_leaves_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The system takes half of it; curves then have a gap, which is told once, and go on."""
+    board = Board(tmp_path, 0)
+    board.scalars({"train/loss": 1.0}, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        room = (tmp_path / "metrics.jsonl").stat().st_size + 10
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        for step in (2, 3):
+            board.scalars({"train/loss": 1.0}, step)
+            board.picture("val/images", np.zeros((8, 8, 3), np.uint8), step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    board.scalars({"train/loss": 2.0}, 4)
+    board.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 4]
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {1, 4} <= {event.step for event in events.Scalars("train/loss")}
 
 
 @pytest.mark.parametrize(("size", "factor"), [(16, 6), (64, 2), (100, 1)])

@@ -302,6 +302,10 @@ def test_what_is_not_finite_is_named() -> None:
     assert unsound({"model": {"bound": inf}}, ["bound"]) == ""
     assert unsound({"model": {"bound": inf}}, []) == "bound of model.safetensors"
     assert unsound({"model": {"bound": nan}}, ["bound"]) == "bound of model.safetensors"
+    assert (
+        unsound({"model": {"none": torch.zeros(0), "first": torch.tensor([torch.nan, 1.0])}}, ())
+        == "first of model.safetensors"
+    )
     assert unsound({"model": {"half": -inf.half()}}, []) == "half of model.safetensors"
 
 

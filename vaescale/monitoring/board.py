@@ -1,7 +1,11 @@
 """TensorBoard and metrics.jsonl. x is the step; rank 0 writes."""
 
+import errno
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +17,11 @@ from .pictures import Picture
 
 class Board:
     """One run's curves. `step` is where the run resumes: what an earlier life wrote beyond it is dropped, so that
-    each curve stays one line."""
+    each curve stays one line. A disk that takes nothing any more costs a piece of the curves, not the run."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._folder = str(run / "tensorboard")
+        self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)  # None: there is no room
         self._lines = run / "metrics.jsonl"
         kept = self._lines.read_text().splitlines() if self._lines.exists() else []
         kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -26,27 +31,56 @@ class Board:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Names carry their group: "train/loss". One JSONL line a call."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
         # JSON knows no NaN: what is not finite becomes null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._lines.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._writer.flush()
+
+        def write(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        self._write(write, json.dumps({"step": step, **finite}) + "\n")
 
     def picture(self, name: str, picture: Picture, step: int) -> None:
-        self._writer.add_image(name, picture, step, dataformats="HWC")
-        self._writer.flush()
+        def write(writer: SummaryWriter) -> None:
+            writer.add_image(name, picture, step, dataformats="HWC")
+            writer.flush()
+
+        self._write(write)
 
     def code_counts(self, name: str, counts: Tensor, step: int) -> None:
         """Histogram of how often codes are used, as log10(1 + count): a few loved codes and many rare ones show."""
-        self._writer.add_histogram(name, np.log10(1 + counts.cpu().numpy()), step)
+        logarithms = np.log10(1 + counts.cpu().numpy())
+        self._write(lambda writer: writer.add_histogram(name, logarithms, step))
 
     def text(self, name: str, text: str, step: int) -> None:
-        self._writer.add_text(name, text, step)
+        self._write(lambda writer: writer.add_text(name, text, step))
 
     def close(self) -> None:
-        self._writer.close()
+        self._write(SummaryWriter.close)
+
+    def _write(self, write: Callable[[SummaryWriter], None], line: str = "") -> None:
+        try:
+            if line:
+                _append(self._lines, line)
+                if not self._writer and shutil.disk_usage(self._folder).free:
+                    self._writer = SummaryWriter(self._folder)
+            if self._writer:
+                write(self._writer)
+        except OSError as error:
+            if self._writer:
+                print(f"{self._folder} cannot be written ({error.strerror or error}): curves have a gap", flush=True)
+            self._writer = None  # its thread has ended, and what follows half a record in a file is not read
+
+
+def _append(path: Path, line: str) -> None:
+    """All of it or nothing: half a line would spoil the next."""
+    data = line.encode()
+    with path.open("ab", buffering=0) as file:
+        begin = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(begin)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def add_pictures(run: Path, pictures: dict[str, Picture], step: int) -> None:

@@ -65,6 +65,7 @@ def save(
     partial = folder / f".partial-{final.name}"
     pointer = folder / f".{LATEST}"
     folder.mkdir(parents=True, exist_ok=True)
+    _sync(folder.parent)
     for left in folder.glob(".*-step-*"):  # by a life that was killed
         shutil.rmtree(left)
     try:

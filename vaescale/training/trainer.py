@@ -123,7 +123,7 @@ class Trainer:
                 ) from error
             raise
         finally:
-            self.writer.join()  # what has been begun is finished, whatever ends the loop
+            self.writer.close()
         if self.rank == 0:
             status.end(PREEMPTED if why else FINISHED, why, position.step)
         return why

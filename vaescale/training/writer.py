@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import distributed
@@ -30,7 +31,7 @@ class Writer:
         self.keep, self.keep_every = keep, keep_every
         self.console = console
         self._thread: Thread | None = None  # on rank 0, until it is known how it ended
-        self._failed = ""  # why the last save did; "" if it did not
+        self._failed = ""  # why the last save did, until it is told
         self._failures = 0  # in a row
 
     def check_room(self, size: int, steps: int) -> None:
@@ -79,10 +80,7 @@ class Writer:
 
         wait: until it is written; otherwise only if it is already.
         """
-        failed = ""
-        if self._thread and (wait or not self._thread.is_alive()):
-            self.join()
-            failed = self._failed
+        failed = self._join() if wait or not (self._thread and self._thread.is_alive()) else ""
         failed, failures = distributed.tell([failed, self._failures])
         if not failed:
             return
@@ -91,16 +89,23 @@ class Writer:
             raise CheckpointError(f"{failed}, and {why}: make room in {self.folder}, then run the same command")
         self.console.say(f"{failed}; those before are untouched, and training goes on to the next save")
 
-    def join(self) -> None:
-        """Wait until nothing is being written; for rank 0 alone."""
+    def close(self) -> None:
+        """Whatever has ended the run, what is being written is finished. Each rank for itself."""
+        if failed := self._join():
+            self.console.say(failed)
+
+    def _join(self) -> str:
+        """Wait until nothing is being written; returns why it failed, once."""
         if self._thread:
             self._thread.join()
             self._thread = None
+        failed, self._failed = self._failed, ""
+        return failed
 
     def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         try:
             checkpoint.save(self.folder, step, tensors, state, self.keep, self.keep_every)
-            self._failed, self._failures = "", 0
+            self._failures = 0
         except Exception as error:  # a thread's would be lost
             cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             self._failed = f"the checkpoint of step {step} could not be written ({cause})"
@@ -111,8 +116,8 @@ def unsound(tensors: dict[str, dict[str, Tensor]], buffers: Container[str]) -> s
     """The first tensor that is not finite, in words; "" if there is none."""
     for file, values in tensors.items():
         for name, value in values.items():
-            if value.is_floating_point():
-                bad = value.isnan() if name in buffers else ~value.isfinite()
-                if bad.any():
+            if value.is_floating_point() and value.numel():
+                ends = torch.stack(value.aminmax())  # NaN if one is; nothing as large as the tensor is made
+                if (ends.isnan() if name in buffers else ~ends.isfinite()).any():
                     return f"{name} of {file}.safetensors"
     return ""
