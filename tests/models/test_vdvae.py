@@ -224,6 +224,15 @@ def test_bf16_has_the_loss_of_fp32(kind: str) -> None:
         assert float(half.metrics["bits_per_dim"]) == pytest.approx(float(full.metrics["bits_per_dim"]), abs=0.005)
 
 
+def test_h_is_summed_in_fp32_inside_autocast() -> None:
+    vae, seen, dtypes = model(), batch(), []
+    for block in vae.net.blocks:
+        block.register_forward_hook(lambda _, inputs, outputs: dtypes.append(outputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        vae(seen, 0)
+    assert dtypes == [torch.float32] * LEVELS
+
+
 def test_half_weights_serve() -> None:
     vae, seen = awake(model(classes=3)).half(), batch()
     out = vae(seen, 0)
