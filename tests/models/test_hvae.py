@@ -173,3 +173,20 @@ def test_half_weights_serve() -> None:
         assert vae.bound(seen).rate.dtype == torch.float32
         assert vae.decode(vae.encode(seen), seen.condition).dtype == torch.float32
         assert vae.decode([], seen.condition).dtype == torch.float32
+
+
+def test_what_is_not_linear_is_not_called_so() -> None:
+    with pytest.raises(ValueError, match=r"model\.posterior=top-down is not linear"):
+        model(posterior="top-down", network=Network(kind="linear"))
+
+
+@BOTH
+def test_the_low_level_has_the_same_noise_whether_the_top_is_given_or_drawn(posterior: str) -> None:
+    vae, seen = model(posterior=posterior).eval().requires_grad_(False), batch()
+    nothing = seen.condition
+    torch.manual_seed(7)
+    top = torch.randn(6, 2)
+    torch.manual_seed(7)
+    drawn = vae.decode([], nothing)
+    torch.manual_seed(7)
+    assert torch.equal(vae.decode([top], nothing), drawn)

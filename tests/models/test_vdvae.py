@@ -1,13 +1,15 @@
 """The deep top-down VAE: its sizes against the published ones, its one way through, and its precision."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.conftest import ROOT
-from tests.models.test_vae import COLOUR, batch
+from tests.models.test_vae import COLOUR, batch, whole
 from vaescale.interfaces import Bounded, Condition, Shape
 from vaescale.models.variational import Variational
 from vaescale.models.vdvae import Config, Stage, build
@@ -92,14 +94,68 @@ def test_the_rate_is_the_mean_log_ratio_of_draws() -> None:
     assert (difference.std(1) > 1e-2).all()
 
 
-def test_noise_has_at_least_eight_bits_a_subpixel() -> None:
-    """No code is shorter than its source: uniform noise of 8 bits has log2 256, whatever the model says of it."""
-    vae = awake(model()).requires_grad_(False)
-    x = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    seen = batch(200)._replace(x=x)
-    bound = vae.bound(seen)
-    bits = (bound.distortion + bound.rate.sum(0)).double() / (192 * math.log(2))
+def trained(vae: Variational, x: Tensor, steps: int) -> Variational:
+    """On batches of 16 of these images, in turn."""
+    adam = torch.optim.Adam(vae.parameters(), 1e-2)
+    for step in range(steps):
+        g = torch.arange(16 * step, 16 * step + 16)
+        adam.zero_grad()
+        vae(whole(x[g % len(x)])._replace(sample=g), step).loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        adam.step()
+    return vae.eval().requires_grad_(False)
+
+
+def test_noise_costs_at_least_its_eight_bits() -> None:
+    """No code is shorter than its source: uniform noise of 8 bits has log2 256 a subpixel. Where rates cost nothing in
+    training the latents come to carry the image; then the rates must make up for it."""
+    x = torch.randint(0, 256, (1024, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    vae = trained(model(beta=0.0), x, 100)
+    bound = vae.bound(whole(x[:200]))
+    distortion, rate = (nats.double() / (192 * math.log(2)) for nats in (bound.distortion, bound.rate.sum(0)))
+    assert float(distortion.mean()) < 7.8
+    bits = distortion + rate
     assert float(bits.mean()) > 8 - 4 * float(bits.std()) / 200**0.5
+
+
+def test_the_more_levels_are_kept_the_nearer_the_image() -> None:
+    """On average over images, each level taken from the posterior instead of the prior."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(256, 3, 2, 2, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=8, mode="bilinear")
+    images = (255 * smooth).round().to(torch.uint8)
+    vae = trained(model(), images[:192], 150)
+    seen = whole(images[192:])
+    latents = vae.encode(seen)
+    errors = []
+    for kept in range(LEVELS + 1):
+        torch.manual_seed(0)
+        y = torch.stack([vae.decode(latents[:kept], seen.condition) for _ in range(8)])
+        errors.append(float((y - seen.x / 255).square().mean()))
+    print("mean squared error, k = 0 … L:", *(f"{error:.4f}" for error in errors))
+    assert all(more <= fewer * 1.02 for fewer, more in pairwise(errors))  # a level without a rate changes nothing
+    assert errors[-1] < 0.75 * errors[0]  # in so short a training
+
+
+def test_a_level_has_the_same_noise_however_many_are_given() -> None:
+    """p being N(0, I), what is drawn is the noise."""
+    vae, seen = model().eval().requires_grad_(False), batch()
+    latents = vae.encode(seen)
+    drawn: list[list[Tensor]] = []
+    for kept in range(LEVELS + 1):
+        found: list[Tensor] = []
+        hooks = [
+            block.project.register_forward_pre_hook(lambda _, inputs, found=found: found.append(inputs[0]))
+            for block in vae.net.blocks
+        ]
+        torch.manual_seed(4)
+        vae.decode(latents[:kept], seen.condition)
+        drawn.append(found)
+        for hook in hooks:
+            hook.remove()
+    for kept in range(LEVELS):
+        for level in range(LEVELS):
+            assert torch.equal(drawn[kept][level], latents[level] if level < kept else drawn[0][level])
 
 
 def test_posterior_and_prior_are_one_way() -> None:
@@ -127,13 +183,19 @@ def test_the_label_changes_every_level() -> None:
     assert not torch.allclose(vae.decode(vae.encode(seen), nothing), vae.decode(vae.encode(seen), seen.condition))
 
 
-def test_checkpointing_changes_no_bit() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "half"])
+def test_checkpointing_computes_again_and_changes_no_bit(precision: str) -> None:
     """The second computation draws the same noise."""
-    seen = batch()
-    gradients = []
+    seen, gradients = batch(), []
     for checkpointing in (False, True):
         vae = awake(model(checkpointing=checkpointing, classes=3, label_dropout=0.5))
-        vae(seen, 3).loss.backward()
+        vae = vae.half() if precision == "half" else vae
+        passes: list[int] = []
+        vae.net.blocks[2].register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            loss = vae(seen, 3).loss
+        loss.backward()
+        assert len(passes) == 1 + checkpointing
         gradients.append([parameter.grad for parameter in vae.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
@@ -149,13 +211,26 @@ def test_free_bits_are_those_of_channels() -> None:
 
 @pytest.mark.parametrize("kind", ["logistic-mixture", "discretised-gaussian"])
 def test_bf16_has_the_loss_of_fp32(kind: str) -> None:
-    given = likelihood.Config(kind=kind, components=2)
-    vae, seen = awake(model(likelihood=given)), batch()
+    """Of a model that has learned something, on several batches."""
+    vae = model(likelihood=likelihood.Config(kind=kind, components=2))
+    vae = trained(vae, torch.cat([batch(first=first).x for first in range(0, 60, 6)]), 60)
+    for first in range(0, 30, 6):
+        seen = batch(first=first)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = vae(seen, 0)
+        full = vae(seen, 0)
+        assert half.loss.dtype == torch.float32
+        assert 7 < float(full.metrics["bits_per_dim"]) < 9
+        assert float(half.metrics["bits_per_dim"]) == pytest.approx(float(full.metrics["bits_per_dim"]), abs=0.005)
+
+
+def test_h_is_summed_in_fp32_inside_autocast() -> None:
+    vae, seen, dtypes = model(), batch(), []
+    for block in vae.net.blocks:
+        block.register_forward_hook(lambda _, inputs, outputs: dtypes.append(outputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        half = vae(seen, 0)
-    full = vae(seen, 0)
-    assert half.loss.dtype == torch.float32
-    assert float(half.metrics["bits_per_dim"]) == pytest.approx(float(full.metrics["bits_per_dim"]), abs=0.01)
+        vae(seen, 0)
+    assert dtypes == [torch.float32] * LEVELS
 
 
 def test_half_weights_serve() -> None:
@@ -175,6 +250,7 @@ def test_half_weights_serve() -> None:
         ({"encoder": [Stage(8, 1), Stage(3, 1)]}, "3 px beside 8 px"),
         ({"decoder": [Stage(2, 1), Stage(8, 1)]}, r"model\.decoder has a stage of 2 px and model\.encoder none"),
         ({"decoder": [Stage(8, 1), Stage(4, 1), Stage(8, 1)]}, "must fall in the encoder and rise in the decoder"),
+        ({"decoder": UP[1:]}, "goes down to 1 px, model.decoder begins at 4 px"),
     ],
 )
 def test_stages_that_do_not_fit_are_named(changes: dict[str, object], words: str) -> None:

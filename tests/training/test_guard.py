@@ -16,7 +16,8 @@ from vaescale.training.guard import (
     Guard,
     Skip,
     diagnosis,
-    told,
+    explained,
+    too_many,
 )
 
 NO, YES = torch.tensor(False), torch.tensor(True)
@@ -84,6 +85,23 @@ def test_a_lasting_change_is_refused_as_long_as_it_lasts_and_counted() -> None:
     assert watched.run == 0
 
 
+def test_one_step_taken_now_and_then_is_no_excuse() -> None:
+    """Of twenty steps one is taken: never twenty in a row, and yet it ends. One skipped of twenty goes on."""
+    for ends in (True, False):
+        watched = guard()
+        judge(watched, [1.0] * 150)
+        stopped = None
+        for step in range(1000):
+            (why,) = judge(watched, [math.nan if (step % 20 > 0) == ends else 1.0])
+            skip = Skip(step, why, math.nan, 1.0, int(watched.run), float(watched.share), [])
+            if stopped is None and why != TAKEN and too_many(skip, 20):
+                stopped = step
+        assert watched.run < 20
+        assert (stopped is not None and stopped < 60) == ends
+        if ends:
+            assert "% of the last 100 steps were skipped" in diagnosis(skip, 1, 10.0)
+
+
 def test_overflows_neither_count_as_steps_in_a_row_nor_end_a_row() -> None:
     watched = guard()
     assert judge(watched, [math.inf] * 3, YES) == [OVERFLOW] * 3
@@ -110,18 +128,26 @@ def test_a_guard_goes_on_from_its_state_with_the_same_bits() -> None:
 
 def test_the_diagnosis_says_why_and_what_to_do() -> None:
     """Two micro-batches a rank: 3 is the second of rank 1."""
-    assert told(Skip(7, NOT_FINITE, math.nan, 2.0, 1, [3]), 2) == "the loss of rank 1 is not finite"
-    assert told(Skip(7, NOT_FINITE, math.nan, 2.0, 1, [0, 1, 5]), 2) == "the loss of rank 0 and 2 is not finite"
-    assert told(Skip(7, NOT_FINITE, math.inf, 2.0, 1, []), 2) == "the gradient is not finite, though all losses are"
-    assert told(Skip(7, OVERFLOW, math.inf, 2.0, 1, []), 2) == "the gradient overflowed, and the loss scale falls"
-    spike = diagnosis(Skip(142, SPIKE, 1234.5, 1.25, 20, []), 2, 10.0)
+    assert explained(Skip(7, NOT_FINITE, math.nan, 2.0, 1, 0.1, [3]), 2) == "the loss of rank 1 is not finite"
+    assert (
+        explained(Skip(7, NOT_FINITE, math.nan, 2.0, 1, 0.1, [0, 1, 5]), 2) == "the loss of rank 0 and 2 is not finite"
+    )
+    assert (
+        explained(Skip(7, NOT_FINITE, math.inf, 2.0, 1, 0.1, []), 2)
+        == "the gradient is not finite, though all losses are"
+    )
+    assert (
+        explained(Skip(7, OVERFLOW, math.inf, 2.0, 1, 0.1, []), 2)
+        == "the gradient overflowed, and the loss scale falls"
+    )
+    spike = diagnosis(Skip(142, SPIKE, 1234.5, 1.25, 20, 0.1, []), 2, 10.0)
     assert spike == (
         "20 steps in a row were skipped, the last of them step 143: the gradient norm is 1.23e+03, where 1.25 is "
-        "usual; the weights have not moved meanwhile: lower optimizer.lr or raise optimizer.warmup, and look at the "
+        "usual; no skipped step has moved the weights: lower optimizer.lr or raise optimizer.warmup, and look at the "
         "samples named above; if that does not help, go on from an older checkpoint; "
         "if gradients are to stay so large, raise optimizer.spike=10 (0: no limit)"
     )
-    text = diagnosis(Skip(142, NOT_FINITE, math.nan, 1.25, 20, [0]), 1, 10.0)
-    assert "step 143: the loss of rank 0 is not finite (the usual gradient norm is 1.25); the weights" in text
+    text = diagnosis(Skip(142, NOT_FINITE, math.nan, 1.25, 20, 0.1, [0]), 1, 10.0)
+    assert "step 143: the loss of rank 0 is not finite (the usual gradient norm is 1.25); no skipped" in text
     assert "optimizer.spike" not in text
-    assert "usual" not in diagnosis(Skip(19, NOT_FINITE, math.nan, math.nan, 20, [0]), 1, 10.0)
+    assert "usual" not in diagnosis(Skip(19, NOT_FINITE, math.nan, math.nan, 20, 0.1, [0]), 1, 10.0)

@@ -33,7 +33,7 @@ PROTOCOL = {
     "rate": "KL(q(z|x) || p(z)) in bits a subpixel, over all levels; rate/levelN: each, coarse to fine",
     "distortion": "-log2 p(x|z) in bits a subpixel, mean over draws",
     "active_units": f"latents whose posterior mean (PCA: score) has a variance over images above "
-    f"{ACTIVE}, Burda et al. 2016, 5.2; active_share: of all latents",
+    f"{ACTIVE}, Burda et al. 2016, 5.2, in finer levels also if it only follows the coarser ones; active_share: of all",
 }
 
 

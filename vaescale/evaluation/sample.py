@@ -152,7 +152,7 @@ def at_temperatures(codec: Codec, condition: Condition) -> Picture:
 @torch.no_grad()
 def progressive(codec: Codec, x: Batch) -> Picture:
     """Reconstructions from all levels of latents, from ever fewer, and from none: the finer ones come from the prior.
-    The same noise in every column."""
+    Of one level each column has the same noise."""
     latents = codec.encode(x)
     (y,), columns = _redrawn(codec, latents, x.condition, [0])
     images = torch.cat([x.x[:, None], y], dim=1).flatten(0, 1)

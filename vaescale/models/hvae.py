@@ -9,7 +9,6 @@ closed form; bottom-up it is not, since z2 was drawn given z1. All but p(z2) are
 one. With `network.kind: linear` every map is one linear map.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -40,6 +39,8 @@ class TwoLevels(Net):
     def __init__(self, config: Config, shape: Shape, condition: int, likelihood: Likelihood) -> None:
         super().__init__()
         at_least_one(config, "latents", "top_latents")
+        if config.posterior == "top-down" and config.network.kind == "linear":
+            raise ValueError("model.posterior=top-down is not linear: take bottom-up with model.network.kind=linear")
         low, top = config.latents, config.top_latents
         self.sizes = [top, low]
         self.top_down = config.posterior == "top-down"
@@ -66,10 +67,8 @@ class TwoLevels(Net):
         p_low = self._prior(top, told)
         return low, [Level(top, q_top, gaussian.standard(top)), Level(low, q_low, p_low, follows=not self.top_down)]
 
-    def generate(self, latents: Sequence[Tensor], told: Tensor | None, images: int, draw: Draw) -> Tensor:
-        if len(latents) > LOW:
-            return latents[LOW]
-        top = latents[TOP] if latents else draw(TOP, self.standard(images, self.sizes[TOP]))
+    def generate(self, told: Tensor | None, images: int, draw: Draw) -> Tensor:
+        top = draw(TOP, self.standard(images, self.sizes[TOP]))
         return draw(LOW, self._prior(top, told))
 
     def read(self, h: Tensor, told: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ C = 1/(2c) and c given or learned. A label y and attributes stand beside the ima
 decoder, q(z|x, y) and p(x|z, y) (Sohn, Lee, Yan 2015); p(z) does not depend on them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -41,9 +40,9 @@ class OneLevel(Net):
         z = draw(0, q)
         return z, [Level(z, q, gaussian.standard(q.mean))]
 
-    def generate(self, latents: Sequence[Tensor], told: Tensor | None, images: int, draw: Draw) -> Tensor:
+    def generate(self, told: Tensor | None, images: int, draw: Draw) -> Tensor:
         del told  # of p(z) it says nothing
-        return latents[0] if latents else draw(0, self.standard(images, self.sizes[0]))
+        return draw(0, self.standard(images, self.sizes[0]))
 
     def read(self, h: Tensor, told: Tensor | None) -> Tensor:
         return self.decoder(beside(h.to(self.dtype), told))

@@ -8,7 +8,7 @@ and prior are one way through it.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -74,8 +74,8 @@ class Net(nn.Module, ABC):
         """x: [B, C, H, W] in [−0.5, 0.5] → (h, levels, coarse to fine), with z drawn from q."""
 
     @abstractmethod
-    def generate(self, latents: Sequence[Tensor], told: Tensor | None, images: int, draw: Draw) -> Tensor:
-        """h of the given latents, coarse to fine; those not given are drawn from p."""
+    def generate(self, told: Tensor | None, images: int, draw: Draw) -> Tensor:
+        """h of so many images, with z drawn from p, from the coarsest level to the finest."""
 
     @abstractmethod
     def read(self, h: Tensor, told: Tensor | None) -> Tensor:
@@ -151,8 +151,12 @@ class Variational(Model):
             raise ValueError("decode needs latents, or a condition that says how many images to draw")
         images = len(latents[0]) if latents else len(condition.label)  # type: ignore[union-attr]
         told = self._told(condition, images)
-        h = self.net.generate(latents, told, images, lambda _, p: _drawn(p, temperature))
-        output = self.net.read(h, told)
+
+        def given_or_drawn(level: int, p: Normal) -> Tensor:
+            z = _drawn(p, temperature)  # in any case: the noise of a level shall not depend on how many are given
+            return latents[level] if level < len(latents) else z
+
+        output = self.net.read(self.net.generate(told, images, given_or_drawn), told)
         return self.likelihood.draw(output) if draw else self.likelihood.mean(output)
 
     def bound(self, batch: Batch, draw: int = 0) -> Bound:

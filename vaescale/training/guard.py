@@ -14,6 +14,7 @@ from torch import Tensor
 # learning rates usually rise for, are those in which norms change by themselves.
 MEMORY = 100
 DEVIATIONS = 6  # chance does not reach so far; a loss that is always noisy widens the limit by itself
+MOST = 0.25  # share of the steps that may be skipped, averaged over MEMORY of them
 TAKEN, NOT_FINITE, SPIKE, OVERFLOW = range(4)
 WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
 
@@ -30,6 +31,7 @@ class Skip(NamedTuple):
     norm: float
     usual: float  # geometric mean of the norms before; NaN if no step was taken yet
     run: int  # skipped in a row up to this one
+    share: float  # of the last steps, skipped
     micros: list[int]  # which of the step's micro-batches, rank after rank, have a loss that is not finite
 
 
@@ -44,6 +46,7 @@ class Guard:
         self.mean = torch.zeros((), device=device)
         self.variance = torch.zeros((), device=device)
         self.run = torch.zeros((), device=device)  # steps skipped in a row
+        self.share = torch.zeros((), device=device)  # of steps skipped, exponentially averaged over MEMORY of them
 
     def limit(self) -> Tensor:
         """fp32 []: the largest norm that is no spike."""
@@ -75,6 +78,8 @@ class Guard:
         self.variance = torch.where(enters, variance, self.variance)
         self.mean = torch.where(enters, self.mean + weight * off, self.mean)
         self.run = torch.where(why == TAKEN, 0.0, self.run + (why != OVERFLOW))
+        skipped = ((why == NOT_FINITE) | (why == SPIKE)).float()
+        self.share = torch.where(why == OVERFLOW, self.share, self.share + (skipped - self.share) / MEMORY)
         return why
 
     def spoilt(self, why: Tensor) -> Tensor:
@@ -83,14 +88,14 @@ class Guard:
         return (why != TAKEN) & ((why != OVERFLOW) | (self.count >= MEMORY))
 
     def state(self) -> dict[str, float]:
-        return {name: float(getattr(self, name)) for name in ("count", "mean", "variance", "run")}
+        return {name: float(getattr(self, name)) for name in ("count", "mean", "variance", "run", "share")}
 
     def load(self, state: dict[str, float]) -> None:
         for name, value in state.items():
             getattr(self, name).fill_(value)
 
 
-def told(skip: Skip, micros: int) -> str:
+def explained(skip: Skip, micros: int) -> str:
     """Why, in words. micros: of one rank in a step."""
     if skip.why == SPIKE:
         return f"the gradient norm is {skip.norm:.3g}, where {skip.usual:.3g} is usual"
@@ -102,6 +107,11 @@ def told(skip: Skip, micros: int) -> str:
     return "the gradient is not finite, though all losses are"
 
 
+def too_many(skip: Skip, patience: int) -> bool:
+    """With this step: in a row, or among the last ones, so that a step taken now and then is no excuse."""
+    return skip.run >= patience or skip.share > MOST
+
+
 def diagnosis(skip: Skip, micros: int, factor: float) -> str:
     """Of the step with which patience ends."""
     cure = "lower optimizer.lr or raise optimizer.warmup, and look at the samples named above"
@@ -109,7 +119,8 @@ def diagnosis(skip: Skip, micros: int, factor: float) -> str:
     if skip.why == SPIKE:
         cure += f"; if gradients are to stay so large, raise optimizer.spike={factor:g} (0: no limit)"
     usual = "" if skip.why == SPIKE or math.isnan(skip.usual) else f" (the usual gradient norm is {skip.usual:.3g})"
+    many = f"{skip.share:.0%} of the last {MEMORY} steps" if skip.share > MOST else f"{skip.run} steps in a row"
     return (
-        f"{skip.run} steps in a row were skipped, the last of them step {skip.step + 1}: {told(skip, micros)}{usual}; "
-        f"the weights have not moved meanwhile: {cure}"
+        f"{many} were skipped, the last of them step {skip.step + 1}: {explained(skip, micros)}{usual}; no skipped "
+        f"step has moved the weights: {cure}"
     )

@@ -67,8 +67,8 @@ class Descent:
         self.engine = Engine(model, config)
         self.config = config
         self.skipped = dict.fromkeys(WHY.values(), 0)  # steps since the run began
-        # Of each step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, and for each
-        # micro-batch of this rank whether its loss is not finite.
+        # Of each step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, their share of the
+        # last ones, and for each micro-batch of this rank whether its loss is not finite.
         self._first = 0
         self._records: list[Tensor] = []
 
@@ -89,16 +89,17 @@ class Descent:
                 total[name] = total.get(name, 0) + value.float() / count
             if number < count:
                 self.engine.micro_step()
-        losses, usual = torch.stack(finite), self.engine.guard.usual()
+        guard = self.engine.guard
+        losses, usual = torch.stack(finite), guard.usual()
         norm, why = self.engine.step(lr, losses.all())
         self.model.update(step, lr)
         # What is learned without the optimiser is taken back; its collectives take place on all ranks in any case.
-        spoilt = self.engine.guard.spoilt(why)
+        spoilt = guard.spoilt(why)
         for buffer, old in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(torch.where(spoilt, old, buffer))
         if not self._records:
             self._first = step
-        self._records.append(torch.stack([why, norm, usual, self.engine.guard.run, *~losses]).float())
+        self._records.append(torch.stack([why, norm, usual, guard.run, guard.share, *~losses]).float())
         skipped = why != TAKEN
         return {**total, "gradient_norm": torch.where(skipped, 0.0, norm), "skipped": skipped.float()}
 
@@ -114,15 +115,15 @@ class Descent:
         if not len(places):
             return []
         mine = records[places.to(records.device)]
-        failed = mine.new_zeros(distributed.world(), *mine[:, 4:].shape)
-        failed[distributed.rank()] = mine[:, 4:]
+        failed = mine.new_zeros(distributed.world(), *mine[:, 5:].shape)
+        failed[distributed.rank()] = mine[:, 5:]
         failures = distributed.sum_(failed).transpose(0, 1).flatten(1).cpu()
         found = []
-        for place, (why, norm, usual, run), failure in zip(
-            places.tolist(), mine[:, :4].tolist(), failures, strict=True
+        for place, (why, norm, usual, run, share), failure in zip(
+            places.tolist(), mine[:, :5].tolist(), failures, strict=True
         ):
             micros = failure.nonzero().flatten().tolist()
-            found.append(Skip(self._first + place, int(why), norm, usual, int(run), micros))
+            found.append(Skip(self._first + place, int(why), norm, usual, int(run), share, micros))
             self.skipped[WHY[int(why)]] += 1
         return found
 

@@ -29,7 +29,7 @@ class Optimizer:
     # A step is skipped if its gradient norm is so many times the running geometric mean and six standard deviations of
     # its logarithm above; 0: only if it is not finite.
     spike: float = 10.0
-    patience: int = 20  # so many skipped steps in a row stop the run
+    patience: int = 20  # so many skipped steps in a row stop the run, and a quarter of the last hundred do
 
 
 @dataclass(frozen=True)

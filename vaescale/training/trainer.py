@@ -32,7 +32,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
-from .guard import Diverged, Skip, diagnosis, told
+from .guard import Diverged, Skip, diagnosis, explained, too_many
 from .learner import Descent, Learner
 from .settings import Config, build, check_labels, micro_batch
 from .status import FINISHED, PREEMPTED, SAME, NoProgress, Status
@@ -246,11 +246,11 @@ class Trainer:
             )
 
     def count_skips(self) -> None:
-        """Say which steps were skipped since the last call, and why; too many in a row stop all ranks together."""
+        """Say which steps were skipped since the last call, and why; too many stop all ranks together."""
         optimizer, micros = self.config.optimizer, self.config.accumulation
         for skip in self.learner.skips():
-            self.console.say(f"step {skip.step + 1} skipped: {told(skip, micros)}; {self.named(skip)}")
-            if skip.run >= optimizer.patience:
+            self.console.say(f"step {skip.step + 1} skipped: {explained(skip, micros)}; {self.named(skip)}")
+            if too_many(skip, optimizer.patience):
                 raise Diverged(diagnosis(skip, micros, optimizer.spike))
 
     def named(self, skip: Skip) -> str:
