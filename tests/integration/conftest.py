@@ -58,12 +58,18 @@ def overrides(case: Case, run: Path, pictures: Path) -> list[str]:
 
 def train(folder: Path, cases: list[Case], pictures: Path) -> None:
     """Train the cases one after another; what each leaves lies in folder/NAME, its run in folder/NAME/run."""
-    jobs = []
-    for case in cases:
-        out = folder / case.name
-        given = overrides(case, out / "run", pictures)
-        jobs.append({"task": "train", "world": case.world, "out": str(out), "config": str(TINY), "overrides": given})
-    forked(folder, jobs)
+    forked(
+        folder,
+        [
+            training(folder / case.name, TINY, overrides(case, folder / case.name / "run", pictures), case.world)
+            for case in cases
+        ],
+    )
+
+
+def training(out: Path, config: Path, given: Sequence[str], world: int = 1) -> dict[str, Any]:
+    """The job of one training."""
+    return {"task": "train", "world": world, "out": str(out), "config": str(config), "overrides": list(given)}
 
 
 def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500, within: Sequence[str] = ()) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Start, finish, ranks
-from tests.integration.conftest import forked, losses
+from tests.integration.conftest import forked, losses, training
 from tests.integration.test_resume import kill_at, rewind, same_bits
 
 HERE = Path(__file__).parent
@@ -51,8 +51,7 @@ def train(folder: Path, pictures: Path) -> None:
         given = [f"{key}={value}" for key, value in values.items()]
         if checkpointing:
             given.append("model.checkpointing=true")
-        config = str(HERE / f"tiny_{case.model}.yaml")
-        jobs.append({"task": "train", "world": case.world, "out": str(out), "config": config, "overrides": given})
+        jobs.append(training(out, HERE / f"tiny_{case.model}.yaml", given, case.world))
     forked(folder, jobs)
 
 

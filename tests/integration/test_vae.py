@@ -11,7 +11,7 @@ import webdataset
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Start, finish, ranks, samples
-from tests.integration.conftest import forked, losses
+from tests.integration.conftest import forked, losses, training
 from tests.integration.test_resume import rewind, same_bits
 from vaescale.data import digits
 from vaescale.data.index import Fields
@@ -62,10 +62,7 @@ def train(folder: Path, pictures: Path) -> None:
         out = folder / case.name
         values = {"run": out / "run", "data.root": pictures, "data.attributes": "[age]", **case._asdict()}
         del values["world"]
-        given = [f"{key}={value}" for key, value in values.items()]
-        jobs.append(
-            {"task": "train", "world": case.world, "out": str(out), "config": str(TINY_VAE), "overrides": given}
-        )
+        jobs.append(training(out, TINY_VAE, [f"{key}={value}" for key, value in values.items()], case.world))
     forked(folder, jobs)
 
 
@@ -138,8 +135,7 @@ def test_bf16_is_fp32_to_a_hundredth_of_a_bit(tmp_path: Path) -> None:
         out = tmp_path / precision
         given = [f"run={out / 'run'}", f"data.root={tmp_path / 'digits'}", f"precision={precision}", "steps=100"]
         given += ["every.report=50", "every.validate=100", "every.checkpoint=100", "model.network.width=8"]
-        config = str(ROOT / "configs" / "vae_digits.yaml")
-        jobs.append({"task": "train", "world": 1, "out": str(out), "config": config, "overrides": given})
+        jobs.append(training(out, ROOT / "configs" / "vae_digits.yaml", given))
     forked(tmp_path, jobs)
     found = []
     for job in jobs:
