@@ -215,12 +215,12 @@ def dawdle(out: Path, seconds: float) -> None:
     """The first validation takes so long."""
     whole = trainer.evaluate
 
-    def evaluate(*arguments: Any) -> Any:
+    def slowed(*arguments: Any) -> Any:
         time.sleep(seconds)
         trainer.evaluate = whole
         return whole(*arguments)
 
-    trainer.evaluate = evaluate
+    trainer.evaluate = slowed
 
 
 def ends(out: Path, seconds: float) -> None:

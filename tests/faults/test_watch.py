@@ -17,6 +17,7 @@ from tests.conftest import ROOT, Start, finish, free_port
 from tests.faults.test_checkpoints import end, job, names, train
 from tests.faults.test_stops import status
 from tests.integration.conftest import forked
+from vaescale.training import postmortem
 from vaescale.training.checkpoint import verify
 from vaescale.training.status import HUNG_CODE
 
@@ -32,12 +33,15 @@ def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     faults: dict[str, list[list[Any]]] = {
         "hung": [["hang", 1, 6]],
         "standing": [["stand", 1, 6]],
-        "slow": [["starve", 1, 0.25, 5], ["dawdle", 0, 2 * TIMEOUT]],
+        "slow": [["starve", 1, 0.5, 4], ["dawdle", 0, 2 * TIMEOUT]],
     }
     jobs = [
         job(folder / name, train(folder / name / "run", pictures, given, world=2), *these, world=2)
         for name, these in faults.items()
     ]
+    doctor = [str(ROOT / "launch" / "doctor.py"), *train(folder / "new" / "run", pictures, world=2)[1:]]
+    jobs.append(job(folder / "well", doctor, world=2))
+    jobs.append(job(folder / "ill", [*doctor, "init_from=nowhere"], world=2))
     jobs[0]["code"] = HUNG_CODE
     jobs[1]["code"] = [HUNG_CODE, -signal.SIGKILL]
     forked(folder, jobs)
@@ -59,6 +63,11 @@ def test_a_rank_that_hangs_ends_the_run_and_leaves_all_stacks(befallen: Path) ->
     assert "error: rank 1 of 2: nothing for" in output
     assert "left no stacks" not in output + (out / "output-0.txt").read_text()
     assert none_is_left(out)
+    sick = "\n".join(map(str, postmortem.read(out / "run")))
+    assert "FAIL: failed at step 5 on rank" in sick
+    assert "warn: it hung: rank 1 of 2: nothing for 3 s in step 6; it stands at inject.py" in sick
+    assert "to blame" in sick
+    assert "ok: the same command goes on from step-00000004" in sick
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
@@ -66,6 +75,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
     assert names(out / "run" / "stacks") == ["rank-0.txt"]
     assert "error: rank 1 left no stacks" in (out / "output-0.txt").read_text()
     assert status(out / "run")["code"] == HUNG_CODE
+    assert "warn: rank 1 left no stacks" in "\n".join(map(str, postmortem.read(out / "run")))
     assert none_is_left(out)
 
 
@@ -74,10 +84,24 @@ def test_a_slow_rank_is_named_and_a_long_validation_is_no_hang(befallen: Path) -
     assert codes == [0, 0], output
     named = re.findall(r"rank (\d) takes [\d.]+ times as long as the others \((\S+) s .*, of which (\S+) s", output)
     assert [rank for rank, *_ in named] == ["1"], output
-    assert all(0.25 <= float(seconds) < 0.5 for seconds in named[0][1:]), named
+    assert all(0.5 <= float(seconds) < 1 for seconds in named[0][1:]), named
     assert output.count("rank 1 is as fast as the others again") == 1
     lines = [json.loads(line) for line in (befallen / "slow" / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["perf/slowest_rank"] for line in lines if "perf/slowest_rank" in line][0] > 2
+    assert max(line.get("perf/slowest_rank", 0) for line in lines) >= 2
+
+
+def test_the_doctor_takes_a_step_on_all_ranks_and_leaves_nothing(befallen: Path) -> None:
+    codes, output = end(befallen / "well")
+    assert codes == [0, 0], output
+    assert "FAIL" not in output
+    assert "ok: 90 training and 11 validation images can be read" in output
+    assert "ok: 2 rank(s) meet in" in output
+    assert "ok: all ranks have the same settings and versions" in output
+    assert re.search(r"ok: 2 step\(s\) taken and a checkpoint of \d+\.\d KiB saved", output)
+    codes, output = end(befallen / "ill")
+    assert codes == [1, 1], output
+    assert "FAIL: no step can be taken and saved (CheckpointError: init_from=nowhere is neither" in output
+    assert names(befallen / "new") == []
 
 
 def none_is_left(out: Path) -> bool:

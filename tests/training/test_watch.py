@@ -1,0 +1,106 @@
+"""When silence is a hang, and when a rank is slow."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vaescale.training import pace, watch
+from vaescale.training.pace import Pace, Work, slowest
+from vaescale.training.status import Status
+from vaescale.training.stops import Stop
+from vaescale.training.watch import Watch
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    return now
+
+
+def watching(run: Path) -> Watch:
+    return Watch(run, 30.0, 0, Stop(run, 0.0), Status(run, 0), 0)
+
+
+def test_the_timeout_follows_the_longest_gap_of_late(tmp_path: Path, clock: list[float]) -> None:
+    one = watching(tmp_path)
+    assert one.limit(30.0) == 360  # the first step
+    clock[0] += 200
+    one.beat(1)
+    assert one.limit(30.0) == 30  # the first step tells nothing of the others
+    for step, gap in enumerate([1, 5, 2], start=2):
+        clock[0] += gap
+        one.beat(step)
+    assert one.limit(30.0) == 50
+    assert one.limit(60.0) == 60
+    for step in range(5, 104):
+        clock[0] += 1
+        one.beat(step)
+    assert one.limit(30.0) == 30  # 5 s are more than 100 steps ago
+
+
+def test_validation_has_a_timeout_of_its_own(tmp_path: Path, clock: list[float]) -> None:
+    one = watching(tmp_path)
+    one.beat(1)
+    for lasts, limit in ((40, 360), (10, 400), (1, 400)):
+        with one.doing("validation"):
+            assert one.limit(30.0) == limit
+            clock[0] += lasts
+            if lasts == 40:
+                continue
+        assert one.limit(30.0) == 30
+    clock[0] += 2
+    one.beat(2)
+    assert one.limit(1.0) == 20  # of the gap since the validation
+    with one.doing("saving"):
+        assert one.limit(30.0) == 360
+
+
+def test_only_what_a_launcher_began_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert watch.launcher() == 0
+    monkeypatch.setenv("RANK", "0")
+    assert watch.launcher() > 0
+
+
+def test_the_slowest_rank_is_measured_by_the_median_of_the_others() -> None:
+    assert slowest([Work(0.0, 0.2), Work(0.3, 0.2), Work(0.0, 0.1), Work(0.1, 0.1)]) == (1, pytest.approx(2.5))
+    assert slowest([Work(1.0, 2.0)]) == (0, 1.0)
+    assert slowest([Work(0.0, 0.0), Work(0.0, 0.0)])[1] == 0
+
+
+def test_a_slow_rank_is_named_once_and_once_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [0.1, 0.1]
+    waits = [0.15, 0.31, 0.5, 0.17, 0.14, 0.4]
+    found = []
+    one = Pace(nn.Identity(), torch.device("cpu"))
+    for wait in waits:
+        table = torch.tensor([[0.0, own] for own in others] + [[wait, 0.0]])
+        monkeypatch.setattr(pace.distributed, "each", lambda _, table=table: table)
+        found.append(one.report(0.0, 1, 1.0)[1])
+    assert [bool(said) for said in found] == [False, True, False, False, True, True]
+    assert found[1].startswith("rank 2 takes 3.1 times as long as the others (0.31 s a step, of which 0.31 s waiting")
+    assert found[4] == "rank 2 is as fast as the others again"
+
+
+def test_what_is_lost_in_a_step_is_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Pace(nn.Identity(), torch.device("cpu"))
+    monkeypatch.setattr(pace.distributed, "each", lambda _: torch.tensor([[0.0, 0.01], [0.0, 0.05]]))
+    assert one.report(0.0, 10, 10.0)[1] == ""
+    assert one.report(0.0, 10, 3.0)[1].startswith("rank 1 takes 5.0 times")
+
+
+def test_forward_passes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 1.5, 4.0, 4.25])
+    monkeypatch.setattr(pace.time, "monotonic", lambda: next(clock))
+    given: list[list[float]] = []
+    monkeypatch.setattr(pace.distributed, "each", lambda own: given.append(own.tolist()) or own[None])
+    model = nn.Identity()
+    one = Pace(model, torch.device("cpu"))
+    for _ in range(2):
+        model(torch.zeros(1))
+    one.report(2.0, 2, 10.0)
+    one.report(0.0, 1, 10.0)
+    assert given == [[1.0, 0.375], [0.0, 0.0]]
