@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.integration.conftest import TINY
+from tests.training.test_checkpoint import flip
+from vaescale.data.index import Index
 from vaescale.training import preflight, settings
 from vaescale.training.preflight import FAIL, OK, WARN
 
@@ -61,13 +63,13 @@ def test_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("harm", ["none", "index", "shard", "gone"])
 def test_samples_that_cannot_be_read(config: settings.Config, pictures: Path, tmp_path: Path, harm: str) -> None:
     root = shutil.copytree(pictures, tmp_path / "data")
-    file = root / "val" / ("samples.npy" if harm == "index" else "000000.tar")
-    data = bytearray(file.read_bytes())
-    data[-9 if harm == "index" else 700] ^= 1
-    file.write_bytes(data)
+    if harm == "index":
+        flip(root / "val" / "samples.npy", -9)
+    if harm == "shard":
+        flip(root / "val" / "000000.tar", Index(root / "val").locate(0).offset)
     if harm == "gone":
         shutil.rmtree(root / "train")
-    found = preflight.index(replace(config, data=replace(config.data, root=str(pictures if harm == "none" else root))))
+    found = preflight.index(replace(config, data=replace(config.data, root=str(root))))
     words = {
         "none": "90 training and 11 validation images",
         "index": "val: samples.npy is not what was written",
