@@ -1,5 +1,6 @@
 """When silence is a hang, and when a rank is slow."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,70 @@ def test_validation_has_a_timeout_of_its_own(tmp_path: Path, clock: list[float])
     assert one.limit(1.0) == 20  # of the gap since the validation
     with one.doing("saving"):
         assert one.limit(30.0) == 360
+
+
+class Ticks:
+    """In place of the event: the clock goes on by what is said, or something happens, at each look; then it is over."""
+
+    def __init__(self, clock: list[float], script: Sequence[float | Callable[[], None]]) -> None:
+        self.clock, self.script = clock, list(script)
+
+    def wait(self, _: float) -> bool:
+        if not self.script:
+            return True
+        one = self.script.pop(0)
+        if callable(one):
+            self.clock[0] += 1
+            one()
+        else:
+            self.clock[0] += one
+        return False
+
+
+def ends(one: Watch, clock: list[float], script: Sequence[float | Callable[[], None]]) -> list[tuple[float, bool]]:
+    """(silent, orphan) of each look at which the process would have ended."""
+    found: list[tuple[float, bool]] = []
+    one._over = Ticks(clock, script)  # type: ignore[assignment]
+    one._end = lambda silent, limit, orphan: found.append((silent, orphan))  # type: ignore[method-assign]
+    one._watch()
+    return found
+
+
+def test_silence_is_a_hang_after_the_timeout(tmp_path: Path, clock: list[float]) -> None:
+    one = watching(tmp_path)
+    one.beat(1)
+    quiet = [1.0] * 30
+    assert ends(one, clock, quiet) == []
+    assert ends(one, clock, [*quiet, lambda: one.beat(2), *quiet]) == []
+    one._gaps.clear()
+    assert ends(one, clock, [*quiet, 1.0, 1.0]) == [(31.0, False)]  # the first look sees the last beat
+    one.timeout = 0
+    assert ends(one, clock, [1.0] * 1000) == []
+
+
+def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path, clock: list[float]) -> None:
+    one = watching(tmp_path)
+    one.beat(1)
+    assert ends(one, clock, [1.0] * 10 + [5000.0] + [1.0] * 10) == []
+
+
+def test_a_launcher_that_is_gone_asks_for_a_stop_and_then_ends(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = watching(tmp_path)
+    one.launcher, one.timeout = 77, 0.0
+    one.beat(1)
+    parent = [77]
+    monkeypatch.setattr(watch.os, "getppid", lambda: parent[0])
+    assert ends(one, clock, [1.0] * 100) == []
+    assert one.stop.agreed() == ""
+    saving = one.doing("saving")
+    script = [lambda: parent.__setitem__(0, 1), *[1.0] * 19, saving.__enter__, *[1.0] * 100]
+    assert ends(one, clock, script) == []  # a save may take longer
+    assert one.stop.agreed() == "the death of its launcher"
+    saving.__exit__(None, None, None)
+    one._longest.clear()
+    assert ends(one, clock, [1.0] * 22)[0] == (21.0, True)
 
 
 def test_only_what_a_launcher_began_has_one(monkeypatch: pytest.MonkeyPatch) -> None:

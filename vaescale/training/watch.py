@@ -22,6 +22,7 @@ from .status import HUNG_CODE, NO_PROGRESS_CODE, Status
 from .stops import LAUNCHER, Stop
 
 FOLDER = "stacks"
+PACKAGE = Path(__file__).parents[1]
 TICK = 1.0  # seconds between looks
 LEAVE = 20.0  # seconds without a step that a rank has left when its launcher is gone
 LINGER = 5.0  # seconds from the stacks to the end, so that the others' clocks run out before this rank's end ends them
@@ -31,8 +32,8 @@ LONG = 12  # times as long as a step may take what is not one: validation, savin
 
 
 def launcher() -> int:
-    """The process that waits for this rank; 0 if there is none, for a shell may go while its one process stays. To be
-    asked before distributed.init, which gives one process a rank, too."""
+    """The process that waits for this rank. 0 if there is none: a shell may go while its one process stays, and SLURM
+    ends what it began by itself. To be asked before distributed.init, which gives one process a rank, too."""
     return os.getppid() if "RANK" in os.environ else 0
 
 
@@ -109,10 +110,10 @@ class Watch:
             if self._signs != signs:
                 silent, signs = 0.0, self._signs
             floor = LEAVE if orphan else self.timeout
-            if floor and silent > self.limit(floor):
-                self._end(silent, orphan)
+            if floor and silent > (limit := self.limit(floor)):
+                self._end(silent, limit, orphan)
 
-    def _end(self, silent: float, orphan: bool) -> None:
+    def _end(self, silent: float, limit: float, orphan: bool) -> None:
         # What hangs may be the file system, or whoever reads what is printed.
         backstop = threading.Timer(2 * LINGER, os._exit, (HUNG_CODE,))
         backstop.daemon = True
@@ -120,7 +121,8 @@ class Watch:
         code = HUNG_CODE
         try:
             at = f"{self._what} after step {self.step}" if self._what else f"step {self.step + 1}"
-            head = f"rank {self.rank} of {self.world}: nothing for {silent:.0f} s in {at}; {self._place()}"
+            since = f"nothing for {silent:.0f} s in {at}, where {limit:.0f} s are allowed"
+            head = f"rank {self.rank} of {self.world}: {since}; {self._place()}"
             self._write(head)
             # The same in each life that hangs there, on whichever rank and for however long: so it counts as one.
             gone = ", and the launcher is gone" if orphan else ""
@@ -134,11 +136,16 @@ class Watch:
             os._exit(code)
 
     def _place(self) -> str:
+        """Where the main thread is, and through which line of ours it came there."""
         frame = sys._current_frames().get(self._main.ident or 0)
-        if frame is None:
-            return "the main thread is gone"
-        code = frame.f_code
-        return f"it stands at {Path(code.co_filename).name}:{frame.f_lineno}, {code.co_name}"
+        places: list[str] = []
+        while frame:
+            file = Path(frame.f_code.co_filename)
+            ours = PACKAGE in file.parents
+            if ours or not places:
+                places.append(f"{file.name}:{frame.f_lineno}, {frame.f_code.co_name}")
+            frame = None if ours else frame.f_back
+        return f"it stands at {', called from '.join(places)}"
 
     def _write(self, head: str) -> None:
         self.folder.mkdir(exist_ok=True)
