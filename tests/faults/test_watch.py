@@ -33,7 +33,7 @@ def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     faults: dict[str, list[list[Any]]] = {
         "hung": [["hang", 1, 6]],
         "standing": [["stand", 1, 6]],
-        "slow": [["starve", 1, 0.5, 4], ["dawdle", 0, 2 * TIMEOUT]],
+        "slow": [["starve", 1, 0.5, 4]],
     }
     jobs = [
         job(folder / name, train(folder / name / "run", pictures, given, world=2), *these, world=2)
@@ -42,6 +42,8 @@ def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     doctor = [str(ROOT / "launch" / "doctor.py"), *train(folder / "new" / "run", pictures, world=2)[1:]]
     jobs.append(job(folder / "well", doctor, world=2))
     jobs.append(job(folder / "ill", [*doctor, "init_from=nowhere"], world=2))
+    long = train(folder / "long" / "run", pictures, given)
+    jobs.append(job(folder / "long", long, ["dawdle", 0, 2 * TIMEOUT]))
     jobs[0]["code"] = HUNG_CODE
     jobs[1]["code"] = [HUNG_CODE, -signal.SIGKILL]
     forked(folder, jobs)
@@ -81,7 +83,13 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
     assert none_is_left(out)
 
 
-def test_a_slow_rank_is_named_and_a_long_validation_is_no_hang(befallen: Path) -> None:
+def test_a_long_validation_is_no_hang(befallen: Path) -> None:
+    codes, output = end(befallen / "long")
+    assert codes == [0], output
+    assert not (befallen / "long" / "run" / "stacks").exists()
+
+
+def test_a_slow_rank_is_named(befallen: Path) -> None:
     codes, output = end(befallen / "slow")
     assert codes == [0, 0], output
     named = re.findall(r"rank (\d) takes [\d.]+ times as long as the others \((\S+) s .*, of which (\S+) s", output)
@@ -169,6 +177,11 @@ def test_the_wrapper_passes_a_signal_on_and_does_not_die_alone(pictures: Path, t
     found = status(run)
     assert (found["status"], found["why"]) == ("preempted", "SIGTERM")
     assert found["step"] > before["step"]
+
+
+def test_the_wrapper_wants_to_know_the_run(start: Start) -> None:
+    code, output = finish(start([*RUN, "deepspeed", "launch/train.py"], PYTHONPATH=str(ROOT)), SOON)
+    assert (code, output) == (2, "error: write launch/run.py LAUNCHER … launch/train.py --config C [key=value …]\n")
 
 
 # A launcher that loses codes: its one rank writes the status, starts somebody who stays, and goes with another code.
