@@ -120,6 +120,8 @@ def test_a_launcher_that_is_gone_asks_for_a_stop_and_then_ends(
     assert one.stop.agreed() == "the death of its launcher"
     saving.__exit__(None, None, None)
     one._longest.clear()
+    one.launcher, parent[0] = 77, 77
+    assert ends(one, clock, [1.0] * 50 + [lambda: parent.__setitem__(0, 1)] + [1.0] * 19) == []  # from then on
     assert ends(one, clock, [1.0] * 22)[0] == (21.0, True)
 
 
@@ -144,17 +146,18 @@ def test_a_slow_rank_is_named_once_and_once_when_it_is_over(monkeypatch: pytest.
     for wait in waits:
         table = torch.tensor([[0.0, own] for own in others] + [[wait, 0.0]])
         monkeypatch.setattr(pace.distributed, "each", lambda _, table=table: table)
-        found.append(one.report(0.0, 1, 1.0)[1])
-    assert [bool(said) for said in found] == [False, True, False, False, True, True]
-    assert found[1].startswith("rank 2 takes 3.1 times as long as the others (0.31 s a step, of which 0.31 s waiting")
-    assert found[4] == "rank 2 is as fast as the others again"
+        found += [one.report(0.0, 25, 25.0), one.report(0.0, 25, 25.0)]
+    assert [bool(said) for said in found[1::2]] == [False, True, False, False, True, True]
+    assert not any(found[::2])  # 25 steps are too few to tell by
+    assert found[3].startswith("rank 2 takes 3.1 times as long as the others (0.31 s a step, of which 0.31 s waiting")
+    assert found[9] == "rank 2 is as fast as the others again"
 
 
 def test_what_is_lost_in_a_step_is_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Pace(nn.Identity(), torch.device("cpu"))
     monkeypatch.setattr(pace.distributed, "each", lambda _: torch.tensor([[0.0, 0.01], [0.0, 0.05]]))
-    assert one.report(0.0, 10, 10.0)[1] == ""
-    assert one.report(0.0, 10, 3.0)[1].startswith("rank 1 takes 5.0 times")
+    assert one.report(0.0, 100, 100.0) == ""
+    assert one.report(0.0, 100, 30.0).startswith("rank 1 takes 5.0 times")
 
 
 def test_forward_passes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +169,7 @@ def test_forward_passes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Pace(model, torch.device("cpu"))
     for _ in range(2):
         model(torch.zeros(1))
-    one.report(2.0, 2, 10.0)
-    one.report(0.0, 1, 10.0)
-    assert given == [[1.0, 0.375], [0.0, 0.0]]
+    one.report(2.0, 20, 10.0)
+    one.report(4.0, 30, 10.0)
+    one.report(0.0, 50, 10.0)
+    assert given == [pytest.approx([6 / 50, 0.75 / 50]), [0.0, 0.0]]

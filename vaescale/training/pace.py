@@ -14,6 +14,7 @@ from torch import nn
 from .. import distributed
 
 SLOW, NO_LONGER = 2.0, 1.5  # times the others' median: where it begins, and below which it is over
+WINDOW = 40  # steps, at least, over which ranks are compared: one that is slow is named in the second such, or sooner
 MATTERS = 0.1  # of a step's time, at least, that the rank takes longer: less is noise
 
 
@@ -33,37 +34,41 @@ class Pace:
         """Times the forward passes of this model; nothing waits for the device until `report`."""
         self.device = device
         self.slow: int | None = None  # the rank that was named
-        self._forward = 0.0
+        self.times = 1.0  # the slowest rank's work, as a multiple of the others' median, in the last window
+        self._steps, self._seconds, self._waited, self._forward = 0, 0.0, 0.0, 0.0  # since then
         self._begun: Any = None
         self._events: list[tuple[Any, Any]] = []
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)
 
-    def report(self, waited: float, steps: int, seconds: float) -> tuple[float, str]:
-        """(the slowest rank's work, as a multiple of the others' median; the sentence to say, if any). Collective.
+    def report(self, waited: float, steps: int, seconds: float) -> str:
+        """The sentence to say when a rank has become slow, and when it no longer is; "" otherwise. Collective.
 
         waited: for data, in `steps` steps that took so many seconds. To be called where the device has come to rest.
         """
-        forward = self._forward + sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
-        self._forward, self._events = 0.0, []
-        works = [Work(*pair) for pair in distributed.each(torch.tensor([waited, forward]) / steps).tolist()]
-        rank, times = slowest(works)
-        said = self._judge(rank, times, works, seconds / steps)
-        return times, said
-
-    def _judge(self, rank: int, times: float, works: list[Work], step: float) -> str:
-        if self.slow is not None:
-            own = _times(works, self.slow)
-            if own < NO_LONGER:
-                said, self.slow = f"rank {self.slow} is as fast as the others again", None
-                return said
+        self._steps, self._seconds, self._waited = self._steps + steps, self._seconds + seconds, self._waited + waited
+        self._forward += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
+        self._events = []
+        if self._steps < WINDOW:
             return ""
-        if times < SLOW or (1 - 1 / times) * works[rank].total < MATTERS * step:
+        own = torch.tensor([self._waited, self._forward]) / self._steps
+        said = self._judge([Work(*pair) for pair in distributed.each(own).tolist()], self._seconds / self._steps)
+        self._steps, self._seconds, self._waited, self._forward = 0, 0.0, 0.0, 0.0
+        return said
+
+    def _judge(self, works: list[Work], step: float) -> str:
+        rank, self.times = slowest(works)
+        if self.slow is not None:
+            if _times(works, self.slow) >= NO_LONGER:
+                return ""
+            said, self.slow = f"rank {self.slow} is as fast as the others again", None
+            return said
+        if self.times < SLOW or (1 - 1 / self.times) * works[rank].total < MATTERS * step:
             return ""
         self.slow = rank
         work = works[rank]
         return (
-            f"rank {rank} takes {times:.1f} times as long as the others ({work.total:.3g} s a step, of which "
+            f"rank {rank} takes {self.times:.1f} times as long as the others ({work.total:.3g} s a step, of which "
             f"{work.waited:.3g} s waiting for data): all wait for it; look at its node's "
             f"{'disk, network and data.workers' if work.waited > work.forward else 'clock rates and other processes'}"
         )

@@ -220,9 +220,9 @@ class Trainer:
         values["perf/seconds_per_step"] = seconds / window.steps
         if self.device.type == "cuda":
             values["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        values["perf/slowest_rank"], said = self.pace.report(window.waited, window.steps, seconds)
-        if said:
+        if said := self.pace.report(window.waited, window.steps, seconds):
             self.console.say(said)
+        values["perf/slowest_rank"] = self.pace.times
         values["data/wait_share"] = window.waited / seconds
         values["data/epoch"] = position.images / len(self.slices.samples.index)
         values |= {f"data/damaged_{cause.replace(' ', '_')}": float(count) for cause, count in position.damaged.items()}
