@@ -7,8 +7,9 @@
 
 To resume, run the same command. To stop after a save: SIGTERM or SIGUSR1 to any rank, or `touch RUN/STOP`. Exit codes:
 0 finished; 2 wrong settings, missing data, or checkpoints that cannot be read or written; 3 too many steps were
-skipped, or weights are not finite; 75 stopped, run it again; 93 failed at one step time and again, do not requeue. The
-run directory's run_status.json says the same, and why.
+skipped, or weights are not finite; 4 a step did not end, see RUN/stacks; 75 stopped, run it again; 93 failed at one
+step time and again, do not requeue. The run directory's run_status.json says the same, and why. Not every launcher
+returns its ranks' code: `python launch/run.py deepspeed launch/train.py …` does.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from vaescale.data import DataError
 from vaescale.training import settings
 from vaescale.training.checkpoint import CheckpointError, Unreadable
 from vaescale.training.guard import Diverged
-from vaescale.training.status import NO_PROGRESS_CODE, PREEMPTED_CODE, NoProgress
+from vaescale.training.status import PREEMPTED_CODE, NoProgress
 
 FORESEEN = (ConfigError, DataError, CheckpointError, Diverged)
 
@@ -50,11 +51,11 @@ def main() -> int:
         if not isinstance(error.__cause__, FORESEEN):
             traceback.print_exception(error.__cause__)
         say(error)
-        return NO_PROGRESS_CODE
+        return error.exit_code
     except FORESEEN as error:
         if distributed.place().rank == 0 or isinstance(error, DataError | Unreadable):  # the same on all ranks
             say(error)
-        return 3 if isinstance(error, Diverged) else 2
+        return error.exit_code
     finally:
         distributed.finish()
 

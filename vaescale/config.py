@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """The user's settings are wrong; the text is one sentence: what, where, what to do. Exit code 2."""
+    """The user's settings are wrong; the text is one sentence: what, where, what to do."""
+
+    exit_code = 2
 
 
 def read(path: str | Path, overrides: list[str]) -> DictConfig:

@@ -90,11 +90,16 @@ def tell(value: Any) -> Any:
     return json.loads(bytes(broadcast_(text).tolist()))
 
 
+def each(values: Tensor) -> Tensor:
+    """fp64 [W, …]: every rank's values, on every rank's host."""
+    table = torch.zeros(world(), *values.shape, dtype=torch.float64, device=_device())
+    table[rank()] = values
+    return sum_(table).cpu()
+
+
 def where(flag: bool) -> list[int]:
     """The ranks whose flag it is."""
-    flags = torch.zeros(world(), device=_device())
-    flags[rank()] = flag
-    return sum_(flags).nonzero().flatten().tolist()
+    return each(torch.tensor(flag)).nonzero().flatten().tolist()
 
 
 def barrier() -> None:

@@ -7,6 +7,7 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -20,7 +21,7 @@ import torch._dynamo  # the commands check shapes with it: once for all forks, n
 
 from vaescale import distributed
 from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
-from vaescale.training import stops
+from vaescale.training import stops, trainer
 from vaescale.training.checkpoint import verify
 from vaescale.training.ema import WeightEMA
 from vaescale.training.learner import Descent
@@ -170,6 +171,58 @@ def touch(out: Path, step: int, file: str) -> None:
     stops.LOOK = 0.0
 
 
+def hang(out: Path, step: int) -> None:
+    """This rank does not come back from this step."""
+    _at_step(step, lambda: time.sleep(1000))
+
+
+def stand(out: Path, step: int) -> None:
+    """SIGSTOP to this rank in this step; whoever launched it kills it once rank 0 has gone."""
+    pids = (out / "pid-0").read_text(), os.getpid()
+
+    def act() -> None:
+        subprocess.Popen(["sh", "-c", 'while kill -0 "$0"; do sleep 0.2; done; kill -9 "$1"', *map(str, pids)])
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    _at_step(step, act)
+
+
+def _at_step(step: int, act: Callable[[], None]) -> None:
+    whole = Descent.step
+
+    def stepped(self: Descent, *arguments: Any) -> Any:
+        if arguments[-1] + 1 == step:
+            act()
+        return whole(self, *arguments)
+
+    Descent.step = stepped
+
+
+def starve(out: Path, seconds: float, steps: int) -> None:
+    """This rank waits so long for its data in each of the first steps."""
+    whole = trainer.Trainer.batches
+
+    def slowed(self: trainer.Trainer) -> Any:
+        for number, batch in enumerate(whole(self)):
+            if number < steps:
+                time.sleep(seconds)
+            yield batch
+
+    trainer.Trainer.batches = slowed
+
+
+def dawdle(out: Path, seconds: float) -> None:
+    """The first validation takes so long."""
+    whole = trainer.evaluate
+
+    def slowed(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        trainer.evaluate = whole
+        return whole(*arguments)
+
+    trainer.evaluate = slowed
+
+
 def ends(out: Path, seconds: float) -> None:
     """The SLURM job ends in so many seconds."""
     os.environ["SLURM_JOB_END_TIME"] = str(round(time.time() + seconds))
@@ -187,6 +240,10 @@ FAULTS: dict[str, Callable[..., None]] = {
     "spoil": spoil,
     "ask": ask,
     "touch": touch,
+    "hang": hang,
+    "stand": stand,
+    "starve": starve,
+    "dawdle": dawdle,
     "ends": ends,
     "elsewhere": elsewhere,
 }

@@ -37,6 +37,20 @@ def test_the_first_rank_that_fails_has_the_word(tmp_path: Path) -> None:
     assert said(tmp_path) == ("failed", 3, 7, "killed for want of memory")
 
 
+def test_the_code_stands_beside_it(tmp_path: Path) -> None:
+    """launch/run.py returns it: None where a run was killed."""
+    status = Status(tmp_path, 0)
+    codes = []
+    for how in ("running", "failed", "failed", "failed", "finished", "preempted"):
+        status.begin(7)
+        if how == "failed":
+            status.fail("nan", 7, 3)
+        elif how != "running":
+            status.end(how, "", 9)
+        codes.append(status.read()["code"])
+    assert codes == [None, 3, 3, 93, 0, 75]
+
+
 def test_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     (tmp_path / "run_status.json").write_text("[")
     assert Status(tmp_path, 0).read() == {}

@@ -37,6 +37,8 @@ NAMED = 3  # tensors that do not fit, in an error
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used or written; the text says which, why and what to do. The same on all ranks."""
 
+    exit_code = 2
+
 
 class Unreadable(CheckpointError):
     """For this rank: the others may have read it."""

@@ -22,6 +22,8 @@ WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
 class Diverged(RuntimeError):
     """Training cannot go on; the text says why and what to do. The same on all ranks."""
 
+    exit_code = 3
+
 
 class Skip(NamedTuple):
     """A step that was not taken, as all ranks know it."""

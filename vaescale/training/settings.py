@@ -54,6 +54,9 @@ class Config:
     ema: float = 0.999  # decay of the averaged weights that validation and evaluation use
     keep: int = 2  # checkpoints
     stop_before: float = 120.0  # seconds before the end of its SLURM job at which a run saves and stops
+    # Seconds without a step after which the run ends itself, if ten times the longest of late is not more; twelve times
+    # as long for validation, saving and the first step. 0: never.
+    hang_timeout: float = 300.0
     keep_every: int = 0  # and those of every such step, for ever; 0: none
     # A run directory or a checkpoint: a new run begins with its weights, at step 0, the optimiser knowing nothing.
     init_from: str = ""
@@ -160,6 +163,7 @@ def _require(config: Config) -> None:
         "accumulation": (config.accumulation, 1),
         "keep": (config.keep, 1),
         "keep_every": (config.keep_every, 0),
+        "hang_timeout": (config.hang_timeout, 0),
         "data.size": (config.data.size, 1),
         "data.columns": (config.data.columns, 1),
         "data.workers": (config.data.workers, 0),

@@ -1,8 +1,9 @@
 """run_status.json: how a run stands, for people, schedulers and its next life.
 
-    {"status": …, "why": …, "rank": …, "step": …, "failures": […]}
+    {"status": …, "code": …, "why": …, "rank": …, "step": …, "failures": […]}
 
-A launcher's exit code tells less: some lose their ranks' codes, and some end with 0 where a rank was killed.
+A launcher's exit code tells less: some lose their ranks' codes, and some end with 0 where a rank was killed. So the
+code stands here too, and launch/run.py returns it.
 """
 
 import json
@@ -12,12 +13,16 @@ from typing import Any
 
 FILE = "run_status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED, NO_PROGRESS = "running", "finished", "preempted", "failed", "no-progress"
+HUNG_CODE = 4
 PREEMPTED_CODE, NO_PROGRESS_CODE = 75, 93  # EX_TEMPFAIL: run the same command again; do not requeue
+CODES = {RUNNING: None, FINISHED: 0, PREEMPTED: PREEMPTED_CODE, NO_PROGRESS: NO_PROGRESS_CODE}
 SAME = 3  # failures in a row, alike and at one step, after which another life would end likewise
 
 
 class NoProgress(RuntimeError):
     """The same failure at the same step, time and again; the text says which."""
+
+    exit_code = NO_PROGRESS_CODE
 
 
 class Status:
@@ -35,8 +40,9 @@ class Status:
         """On rank 0: finished or preempted."""
         self._write(status, why, step, [])
 
-    def fail(self, why: str, step: int) -> bool:
-        """On the rank that failed; the first one's word stands. True if this run will not get further so."""
+    def fail(self, why: str, step: int, code: int = 1) -> bool:
+        """On the rank that failed and leaves with this code; the first one's word stands. True if this run will not
+        get further so."""
         before = self.read()
         if before.get("status") not in (RUNNING, None):
             return before["status"] == NO_PROGRESS
@@ -44,7 +50,7 @@ class Status:
         failures = before.get("failures", [])
         failures = [*failures, failure] if failures and failures[-1] == failure else [failure]
         status = NO_PROGRESS if len(failures) >= SAME else FAILED
-        self._write(status, why, step, failures)
+        self._write(status, why, step, failures, code)
         return status == NO_PROGRESS
 
     def read(self) -> dict[str, Any]:
@@ -55,8 +61,15 @@ class Status:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _write(self, status: str, why: str, step: int, failures: list[dict[str, Any]]) -> None:
-        said = {"status": status, "why": why, "rank": self.rank, "step": step, "time": round(time.time())}
+    def _write(self, status: str, why: str, step: int, failures: list[dict[str, Any]], code: int = 0) -> None:
+        said = {
+            "status": status,
+            "code": CODES.get(status, code),
+            "why": why,
+            "rank": self.rank,
+            "step": step,
+            "time": round(time.time()),
+        }
         partial = self.path.with_name(f".{FILE}-{self.rank}")
         partial.write_text(json.dumps({**said, "failures": failures}, indent=1) + "\n")
         partial.replace(self.path)

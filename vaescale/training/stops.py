@@ -1,4 +1,5 @@
-"""How a run is asked to stop: SIGTERM or SIGUSR1 to any rank, a file STOP in its directory, the end of its SLURM job.
+"""How a run is asked to stop: SIGTERM or SIGUSR1 to any rank, a file STOP in its directory, the end of its SLURM job,
+or the death of its launcher, which watch.py finds.
 
 Each step the ranks agree on what any of them has been asked, over gloo and beside the step, so that no device waits:
 what is asked during one step is known to all at the end of the next, and all save the same step.
@@ -16,8 +17,8 @@ import torch.distributed as dist
 from .. import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REASONS = ("", "SIGTERM", "SIGUSR1", "the file STOP", "the end of the SLURM job")
-FILE, JOB_ENDS = REASONS[3:]
+REASONS = ("", "SIGTERM", "SIGUSR1", "the file STOP", "the end of the SLURM job", "the death of its launcher")
+FILE, JOB_ENDS, LAUNCHER = REASONS[3:]
 LOOK = 1.0  # seconds between looks at the file and the clock
 
 
@@ -55,13 +56,17 @@ class Stop:
         self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
         return said
 
+    def ask(self, why: str) -> None:
+        """One of REASONS, from any thread; the first one stands."""
+        self._asked = self._asked or why
+
     def heeded(self) -> None:
         """The file has had its effect: the next life shall not stop for it."""
         if distributed.rank() == 0:
             self.file.unlink(missing_ok=True)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
-        self._asked = self._asked or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
 
     def _look(self) -> str:
         now = time.time()

@@ -34,9 +34,11 @@ from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
 from .guard import Diverged, Skip, diagnosis, explained, too_many
 from .learner import Descent, Learner
+from .pace import Pace
 from .settings import Config, build, check_labels, micro_batch
 from .status import FINISHED, PREEMPTED, SAME, NoProgress, Status
 from .stops import Stop
+from .watch import Watch, launcher
 from .writer import Writer
 
 NAMED = 8  # samples of a skipped step, in the log
@@ -71,6 +73,7 @@ class Window:
 class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.launcher = launcher()
         self.device = distributed.init()
         self.run = Path(config.run)
         self.rank, self.world = distributed.rank(), distributed.world()
@@ -88,6 +91,7 @@ class Trainer:
         self.learner: Learner = (
             ClosedForm(self.model, samples) if isinstance(self.model, PCA) else Descent(self.model, config)
         )
+        self.pace = Pace(self.model, self.device)
         self.position = Position()
         self.resume()
         if isinstance(self.learner, ClosedForm):
@@ -113,11 +117,13 @@ class Trainer:
         if self.rank == 0:
             status.begin(position.step)
         try:
-            with Stop(self.run, self.config.stop_before) as stop:
-                why = self.loop(stop)
+            stop = Stop(self.run, self.config.stop_before)
+            timeout = self.config.hang_timeout
+            with stop, Watch(self.run, timeout, self.launcher, stop, status, position.step) as watch:
+                why = self.loop(stop, watch)
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"
-            if status.fail(said, position.step):
+            if status.fail(said, position.step, getattr(error, "exit_code", 1)):
                 raise NoProgress(
                     f"{SAME} times in a row the run has ended at step {position.step} with {said}"
                 ) from error
@@ -128,7 +134,7 @@ class Trainer:
             status.end(PREEMPTED if why else FINISHED, why, position.step)
         return why
 
-    def loop(self, stop: Stop) -> str:
+    def loop(self, stop: Stop, watch: Watch) -> str:
         config, position = self.config, self.position
         self.console.say(self.banner())
         if advice := self.slices.advice():
@@ -143,6 +149,7 @@ class Trainer:
             position.step, position.images = step + 1, position.images + config.batch
             window.add(metrics)
             self.console.advance()
+            watch.beat(position.step)
 
             asked = "" if last else stop.agreed()
             every = (config.every.report, config.every.validate, config.every.checkpoint)
@@ -150,21 +157,25 @@ class Trainer:
             if asked:
                 validate, save = False, True
             if validate or save:
-                self.learner.settle()
+                with watch.doing("the solution"):
+                    self.learner.settle()
             if report:
                 self.report(window)
                 window = Window()
             paused = time.monotonic()
             if validate:
-                self.validate()
+                with watch.doing("validation"):
+                    self.validate()
             if save:
-                self.count_damage(window)
-                self.count_skips()
-                self.save()
+                with watch.doing("saving"):
+                    self.count_damage(window)
+                    self.count_skips()
+                    self.save()
             window.begun += time.monotonic() - paused  # images/s are those of training
             if asked:
                 break
-        self.writer.settle(wait=True, last=True)
+        with watch.doing("the last save"):
+            self.writer.settle(wait=True, last=True)
         if asked:
             stop.heeded()
         self.console.close()
@@ -204,11 +215,14 @@ class Trainer:
         means = {name: total / self.world for name, total in zip(names, totals, strict=True)}
         values = self.learner.report(means, position.step)
         for name, usage in self.model.usage(clear=True).items():
-            values |= self.watch(name, Usage(*(part.cpu() for part in usage)), values[f"{name}/commitment"])
+            values |= self.watch_codebook(name, Usage(*(part.cpu() for part in usage)), values[f"{name}/commitment"])
         values["perf/images_per_second"] = window.steps * config.batch / seconds
         values["perf/seconds_per_step"] = seconds / window.steps
         if self.device.type == "cuda":
             values["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if said := self.pace.report(window.waited, window.steps, seconds):
+            self.console.say(said)
+        values["perf/slowest_rank"] = self.pace.times
         values["data/wait_share"] = window.waited / seconds
         values["data/epoch"] = position.images / len(self.slices.samples.index)
         values |= {f"data/damaged_{cause.replace(' ', '_')}": float(count) for cause, count in position.damaged.items()}
@@ -216,7 +230,7 @@ class Trainer:
             self.board.scalars(values, position.step)
         self.console.report(position.step, values)
 
-    def watch(self, name: str, usage: Usage, commitment: float) -> dict[str, float]:
+    def watch_codebook(self, name: str, usage: Usage, commitment: float) -> dict[str, float]:
         """One codebook's scalars, and its histogram; a sentence when it collapses, and one when it has recovered."""
         step, on, config = self.position.step, self.position.alarms, self.config
         reading = alarm.read(usage, commitment, step)

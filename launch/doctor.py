@@ -1,0 +1,64 @@
+"""Before a long job: is all there that it needs? And of a run: how does it stand, and what is wrong with it?
+
+    python launch/doctor.py --config configs/quickstart.yaml [key=value …]
+    torchrun --nproc-per-node 8 launch/doctor.py --config …      as the job will be launched
+    python launch/doctor.py --run runs/quickstart
+
+Each line says ok, warn or FAIL, what, and what to do. Exit code 1 if one says FAIL.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from vaescale import distributed
+from vaescale.config import ConfigError
+from vaescale.training import postmortem, preflight, settings
+from vaescale.training.preflight import FAIL, OK, Finding
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config")
+    what.add_argument("--run", type=Path)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    if arguments.run:
+        return told(postmortem.read(arguments.run))
+    try:
+        return before(arguments.config, arguments.overrides)
+    finally:
+        distributed.finish()
+
+
+def before(path: str, overrides: list[str]) -> int:
+    _, _, world = distributed.place()
+    try:
+        config = settings.load(path, overrides)
+        settings.check(config, world)
+    except ConfigError as error:
+        return told([Finding(FAIL, str(error))])
+    failed = told(preflight.alone(config, world))
+    distributed.init()
+    if ranks := distributed.where(bool(failed)):
+        whose = f" of rank {', '.join(map(str, ranks))}" if world > 1 else ""
+        return told([Finding(FAIL, f"no step is tried before what is said above{whose} is mended")])
+    return told(preflight.together(config))
+
+
+def told(findings: Iterable[Finding]) -> int:
+    """Print them as they come, all of rank 0, of others what is not ok; 1 if one is FAIL."""
+    rank, _, _ = distributed.place()
+    worst = 0
+    for finding in findings:
+        if rank == 0 or finding.level != OK:
+            print(f"rank {rank}: {finding}" if rank else finding, flush=True)
+        worst = max(worst, int(finding.level == FAIL))
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Runs that stop getting on: a rank that hangs, is stopped or slow, a launcher that is gone; and what is none of it."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, Start, finish, free_port
+from tests.faults.test_checkpoints import end, job, names, train
+from tests.faults.test_stops import status
+from tests.integration.conftest import forked
+from vaescale.training import postmortem
+from vaescale.training.checkpoint import verify
+from vaescale.training.status import HUNG_CODE
+
+TIMEOUT = 3.0
+RUN = [sys.executable, str(ROOT / "launch" / "run.py")]
+SOON = 30.0  # seconds in which nothing may be left of a run whose launcher is gone
+
+
+@pytest.fixture(scope="module")
+def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watched")
+    given = f"hang_timeout={TIMEOUT}"
+    slow = ("steps=80", "every.report=20", "every.validate=1000", "every.checkpoint=1000")
+    commands = {
+        "hung": train(folder / "hung" / "run", pictures, given, world=2),
+        "standing": train(folder / "standing" / "run", pictures, given, world=2),
+        "slow": train(folder / "slow" / "run", pictures, *slow, world=2),
+    }
+    faults: dict[str, list[Any]] = {
+        "hung": ["hang", 1, 6],
+        "standing": ["stand", 1, 6],
+        "slow": ["starve", 1, 0.15, 40],
+    }
+    jobs = [job(folder / name, command, faults[name], world=2) for name, command in commands.items()]
+    doctor = [str(ROOT / "launch" / "doctor.py"), *train(folder / "new" / "run", pictures, world=2)[1:]]
+    jobs.append(job(folder / "well", doctor, world=2))
+    jobs.append(job(folder / "ill", [*doctor, "init_from=nowhere"], world=2))
+    long = train(folder / "long" / "run", pictures, given)
+    jobs.append(job(folder / "long", long, ["dawdle", 0, 2 * TIMEOUT]))
+    jobs[0]["code"] = HUNG_CODE
+    jobs[1]["code"] = [HUNG_CODE, -signal.SIGKILL]
+    forked(folder, jobs)
+    return folder
+
+
+def test_a_rank_that_hangs_ends_the_run_and_leaves_all_stacks(befallen: Path) -> None:
+    out = befallen / "hung"
+    found = status(out / "run")
+    assert (found["status"], found["code"], found["step"]) == ("failed", HUNG_CODE, 5)
+    assert found["why"].startswith("Hang: step 6 does not end; ")
+    assert names(out / "run" / "stacks") == ["rank-0.txt", "rank-1.txt"]
+    waiting, hung = ((out / "run" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    assert re.search(r"it stands at inject\.py:\d+, <lambda>, called from trainer\.py:\d+, loop$", hung.splitlines()[0])
+    assert re.search(r"it stands at .*, called from \w+\.py:\d+, \w+$", waiting.splitlines()[0])
+    assert "inject.py" not in waiting.splitlines()[0]
+    for text in (waiting, hung):
+        silent, limit = map(float, re.search(r"for (\d+) s in step 6, where (\d+) s are allowed;", text).groups())
+        assert TIMEOUT <= limit <= silent <= 2 * limit, text
+    output = (out / "output-1.txt").read_text()
+    assert "error: rank 1 of 2: nothing for" in output
+    assert "left no stacks" not in output + (out / "output-0.txt").read_text()
+    assert none_is_left(out)
+    sick = "\n".join(map(str, postmortem.read(out / "run")))
+    assert "FAIL: failed at step 5 on rank" in sick
+    assert re.search(r"warn: it hung: rank 1 of 2: nothing for .* in step 6, .*; it stands at inject\.py", sick)
+    assert "to blame" in sick
+    assert "ok: the same command goes on from step-00000004" in sick
+
+
+def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
+    out = befallen / "standing"
+    assert names(out / "run" / "stacks") == ["rank-0.txt"]
+    assert "error: rank 1 left no stacks" in (out / "output-0.txt").read_text()
+    assert status(out / "run")["code"] == HUNG_CODE
+    assert "warn: rank 1 left no stacks" in "\n".join(map(str, postmortem.read(out / "run")))
+    assert none_is_left(out)
+
+
+def test_a_long_validation_is_no_hang(befallen: Path) -> None:
+    codes, output = end(befallen / "long")
+    assert codes == [0], output
+    assert not (befallen / "long" / "run" / "stacks").exists()
+
+
+def test_a_slow_rank_is_named(befallen: Path) -> None:
+    codes, output = end(befallen / "slow")
+    assert codes == [0, 0], output
+    named = re.findall(r"rank (\d) takes [\d.]+ times as long as the others \((\S+) s .*, of which (\S+) s", output)
+    assert [rank for rank, *_ in named] == ["1"], output
+    assert all(0.15 <= float(seconds) < 0.5 for seconds in named[0][1:]), named
+    assert output.count("rank 1 is as fast as the others again") == 1
+    lines = [json.loads(line) for line in (befallen / "slow" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("perf/slowest_rank", 0) for line in lines) >= 2
+
+
+def test_the_doctor_takes_a_step_on_all_ranks_and_leaves_nothing(befallen: Path) -> None:
+    codes, output = end(befallen / "well")
+    assert codes == [0, 0], output
+    assert "FAIL" not in output
+    assert "ok: 90 training and 11 validation images can be read" in output
+    assert "ok: 2 rank(s) meet in" in output
+    assert "ok: all ranks have the same settings and versions" in output
+    assert re.search(r"ok: 2 step\(s\) taken and a checkpoint of \d+\.\d KiB saved", output)
+    codes, output = end(befallen / "ill")
+    assert codes == [1, 1], output
+    assert "FAIL: no step can be taken and saved (CheckpointError: init_from=nowhere is neither" in output
+    assert names(befallen / "new") == []
+
+
+def none_is_left(out: Path) -> bool:
+    return not any(psutil.pid_exists(int(path.read_text())) for path in out.glob("pid-*"))
+
+
+def soon(condition: Callable[[], bool], seconds: float = SOON) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+ENDLESS = ("steps=1000000", "every.checkpoint=1000000", "every.validate=1000000", "every.report=50")
+
+
+def last_step(run: Path) -> int:
+    metrics = postmortem.read_metrics(run)
+    return metrics[-1]["step"] if metrics else 0
+
+
+def test_a_launcher_that_is_killed_leaves_a_saved_run_and_no_orphan(
+    pictures: Path, tmp_path: Path, start: Start
+) -> None:
+    """And run.py, which was told of a kill, returns what the ranks meant."""
+    run = tmp_path / "run"
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port"]
+    process = start([*RUN, *torchrun, str(free_port()), *train(run, pictures, *ENDLESS, world=2)])
+    assert soon(lambda: last_step(run) > 0, 120)
+    (launcher,) = psutil.Process(process.pid).children()
+    ranks = launcher.children()
+    assert len(ranks) == 2
+    killed = time.monotonic()
+    launcher.kill()
+    code, output = finish(process, SOON)
+    assert time.monotonic() - killed < SOON
+    assert code == 75, output
+    assert not any(rank.is_running() for rank in ranks)
+    assert "stopped for the death of its launcher, run the same command to go on" in output
+    found = status(run)
+    assert (found["status"], found["why"]) == ("preempted", "the death of its launcher")
+    assert verify(run / "checkpoints" / f"step-{found['step']:08d}") == []
+
+
+def test_the_wrapper_passes_a_signal_on_and_does_not_die_alone(pictures: Path, tmp_path: Path, start: Start) -> None:
+    run = tmp_path / "run"
+    process = start([*RUN, sys.executable, *train(run, pictures, *ENDLESS)])
+    assert soon(lambda: last_step(run) > 0, 120)
+    os.kill(process.pid, signal.SIGTERM)
+    code, output = finish(process, SOON)
+    assert code == 75, output
+    assert status(run)["status"] == "preempted"
+    assert not (run / "STOP").exists()
+
+    before = status(run)
+    process = start([*RUN, sys.executable, *train(run, pictures, *ENDLESS)])
+    assert soon(lambda: last_step(run) > before["step"], 120)
+    (rank,) = psutil.Process(process.pid).children()
+    process.kill()
+    assert soon(lambda: not rank.is_running())
+    found = status(run)
+    assert (found["status"], found["why"]) == ("preempted", "SIGTERM")
+    assert found["step"] > before["step"]
+
+
+def test_the_wrapper_wants_to_know_the_run(start: Start) -> None:
+    code, output = finish(start([*RUN, "deepspeed", "launch/train.py"], PYTHONPATH=str(ROOT)), SOON)
+    assert (code, output) == (2, "error: write launch/run.py LAUNCHER … launch/train.py --config C [key=value …]\n")
+
+
+# A launcher that loses codes: its one rank writes the status, starts somebody who stays, and goes with another code.
+LAUNCHER = """
+import subprocess, sys
+from pathlib import Path
+from vaescale.training.status import Status
+run, how, code = Path(sys.argv[3].removeprefix("run=")), sys.argv[4], int(sys.argv[5])
+status = Status(run, 0)
+if how != "never begun":
+    run.mkdir(exist_ok=True)
+    status.begin(3)
+if how == "failed":
+    status.fail("nan", 3, 3)
+elif how in ("finished", "preempted"):
+    status.end(how, "", 3)
+print(subprocess.Popen(["sleep", "2"], start_new_session=True).pid)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "launcher", "code"),
+    [
+        ("finished", 1, 0),
+        ("preempted", 0, 75),
+        ("failed", 1, 3),
+        ("killed", 0, 1),
+        ("killed", 9, 9),
+        ("never begun", 2, 2),
+    ],
+)
+def test_the_wrapper_returns_what_the_run_says(
+    tmp_path: Path, start: Start, how: str, launcher: int, code: int
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(LAUNCHER)
+    config = tmp_path / "config.yaml"
+    config.write_text("run: none\n")
+    command = [sys.executable, str(script), "--config", str(config), f"run={tmp_path / 'run'}", how, str(launcher)]
+    found, output = finish(start([*RUN, *command], PYTHONPATH=str(ROOT)), SOON)
+    assert found == code, output
+    assert not psutil.pid_exists(int(output.splitlines()[0]))
+    if how == "failed":  # again: that status is not this life's
+        command[-2:] = ["never begun", "2"]
+        assert finish(start([*RUN, *command], PYTHONPATH=str(ROOT)), SOON)[0] == 2

@@ -1,0 +1,110 @@
+"""What a run directory tells: each ill once, and a healthy run none."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.test_checkpoint import flip
+from vaescale.training import checkpoint, postmortem
+from vaescale.training.postmortem import Metrics
+from vaescale.training.status import Status
+
+
+def reports(count: int, **values: Any) -> Metrics:
+    usual = {"train/loss": 0.5, "optim/skipped": 0.0, "perf/seconds_per_step": 0.1, "perf/images_per_second": 100.0}
+    named = {name.replace("__", "/"): value for name, value in values.items()}
+    return [
+        {"step": 20 * (i + 1), **usual, "data/wait_share": 0.02, "perf/slowest_rank": 1.1, **named}
+        for i in range(count)
+    ]
+
+
+def write(run: Path, metrics: Metrics) -> None:
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+
+
+def said(run: Path) -> str:
+    return "\n".join(map(str, postmortem.read(run)))
+
+
+@pytest.fixture
+def healthy(tmp_path: Path) -> Path:
+    write(tmp_path, reports(60))
+    Status(tmp_path, 0).begin(0)
+    checkpoint.save(tmp_path / "checkpoints", 1000, {"model": {"w": torch.ones(3)}}, {"step": 1000}, 2)
+    return tmp_path
+
+
+def test_a_healthy_run_has_no_ills(healthy: Path) -> None:
+    assert [finding.level for finding in postmortem.read(healthy)] == ["ok", "ok"]
+    assert "ok: running at step 1200, the last report 0 s ago, one every 2 s being usual" in said(healthy)
+    for status in ("finished", "preempted"):
+        Status(healthy, 0).end(status, "SIGTERM", 1200)
+        assert [finding.level for finding in postmortem.read(healthy)] == ["ok", "ok"]
+
+
+def test_a_run_that_says_nothing_any_more(healthy: Path) -> None:
+    long_ago = time.time() - 1000
+    os.utime(healthy / "metrics.jsonl", (long_ago, long_ago))
+    assert "FAIL: running at step 1200, the last report 1000 s ago" in said(healthy)
+
+
+def test_a_run_that_failed_says_why_and_how_often(healthy: Path) -> None:
+    for life, words in enumerate(["for the 1. time so: full", "for the 2. time so: full", "end likewise"]):
+        Status(healthy, 0).begin(7)
+        Status(healthy, 3).fail("full", 8)
+        assert "FAIL: failed at step 8 on rank 3" in said(healthy), life
+        assert words in said(healthy)
+
+
+def test_no_run_at_all(tmp_path: Path) -> None:
+    assert "FAIL: " in said(tmp_path / "none")
+
+
+def test_damaged_checkpoints(healthy: Path) -> None:
+    checkpoint.save(healthy / "checkpoints", 1100, {"model": {"w": torch.ones(3)}}, {"step": 1100}, 2)
+    flip(healthy / "checkpoints" / "step-00001100" / "model.safetensors", -1)
+    assert "warn: step-00001100 is damaged (model.safetensors has changed" in said(healthy)
+    assert "ok: the same command goes on from step-00001000" in said(healthy)
+    flip(healthy / "checkpoints" / "step-00001000" / "model.safetensors", -1)
+    assert "FAIL: none of the 2 checkpoint(s)" in said(healthy)
+
+
+ILLS: dict[str, tuple[Metrics, str]] = {
+    "not finite": (reports(1, train__loss=None), "FAIL: the loss is not finite at step 20: lower optimizer.lr"),
+    "diverges": (reports(40) + reports(30, train__loss=0.9), "it diverges: the loss is 0.9, and was 0.5 at its best"),
+    "skips": (
+        reports(20, optim__skipped=0.2, **{"optim/skipped_not_finite": 80.0, "optim/skipped_spike": 0.0}),
+        "warn: 20% of the last steps were skipped (in all: 80 not finite)",
+    ),
+    "collapse": (
+        reports(3, codebook1__alarm=1.0, codebook1__usage_ema=0.031, codebook0__alarm=0.0),
+        "warn: codebook1 has collapsed: 3.1% of its codes are in use",
+    ),
+    "waits": (reports(20, data__wait_share=0.4), "warn: 40% of the time goes in waiting for data"),
+    "slow rank": (reports(20, perf__slowest_rank=2.4), "warn: one rank takes 2.4 times as long as the others"),
+    "slower": (
+        reports(60) + reports(25, perf__images_per_second=40.0),
+        "warn: 40 images/s of late, where 100 are usual",
+    ),
+}
+
+
+@pytest.mark.parametrize("ill", ILLS)
+def test_ills_are_read_off_the_metrics(healthy: Path, ill: str) -> None:
+    metrics, words = ILLS[ill]
+    write(healthy, metrics)
+    assert words in said(healthy)
+    assert sum(finding.level != "ok" for finding in postmortem.read(healthy)) == 1
+
+
+def test_a_line_that_was_cut_is_passed_over(healthy: Path) -> None:
+    with (healthy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1220, "train/lo')
+    assert "running at step 1200" in said(healthy)

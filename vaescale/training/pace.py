@@ -1,0 +1,101 @@
+"""Which rank lets the others wait: the seconds that each spends on work of its own.
+
+In a step's end all ranks take equally long, since each waits for the slowest. What tells them apart is what comes
+before they meet: waiting for their data, and the forward pass, which has no collectives. (The backward pass has.)
+"""
+
+import time
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import distributed
+
+SLOW, NO_LONGER = 2.0, 1.5  # times the others' median: where it begins, and below which it is over
+WINDOW = 40  # steps, at least, over which ranks are compared: one that is slow is named in the second such, or sooner
+MATTERS = 0.1  # of a step's time, at least, that the rank takes longer: less is noise
+
+
+class Work(NamedTuple):
+    """One rank's, in seconds a step."""
+
+    waited: float
+    forward: float
+
+    @property
+    def total(self) -> float:
+        return self.waited + self.forward
+
+
+class Pace:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Times the forward passes of this model; nothing waits for the device until `report`."""
+        self.device = device
+        self.slow: int | None = None  # the rank that was named
+        self.times = 1.0  # the slowest rank's work, as a multiple of the others' median, in the last window
+        self._steps, self._seconds, self._waited, self._forward = 0, 0.0, 0.0, 0.0  # since then
+        self._begun: Any = None
+        self._events: list[tuple[Any, Any]] = []
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end)
+
+    def report(self, waited: float, steps: int, seconds: float) -> str:
+        """The sentence to say when a rank has become slow, and when it no longer is; "" otherwise. Collective.
+
+        waited: for data, in `steps` steps that took so many seconds. To be called where the device has come to rest.
+        """
+        self._steps, self._seconds, self._waited = self._steps + steps, self._seconds + seconds, self._waited + waited
+        self._forward += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
+        self._events = []
+        if self._steps < WINDOW:
+            return ""
+        own = torch.tensor([self._waited, self._forward]) / self._steps
+        said = self._judge([Work(*pair) for pair in distributed.each(own).tolist()], self._seconds / self._steps)
+        self._steps, self._seconds, self._waited, self._forward = 0, 0.0, 0.0, 0.0
+        return said
+
+    def _judge(self, works: list[Work], step: float) -> str:
+        rank, self.times = slowest(works)
+        if self.slow is not None:
+            if _times(works, self.slow) >= NO_LONGER:
+                return ""
+            said, self.slow = f"rank {self.slow} is as fast as the others again", None
+            return said
+        if self.times < SLOW or (1 - 1 / self.times) * works[rank].total < MATTERS * step:
+            return ""
+        self.slow = rank
+        work = works[rank]
+        return (
+            f"rank {rank} takes {self.times:.1f} times as long as the others ({work.total:.3g} s a step, of which "
+            f"{work.waited:.3g} s waiting for data): all wait for it; look at its node's "
+            f"{'disk, network and data.workers' if work.waited > work.forward else 'clock rates and other processes'}"
+        )
+
+    def _begin(self, *_: Any) -> None:
+        self._begun = self._now()
+
+    def _end(self, *_: Any) -> None:
+        if self.device.type == "cuda":
+            self._events.append((self._begun, self._now()))
+        else:
+            self._forward += self._now() - self._begun
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def slowest(works: list[Work]) -> tuple[int, float]:
+    """(the rank, how many times as long it takes as the median of the others)"""
+    rank = max(range(len(works)), key=lambda one: works[one].total)
+    return rank, _times(works, rank)
+
+
+def _times(works: list[Work], rank: int) -> float:
+    others = [work.total for one, work in enumerate(works) if one != rank]
+    return works[rank].total / max(median(others), 1e-9) if others else 1.0

@@ -1,0 +1,164 @@
+"""What a run directory tells of its run, in plain words: how it stands, and why it stalled, diverged or collapsed.
+
+Each function reads one thing and returns what is worth saying of it; nothing is written and no rank is needed.
+"""
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .pace import SLOW
+from .preflight import FAIL, OK, WARN, Finding
+from .status import FAILED, FINISHED, NO_PROGRESS, PREEMPTED, RUNNING, Status
+from .watch import FOLDER
+
+LATE = 10  # times as long as reports usually take without one: nothing runs there any more, or it hangs
+PATIENT = 600.0  # seconds that are no sign in any case, for validation gives no report
+LAST = 20  # reports that say how it goes now
+WAITS = 0.3  # of the time, for data, from where it is worth mending
+SKIPPED = 0.05  # of the steps, likewise
+WORSE = 1.5  # times the lowest loss
+FEWER = 0.5  # of the usual images a second
+
+Metrics = list[dict[str, Any]]
+
+
+def read(run: Path) -> list[Finding]:
+    metrics = read_metrics(run)
+    parts = [status(run, metrics), stacks(run), checkpoints(run), losses(metrics), codebooks(metrics), speed(metrics)]
+    return [finding for part in parts for finding in part]
+
+
+def read_metrics(run: Path) -> Metrics:
+    """One dict a report or validation, without lines that a kill cut in two."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def status(run: Path, metrics: Metrics) -> list[Finding]:
+    said = Status(run, 0).read()
+    how, why, step = said.get("status"), said.get("why"), said.get("step")
+    if how is None:
+        return [Finding(FAIL, f"{run} has no run_status.json: it is no run directory, or its run has never begun")]
+    if how == FINISHED:
+        return [Finding(OK, f"finished at step {step}")]
+    if how == PREEMPTED:
+        return [Finding(OK, f"stopped at step {step} for {why}", "run the same command to go on")]
+    if how == RUNNING:
+        return [_running(run, metrics, step)]
+    where = f"failed at step {step} on rank {said.get('rank')}, for the {len(said.get('failures', []))}. time so"
+    if how == NO_PROGRESS:
+        return [Finding(FAIL, f"{where}: {why}", "another try would end likewise: mend that first")]
+    return [Finding(FAIL if how == FAILED else WARN, f"{where}: {why}")]
+
+
+def _running(run: Path, metrics: Metrics, step: Any) -> Finding:
+    reports = _of(metrics, "perf/seconds_per_step")
+    if len(reports) < 2:
+        return Finding(OK, f"begun at step {step}; too few reports yet to say more")
+    between = (reports[-1][0] - reports[-2][0]) * reports[-1][1]
+    silent = time.time() - (run / "metrics.jsonl").stat().st_mtime
+    what = (
+        f"running at step {reports[-1][0]}, the last report {silent:.0f} s ago, one every {between:.3g} s being usual"
+    )
+    if silent < max(PATIENT, LATE * between):
+        return Finding(OK, what)
+    return Finding(FAIL, what, "it was killed without a word, or hangs: look at the end of its log, then run it again")
+
+
+def stacks(run: Path) -> list[Finding]:
+    """Where each rank stood when the run hung, and who does not say."""
+    files = sorted((run / FOLDER).glob("rank-*.txt"))
+    heads = [file.read_text().partition("\n")[0] for file in files]
+    if not heads:
+        return []
+    found = [Finding(WARN, f"it hung: {head}") for head in heads]
+    world = int(heads[0].split(":")[0].rpartition(" ")[2])  # rank R of W:
+    missing = [rank for rank in range(world) if run / FOLDER / f"rank-{rank}.txt" not in files]
+    if missing:
+        ranks = ", ".join(map(str, missing))
+        found.append(Finding(WARN, f"rank {ranks} left no stacks", "look at its node and the kernel's log there"))
+    else:
+        found.append(
+            Finding(WARN, "the rank that stands elsewhere than the others is to blame", f"read {run / FOLDER}")
+        )
+    return found
+
+
+def checkpoints(run: Path) -> list[Finding]:
+    folder = run / "checkpoints"
+    found = [
+        Finding(WARN, f"{path.name} is damaged ({'; '.join(wrong)})", "the next older one is taken")
+        for path in checkpoint.there(folder)
+        if (wrong := checkpoint.verify(path))
+    ]
+    try:
+        newest = checkpoint.newest(folder)
+    except CheckpointError as error:
+        return [*found, Finding(FAIL, str(error))]
+    if newest.path is None:
+        return [Finding(WARN, "there is no checkpoint yet", "to lose less, lower every.checkpoint")]
+    return [*found, Finding(OK, f"the same command goes on from {newest.path.name}")]
+
+
+def losses(metrics: Metrics) -> list[Finding]:
+    """Divergence, and what leads to it."""
+    slower = "lower optimizer.lr or raise optimizer.warmup"
+    lines = [line for line in metrics if "train/loss" in line]
+    if not lines:
+        return []
+    found = []
+    finite = [line["train/loss"] for line in lines if line["train/loss"] is not None]
+    if lines[-1]["train/loss"] is None:
+        found.append(Finding(FAIL, f"the loss is not finite at step {lines[-1]['step']}", slower))
+    elif len(finite) > LAST:
+        now, spread = median(finite[-LAST:]), max(finite) - min(finite)
+        best = min(median(finite[i : i + LAST]) for i in range(len(finite) - LAST + 1))
+        if now > WORSE * best > 0 and now - best > 0.1 * spread:
+            found.append(Finding(WARN, f"it diverges: the loss is {now:.4g}, and was {best:.4g} at its best", slower))
+    skipped = [line["optim/skipped"] for line in lines[-LAST:] if line.get("optim/skipped") is not None]
+    if skipped and sum(skipped) / len(skipped) > SKIPPED:
+        kinds = {name.rpartition("skipped_")[2]: value for name, value in lines[-1].items() if "/skipped_" in name}
+        what = ", ".join(f"{value:.0f} {kind.replace('_', ' ')}" for kind, value in kinds.items() if value)
+        share = sum(skipped) / len(skipped)
+        found.append(Finding(WARN, f"{share:.0%} of the last steps were skipped (in all: {what})", slower))
+    return found
+
+
+def codebooks(metrics: Metrics) -> list[Finding]:
+    """Those that have collapsed as of the last report. The log has the cause."""
+    last: dict[str, Any] = next((line for line in reversed(metrics) if "train/loss" in line), {})
+    names = [name.removesuffix("/alarm") for name, value in last.items() if name.endswith("/alarm") and value]
+    cure = "the log and TensorBoard's Text say the likeliest cause and the setting to change"
+    return [
+        Finding(WARN, f"{name} has collapsed: {last.get(f'{name}/usage_ema') or 0:.1%} of its codes are in use", cure)
+        for name in names
+    ]
+
+
+def speed(metrics: Metrics) -> list[Finding]:
+    found = []
+    waits = [share for _, share in _of(metrics, "data/wait_share")[-LAST:]]
+    if waits and median(waits) > WAITS:
+        cure = "raise data.workers, take data.decoder=turbo, or prepare smaller shards (--short-side)"
+        found.append(Finding(WARN, f"{median(waits):.0%} of the time goes in waiting for data", cure))
+    times = [value for _, value in _of(metrics, "perf/slowest_rank")[-LAST:]]
+    if times and median(times) >= SLOW:
+        what = f"one rank takes {median(times):.1f} times as long as the others"
+        found.append(Finding(WARN, what, "the log names it: look at its node"))
+    rates = [rate for _, rate in _of(metrics, "perf/images_per_second")]
+    if len(rates) > 2 * LAST and median(rates[-LAST:]) < FEWER * median(rates):
+        what = f"{median(rates[-LAST:]):.3g} images/s of late, where {median(rates):.3g} are usual"
+        found.append(Finding(WARN, what, "look for another job on the node, a full disk, or a hot device"))
+    return found
+
+
+def _of(metrics: Metrics, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in metrics if line.get(name) is not None]

@@ -1,0 +1,219 @@
+"""What can be known to go wrong in a long run before it has begun, each thing in one line."""
+
+import io
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from packaging.requirements import Requirement
+
+from .. import config as mechanics
+from .. import distributed
+from ..data import DataError, decode, stream
+from ..interfaces import Batch
+from .checkpoint import amount, newest
+from .settings import Config, micro_batch
+from .trainer import Trainer
+from .writer import Writer
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+WRITTEN = 64 * 2**20  # bytes, to measure the disk
+SLOW_DISK = 50 * 2**20  # bytes a second, below which it is worth a word
+OWN_FILES = 256  # that a rank opens beside shards and batches: libraries, sockets, logs
+CLOCKS = 1.0  # seconds that ranks may differ in what time it is
+
+
+class Finding(NamedTuple):
+    level: str  # OK, WARN or FAIL
+    what: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.what}{f': {self.cure}' if self.cure else ''}"
+
+
+def alone(config: Config, world: int) -> Iterator[Finding]:
+    """What each rank finds for itself; before a process group is there."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    yield versions()
+    yield devices(config, here)
+    if config.data.workers:
+        yield shared_memory(config, world, here)
+    yield file_limit(config)
+    yield disk(Path(config.run))
+    yield index(config)
+
+
+def together(config: Config) -> Iterator[Finding]:
+    """What all ranks find together. Collective, and only where none of them has failed alone."""
+    yield all_reduce()
+    yield clocks()
+    yield agreement(config)
+    yield one_step(config)
+
+
+def versions() -> Finding:
+    try:
+        wanted = [Requirement(line) for line in metadata.requires("vaescale") or []]
+    except metadata.PackageNotFoundError:
+        return Finding(WARN, "vaescale is not installed, so that no versions can be checked", "pip install -e .")
+    wanted = [one for one in wanted if not one.marker or one.marker.evaluate({"extra": ""})]
+    wrong = []
+    for one in wanted:
+        found = _installed(one.name)
+        if found == "none" or not one.specifier.contains(found, prereleases=True):
+            wrong.append(f"{one.name}{one.specifier} (installed: {found})")
+    if wrong:
+        return Finding(FAIL, f"{', '.join(wrong)}", "install with -c launch/constraints.txt")
+    shown = ", ".join(f"{name} {_installed(name)}" for name in ("torch", "deepspeed"))
+    return Finding(OK, f"Python {platform.python_version()}, {shown}, and all else as pyproject.toml wants it")
+
+
+def devices(config: Config, here: int) -> Finding:
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        if here > cores:
+            return Finding(WARN, f"no accelerator, and {here} ranks share {cores} cores", "start fewer ranks")
+        return Finding(OK, f"no accelerator, {cores} cores")
+    found = torch.cuda.device_count()
+    name = torch.cuda.get_device_name(0)
+    if here > found and "SLURM_PROCID" not in os.environ:
+        return Finding(FAIL, f"{here} ranks share {found} × {name}", "start as many as there are accelerators")
+    if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Finding(WARN, f"{name} only emulates bf16", "precision=fp16")
+    return Finding(OK, f"{found} × {name}")
+
+
+def shared_memory(config: Config, world: int, here: int, folder: Path = Path("/dev/shm")) -> Finding:
+    """Through which workers hand over their batches."""
+    data = config.data
+    batch = micro_batch(config, world) * data.channels * data.size**2
+    need = here * data.workers * data.prefetch * batch
+    free = shutil.disk_usage(folder).free
+    what = f"{amount(free)} of shared memory are free, and batches on their way take up to {amount(need)}"
+    if free < need:
+        return Finding(FAIL, what, "lower data.prefetch or data.workers, or give a container more (--shm-size, --ipc)")
+    return Finding(OK, what)
+
+
+def file_limit(config: Config) -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = OWN_FILES + config.data.columns + config.data.workers * config.data.prefetch * len(Batch._fields)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        return Finding(WARN, f"{soft} open files are allowed, and a rank may need {need}", f"ulimit -n {hard}")
+    return Finding(OK, f"{soft} open files are allowed, and a rank may need {need}")
+
+
+def disk(run: Path) -> Finding:
+    """How fast it takes a checkpoint's bytes."""
+    folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
+    file = folder / f".doctor-{os.getpid()}"
+    data = np.random.default_rng().bytes(WRITTEN)
+    try:
+        begun = time.monotonic()
+        with file.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        speed = WRITTEN / (time.monotonic() - begun)
+    except OSError as error:
+        return Finding(FAIL, f"{folder} cannot be written ({error.strerror})", "give another run=…, or make room")
+    finally:
+        file.unlink(missing_ok=True)
+    what = f"{folder} takes {amount(speed)} a second and has {amount(shutil.disk_usage(folder).free)} left"
+    if speed < SLOW_DISK:
+        return Finding(WARN, what, "raise every.checkpoint if saves last as long as the time between them")
+    return Finding(OK, what)
+
+
+def index(config: Config) -> Finding:
+    """Both whole, and their samples where they say: the first and the last one read."""
+    counts = []
+    for split in ("train", "val"):
+        folder = Path(config.data.root) / split
+        try:
+            samples = stream.Samples(folder, config.data.cache, config.data.cache_gib)
+            wrong = samples.index.damage() and f"{samples.index.damage()} is not what was written"
+            for sample in (0, len(samples.index) - 1):
+                samples.read(sample)
+        except DataError as error:
+            return Finding(FAIL, str(error))
+        except (OSError, decode.Damaged) as error:
+            wrong = str(error)
+        if wrong:
+            return Finding(FAIL, f"{folder}: {wrong}", f"`python launch/shards.py verify {folder}` tells more")
+        counts.append(len(samples.index))
+    return Finding(OK, f"{counts[0]} training and {counts[1]} validation images can be read")
+
+
+def all_reduce() -> Finding:
+    begun = time.monotonic()
+    distributed.each(torch.zeros(1))
+    return Finding(OK, f"{distributed.world()} rank(s) meet in {1000 * (time.monotonic() - begun):.1f} ms")
+
+
+def clocks() -> Finding:
+    distributed.barrier()
+    times = distributed.each(torch.tensor([time.time()], dtype=torch.float64))
+    apart = float(times.max() - times.min())
+    if apart > CLOCKS:
+        return Finding(WARN, f"the ranks' clocks are {apart:.1f} s apart", "set them by NTP, or logs do not match")
+    return Finding(OK, f"the ranks' clocks are {apart:.2f} s apart")
+
+
+def agreement(config: Config) -> Finding:
+    packages = [f"{name} {_installed(name)}" for name in ("torch", "deepspeed", "numpy", "vaescale")]
+    parts = {"settings": mechanics.to_yaml(config), "versions": f"{platform.python_version()} {packages}"}
+    for name, part in parts.items():
+        known = distributed.each(torch.tensor(xxhash.xxh32_intdigest(part.encode()), dtype=torch.float64))
+        others = (known != known[0]).nonzero().flatten().tolist()
+        if others:
+            ranks = ", ".join(map(str, others))
+            return Finding(FAIL, f"rank {ranks} has other {name} than rank 0", "start all from one installation")
+    return Finding(OK, "all ranks have the same settings and versions")
+
+
+def one_step(config: Config) -> Finding:
+    """Really taken, and saved, in a folder beside the run directory; and whether checkpoints of that size will fit."""
+    run = Path(config.run)
+    beside = run.absolute().with_name(distributed.tell(f".doctor-{os.getpid()}"))
+    every = replace(config.every, report=1, validate=2**60, checkpoint=2**60)
+    brief = replace(config, run=str(beside), every=every, keep=1, keep_every=0)
+    if distributed.rank() == 0:
+        beside.mkdir(parents=True)
+        (beside / "STOP").touch()  # after the first step, or on several ranks after the second
+    try:
+        begun = time.monotonic()
+        with redirect_stdout(io.StringIO()):
+            trainer = Trainer(brief)
+            trainer.train()
+            seconds = time.monotonic() - begun
+            saved = newest(beside / "checkpoints").path if distributed.rank() == 0 else None
+            size = sum(file.stat().st_size for file in saved.iterdir()) if saved else 0
+            Writer(run / "checkpoints", config.keep, config.keep_every, trainer.console).check_room(size, config.steps)
+    except Exception as error:  # whatever it is, it would have ended the run
+        return Finding(FAIL, f"no step can be taken and saved ({type(error).__name__}: {error})")
+    finally:
+        if distributed.rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+    steps = trainer.position.step
+    return Finding(OK, f"{steps} step(s) taken and a checkpoint of {amount(size)} saved, all in {seconds:.1f} s")
+
+
+def _installed(name: str) -> str:
+    """Its version; "none"."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
