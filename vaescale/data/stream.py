@@ -1,10 +1,12 @@
 """The training stream and the validation pass: uint8 batches in an order that is a function of g alone."""
 
+import atexit
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -267,10 +269,24 @@ def chosen_images(slices: ValidationSlices, numbers: list[int]) -> Batch:
     return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
+_running: WeakSet[Any] = WeakSet()  # the iterators that have workers
+
+
+@atexit.register
+def _end_workers() -> None:
+    """An error keeps its loader alive until Python exits, which then ends the workers by SIGTERM and waits for them for
+    ever: they do not heed it, see _quiet_worker."""
+    for iterator in list(_running):
+        iterator._shutdown_workers()
+
+
 class _Loader(DataLoader[Decoded]):
     def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        if self.num_workers:
+            _running.add(iterator)
         try:
-            yield from super().__iter__()
+            yield from iterator
         except RuntimeError as error:
             # torch's words for a worker that died: killed for want of memory, most of the time.
             if not str(error).startswith("DataLoader worker"):
