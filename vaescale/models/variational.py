@@ -140,7 +140,8 @@ class Variational(Model):
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """A level's means of q(z|x), or draws around them, fp32 [B, D] or [B, D, h, w], from torch's default generator.
         A level is given what was chosen in those before it."""
-        _, levels = self._infer(batch, batch.condition, lambda _, q: _drawn(q, temperature))
+        x, told = self._given(batch, batch.condition)
+        _, levels = self.net.infer(x, told, lambda _, q: _drawn(q, temperature))
         return [level.z for level in levels]
 
     def decode(
@@ -182,9 +183,13 @@ class Variational(Model):
 
     def _infer(self, batch: Batch, condition: Condition, draw: Draw) -> tuple[Tensor, list[Level]]:
         """(what the likelihood reads, levels)"""
-        told = self._told(condition, len(batch.x))
-        h, levels = self.net.infer((batch.x / 255 - 0.5).to(self.net.dtype), told, draw)
+        x, told = self._given(batch, condition)
+        h, levels = self.net.infer(x, told, draw)
         return self.net.read(h, told), levels
+
+    def _given(self, batch: Batch, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """Image and condition as the networks read them."""
+        return (batch.x / 255 - 0.5).to(self.net.dtype), self._told(condition, len(batch.x))
 
     def _noise(self, sample: Tensor, *keys: int) -> Draw:
         """z from q with noise that only the seed, the keys, the level and the sample's number decide."""
