@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,11 @@ def overrides(case: Case, run: Path, pictures: Path) -> list[str]:
         "accumulation": case.accumulation,
         "model.quantizer.learning": case.learning,
     }
+    return written(values)
+
+
+def written(values: Mapping[str, object]) -> list[str]:
+    """As overrides are."""
     return [f"{key}={value}" for key, value in values.items()]
 
 

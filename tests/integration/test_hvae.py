@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Start, finish, ranks
-from tests.integration.conftest import forked, losses, training
-from tests.integration.test_resume import kill_at, rewind, same_bits
+from tests.integration.conftest import forked, losses, training, written
+from tests.integration.test_resume import kill_at, rewind_all, same_bits, went_on_to_the_same_bits
 
 HERE = Path(__file__).parent
 LEVELS = {"vdvae": 5, "hvae": 2}
@@ -48,10 +48,9 @@ def train(folder: Path, pictures: Path) -> None:
         values = {"run": out / "run", "data.root": pictures, **case._asdict()}
         del values["model"], values["world"]
         checkpointing = values.pop("checkpointing")
-        given = [f"{key}={value}" for key, value in values.items()]
         if checkpointing:
-            given.append("model.checkpointing=true")
-        jobs.append(training(out, HERE / f"tiny_{case.model}.yaml", given, case.world))
+            values["model.checkpointing"] = "true"
+        jobs.append(training(out, HERE / f"tiny_{case.model}.yaml", written(values), case.world))
     forked(folder, jobs)
 
 
@@ -74,13 +73,9 @@ def test_one_loss_curve_at_every_stage_and_world_size(trained: Path, case: Case)
 
 
 def test_a_resumed_run_ends_in_the_same_bits(trained: Path, pictures: Path, tmp_path: Path) -> None:
-    for case in CASES:
-        (tmp_path / case.name).mkdir()
-        rewind(trained / case.name / "run", tmp_path / case.name / "run")
+    rewind_all(trained, tmp_path, CASES)
     train(tmp_path, pictures)
-    for case in CASES:
-        assert len(json.loads((tmp_path / case.name / "rank-0.json").read_text())) == 4 * 12 // case.world
-        same_bits(tmp_path / case.name / "run", trained / case.name / "run")
+    went_on_to_the_same_bits(trained, tmp_path, CASES)
 
 
 def test_killed_in_mid_run(trained: Path, pictures: Path, tmp_path: Path, start: Start) -> None:

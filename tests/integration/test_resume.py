@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,20 @@ def rewind(run: Path, copy: Path) -> None:
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:08d}")
     (copy / "checkpoints" / "latest").write_text("step-00000008\n")
+
+
+def rewind_all(trained: Path, folder: Path, cases: Sequence[Any]) -> None:
+    """Each case's run in `trained`, to be taken up in `folder`. A case has a name and a world."""
+    for case in cases:
+        (folder / case.name).mkdir()
+        rewind(trained / case.name / "run", folder / case.name / "run")
+
+
+def went_on_to_the_same_bits(trained: Path, folder: Path, cases: Sequence[Any]) -> None:
+    """Each case, having made the four steps that were missing, not twelve."""
+    for case in cases:
+        assert len(json.loads((folder / case.name / "rank-0.json").read_text())) == 4 * 12 // case.world
+        same_bits(folder / case.name / "run", trained / case.name / "run")
 
 
 def same_bits(run: Path, twin: Path) -> None:

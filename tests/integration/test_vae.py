@@ -11,8 +11,8 @@ import webdataset
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Start, finish, ranks, samples
-from tests.integration.conftest import forked, losses, training
-from tests.integration.test_resume import rewind, same_bits
+from tests.integration.conftest import forked, losses, training, written
+from tests.integration.test_resume import rewind_all, went_on_to_the_same_bits
 from vaescale.data import digits
 from vaescale.data.index import Fields
 from vaescale.data.shards import index, name, write
@@ -62,7 +62,7 @@ def train(folder: Path, pictures: Path) -> None:
         out = folder / case.name
         values = {"run": out / "run", "data.root": pictures, "data.attributes": "[age]", **case._asdict()}
         del values["world"]
-        jobs.append(training(out, TINY_VAE, [f"{key}={value}" for key, value in values.items()], case.world))
+        jobs.append(training(out, TINY_VAE, written(values), case.world))
     forked(folder, jobs)
 
 
@@ -105,13 +105,9 @@ def test_the_attributes_were_at_work(trained: Path) -> None:
 
 
 def test_a_resumed_run_ends_in_the_same_bits(trained: Path, described: Path, tmp_path: Path) -> None:
-    for case in CASES:
-        (tmp_path / case.name).mkdir()
-        rewind(trained / case.name / "run", tmp_path / case.name / "run")
+    rewind_all(trained, tmp_path, CASES)
     train(tmp_path, described)
-    for case in CASES:
-        assert len(json.loads((tmp_path / case.name / "rank-0.json").read_text())) == 4 * 12 // case.world
-        same_bits(tmp_path / case.name / "run", trained / case.name / "run")
+    went_on_to_the_same_bits(trained, tmp_path, CASES)
 
 
 def test_a_label_that_the_model_does_not_know_is_one_sentence(pictures: Path, tmp_path: Path, start: Start) -> None:
