@@ -223,6 +223,21 @@ def dawdle(out: Path, seconds: float) -> None:
     trainer.evaluate = slowed
 
 
+def interrupt(out: Path, victim: int) -> None:
+    """SIGTERM to this rank of them in the first batch of the first validation; batches-R counts those of each."""
+    measure, count = evaluate._measure, 0
+
+    def measured(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        (out / f"batches-{distributed.rank()}").write_text(str(count - 1))  # the first call measures nothing
+        if count == 2 and distributed.rank() == victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments)
+
+    evaluate._measure = measured
+
+
 def ends(out: Path, seconds: float) -> None:
     """The SLURM job ends in so many seconds."""
     os.environ["SLURM_JOB_END_TIME"] = str(round(time.time() + seconds))
@@ -244,6 +259,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "stand": stand,
     "starve": starve,
     "dawdle": dawdle,
+    "interrupt": interrupt,
     "ends": ends,
     "elsewhere": elsewhere,
 }

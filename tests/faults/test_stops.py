@@ -27,6 +27,7 @@ ASKED = [
     Asked("a file", "the file STOP", ["touch", 0, 6, "STOP"]),
     Asked("the job ends", "the end of the SLURM job", ["ends", 0, 100], step=1, given=("stop_before=200",)),
 ]
+LONG = ("accumulation=6", "every.validate=6")  # validations of five and of six batches
 FAILING = ("optimizer.lr=1e30", "optimizer.patience=3")
 
 
@@ -40,6 +41,10 @@ def stopped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         fault = [str(out / "run" / "STOP") if part == "STOP" else part for part in one.fault]
         jobs.append(job(out, command, fault, world=one.world))
         jobs.append(job(out / "again", [*command, "stop_before=0"], world=one.world))
+    jobs.append(job(folder / "whole", train(folder / "whole" / "run", pictures, *LONG, world=2), world=2))
+    command = train(folder / "cut" / "run", pictures, *LONG, world=2)
+    jobs.append(job(folder / "cut", command, *(["interrupt", rank, 1] for rank in (0, 1)), world=2))
+    jobs.append(job(folder / "cut" / "again", command, world=2))
     for life in range(4):
         out = folder / f"failing-{life}"
         jobs.append(job(out, train(folder / "failing", pictures, *FAILING, world=2), world=2))
@@ -64,6 +69,27 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(stopped:
     same_bits(out / "run", twins / str(one.world) / "run")
     found = status(out / "run")
     assert (found["status"], found["step"], found["why"]) == ("finished", 12, "")
+
+
+def test_a_stop_does_not_wait_for_a_validation(stopped: Path) -> None:
+    """The next life makes up for it, and all that is measured is as if there had been no stop."""
+    out = stopped / "cut"
+    codes, output = end(out)
+    assert codes == [75, 75], output
+    assert "stopped for SIGTERM, run the same command to go on at step 6" in output
+    assert [(out / f"batches-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    assert not [line for line in measured(out / "run") if line["step"] < 6]
+    codes, output = end(out / "again")
+    assert codes == [0, 0], output
+    assert [line["step"] for line in measured(out / "run")] == [6, 12]
+    assert measured(out / "run") == measured(stopped / "whole" / "run")
+    same_bits(out / "run", stopped / "whole" / "run")
+
+
+def measured(run: Path) -> list[dict[str, Any]]:
+    """Of the log, what validations have found."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "val/psnr" in line]
 
 
 def test_the_same_failure_three_times_in_a_row_is_no_progress(stopped: Path) -> None:

@@ -1,6 +1,8 @@
 """Any Codec, measured over a validation set, each sample exactly once over all ranks."""
 
 import math
+from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -46,11 +48,13 @@ def evaluate(
     micro: int = 32,
     draws: int = 1,
     watched: bool = False,
+    stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, Any]:
     """mse, psnr, ssim; usage and perplexity for each codebook of `sizes` (name → K, coarse to fine); for what is
     Bounded the bits a subpixel, `draws` latents being drawn for each image. `micro`: images at a time on one rank.
 
-    Collective; the same result on all ranks. Memory does not grow with `draws`, time does.
+    Collective; the same result on all ranks. Memory does not grow with `draws`, time does. `stopped` is asked after
+    each batch, equally often on all ranks, and must answer all alike: if it says so, the rest is left and {} returned.
     """
     rank, world = distributed.rank(), distributed.world()
     loader = stream.validation_loader(slices, micro, rank, world, device.type == "cuda")
@@ -60,14 +64,18 @@ def evaluate(
     totals = torch.zeros(len(names), dtype=torch.float64, device=device)
     counts = {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in sizes.items()}
     moments = Moments(device)
-    for decoded in tqdm(loader, desc="evaluate", unit="batch", disable=not watched):
-        values, latents = _measure(codec, decoded.batch.to(device), draws)
-        totals += torch.stack([value.sum() for value in values.values()])
-        for name, codes in zip(counts, latents, strict=False):
-            counts[name].index_add_(0, codes.flatten(), torch.ones_like(codes.flatten()))
-        if isinstance(codec, Bounded):
-            moments.add(latents)
     images = len(slices.samples.index)
+    batches = range(math.ceil(math.ceil(images / world) / micro))  # of the rank that has most
+    for _, decoded in tqdm(zip_longest(batches, loader), "evaluate", len(batches), unit="batch", disable=not watched):
+        if decoded:
+            values, latents = _measure(codec, decoded.batch.to(device), draws)
+            totals += torch.stack([value.sum() for value in values.values()])
+            for name, codes in zip(counts, latents, strict=False):
+                counts[name].index_add_(0, codes.flatten(), torch.ones_like(codes.flatten()))
+            if isinstance(codec, Bounded):
+                moments.add(latents)
+        if stopped():
+            return {}
     means = (distributed.sum_(totals) / images).tolist()
     result: dict[str, Any] = {"images": images, **dict(zip(names, means, strict=True))}
     if isinstance(codec, Bounded):

@@ -1,8 +1,9 @@
 """How a run is asked to stop: SIGTERM or SIGUSR1 to any rank, a file STOP in its directory, the end of its SLURM job,
 or the death of its launcher, which watch.py finds.
 
-Each step the ranks agree on what any of them has been asked, over gloo and beside the step, so that no device waits:
-what is asked during one step is known to all at the end of the next, and all save the same step.
+After each step, and each batch of a validation, the ranks agree on what any of them has been asked, over gloo and
+beside the work, so that no device waits: what is asked during one is known to all at the end of the next, and all save
+the same step. A validation that was cut short is done again by the next life.
 """
 
 import os
@@ -30,6 +31,7 @@ class Stop:
         self.file = run / "STOP"
         ends = os.environ.get("SLURM_JOB_END_TIME")  # seconds since 1970
         self.until = float(ends) - margin if ends else float("inf")
+        self.said = ""  # what was agreed on last
         self._asked = ""
         self._looked = 0.0
         self._group = dist.new_group(backend="gloo") if distributed.world() > 1 else None
@@ -45,16 +47,16 @@ class Stop:
             signal.signal(number, handler)
 
     def agreed(self) -> str:
-        """After each step, on all ranks: one of REASONS, the same for all; "" to go on."""
+        """After each step or batch, on all ranks: one of REASONS, the same for all; "" to go on."""
         if self._group is None:
-            return self._look()
-        said = ""
+            self.said = self._look()
+            return self.said
         if self._pending:
             self._pending.wait()
-            said = REASONS[int(self._flag)]
+            self.said = REASONS[int(self._flag)]
         self._flag = torch.tensor([REASONS.index(self._look())], dtype=torch.int32)
         self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
-        return said
+        return self.said
 
     def ask(self, why: str) -> None:
         """One of REASONS, from any thread; the first one stands."""

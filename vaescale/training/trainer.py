@@ -52,6 +52,7 @@ class Position:
     images: int = 0  # consumed; the next batch begins with sample number g = images
     damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
     alarms: list[str] = field(default_factory=list)  # the codebooks that had collapsed at the last report
+    owed: bool = False  # this step's validation, which a stop has cut short
 
 
 @dataclass
@@ -141,39 +142,30 @@ class Trainer:
             self.console.say(advice)
         batches = self.batches()
         window = Window()
-        asked = ""
-        for step in range(position.step, config.steps):
-            last = step + 1 == config.steps
-            metrics = self.learner.step(self.next_batches(batches, window), step)
-            self.ema.update(self.model, step)
-            position.step, position.images = step + 1, position.images + config.batch
-            window.add(metrics)
-            self.console.advance()
+        asked = self.validate(stop, watch) if position.owed else ""
+        while position.step < config.steps and not asked:
+            self.step(batches, window)
             watch.beat(position.step)
 
+            last = position.step == config.steps
             asked = "" if last else stop.agreed()
             every = (config.every.report, config.every.validate, config.every.checkpoint)
-            report, validate, save = (last or position.step % steps == 0 for steps in every)
-            if asked:
-                validate, save = False, True
-            if validate or save:
+            report, position.owed, save = (last or position.step % steps == 0 for steps in every)
+            if position.owed or save or asked:
                 with watch.doing("the solution"):
                     self.learner.settle()
             if report:
                 self.report(window)
                 window = Window()
             paused = time.monotonic()
-            if validate:
-                with watch.doing("validation"):
-                    self.validate()
-            if save:
+            if position.owed and not asked:
+                asked = self.validate(stop, watch)
+            if save or asked:
                 with watch.doing("saving"):
                     self.count_damage(window)
                     self.count_skips()
                     self.save()
             window.begun += time.monotonic() - paused  # images/s are those of training
-            if asked:
-                break
         with watch.doing("the last save"):
             self.writer.settle(wait=True, last=True)
         if asked:
@@ -189,6 +181,13 @@ class Trainer:
         config, pin = self.config, self.device.type == "cuda"
         start = self.position.images
         return stream.train_loader(self.slices, start, config.batch, config.accumulation, self.rank, self.world, pin)
+
+    def step(self, batches: Iterator[stream.Decoded], window: Window) -> None:
+        position = self.position
+        window.add(self.learner.step(self.next_batches(batches, window), position.step))
+        self.ema.update(self.model, position.step)
+        position.step, position.images = position.step + 1, position.images + self.config.batch
+        self.console.advance()
 
     def next_batches(self, batches: Iterator[stream.Decoded], window: Window) -> Iterator[Batch]:
         """One step's micro-batches on the device; the time spent waiting for them is measured."""
@@ -276,20 +275,26 @@ class Trainer:
         keys = [samples.name(sample)[1] for sample in self.slices.order(g[:NAMED]).tolist()]
         return f"its samples: {', '.join(keys)}" + (f" and {len(g) - NAMED} more" if len(g) > NAMED else "")
 
-    def validate(self) -> None:
-        """The averaged weights on the whole validation set, and the fixed images as pictures."""
+    def validate(self, stop: Stop, watch: Watch) -> str:
+        """The averaged weights on the whole validation set, and the fixed images as pictures. Returns for what it was
+        cut short; the next life makes up for it."""
         step = self.position.step
         averaged = self.ema.model
         sizes = {name: len(usage.window) for name, usage in averaged.usage(clear=False).items()}
-        measured = evaluate(averaged, self.validation, sizes, self.device, self.micro)
-        values = {f"val/{name}": value for name, value in measured.items()}
-        self.console.validation(step, values)
-        if self.board:
-            self.board.scalars(values, step)
-            self.show(self.board)
-            if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
-                title = "bits/dim that each level of latents costs, coarse to fine"
-                self.board.picture("val/rates", pictures.bars(rates, title), step)
+        with watch.doing("validation"):
+            measured = evaluate(averaged, self.validation, sizes, self.device, self.micro, stopped=stop.agreed)
+            if not measured:
+                return stop.said
+            values = {f"val/{name}": value for name, value in measured.items()}
+            self.console.validation(step, values)
+            if self.board:
+                self.board.scalars(values, step)
+                self.show(self.board)
+                if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
+                    title = "bits/dim that each level of latents costs, coarse to fine"
+                    self.board.picture("val/rates", pictures.bars(rates, title), step)
+        self.position.owed = False
+        return ""
 
     def show(self, board: Board) -> None:
         """The fixed images, samples from the prior, codes, and what each codebook or linear decoder holds."""
@@ -320,6 +325,7 @@ class Trainer:
             "images": position.images,
             "damaged": position.damaged,
             "alarms": position.alarms,
+            "owed": position.owed,
             **self.learner.state(),
             "order": self.order(),
         }
@@ -343,7 +349,7 @@ class Trainer:
         averaged = checkpoint.read_fitting(found, "ema", self.ema.model)
         self.learner.load(partial(checkpoint.read_tensors, found), state)
         self.ema.model.load_state_dict(averaged)
-        self.position = Position(state["step"], state["images"], state["damaged"], state["alarms"])
+        self.position = Position(state["step"], state["images"], state["damaged"], state["alarms"], state["owed"])
 
     def begin(self, place: Path) -> None:
         found = self.find(place)
