@@ -73,6 +73,9 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
         )
+        if distributed.world() == 1 and not self.sharded:
+            # There is nobody to sum over, and all gradients would be copied into a bucket and back.
+            self.deepspeed.enable_backward_allreduce = False
         for buffer in model.buffers():
             distributed.broadcast_(buffer)
         self.device = next(iter(self.parameters.values())).device

@@ -82,10 +82,10 @@ class Descent:
         finite: list[Tensor] = []
         before = [buffer.clone() for buffer in self.model.buffers()]
         for number, batch in enumerate(batches, start=1):
-            output = self.engine.forward(batch, step)
-            self.engine.backward(output.loss)
-            finite.append(output.loss.detach().isfinite())
-            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+            loss, metrics = self.engine.forward(batch, step)[:2]  # what else there is makes room for the backward pass
+            self.engine.backward(loss)
+            finite.append(loss.detach().isfinite())
+            for name, value in {"loss": loss.detach(), **metrics}.items():
                 total[name] = total.get(name, 0) + value.float() / count
             if number < count:
                 self.engine.micro_step()
@@ -93,15 +93,17 @@ class Descent:
         losses, usual = torch.stack(finite), guard.usual()
         norm, why = self.engine.step(lr, losses.all())
         self.model.update(step, lr)
-        # What is learned without the optimiser is taken back; its collectives take place on all ranks in any case.
-        spoilt = guard.spoilt(why)
-        for buffer, old in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(torch.where(spoilt, old, buffer))
+        self.take_back(before, guard.spoilt(why))
         if not self._records:
             self._first = step
         self._records.append(torch.stack([why, norm, usual, guard.run, guard.share, *~losses]).float())
         skipped = why != TAKEN
         return {**total, "gradient_norm": torch.where(skipped, 0.0, norm), "skipped": skipped.float()}
+
+    def take_back(self, before: list[Tensor], spoilt: Tensor) -> None:
+        """What was learned without the optimiser; its collectives have taken place on all ranks in any case."""
+        for buffer, old in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(torch.where(spoilt, old, buffer))
 
     def settle(self) -> None:
         """Each step is."""
