@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -75,22 +76,31 @@ def ours(config: Config, device: torch.device) -> Work:
 
 
 def plain(config: Config, device: torch.device) -> Work:
-    """What one writes by hand."""
-    model = built(config, device)
+    return by_hand(built(config, device), config)
+
+
+def by_hand(model: Model, config: Config) -> Work:
+    """What one writes oneself."""
+    device = next(model.parameters()).device
     averaged = copy.deepcopy(model)
     given = config.optimizer
     adam = torch.optim.AdamW(model.parameters(), given.lr, given.betas, weight_decay=given.weight_decay, fused=True)
     batch = images(config, device)
+    steps = count()
 
     def work() -> None:
+        step = next(steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = model(batch, 0).loss
+            loss = model(batch, step).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), given.clip)
         adam.step()
         adam.zero_grad()
+        model.update(step, given.lr)
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - config.ema)
+            for copied, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
+                copied.copy_(buffer)
 
     return work
 

@@ -31,3 +31,16 @@ def test_hvae() -> None:
         float(run("hvae.py", "--config", config, "--batch", "1", "--only", side)) for side in ("ours", "plain torch")
     ]
     assert all(1 < one < 4096 for one in held)
+
+
+def test_overhead(pictures: Path) -> None:
+    lines = run("overhead.py", "--data", str(pictures), "--builds", "1", "--rounds", "1", "batch=1").splitlines()
+    rows = [line.split(" | ") for line in lines if "≤" in line]
+    assert [row[0] for row in rows] == [
+        "| a training step",
+        "| guards, alone",
+        "| watch and stops, alone",
+        "| hashing, alone",
+    ]
+    for _, ours, _, theirs, ratio, _ in rows:
+        assert 0.3 < float(ratio) * float(theirs) / float(ours) < 3

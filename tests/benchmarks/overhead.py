@@ -1,0 +1,144 @@
+"""What the trainer adds to a step and to a save: `python tests/benchmarks/overhead.py [--data data/photos]`.
+
+On the model of configs/quickstart.yaml, in this one process, both sides by turns on the same images and weights;
+medians over rounds. The trainer's step is all that its loop does in every step, but for loading; the loop of plain
+torch beside it learns the same. Where tensors come to lie in memory makes a few percent of a step either way, so all is
+built several times, and that ratio is the median over builds. Guards, watch and hashes are timed alone, as shares of a
+step or a save; a save is written beside training.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import count, repeat
+from pathlib import Path
+
+import torch
+import xxhash
+from hvae import by_hand, images, synchronised
+from paired import Work, paired
+from safetensors.torch import save as to_bytes
+
+from vaescale import distributed
+from vaescale.data.stream import Decoded
+from vaescale.training import checkpoint, settings
+from vaescale.training.checkpoint import amount
+from vaescale.training.learner import Descent
+from vaescale.training.status import Status
+from vaescale.training.stops import Stop
+from vaescale.training.trainer import Trainer, Window
+from vaescale.training.watch import Watch
+
+ROOT = Path(__file__).parents[2]
+MANY = 100  # times that a part is done, to be timed at all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=str(ROOT / "data" / "photos"))
+    parser.add_argument("--builds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    rounds = arguments.rounds
+    with tempfile.TemporaryDirectory() as folder:
+
+        def build(number: int) -> Trainer:
+            given = [f"data.root={arguments.data}", f"run={folder}/{number}", *arguments.overrides]
+            return Trainer(settings.load(ROOT / "configs" / "quickstart.yaml", given))
+
+        print(f"{distributed.init()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds\n")
+        print("| what | ms | beside | ms | ratio | aim |\n|---|---:|---|---:|---:|---|")
+        compared = [step_by_hand(build(number), rounds) for number in range(arguments.builds)]
+        theirs, ours, ratio = map(statistics.median, zip(*compared, strict=True))
+        row("a training step", ours, "by hand in plain torch", theirs, 1 / ratio, 1.03)
+        trainer = build(arguments.builds)
+        for name, part in (("guards, alone", guarding(trainer)), ("watch and stops, alone", watching(trainer))):
+            whole, alone, ratio = paired(stepping(trainer), many(part), 1, rounds, clock(trainer))
+            row(name, alone / MANY, "a training step", whole, 1 / ratio / MANY, 0.01)
+        saves(trainer, Path(folder) / "saves", rounds)
+    distributed.finish()
+
+
+def step_by_hand(trainer: Trainer, rounds: int) -> tuple[float, float, float]:
+    return paired(by_hand(trainer.model, trainer.config), stepping(trainer), 1, rounds, clock(trainer))
+
+
+def stepping(trainer: Trainer) -> Work:
+    batches = repeat(Decoded(images(trainer.config, trainer.device), []))
+    window, watch = Window(), watching(trainer)
+
+    def work() -> None:
+        trainer.step(batches, window)
+        watch()
+
+    return work
+
+
+def watching(trainer: Trainer) -> Work:
+    stop = Stop(trainer.run, 0.0)
+    watch = Watch(trainer.run, 300.0, 0, stop, Status(trainer.run, 0), 0)
+
+    def work() -> None:
+        watch.beat(trainer.position.step)
+        stop.agreed()
+
+    return work
+
+
+def guarding(trainer: Trainer) -> Work:
+    """What a step does for the guard's sake."""
+    learner = trainer.learner
+    assert isinstance(learner, Descent)
+    guard = learner.engine.guard
+    norm = torch.ones((), device=trainer.device)
+    finite = norm.bool()
+
+    def work() -> None:
+        before = [buffer.clone() for buffer in trainer.model.buffers()]
+        guard.usual(), norm.isfinite(), guard.refuses(norm)
+        why = guard.judge(norm, ~finite)
+        learner.take_back(before, guard.spoilt(why))
+        torch.stack([why, norm, norm, guard.run, guard.share, ~finite])
+
+    return work
+
+
+def clock(trainer: Trainer) -> Callable[[], float]:
+    return synchronised if trainer.device.type == "cuda" else time.perf_counter
+
+
+def saves(trainer: Trainer, folder: Path, rounds: int) -> None:
+    tensors = {**trainer.learner.tensors(), "ema": trainer.ema.model.state_dict()}
+    files = [to_bytes(values) for values in tensors.values()]
+    number = count()
+
+    def save() -> None:
+        checkpoint.save(folder, next(number), tensors, {}, keep=1)
+
+    def hashing() -> None:
+        """What was to be written, and what was read back."""
+        for data in files:
+            xxhash.xxh3_64_hexdigest(data), xxhash.xxh3_64_hexdigest(data)
+
+    whole, alone, ratio = paired(save, many(hashing), 1, rounds, time.perf_counter)
+    row("hashing, alone", alone / MANY, f"a save of {amount(sum(map(len, files)))}", whole, 1 / ratio / MANY, 0.05)
+
+
+def many(part: Work) -> Work:
+    def work() -> None:
+        for _ in range(MANY):
+            part()
+
+    return work
+
+
+def row(what: str, ours: float, beside: str, theirs: float, ratio: float, most: float) -> None:
+    met = "met" if ratio <= most else "missed"
+    print(f"| {what} | {ours:.4g} | {beside} | {theirs:.4g} | {ratio:.4g} | ≤ {most:g}, {met} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
