@@ -31,10 +31,14 @@ def read(path: str | Path, overrides: list[str]) -> DictConfig:
         if "=" not in override:
             raise ConfigError(f"'{override}' is not an override: write key=value, as in steps=100")
     try:
-        raw = OmegaConf.load(path)
+        text = Path(path).read_text()
+        _refuse_aliases(text, path)
+        raw = OmegaConf.create(text)
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}: the ready ones are in configs/") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, DictConfig):
         raise ConfigError(f"{path} holds no settings: it must be a mapping of key: value")
@@ -94,6 +98,16 @@ def _one_line(error: Exception) -> str:
         return f"unknown key {key}: {hint}"
     text = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{key}: {text}" if key else text
+
+
+def _refuse_aliases(text: str, path: str | Path) -> None:
+    """A few lines of them would be copied out to more than any memory holds, one of itself without end."""
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1 if event.start_mark else "?"
+            raise ConfigError(
+                f"{path}, line {line}: aliases such as *{event.anchor} are not read: write ${{other.key}} instead"
+            )
 
 
 def _refuse_resolvers(node: Any, where: str) -> None:
