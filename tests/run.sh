@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that must hold: format, lint, types, tests. `bash tests/run.sh unit` (launch, faults, browser, benchmark) runs one kind.
+# Everything that must hold: format, lint, types, tests. `bash tests/run.sh unit` (launch, faults, browser, benchmark) runs one kind,
+# and of that kind those too that take long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,4 +20,4 @@ ruff check .
 echo "== types"
 mypy
 echo "== tests"
-pytest ${1:+-m "$1"}
+pytest -m "${1:-not long}"

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch._dynamo  # the commands check shapes with it: once for all forks, not 2 s in each
 
@@ -24,6 +25,7 @@ from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
 from vaescale.training import stops, trainer
 from vaescale.training.checkpoint import verify
 from vaescale.training.ema import WeightEMA
+from vaescale.training.engine import Engine
 from vaescale.training.learner import Descent
 
 
@@ -36,9 +38,7 @@ def launch(job: dict[str, Any]) -> None:
     with (out / f"output-{rank}.txt").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    for name, victim, *arguments in job.get("faults", []):
-        if victim == rank:
-            FAULTS[name](out, *arguments)
+    arm(job)
     sys.argv = job["command"]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -50,6 +50,12 @@ def launch(job: dict[str, Any]) -> None:
         code = 1
     sys.stdout.flush()
     (out / f"code-{rank}").write_text(str(code))
+
+
+def arm(job: dict[str, Any]) -> None:
+    for name, victim, *arguments in job.get("faults", []):
+        if victim == distributed.rank():
+            FAULTS[name](Path(job["out"]), *arguments)
 
 
 def before(owner: Any, name: str, part: str, act: Callable[[Path], None]) -> None:
@@ -238,6 +244,74 @@ def interrupt(out: Path, victim: int) -> None:
     evaluate._measure = measured
 
 
+def harm(out: Path, run: str, how: str) -> None:
+    """Before this life: a bit of the newest checkpoint flips, or `latest` is emptied or gone."""
+    latest = Path(run) / "checkpoints" / "latest"
+    if how == "a flipped bit":
+        path = max(latest.parent.glob("step-*")) / "optimizer.safetensors"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 16
+        path.write_bytes(data)
+    elif how == "an empty latest":
+        latest.write_bytes(b"")
+    else:
+        latest.unlink()
+
+
+def keep_status(out: Path, run: str) -> None:
+    """What the life before has left of run_status.json, status.json."""
+    with suppress(FileNotFoundError):
+        shutil.copy(Path(run) / "run_status.json", out / "status.json")
+
+
+def between(out: Path, step: int) -> None:
+    """SIGTERM to this rank between the first two micro-batches of this step."""
+    stepped, micro_step = Descent.step, Engine.micro_step
+    due = False
+
+    def began(self: Descent, *arguments: Any) -> Any:
+        nonlocal due
+        due = arguments[-1] + 1 == step
+        return stepped(self, *arguments)
+
+    def micro(self: Engine) -> None:
+        nonlocal due
+        if due:
+            due = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        micro_step(self)
+
+    Descent.step, Engine.micro_step = began, micro
+
+
+def kill(out: Path, step: int) -> None:
+    """SIGKILL to this rank in this step."""
+    _at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def kill_worker(out: Path, step: int) -> None:
+    """SIGKILL to a worker of this rank's loader in this step."""
+    _at_step(step, lambda: psutil.Process().children()[0].kill())
+
+
+def pester(out: Path, number: int) -> None:
+    """SIGUSR1 to this rank in its first save, before the file system is asked to do something for the number-th time,
+    and how many times there were in that save, asked.txt."""
+    count = 0
+
+    def act(path: Path) -> None:
+        nonlocal count
+        if "checkpoints" in path.parts and not (out / "asked.txt").exists():
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if path.name == ".latest" and count > 10:
+                (out / "asked.txt").write_text(str(count))
+
+    for owner, name in ((Path, "mkdir"), (os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "open")):
+        before(owner, name, "", act)
+
+
 def ends(out: Path, seconds: float) -> None:
     """The SLURM job ends in so many seconds."""
     os.environ["SLURM_JOB_END_TIME"] = str(round(time.time() + seconds))
@@ -260,6 +334,12 @@ FAULTS: dict[str, Callable[..., None]] = {
     "starve": starve,
     "dawdle": dawdle,
     "interrupt": interrupt,
+    "harm": harm,
+    "keep status": keep_status,
+    "between": between,
+    "kill": kill,
+    "kill worker": kill_worker,
+    "pester": pester,
     "ends": ends,
     "elsewhere": elsewhere,
 }

@@ -54,9 +54,10 @@ def train(run: Path, pictures: Path, *given: str, world: int = 1) -> list[str]:
 
 
 def end(out: Path) -> End:
-    ranks = range(len(list(out.glob("pid-*"))))
-    files = [out / f"code-{rank}" for rank in ranks]
-    codes = [int(file.read_text()) if file.exists() else None for file in files]
+    codes: list[int | None] = []
+    for rank, code in enumerate(json.loads((out / "codes.json").read_text())):
+        file = out / f"code-{rank}"  # none is left by a rank that was killed, or has left at once
+        codes.append(int(file.read_text()) if file.exists() else code if code > 0 else None)
     return End(codes, (out / "output-0.txt").read_text())
 
 

@@ -14,7 +14,7 @@ from tests.integration.test_resume import same_bits
 class Asked(NamedTuple):
     how: str
     why: str  # as run_status.json says it
-    fault: list[Any]  # of which rank and how
+    faults: list[list[Any]]  # of which rank and how
     world: int = 1
     step: int = 6  # the last one taken
     given: tuple[str, ...] = ()
@@ -22,12 +22,23 @@ class Asked(NamedTuple):
 
 # One rank is told of what another was asked at the end of the next step.
 ASKED = [
-    Asked("SIGTERM to one of two, and SIGUSR1 after it", "SIGTERM", ["ask", 1, 5, "SIGTERM", "SIGUSR1"], 2),
-    Asked("SIGUSR1, over and over", "SIGUSR1", ["ask", 0, 6, "SIGUSR1", "SIGUSR1"]),
-    Asked("a file", "the file STOP", ["touch", 0, 6, "STOP"]),
-    Asked("the job ends", "the end of the SLURM job", ["ends", 0, 100], step=1, given=("stop_before=200",)),
+    Asked("SIGTERM to one of two, and SIGUSR1 after it", "SIGTERM", [["ask", 1, 5, "SIGTERM", "SIGUSR1"]], 2),
+    Asked("SIGTERM to one of two, then the other", "SIGTERM", [["ask", 0, 5, "SIGTERM"], ["ask", 1, 6, "SIGTERM"]], 2),
+    Asked("SIGUSR1, over and over", "SIGUSR1", [["ask", 0, 6, "SIGUSR1", "SIGUSR1"]]),
+    Asked("a file", "the file STOP", [["touch", 0, 6, "STOP"]]),
+    Asked("the job ends", "the end of the SLURM job", [["ends", 0, 100]], step=1, given=("stop_before=200",)),
 ]
 LONG = ("accumulation=6", "every.validate=6")  # validations of five and of six batches
+# Where the run of ten samples a step, nine steps an epoch, is stopped by turns, and how.
+EPOCHS = ("batch=10", "accumulation=2", "optimizer.warmup=4", "data.columns=5")
+PLACES = {
+    2: "touch",  # while the learning rate rises
+    5: "touch",  # right after codes were reset
+    6: "between",  # asked between two micro-batches
+    8: "touch",  # a step before the epoch ends
+    9: "touch",  # where it ends
+    10: "touch",  # a step after
+}
 FAILING = ("optimizer.lr=1e30", "optimizer.patience=3")
 
 
@@ -38,13 +49,19 @@ def stopped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for one in ASKED:
         out = folder / one.how
         command = train(out / "run", pictures, *one.given, world=one.world)
-        fault = [str(out / "run" / "STOP") if part == "STOP" else part for part in one.fault]
-        jobs.append(job(out, command, fault, world=one.world))
+        faults = [[str(out / "run" / "STOP") if part == "STOP" else part for part in fault] for fault in one.faults]
+        jobs.append(job(out, command, *faults, world=one.world))
         jobs.append(job(out / "again", [*command, "stop_before=0"], world=one.world))
     jobs.append(job(folder / "whole", train(folder / "whole" / "run", pictures, *LONG, world=2), world=2))
     command = train(folder / "cut" / "run", pictures, *LONG, world=2)
     jobs.append(job(folder / "cut", command, *(["interrupt", rank, 1] for rank in (0, 1)), world=2))
     jobs.append(job(folder / "cut" / "again", command, world=2))
+    jobs.append(job(folder / "straight", train(folder / "straight" / "run", pictures, *EPOCHS)))
+    run = folder / "crooked"
+    for step, how in PLACES.items():
+        fault = [how, 0, step, *([str(run / "STOP")] if how == "touch" else [])]
+        jobs.append(job(folder / f"crooked-{step}", train(run, pictures, *EPOCHS), fault))
+    jobs.append(job(folder / "crooked-12", train(run, pictures, *EPOCHS)))
     for life in range(4):
         out = folder / f"failing-{life}"
         jobs.append(job(out, train(folder / "failing", pictures, *FAILING, world=2), world=2))
@@ -69,6 +86,23 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(stopped:
     same_bits(out / "run", twins / str(one.world) / "run")
     found = status(out / "run")
     assert (found["status"], found["step"], found["why"]) == ("finished", 12, "")
+
+
+def test_it_may_be_stopped_at_any_place(stopped: Path) -> None:
+    before = 0
+    for step in PLACES:
+        codes, output = end(stopped / f"crooked-{step}")
+        assert codes == [75], output
+        assert (f"resumes at step {before}:" if before else "begins:") in output
+        assert f"run the same command to go on at step {step}:" in output
+        before = step
+    assert end(stopped / "crooked-12").codes == [0]
+    straight = stopped / "straight" / "run"
+    same_bits(stopped / "crooked", straight)
+    lines = {line["step"]: line for line in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines())}
+    assert lines[5]["codebook/resets_per_step"] > 0
+    assert lines[3]["optim/lr"] < lines[4]["optim/lr"]
+    assert lines[9]["data/epoch"] == 1
 
 
 def test_a_stop_does_not_wait_for_a_validation(stopped: Path) -> None:

@@ -26,6 +26,9 @@ RUN = [sys.executable, str(ROOT / "launch" / "run.py")]
 SOON = 30.0  # seconds in which nothing may be left of a run whose launcher is gone
 
 
+LOST: dict[str, list[Any]] = {"a rank": ["kill", 1, 6], "a worker": ["kill worker", 1, 6]}
+
+
 @pytest.fixture(scope="module")
 def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watched")
@@ -42,6 +45,10 @@ def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "slow": ["starve", 1, 0.15, 40],
     }
     jobs = [job(folder / name, command, faults[name], world=2) for name, command in commands.items()]
+    several = (*slow[:1], "data.workers=1", "hang_timeout=60")
+    for name, fault in LOST.items():
+        command = train(folder / name / "run", pictures, *several, world=2)
+        jobs.append({**job(folder / name, command, fault, world=2), "code": None, "patience": 60.0})
     doctor = [str(ROOT / "launch" / "doctor.py"), *train(folder / "new" / "run", pictures, world=2)[1:]]
     jobs.append(job(folder / "well", doctor, world=2))
     jobs.append(job(folder / "ill", [*doctor, "init_from=nowhere"], world=2))
@@ -84,6 +91,27 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
     assert status(out / "run")["code"] == HUNG_CODE
     assert "warn: rank 1 left no stacks" in "\n".join(map(str, postmortem.read(out / "run")))
     assert none_is_left(out)
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_a_rank_or_a_worker_that_is_killed_ends_the_run(befallen: Path, what: str) -> None:
+    """The others leave by themselves, long before a launcher loses its patience, and the status says why."""
+    out = befallen / what
+    codes, output = end(out)
+    found = status(out / "run")
+    assert found["status"] == "failed"
+    assert found["step"] >= 5
+    assert none_is_left(out)
+    assert (out / "codes.json").stat().st_mtime - (out / "pid-0").stat().st_mtime < SOON
+    if what == "a rank":
+        assert codes == [1, None], output
+        assert found["rank"] == 0
+    else:
+        assert codes[1] == 2
+        assert codes[0] not in (0, None)
+        said = (out / "output-1.txt").read_text()
+        assert re.search(r"error: rank 1: DataLoader worker .* killed .*: if memory ran out, lower data.workers", said)
+        assert found["rank"] == 1
 
 
 def test_a_long_validation_is_no_hang(befallen: Path) -> None:

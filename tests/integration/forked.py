@@ -1,21 +1,29 @@
 """forked.py JOBS.json: import everything once, then do each job on freshly forked ranks, one job after another.
 
-A job: {"task": one of TASKS, "world": W, "out": folder, …}, and "code" where its ranks do not end with 0, or a list of
-each one's; what else a task reads and what each rank leaves in `out`, it says. The cheapest test on real ranks: one
+A job: {"task": one of TASKS, "world": W, "out": folder, …}, and "code" where its ranks do not end with 0, a list of
+each one's, or None where any will do; codes.json in `out` has them. What else a task reads and what each rank leaves in
+`out`, it says. "events" come from outside: [seconds after the start, what, to whom], see `happen`. Once a rank has
+failed, the others have "patience" seconds to end, if it is given, as launchers do. The cheapest test on real ranks: one
 import of torch and DeepSpeed serves all.
 """
 
 import gc
 import json
 import os
+import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from deepspeed.accelerator import get_accelerator
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.faults import inject
@@ -37,12 +45,65 @@ def main() -> int:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         children = [fork(job, rank, port) for rank in range(job["world"])]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        over = threading.Event()
+        events = threading.Thread(target=happen, args=(job, children, over))
+        events.start()
+        codes = ended(children, job.get("patience"))
+        over.set()
+        events.join()
+        (Path(job["out"]) / "codes.json").write_text(json.dumps(codes))
         wanted = job.get("code", 0)
-        if codes != (wanted if isinstance(wanted, list) else [wanted] * job["world"]):
+        if wanted is not None and codes != (wanted if isinstance(wanted, list) else [wanted] * job["world"]):
             print(f"{job}: exit codes {codes}")
             return 1
     return 0
+
+
+def happen(job: dict[str, Any], children: list[int], over: threading.Event) -> None:
+    """What: a signal, to whom: a rank, "all", or a "worker" of rank 0's loader; or what: "touch", a file. The seconds
+    count from the fork, or if "training" is true from the first step that rank 0 of a `launch` reports."""
+    output = Path(job["out"]) / "output-0.txt"
+    while job.get("training") and not (output.exists() and b"\nstep " in output.read_bytes()):
+        if over.wait(0.01):
+            return
+    begun = time.monotonic()
+    for seconds, what, whom in sorted(job.get("events", []), key=lambda event: event[0]):
+        if over.wait(max(0.0, begun + seconds - time.monotonic())):
+            return
+        if what == "touch":
+            Path(whom).touch()
+            continue
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            for pid in targets(children, whom):
+                os.kill(pid, signal.Signals[what])
+
+
+def targets(children: list[int], whom: int | str) -> list[int]:
+    if whom == "worker":
+        return [child.pid for child in psutil.Process(children[0]).children()[:1]]
+    return children if isinstance(whom, str) else [children[whom]]
+
+
+def ended(children: list[int], patience: float | None) -> list[int]:
+    """Their exit codes."""
+    codes: dict[int, int] = {}
+    launcher: threading.Timer | None = None
+    while len(codes) < len(children):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] and patience is not None and not launcher:
+            launcher = threading.Timer(patience, end, [[child for child in children if child != pid]])
+            launcher.start()
+    if launcher:
+        launcher.cancel()
+        launcher.join()
+    return [codes[child] for child in children]
+
+
+def end(children: list[int]) -> None:
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def fork(job: dict[str, Any], rank: int, port: int) -> int:
@@ -68,15 +129,20 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
 
 def train(job: dict[str, Any]) -> None:
     """Reads "config", "overrides" [key=value …]; where codes are to be lost after the first step, "stranded" [from,
-    to]; "broken" [[fault, rank, steps, micro-batches] …], see probe.broken; "omitted", the steps that the learner is
-    not told of; and "settled", the step from which on the guard takes itself to have seen enough. Leaves the model's
-    tensors, rank-R.safetensors, the sample numbers that the rank saw, in order, rank-R.json, and all that it said or,
-    being silent, would have said, rank-R.txt."""
+    to]; "broken" [[fault, rank, steps, micro-batches] …], see probe.broken; "faults", see inject.py; "omitted", the
+    steps that the learner is not told of; and "settled", the step from which on the guard takes itself to have seen
+    enough. Leaves what it had before its first step, taken-NAME.safetensors, the model's tensors, rank-R.safetensors,
+    the sample numbers that the rank saw, in order, rank-R.json, and all that it said or, being silent, would have said,
+    rank-R.txt."""
     out = Path(job["out"])
+    inject.arm(job)
     trainer = Trainer(settings.load(job["config"], job["overrides"]))
     for fault, rank, *where in job.get("broken", []):
         if rank == distributed.rank():
             trainer.model.forward = probe.broken(trainer.model, fault, *where)
+    for name, tensors in {**trainer.learner.tensors(), "ema": trainer.ema.model.state_dict()}.items():
+        if distributed.rank() == 0:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, out / f"taken-{name}.safetensors")
     seen: list[int] = []
     said: list[str] = []
     metrics: dict[str, Tensor] = {}

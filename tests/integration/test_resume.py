@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import Start, finish, ranks
-from tests.integration.conftest import STEPS, Case, losses, overrides, train
+from tests.integration.conftest import BATCH, STEPS, TINY, Case, forked, losses, overrides, train, training
 
 TRAIN = ["launch/train.py", "--config", "tests/integration/tiny.yaml"]
 RESUMED = [
@@ -69,6 +72,37 @@ def test_another_world_stage_or_precision_may_resume(trained: Path, resumed: Pat
     assert found == pytest.approx(twin, rel=1e-4 if other.precision == "fp32" else 2e-2)
 
 
+WORLDS = {4: 4, 8: 2, 10: 1, STEPS: 4}  # the step until which so many ranks train
+
+
+def test_the_world_may_change_time_and_again(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    """4 → 2 → 1 → 4 ranks: what each takes up is what was saved, no sample comes twice or is left out, and the losses
+    are those of 4 ranks throughout."""
+    run = tmp_path / "run"
+    jobs = []
+    for step, world in WORLDS.items():
+        given = [*overrides(Case(world, accumulation=3), run, pictures), "keep=9", "every.checkpoint=100"]
+        asked = step - (world > 1)  # several ranks stop a step after one has seen it
+        fault = [] if step == STEPS else [["touch", 0, asked, str(run / "STOP")]]
+        jobs.append({**training(tmp_path / str(step), TINY, given, world), "faults": fault})
+    forked(tmp_path, jobs)
+
+    before = 0
+    for step, world in WORLDS.items():
+        out = tmp_path / str(step)
+        ranks = [np.array(json.loads((out / f"rank-{rank}.json").read_text())) for rank in range(world)]
+        seen = np.stack([part.reshape(step - before, -1) for part in ranks], axis=1)
+        assert seen.flatten().tolist() == list(range(before * BATCH, step * BATCH))
+        for name in ("model", "ema", "optimizer") if before else ():
+            taken = load_file(out / f"taken-{name}.safetensors")
+            saved = load_file(run / "checkpoints" / f"step-{before:08d}" / f"{name}.safetensors")
+            assert taken.keys() == saved.keys()
+            assert all(torch.equal(taken[key], saved[key]) for key in saved), name
+        before = step
+    twin = trained / Case(4, accumulation=3).name / "run"
+    assert losses(run) == pytest.approx(losses(twin), rel=1e-5)
+
+
 def test_a_finished_run_is_left_as_it_is(trained: Path, pictures: Path, tmp_path: Path, start: Start) -> None:
     shutil.copytree(trained / Case(1).name / "run", tmp_path / "run")
     (process,) = ranks(start, 1, [*TRAIN, *overrides(Case(1), tmp_path / "run", pictures)])
@@ -123,8 +157,8 @@ def went_on_to_the_same_bits(trained: Path, folder: Path, cases: Sequence[Any]) 
         same_bits(folder / case.name / "run", trained / case.name / "run")
 
 
-def same_bits(run: Path, twin: Path) -> None:
-    newest = f"checkpoints/step-{STEPS:08d}"
+def same_bits(run: Path, twin: Path, steps: int = STEPS) -> None:
+    newest = f"checkpoints/step-{steps:08d}"
     for name in ("model", "ema", "optimizer"):
         file = f"{newest}/{name}.safetensors"
         assert (run / file).read_bytes() == (twin / file).read_bytes(), name
