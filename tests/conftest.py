@@ -17,7 +17,13 @@ from PIL import Image
 from vaescale.data.shards import Sample, write
 
 ROOT = Path(__file__).parent.parent
-KINDS = {"integration": "launch", "browser": "browser", "benchmarks": "benchmark", "faults": "faults"}
+KINDS = {
+    "integration": "launch",
+    "browser": "browser",
+    "benchmarks": "benchmark",
+    "faults": "faults",
+    "cluster": "cluster",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

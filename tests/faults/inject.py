@@ -27,6 +27,7 @@ from vaescale.training.checkpoint import verify
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import Engine
 from vaescale.training.learner import Descent
+from vaescale.training.writer import Writer
 
 
 def launch(job: dict[str, Any]) -> None:
@@ -297,17 +298,24 @@ def kill_worker(out: Path, step: int) -> None:
 def pester(out: Path, number: int) -> None:
     """SIGUSR1 to this rank in its first save, before the file system is asked to do something for the number-th time,
     and how many times there were in that save, asked.txt."""
-    count = 0
+    whole, count = Writer.save, -1
+
+    def save(self: Writer, *arguments: Any) -> None:
+        nonlocal count
+        count = max(count, 0)
+        whole(self, *arguments)
 
     def act(path: Path) -> None:
         nonlocal count
-        if "checkpoints" in path.parts and not (out / "asked.txt").exists():
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            if path.name == ".latest" and count > 10:
-                (out / "asked.txt").write_text(str(count))
+        if count < 0 or "checkpoints" not in path.parts or (out / "asked.txt").exists():
+            return
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if path.name == ".latest" and count > 10:
+            (out / "asked.txt").write_text(str(count))
 
+    Writer.save = save
     for owner, name in ((Path, "mkdir"), (os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "open")):
         before(owner, name, "", act)
 

@@ -133,6 +133,7 @@ class Trainer:
             self.writer.close()
         if self.rank == 0:
             status.end(PREEMPTED if why else FINISHED, why, position.step)
+        distributed.barrier()  # a launcher ends all ranks once one has left with 75, and that must stand before
         return why
 
     def loop(self, stop: Stop, watch: Watch) -> str:

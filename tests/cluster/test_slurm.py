@@ -1,0 +1,150 @@
+"""Trainings that SLURM starts, stops, loses and starts again, under a real controller; all end in the same bits."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Slurm
+from tests.cluster.hosts import wait
+from tests.conftest import Start, finish
+from tests.integration.conftest import TINY
+from tests.integration.test_resume import same_bits
+from vaescale.training import postmortem
+from vaescale.training.checkpoint import verify
+
+STEPS = 400
+GIVEN = (f"steps={STEPS}", "every.checkpoint=50", "every.validate=200")
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def given(run: Path, pictures: Path) -> list[str]:
+    return [f"run={run}", f"data.root={pictures}", *GIVEN]
+
+
+@pytest.fixture(scope="module")
+def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two ranks on one machine, under DeepSpeed's launcher."""
+    return tmp_path_factory.mktemp("alone") / "run"
+
+
+def step(run: Path) -> int:
+    metrics = postmortem.read_metrics(run)
+    return metrics[-1]["step"] if metrics else 0
+
+
+def status(run: Path) -> dict[str, object]:
+    return json.loads((run / "run_status.json").read_text())
+
+
+def one_curve(run: Path) -> None:
+    steps = [line["step"] for line in postmortem.read_metrics(run) if "train/loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_submitted_training_is_that_of_one_machine(
+    slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path, start: Start
+) -> None:
+    run = tmp_path / "run"
+    job = slurm.submit(TINY, *given(run, pictures))
+    assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
+    assert slurm.job(job, "NodeList") == "node[1-2]"
+    assert "2 rank(s)" in slurm.log(job)
+    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", str(TINY)]
+    code, output = finish(start([*command, *given(alone, pictures)]))
+    assert code == 0, output
+    same_bits(run, alone, STEPS)
+
+
+def test_a_signal_requeues_it_and_it_ends_in_the_same_bits(
+    slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """USR1 to the tasks, as SLURM sends it before the time is over."""
+    run = tmp_path / "run"
+    job = slurm.submit(TINY, *given(run, pictures))
+    wait(lambda: step(run) > 20, "training")
+    slurm.run("scancel", "--signal=USR1", job)
+    wait(lambda: (run / "run_status.json").exists() and status(run)["status"] == "preempted", "the stop")
+    assert status(run)["why"] == "SIGUSR1"
+    assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
+    assert slurm.job(job, "Restarts") == "1"
+    log = slurm.log(job)
+    assert [int(life) for life in re.findall(r"^== life (\d) of job", log, re.MULTILINE)] == [0, 1]
+    assert "stopped for SIGUSR1, run the same command to go on" in log
+    assert "resumes at step" in log
+    one_curve(run)
+    same_bits(run, alone, STEPS)
+
+
+def test_a_node_that_dies_costs_an_interval(slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path) -> None:
+    """Its slurmd and all that runs on it. SLURM gives the job a third node."""
+    run = tmp_path / "run"
+    job = slurm.submit(TINY, *given(run, pictures))
+    wait(lambda: step(run) > 60, "training")
+    slurm.hosts.kill("node2")
+    try:
+        wait(lambda: slurm.job(job, "Restarts") == "1", "the requeue", 120)
+        assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
+        assert slurm.job(job, "NodeList") == "node[1,3]"
+    finally:
+        slurm.start_node("node2")
+        wait(lambda: slurm.said("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").count("\n") == 3, "idle nodes", 120)
+    assert re.search(r"resumes at step \d*50:|resumes at step \d*00:", slurm.log(job))
+    one_curve(run)
+    same_bits(run, alone, STEPS)
+
+
+def test_what_cannot_work_fails_once(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
+    """A typo is not even submitted; missing data are found by the job."""
+    jobs = slurm.said("squeue", "-h", "-o", "%i")
+    done = slurm.run(sys.executable, "launch/slurm/submit.py", str(TINY), "--time=1", "stesp=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean steps?" in done.stderr
+    assert slurm.said("squeue", "-h", "-o", "%i") == jobs
+    job = slurm.submit(TINY, f"run={tmp_path / 'run'}", f"data.root={tmp_path}")
+    assert slurm.wait_for(job) == "FAILED"
+    assert slurm.job(job, "ExitCode") == "2:0"
+    assert slurm.job(job, "Restarts") == "0"
+    assert re.search(r"^error: rank 0: .*train", slurm.log(job), re.MULTILINE)
+
+
+def test_what_makes_no_progress_is_not_requeued(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
+    """It has failed twice of the same, at the same step, and does so again."""
+    run = tmp_path / "run"
+    failing = [*given(run, pictures), "optimizer.lr=1e30", "optimizer.patience=3"]
+    job = slurm.submit(TINY, *failing)
+    assert slurm.wait_for(job) == "FAILED"
+    assert (slurm.job(job, "ExitCode"), slurm.job(job, "Restarts")) == ("3:0", "0")
+    said = status(run)
+    said["failures"] *= 2
+    (run / "run_status.json").write_text(json.dumps(said))
+    job = slurm.submit(TINY, *failing)
+    assert slurm.wait_for(job) == "FAILED"
+    assert (slurm.job(job, "ExitCode"), slurm.job(job, "Restarts")) == ("93:0", "0")
+
+
+def test_a_cancelled_run_saves_and_is_not_requeued(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = slurm.submit(TINY, *given(run, pictures), "steps=100000")
+    wait(lambda: step(run) > 20, "training")
+    slurm.run("scancel", job)
+    assert slurm.wait_for(job) == "CANCELLED"
+    wait(lambda: not slurm.hosts.running("launch/train.py"), "no process is left")
+    assert (status(run)["status"], status(run)["why"]) == ("preempted", "SIGTERM")
+    assert verify(run / "checkpoints" / f"step-{status(run)['step']:08d}") == []
+    assert not (run / "STOP").exists()
+    assert slurm.job(job, "Restarts") == "0"
+
+
+def test_a_sweep_and_what_follows_it(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
+    """Each value has its run; the evaluation waits for all."""
+    run = tmp_path / "run"
+    sweep = ["--sweep=seed=1,2", "--evaluate", "--nodes=1"]
+    job = slurm.submit(TINY, *sweep, f"run={run}", f"data.root={pictures}", "every.validate=12")
+    runs = [run / f"seed={seed}" for seed in (1, 2)]
+    wait(lambda: all((one / "evaluation.json").exists() for one in runs), f"the evaluation after job {job}", 180)
+    assert [status(one)["status"] for one in runs] == ["finished"] * 2
+    assert [f"seed: {seed}\n" in (one / "config.yaml").read_text() for seed, one in zip((1, 2), runs, strict=True)]
