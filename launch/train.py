@@ -15,6 +15,7 @@ returns its ranks' code: `python launch/run.py deepspeed launch/train.py …` do
 import argparse
 import sys
 import traceback
+from pathlib import Path
 
 from vaescale import distributed
 from vaescale.config import ConfigError
@@ -22,7 +23,7 @@ from vaescale.data import DataError
 from vaescale.training import settings
 from vaescale.training.checkpoint import CheckpointError, Unreadable
 from vaescale.training.guard import Diverged
-from vaescale.training.status import PREEMPTED_CODE, NoProgress
+from vaescale.training.status import PREEMPTED_CODE, NoProgress, Status
 
 FORESEEN = (ConfigError, DataError, CheckpointError, Diverged)
 
@@ -46,7 +47,10 @@ def main() -> int:
             return 0
         from vaescale.training.trainer import Trainer
 
-        return PREEMPTED_CODE if Trainer(config).train() else 0
+        status = Status(Path(config.run), distributed.place().rank)
+        with status.recording(lambda: status.read().get("step", 0)):
+            trainer = Trainer(config)
+        return PREEMPTED_CODE if trainer.train() else 0
     except NoProgress as error:
         if not isinstance(error.__cause__, FORESEEN):
             traceback.print_exception(error.__cause__)

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from vaescale.training.status import Status
+from vaescale.config import ConfigError
+from vaescale.training.status import NoProgress, Status
 
 
 def said(run: Path) -> tuple[str, int, int, str]:
@@ -32,8 +33,9 @@ def test_a_life_that_ends_well_begins_a_new_row(tmp_path: Path) -> None:
 
 
 def test_the_first_rank_that_fails_has_the_word(tmp_path: Path) -> None:
+    other = Status(tmp_path, 0)
     assert not life(tmp_path, 7, "killed for want of memory", rank=3)
-    assert not Status(tmp_path, 0).fail("rank 3 has gone", 7)
+    assert not other.fail("rank 3 has gone", 7)
     assert said(tmp_path) == ("failed", 3, 7, "killed for want of memory")
 
 
@@ -55,3 +57,26 @@ def test_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     (tmp_path / "run_status.json").write_text("[")
     assert Status(tmp_path, 0).read() == {}
     assert not life(tmp_path, 7, "nan")
+
+
+def test_what_the_user_shall_mend_is_not_counted(tmp_path: Path) -> None:
+    for _ in range(4):
+        assert not Status(tmp_path, 0).fail("there are no data", 0, ConfigError.exit_code)
+    assert said(tmp_path) == ("failed", 0, 0, "there are no data")
+
+
+def test_a_life_that_fails_before_it_begins_has_its_word(tmp_path: Path) -> None:
+    """Over what an earlier one has left; the third time it is no progress."""
+    Status(tmp_path, 0).end("preempted", "SIGTERM", 7)
+    results = []
+    for _ in range(3):
+        status = Status(tmp_path, 1)
+        error: type[Exception] = OSError
+        try:
+            with status.recording(lambda: 7):
+                raise OSError("no device")
+        except (OSError, NoProgress) as caught:
+            error = type(caught)
+        results.append((error, *said(tmp_path)))
+    assert results[:2] == [(OSError, "failed", 1, 7, "OSError: no device")] * 2
+    assert results[2] == (NoProgress, "no-progress", 1, 7, "OSError: no device")

@@ -8,8 +8,12 @@ code stands here too, and launch/run.py returns it.
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..config import ConfigError
 
 FILE = "run_status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED, NO_PROGRESS = "running", "finished", "preempted", "failed", "no-progress"
@@ -31,6 +35,7 @@ class Status:
     def __init__(self, run: Path, rank: int) -> None:
         self.path = run / FILE
         self.rank = rank
+        self._earlier = self.read()  # an earlier life's word
 
     def begin(self, step: int) -> None:
         """On rank 0. What earlier lives failed of is kept until this one comes further."""
@@ -40,15 +45,29 @@ class Status:
         """On rank 0: finished or preempted."""
         self._write(status, why, step, [])
 
+    @contextmanager
+    def recording(self, step: Callable[[], int]) -> Iterator[None]:
+        """What ends the run here is written down, on whichever rank, with so many steps taken. Raises NoProgress in
+        place of what has ended it there the last times, too."""
+        try:
+            yield
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+            at = step()
+            if self.fail(said, at, getattr(error, "exit_code", 1)):
+                raise NoProgress(f"{SAME} times in a row the run has ended at step {at} with {said}") from error
+            raise
+
     def fail(self, why: str, step: int, code: int = 1) -> bool:
         """On the rank that failed and leaves with this code; the first one's word stands. True if this run will not
-        get further so."""
+        get further so. What the user has been told to mend (2) is not counted: nothing else will try again."""
         before = self.read()
-        if before.get("status") not in (RUNNING, None):
+        if before != self._earlier and before["status"] != RUNNING:
             return before["status"] == NO_PROGRESS
         failure = {"step": step, "why": why}
         failures = before.get("failures", [])
-        failures = [*failures, failure] if failures and failures[-1] == failure else [failure]
+        if code != ConfigError.exit_code:
+            failures = [*failures, failure] if failures and failures[-1] == failure else [failure]
         status = NO_PROGRESS if len(failures) >= SAME else FAILED
         self._write(status, why, step, failures, code)
         return status == NO_PROGRESS
@@ -70,6 +89,7 @@ class Status:
             "step": step,
             "time": round(time.time()),
         }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{FILE}-{self.rank}")
         partial.write_text(json.dumps({**said, "failures": failures}, indent=1) + "\n")
         partial.replace(self.path)

@@ -36,7 +36,7 @@ from .guard import Diverged, Skip, diagnosis, explained, too_many
 from .learner import Descent, Learner
 from .pace import Pace
 from .settings import Config, build, check_labels, micro_batch
-from .status import FINISHED, PREEMPTED, SAME, NoProgress, Status
+from .status import FINISHED, PREEMPTED, Status
 from .stops import Stop
 from .watch import Watch, launcher
 from .writer import Writer
@@ -120,15 +120,12 @@ class Trainer:
         try:
             stop = Stop(self.run, self.config.stop_before)
             timeout = self.config.hang_timeout
-            with stop, Watch(self.run, timeout, self.launcher, stop, status, position.step) as watch:
+            with (
+                status.recording(lambda: position.step),
+                stop,
+                Watch(self.run, timeout, self.launcher, stop, status, position.step) as watch,
+            ):
                 why = self.loop(stop, watch)
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-            if status.fail(said, position.step, getattr(error, "exit_code", 1)):
-                raise NoProgress(
-                    f"{SAME} times in a row the run has ended at step {position.step} with {said}"
-                ) from error
-            raise
         finally:
             self.writer.close()
         if self.rank == 0:
