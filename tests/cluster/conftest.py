@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,10 @@ import pytest
 
 from tests.cluster.hosts import Hosts, end, need, wait
 from tests.conftest import ROOT, free_port
+from tests.integration.conftest import TINY
+from vaescale.training import postmortem
+
+STEPS = 200
 
 CONF = """
 ClusterName=t
@@ -124,3 +129,87 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     cluster.start()
     yield cluster
     cluster.stop()
+
+
+SSHD = """
+Port {port}
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+StrictModes no
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+UsePAM no
+PidFile none
+"""
+SSH = """
+Host *
+  IdentityFile {folder}/key
+  IdentitiesOnly yes
+  Port {port}
+  User root
+  StrictHostKeyChecking no
+  UserKnownHostsFile /dev/null
+  LogLevel ERROR
+"""
+
+
+class Ssh:
+    """Hosts that `deepspeed --hostfile` reaches: `environment` is what it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hosts = Hosts(folder, "host", "127.8.0", 2)
+        port = free_port()
+        for key in ("key", "host_key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+        (folder / "sshd_config").write_text(SSHD.format(folder=folder, port=port))
+        names = [f"Host {name}\n  HostName {address}\n" for name, address in self.hosts.addresses.items()]
+        (folder / "ssh_config").write_text("".join(names) + SSH.format(folder=folder, port=port))
+        (folder / "bin").mkdir()
+        wrapper = folder / "bin" / "ssh"
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
+        wrapper.chmod(0o755)
+        (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in self.hosts.addresses))
+        (folder / "variables").write_text("OMP_NUM_THREADS=1\nTORCHDYNAMO_DISABLE=1\n")
+        path = f"{folder}/bin:{os.environ['PATH']}"
+        self.environment = {"PATH": path, "DS_ENV_FILE": str(folder / "variables")}
+
+    def start(self) -> None:
+        sshd = f"mkdir -p /run/sshd && exec /usr/sbin/sshd -D -e -f {self.folder}/sshd_config"
+        for name, address in self.hosts.addresses.items():
+            self.hosts.start(name, ["sh", "-c", f"{sshd} -o ListenAddress={address}"])
+            wait(lambda name=name: self.reaches(name), f"sshd of {name}")
+
+    def reaches(self, name: str) -> bool:
+        return not subprocess.run([self.folder / "bin" / "ssh", name, "true"], capture_output=True).returncode
+
+
+@pytest.fixture(scope="session")
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh]:
+    need("ssh", "sshd", "ssh-keygen", "pdsh", "unshare")
+    cluster = Ssh(tmp_path_factory.mktemp("ssh"))
+    cluster.start()
+    yield cluster
+    cluster.hosts.kill_all()
+
+
+@pytest.fixture(scope="session")
+def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two ranks on one machine, under DeepSpeed's launcher."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", str(TINY), *given(run, pictures)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+def given(run: Path, pictures: Path) -> list[str]:
+    """The settings of the runs here."""
+    return [f"run={run}", f"data.root={pictures}", f"steps={STEPS}", "every.checkpoint=25", "every.validate=100"]
+
+
+def step(run: Path) -> int:
+    """The last one that it has reported."""
+    metrics = postmortem.read_metrics(run)
+    return metrics[-1]["step"] if metrics else 0

@@ -2,38 +2,21 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Slurm
+from tests.cluster.conftest import STEPS, Slurm, given, step
 from tests.cluster.hosts import wait
-from tests.conftest import Start, finish
+from tests.conftest import free_port
 from tests.integration.conftest import TINY
 from tests.integration.test_resume import same_bits
 from vaescale.training import postmortem
 from vaescale.training.checkpoint import verify
 
-STEPS = 400
-GIVEN = (f"steps={STEPS}", "every.checkpoint=50", "every.validate=200")
-
 pytestmark = pytest.mark.timeout(900)
-
-
-def given(run: Path, pictures: Path) -> list[str]:
-    return [f"run={run}", f"data.root={pictures}", *GIVEN]
-
-
-@pytest.fixture(scope="module")
-def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two ranks on one machine, under DeepSpeed's launcher."""
-    return tmp_path_factory.mktemp("alone") / "run"
-
-
-def step(run: Path) -> int:
-    metrics = postmortem.read_metrics(run)
-    return metrics[-1]["step"] if metrics else 0
 
 
 def status(run: Path) -> dict[str, object]:
@@ -45,17 +28,38 @@ def one_curve(run: Path) -> None:
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_a_submitted_training_is_that_of_one_machine(
-    slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path, start: Start
-) -> None:
+def test_a_submitted_training_is_that_of_one_machine(slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = slurm.submit(TINY, *given(run, pictures))
     assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
     assert slurm.job(job, "NodeList") == "node[1-2]"
     assert "2 rank(s)" in slurm.log(job)
-    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", str(TINY)]
-    code, output = finish(start([*command, *given(alone, pictures)]))
-    assert code == 0, output
+    same_bits(run, alone, STEPS)
+
+
+def test_other_launchers_on_two_nodes_train_the_same_bits(
+    slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """torchrun within a job; `deepspeed --launcher slurm`, which begins one."""
+    run = tmp_path / "torchrun"
+    train = shlex.join(["launch/train.py", "--config", str(TINY), *given(run, pictures)])
+    port = free_port()
+    torchrun = (
+        f"srun torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint node1:{port} "
+        f"--rdzv-id $SLURM_JOB_ID {train}"
+    )
+    log = slurm.folder / "torchrun.log"
+    done = slurm.run("sbatch", "--parsable", "-N2", "--ntasks-per-node=1", f"--output={log}", f"--wrap={torchrun}")
+    assert slurm.wait_for(done.stdout.strip()) == "COMPLETED", log.read_text()
+    same_bits(run, alone, STEPS)
+
+    run = tmp_path / "deepspeed"
+    (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    slurm.environment.update(MASTER_ADDR="node1", MASTER_PORT=str(free_port()))
+    how = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check", "--master_addr", "node1", "--launcher", "slurm"]
+    how += ["--launcher_args", "--nodes 2 --ntasks-per-node 1"]
+    done = slurm.run("deepspeed", *how, "launch/train.py", "--config", str(TINY), *given(run, pictures))
+    assert done.returncode == 0, done.stdout + done.stderr
     same_bits(run, alone, STEPS)
 
 
@@ -92,7 +96,9 @@ def test_a_node_that_dies_costs_an_interval(slurm: Slurm, alone: Path, pictures:
     finally:
         slurm.start_node("node2")
         wait(lambda: slurm.said("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").count("\n") == 3, "idle nodes", 120)
-    assert re.search(r"resumes at step \d*50:|resumes at step \d*00:", slurm.log(job))
+    (resumed,) = re.findall(r"resumes at step (\d+):", slurm.log(job))
+    assert 50 <= int(resumed) < STEPS
+    assert int(resumed) % 25 == 0
     one_curve(run)
     same_bits(run, alone, STEPS)
 

@@ -28,7 +28,7 @@ from ..models.pca import PCA
 from ..monitoring import alarm, codebook, pictures
 from ..monitoring.board import Board
 from ..monitoring.console import Console
-from . import checkpoint
+from . import checkpoint, topology
 from .checkpoint import CheckpointError
 from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
@@ -136,6 +136,10 @@ class Trainer:
     def loop(self, stop: Stop, watch: Watch) -> str:
         config, position = self.config, self.position
         self.console.say(self.banner())
+        where = topology.describe(self.device)
+        self.console.say(where)
+        if self.board:
+            self.board.text("topology", where, position.step)
         if advice := self.slices.advice():
             self.console.say(advice)
         batches = self.batches()

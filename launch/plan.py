@@ -1,0 +1,43 @@
+"""What a training would cost on N nodes of G accelerators, before they are asked for.
+
+    python launch/plan.py --config configs/vqvae_imagenet128.yaml --nodes 4 --accelerators 8 --step-time 0.11 \\
+        --inside 200 --between 50 [key=value …]
+
+--step-time: seconds of a step on one accelerator with its share of the batch (batch=SHARE; perf/seconds_per_step,
+where data/wait_share is small). --inside, --between: GB/s, as nccl-tests' busbw tells them, or the first lines of a
+training. The formulas stand in vaescale/training/plan.py.
+"""
+
+import argparse
+import sys
+
+from vaescale.config import ConfigError
+from vaescale.training import settings
+from vaescale.training.plan import Cluster, plan
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--accelerators", type=int, default=8, help="a node (default: 8)")
+    parser.add_argument("--step-time", type=float, required=True, help="seconds")
+    parser.add_argument("--inside", type=float, required=True, help="GB/s through each accelerator, within a node")
+    parser.add_argument("--between", type=float, default=12.5, help="GB/s into a node (default: 12.5, 100 Gbit/s)")
+    parser.add_argument("--jitter", type=float, default=0.02, help="of step times, as a share (default: 0.02, assumed)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    cluster = Cluster(
+        arguments.nodes, arguments.accelerators, 1e9 * arguments.inside, 1e9 * arguments.between, arguments.jitter
+    )
+    try:
+        config = settings.load(arguments.config, arguments.overrides)
+        print("\n".join(plan(config, cluster, arguments.step_time)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

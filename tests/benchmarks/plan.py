@@ -1,0 +1,79 @@
+"""launch/plan.py's formula against runs of two ranks on this machine: `python tests/benchmarks/plan.py`.
+
+One core a rank, so compute is that of one rank alone on one thread; bandwidth is what the run of two says at its start.
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from vaescale.training import settings
+from vaescale.training.plan import Cluster, step_seconds
+
+ROOT = Path(__file__).parents[2]
+CASES = {
+    "quickstart, 4 images a rank": ("quickstart.yaml", 8, []),
+    "quickstart, 1 image a rank": ("quickstart.yaml", 2, []),
+    "quickstart at width 256, 1 image a rank": ("quickstart.yaml", 2, ["model.width=256", "model.residual_width=256"]),
+}
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=str(ROOT / "data" / "photos"))
+    parser.add_argument("--steps", type=int, default=80)
+    arguments = parser.parse_args()
+    print(
+        "| run | compute, ms | sums, ms | predicted, ms | measured, ms | predicted ÷ measured |\n|---|---|---|---|---|---|"
+    )
+    for name, (file, batch, given) in CASES.items():
+        config = str(ROOT / "configs" / file)
+        given = [*given, f"data.root={arguments.data}", f"steps={arguments.steps}", "data.workers=0", "every.report=10"]
+        given += ["every.validate=100000", "every.checkpoint=100000"]
+        compute, _ = measured(1, config, [*given, f"batch={batch // 2}"])
+        found, output = measured(2, config, [*given, f"batch={batch}"])
+        number, unit = re.findall(r"([\d.]+) (\w+)/s through each rank", output)[0]
+        model = settings.build(settings.load(config, given))
+        size = sum(4 * p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+        cluster = Cluster(1, 2, float(number) * UNITS[unit], 1.0)
+        predicted = step_seconds(compute, size, cluster)
+        summed = predicted - step_seconds(compute, 0.0, cluster)
+        times = " | ".join(f"{1000 * seconds:.2f}" for seconds in (compute, summed, predicted, found))
+        print(f"| {name} | {times} | {predicted / found:.3f} |", flush=True)
+
+
+def measured(world: int, config: str, given: list[str]) -> tuple[float, str]:
+    """(seconds of a step without waiting for data, the median over reports but the first; the output)"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", port]
+        command = [
+            sys.executable,
+            *launcher,
+            str(ROOT / "launch" / "train.py"),
+            "--config",
+            config,
+            f"run={folder}",
+            *given,
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    reports = [line for line in lines if "perf/seconds_per_step" in line][1:]
+    return statistics.median(
+        one["perf/seconds_per_step"] * (1 - one["data/wait_share"]) for one in reports
+    ), done.stdout
+
+
+if __name__ == "__main__":
+    main()
