@@ -222,10 +222,10 @@ def dawdle(out: Path, seconds: float) -> None:
     """The first validation takes so long."""
     whole = trainer.evaluate
 
-    def slowed(*arguments: Any) -> Any:
+    def slowed(*arguments: Any, **options: Any) -> Any:
         time.sleep(seconds)
         trainer.evaluate = whole
-        return whole(*arguments)
+        return whole(*arguments, **options)
 
     trainer.evaluate = slowed
 
