@@ -31,9 +31,8 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "data" / "photos"))
     parser.add_argument("--steps", type=int, default=80)
     arguments = parser.parse_args()
-    print(
-        "| run | compute, ms | sums, ms | predicted, ms | measured, ms | predicted ÷ measured |\n|---|---|---|---|---|---|"
-    )
+    print("| run | compute, ms | sums, ms | predicted, ms | measured, ms | predicted ÷ measured |")
+    print("|---|---|---|---|---|---|")
     for name, (file, batch, given) in CASES.items():
         config = str(ROOT / "configs" / file)
         given = [*given, f"data.root={arguments.data}", f"steps={arguments.steps}", "data.workers=0", "every.report=10"]

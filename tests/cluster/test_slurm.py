@@ -154,3 +154,17 @@ def test_a_sweep_and_what_follows_it(slurm: Slurm, pictures: Path, tmp_path: Pat
     wait(lambda: all((one / "evaluation.json").exists() for one in runs), f"the evaluation after job {job}", 180)
     assert [status(one)["status"] for one in runs] == ["finished"] * 2
     assert [f"seed: {seed}\n" in (one / "config.yaml").read_text() for seed, one in zip((1, 2), runs, strict=True)]
+
+
+@pytest.mark.long
+def test_the_end_of_the_time_requeues_it(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
+    """The limit itself, of a minute, the signal 40 s before; SLURM looks at its clock every 30 s."""
+    run = tmp_path / "run"
+    times = ("--time=1", "--option", "signal=USR1@40", "stop_before=0")
+    job = slurm.submit(TINY, *given(run, pictures), "steps=100000", *times)
+    wait(lambda: slurm.job(job, "Restarts") == "1", "the requeue", 120)
+    assert (status(run)["status"], status(run)["why"]) == ("preempted", "SIGUSR1")
+    before = status(run)["step"]
+    wait(lambda: f"resumes at step {before}:" in slurm.log(job), "the next life", 60)
+    slurm.run("scancel", job)
+    assert slurm.wait_for(job) == "CANCELLED"

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from vaescale.config import ConfigError
 from vaescale.training.status import NoProgress, Status
 
@@ -60,9 +62,18 @@ def test_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
 
 
 def test_what_the_user_shall_mend_is_not_counted(tmp_path: Path) -> None:
+    """Not even after what was no progress."""
+    for _ in range(3):
+        life(tmp_path, 7, "nan")
     for _ in range(4):
         assert not Status(tmp_path, 0).fail("there are no data", 0, ConfigError.exit_code)
     assert said(tmp_path) == ("failed", 0, 0, "there are no data")
+
+
+def test_a_status_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="there are no data"), Status(tmp_path / "file", 0).recording(lambda: 0):
+        raise ConfigError("there are no data")
 
 
 def test_a_life_that_fails_before_it_begins_has_its_word(tmp_path: Path) -> None:

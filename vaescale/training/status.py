@@ -9,7 +9,7 @@ code stands here too, and launch/run.py returns it.
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,10 @@ class Status:
             yield
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"
-            at = step()
-            if self.fail(said, at, getattr(error, "exit_code", 1)):
+            at, same = step(), False
+            with suppress(OSError):  # a full disk, say, shall not hide what it is about
+                same = self.fail(said, at, getattr(error, "exit_code", 1))
+            if same:
                 raise NoProgress(f"{SAME} times in a row the run has ended at step {at} with {said}") from error
             raise
 
@@ -65,10 +67,10 @@ class Status:
         if before != self._earlier and before["status"] != RUNNING:
             return before["status"] == NO_PROGRESS
         failure = {"step": step, "why": why}
-        failures = before.get("failures", [])
-        if code != ConfigError.exit_code:
+        failures, counts = before.get("failures", []), code != ConfigError.exit_code
+        if counts:
             failures = [*failures, failure] if failures and failures[-1] == failure else [failure]
-        status = NO_PROGRESS if len(failures) >= SAME else FAILED
+        status = NO_PROGRESS if counts and len(failures) >= SAME else FAILED
         self._write(status, why, step, failures, code)
         return status == NO_PROGRESS
 
