@@ -4,6 +4,7 @@ import atexit
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
@@ -269,6 +270,7 @@ def chosen_images(slices: ValidationSlices, numbers: list[int]) -> Batch:
     return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
+DYING = 5.0  # seconds from the first sign of a worker's death to its end, at most
 _running: WeakSet[Any] = WeakSet()  # the iterators that have workers
 
 
@@ -282,18 +284,27 @@ def _end_workers() -> None:
 
 class _Loader(DataLoader[Decoded]):
     def __iter__(self) -> Any:
-        iterator = super().__iter__()
-        if self.num_workers:
-            _running.add(iterator)
+        if not self.num_workers:
+            yield from super().__iter__()
+            return
+        # When a worker dies torch raises in the midst of whatever training is at. The loader notices it, too.
+        handler = signal.getsignal(signal.SIGCHLD)
+        iterator: Any = super().__iter__()
+        signal.signal(signal.SIGCHLD, handler)
+        _running.add(iterator)
         try:
             yield from iterator
-        except RuntimeError as error:
-            # torch's words for a worker that died: killed for want of memory, most of the time.
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:  # what it had sent may be lost with it
+            ended = wait([worker.sentinel for worker in iterator._workers], DYING)
+            dead = [worker for worker in iterator._workers if worker.sentinel in ended]
+            for worker in dead:
+                worker.join(DYING)
+            if not any(worker.exitcode for worker in dead):
                 raise
+            pids = ", ".join(str(worker.pid) for worker in dead)
             raise DataError(
-                f"{str(error).strip().rstrip('.')}: if memory ran out, lower data.workers or data.prefetch"
-            ) from None
+                f"DataLoader worker (pid {pids}) was killed: if memory ran out, lower data.workers or data.prefetch"
+            ) from error
 
 
 def _loader(slices: Dataset[Decoded], ranges: Iterable[range], config: Config, pin: bool) -> Iterable[Decoded]:
