@@ -16,7 +16,7 @@ from tests.integration.test_resume import TRAIN, rewind, same_bits
 from vaescale.data.order import Order
 from vaescale.data.stream import Samples
 
-CASES = [*(Case(2, zero=zero) for zero in (0, 1, 2)), Case(2, "bf16"), Case(2, "fp16"), Case(2, "fp16", 1)]
+CASES = [Case(2, precision, zero) for precision in ("fp32", "bf16", "fp16") for zero in (0, 1, 2)]
 TWINS = [Case(2), Case(2, zero=2), Case(2, "fp16", 1)]
 SPLIT = Case(2, zero=1, accumulation=3)
 STEPS, NAN, SETTLED = 16, 7, 11
