@@ -25,10 +25,16 @@ def main() -> int:
     parser.add_argument("--inside", type=float, required=True, help="GB/s through each accelerator, within a node")
     parser.add_argument("--between", type=float, default=12.5, help="GB/s into a node (default: 12.5, 100 Gbit/s)")
     parser.add_argument("--jitter", type=float, default=0.02, help="of step times, as a share (default: 0.02, assumed)")
+    parser.add_argument("--latency", type=float, default=0.0, help="ms a step, however little is summed (default: 0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     cluster = Cluster(
-        arguments.nodes, arguments.accelerators, 1e9 * arguments.inside, 1e9 * arguments.between, arguments.jitter
+        arguments.nodes,
+        arguments.accelerators,
+        1e9 * arguments.inside,
+        1e9 * arguments.between,
+        arguments.jitter,
+        arguments.latency / 1000,
     )
     try:
         config = settings.load(arguments.config, arguments.overrides)

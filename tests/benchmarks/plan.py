@@ -1,6 +1,7 @@
 """launch/plan.py's formula against runs of two ranks on this machine: `python tests/benchmarks/plan.py`.
 
-One core a rank, so compute is that of one rank alone on one thread; bandwidth is what the run of two says at its start.
+One core a rank, so compute is that of one rank alone on one thread; bandwidth is what the run of two says at its start;
+latency is what a run of two with a tiny model takes longer than one of its ranks alone.
 """
 
 import argparse
@@ -15,14 +16,15 @@ import tempfile
 from pathlib import Path
 
 from vaescale.training import settings
-from vaescale.training.plan import Cluster, step_seconds
+from vaescale.training.plan import Cluster, step_seconds, sums
 
 ROOT = Path(__file__).parents[2]
 CASES = {
-    "quickstart, 4 images a rank": ("quickstart.yaml", 8, []),
-    "quickstart, 1 image a rank": ("quickstart.yaml", 2, []),
-    "quickstart at width 256, 1 image a rank": ("quickstart.yaml", 2, ["model.width=256", "model.residual_width=256"]),
+    "quickstart, 4 images a rank": (8, []),
+    "quickstart, 1 image a rank": (2, []),
+    "quickstart at width 256, 1 image a rank": (2, ["model.width=256", "model.residual_width=256"]),
 }
+TINY = ["model.width=8", "model.residual_width=8", "model.quantizer.codes=16"]
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -31,21 +33,24 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "data" / "photos"))
     parser.add_argument("--steps", type=int, default=80)
     arguments = parser.parse_args()
-    print("| run | compute, ms | sums, ms | predicted, ms | measured, ms | predicted ÷ measured |")
-    print("|---|---|---|---|---|---|")
-    for name, (file, batch, given) in CASES.items():
-        config = str(ROOT / "configs" / file)
-        given = [*given, f"data.root={arguments.data}", f"steps={arguments.steps}", "data.workers=0", "every.report=10"]
-        given += ["every.validate=100000", "every.checkpoint=100000"]
+    print("| run | compute, ms | latency, ms | sums, ms | predicted, ms | measured, ms | predicted ÷ measured |")
+    print("|---|---|---|---|---|---|---|")
+    common = [f"data.root={arguments.data}", f"steps={arguments.steps}", "data.workers=0", "every.report=10"]
+    common += ["every.validate=100000", "every.checkpoint=100000"]
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    alone, _ = measured(1, config, [*common, *TINY, "batch=1"])
+    together, _ = measured(2, config, [*common, *TINY, "batch=2"])
+    for name, (batch, given) in CASES.items():
+        given = [*common, *given]
         compute, _ = measured(1, config, [*given, f"batch={batch // 2}"])
         found, output = measured(2, config, [*given, f"batch={batch}"])
         number, unit = re.findall(r"([\d.]+) (\w+)/s through each rank", output)[0]
         model = settings.build(settings.load(config, given))
         size = sum(4 * p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-        cluster = Cluster(1, 2, float(number) * UNITS[unit], 1.0)
+        cluster = Cluster(1, 2, float(number) * UNITS[unit], 1.0, latency=together - alone)
         predicted = step_seconds(compute, size, cluster)
-        summed = predicted - step_seconds(compute, 0.0, cluster)
-        times = " | ".join(f"{1000 * seconds:.2f}" for seconds in (compute, summed, predicted, found))
+        parts = (compute, cluster.latency, sums(size, cluster), predicted, found)
+        times = " | ".join(f"{1000 * seconds:.2f}" for seconds in parts)
         print(f"| {name} | {times} | {predicted / found:.3f} |", flush=True)
 
 

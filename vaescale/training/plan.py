@@ -2,8 +2,9 @@
 
 A step of W = N·G ranks, N nodes of G accelerators, each with its share of the batch:
 
-    step      = compute + straggler + exposed · sums
+    step      = compute + latency + straggler + exposed · sums
     compute   = what one accelerator needs for its share, measured
+    latency   = what a step takes longer among ranks however little they sum, measured with a tiny model
     straggler = jitter · compute · sqrt(2 ln W): how far the largest of W normal times lies above their mean; jitter is
                 their standard deviation as a share of it
     sums      = 2 (G − 1)/G · bytes/inside + 2 (N − 1)/N · bytes/between: reduce-scatter and all-gather by a ring within
@@ -35,6 +36,7 @@ class Cluster:
     inside: float  # bytes a second through each accelerator when those of a node sum
     between: float  # bytes a second into and out of a node
     jitter: float = 0.02
+    latency: float = 0.0  # seconds a step
     exposed: float = 1.0  # share of the sums that nothing hides
 
     @property
@@ -50,7 +52,7 @@ def sums(size: float, cluster: Cluster) -> float:
 
 def step_seconds(compute: float, size: float, cluster: Cluster) -> float:
     straggler = cluster.jitter * compute * math.sqrt(2 * math.log(cluster.world))
-    return compute + straggler + cluster.exposed * sums(size, cluster)
+    return compute + cluster.latency + straggler + cluster.exposed * sums(size, cluster)
 
 
 def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
@@ -72,8 +74,9 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
     return [
         f"ranks       {cluster.nodes} × {cluster.accelerators} = {cluster.world}, "
         f"{micro} × {config.accumulation} images each a step",
-        f"step        {seconds:.4g} s = {compute:.4g} compute + "
-        f"{seconds - compute - summed:.4g} straggler + {summed:.4g} exposed sums of {amount(weights + buffers)}",
+        f"step        {seconds:.4g} s = {compute:.4g} compute + {cluster.latency:.4g} latency + "
+        f"{seconds - compute - cluster.latency - summed:.4g} straggler + "
+        f"{summed:.4g} exposed sums of {amount(weights + buffers)}",
         f"speed       {speed:.1f} images/s, efficiency {compute / seconds:.1%}",
         f"loading     {node:.1f} images/s a node: {node * DECODE:.1f} cores, {amount(node * image)}/s from storage, "
         f"{amount(speed * image)}/s in all (images of {amount(image)}, from {source})",
