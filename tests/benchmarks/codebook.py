@@ -8,14 +8,13 @@ on a GPU where it is installed.
 """
 
 import argparse
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from paired import Work, paired
+from paired import Work, clock_of, paired, synchronised
 from torch import Tensor
 
 from vaescale.nn.nearest import COLUMNS, TILE, nearest
@@ -48,7 +47,7 @@ def main() -> None:
     print("| search and statistics | on | N | D | K | theirs, ms | ours, ms | theirs ÷ ours | target |")
     print("|---|---|---|---|---|---|---|---|---|")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        clock = time.perf_counter if device == "cpu" else synchronised
+        clock = clock_of(device)
         peak = None if device == "cpu" else measure_peak()
         for dim, codes in SHAPES:
             where = f"{device} | {ROWS[device]} | {dim} | {codes}"
@@ -154,11 +153,6 @@ def one_hot_statistics(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Ten
 
 def bare(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return z.new_zeros(size, z.shape[1]).index_add_(0, codes, z), torch.bincount(codes, minlength=size)
-
-
-def synchronised() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def measure_peak() -> Peak:

@@ -10,13 +10,12 @@ import argparse
 import copy
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import torch
-from paired import Work, paired
+from paired import Work, clock_of, paired
 
 from vaescale import distributed
 from vaescale.interfaces import Batch, Model
@@ -52,7 +51,7 @@ def main() -> None:
     for name, build in SIDES.items():
         if name == "ours":
             continue
-        clock = synchronised if cuda else time.perf_counter
+        clock = clock_of(device.type)
         theirs, own, ratio = paired(build(config, device), ours, config.batch, arguments.rounds, clock)
         memory = in_its_own_process(name, arguments)
         print(f"| {name} | {1000 / theirs:.3f} | {1000 / own:.3f} | {ratio:.3f} | {memory} |", flush=True)
@@ -160,11 +159,6 @@ def resident() -> float:
 def in_its_own_process(side: str, arguments: argparse.Namespace) -> str:
     command = [sys.executable, __file__, "--config", arguments.config, "--batch", str(arguments.batch), "--only", side]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
-
-
-def synchronised() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

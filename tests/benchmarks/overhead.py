@@ -11,14 +11,13 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import count, repeat
 from pathlib import Path
 
 import torch
 import xxhash
-from hvae import by_hand, images, synchronised
-from paired import Work, paired
+from hvae import by_hand, images
+from paired import Work, clock_of, paired
 from safetensors.torch import save as to_bytes
 
 from vaescale import distributed
@@ -56,14 +55,14 @@ def main() -> None:
         row("a training step", ours, "by hand in plain torch", theirs, 1 / ratio, 1.03)
         trainer = build(arguments.builds)
         for name, part in (("guards, alone", guarding(trainer)), ("watch and stops, alone", watching(trainer))):
-            whole, alone, ratio = paired(stepping(trainer), many(part), 1, rounds, clock(trainer))
+            whole, alone, ratio = paired(stepping(trainer), many(part), 1, rounds, clock_of(trainer.device.type))
             row(name, alone / MANY, "a training step", whole, 1 / ratio / MANY, 0.01)
         saves(trainer, Path(folder) / "saves", rounds)
     distributed.finish()
 
 
 def step_by_hand(trainer: Trainer, rounds: int) -> tuple[float, float, float]:
-    return paired(by_hand(trainer.model, trainer.config), stepping(trainer), 1, rounds, clock(trainer))
+    return paired(by_hand(trainer.model, trainer.config), stepping(trainer), 1, rounds, clock_of(trainer.device.type))
 
 
 def stepping(trainer: Trainer) -> Work:
@@ -104,10 +103,6 @@ def guarding(trainer: Trainer) -> Work:
         torch.stack([why, norm, norm, guard.run, guard.share, ~finite])
 
     return work
-
-
-def clock(trainer: Trainer) -> Callable[[], float]:
-    return synchronised if trainer.device.type == "cuda" else time.perf_counter
 
 
 def saves(trainer: Trainer, folder: Path, rounds: int) -> None:

@@ -1,9 +1,22 @@
 """Two sides timed by turns, for benchmarks whose numbers are ratios."""
 
 import statistics
+import time
 from collections.abc import Callable
 
+import torch
+
 Work = Callable[[], object]
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """In seconds. device: "cpu" or "cuda"."""
+    return synchronised if device == "cuda" else time.perf_counter
+
+
+def synchronised() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def paired(theirs: Work, ours: Work, items: int, rounds: int, clock: Callable[[], float]) -> tuple[float, float, float]:

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from vaescale.training import settings
-from vaescale.training.plan import Cluster, step_seconds, sums
+from vaescale.training.plan import Cluster, step_seconds, summed_bytes, sums
 
 ROOT = Path(__file__).parents[2]
 CASES = {
@@ -45,8 +44,7 @@ def main() -> None:
         compute, _ = measured(1, config, [*given, f"batch={batch // 2}"])
         found, output = measured(2, config, [*given, f"batch={batch}"])
         number, unit = re.findall(r"([\d.]+) (\w+)/s through each rank", output)[0]
-        model = settings.build(settings.load(config, given))
-        size = sum(4 * p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+        size = summed_bytes(settings.build(settings.load(config, given)))
         cluster = Cluster(1, 2, float(number) * UNITS[unit], 1.0, latency=together - alone)
         predicted = step_seconds(compute, size, cluster)
         parts = (compute, cluster.latency, sums(size, cluster), predicted, found)
@@ -56,11 +54,8 @@ def main() -> None:
 
 def measured(world: int, config: str, given: list[str]) -> tuple[float, str]:
     """(seconds of a step without waiting for data, the median over reports but the first; the output)"""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     with tempfile.TemporaryDirectory() as folder:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", port]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command = [
             sys.executable,
             *launcher,

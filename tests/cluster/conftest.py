@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Hosts, end, need, wait
+from tests.cluster.hosts import SOON, Hosts, end, need, wait
 from tests.conftest import ROOT, free_port
 from tests.integration.conftest import TINY
-from vaescale.training import postmortem
 
 STEPS = 200
 
@@ -78,7 +77,10 @@ class Slurm:
         self.daemons.append(self.begin("slurmctld", "-D"))
         for node in self.hosts.addresses:
             self.start_node(node)
-        wait(lambda: self.said("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").count("\n") == 3, "idle nodes")
+        self.wait_until_idle()
+
+    def wait_until_idle(self, seconds: float = SOON) -> None:
+        wait(lambda: self.said("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").count("\n") == 3, "idle nodes", seconds)
 
     def begin(self, *command: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{command[0]}.out").open("ab") as out:
@@ -207,9 +209,3 @@ def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def given(run: Path, pictures: Path) -> list[str]:
     """The settings of the runs here."""
     return [f"run={run}", f"data.root={pictures}", f"steps={STEPS}", "every.checkpoint=25", "every.validate=100"]
-
-
-def step(run: Path) -> int:
-    """The last one that it has reported."""
-    metrics = postmortem.read_metrics(run)
-    return metrics[-1]["step"] if metrics else 0

@@ -8,19 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import STEPS, Slurm, given, step
+from tests.cluster.conftest import STEPS, Slurm, given
 from tests.cluster.hosts import wait
 from tests.conftest import free_port
+from tests.faults.test_stops import status
+from tests.faults.test_watch import last_step
 from tests.integration.conftest import TINY
 from tests.integration.test_resume import same_bits
 from vaescale.training import postmortem
 from vaescale.training.checkpoint import verify
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def status(run: Path) -> dict[str, object]:
-    return json.loads((run / "run_status.json").read_text())
 
 
 def one_curve(run: Path) -> None:
@@ -69,7 +67,7 @@ def test_a_signal_requeues_it_and_it_ends_in_the_same_bits(
     """USR1 to the tasks, as SLURM sends it before the time is over."""
     run = tmp_path / "run"
     job = slurm.submit(TINY, *given(run, pictures))
-    wait(lambda: step(run) > 20, "training")
+    wait(lambda: last_step(run) > 20, "training")
     slurm.run("scancel", "--signal=USR1", job)
     wait(lambda: (run / "run_status.json").exists() and status(run)["status"] == "preempted", "the stop")
     assert status(run)["why"] == "SIGUSR1"
@@ -87,7 +85,7 @@ def test_a_node_that_dies_costs_an_interval(slurm: Slurm, alone: Path, pictures:
     """Its slurmd and all that runs on it. SLURM gives the job a third node."""
     run = tmp_path / "run"
     job = slurm.submit(TINY, *given(run, pictures))
-    wait(lambda: step(run) > 60, "training")
+    wait(lambda: last_step(run) > 60, "training")
     slurm.hosts.kill("node2")
     try:
         wait(lambda: slurm.job(job, "Restarts") == "1", "the requeue", 120)
@@ -95,7 +93,7 @@ def test_a_node_that_dies_costs_an_interval(slurm: Slurm, alone: Path, pictures:
         assert slurm.job(job, "NodeList") == "node[1,3]"
     finally:
         slurm.start_node("node2")
-        wait(lambda: slurm.said("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").count("\n") == 3, "idle nodes", 120)
+        slurm.wait_until_idle(120)
     (resumed,) = re.findall(r"resumes at step (\d+):", slurm.log(job))
     assert 50 <= int(resumed) < STEPS
     assert int(resumed) % 25 == 0
@@ -135,7 +133,7 @@ def test_what_makes_no_progress_is_not_requeued(slurm: Slurm, pictures: Path, tm
 def test_a_cancelled_run_saves_and_is_not_requeued(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = slurm.submit(TINY, *given(run, pictures), "steps=100000")
-    wait(lambda: step(run) > 20, "training")
+    wait(lambda: last_step(run) > 20, "training")
     slurm.run("scancel", job)
     assert slurm.wait_for(job) == "CANCELLED"
     wait(lambda: not slurm.hosts.running("launch/train.py"), "no process is left")

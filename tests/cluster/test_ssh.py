@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import STEPS, Ssh, given, step
+from tests.cluster.conftest import STEPS, Ssh, given
 from tests.cluster.hosts import wait
 from tests.conftest import Start, finish, free_port
+from tests.faults.test_watch import last_step
 from tests.integration.conftest import TINY
 from tests.integration.test_resume import same_bits
 
@@ -28,7 +29,7 @@ def test_two_hosts_train_the_same_bits(ssh: Ssh, alone: Path, pictures: Path, tm
 def test_a_host_that_dies_ends_the_job(ssh: Ssh, pictures: Path, tmp_path: Path, start: Start) -> None:
     run = tmp_path / "run"
     process = start(command(ssh, *given(run, pictures), "steps=100000"), **ssh.environment)
-    wait(lambda: step(run) > 20, "training", 120)
+    wait(lambda: last_step(run) > 20, "training", 120)
     assert ssh.hosts.running("launch/train.py")
     ssh.hosts.kill("host2")
     code, output = finish(process)

@@ -20,6 +20,7 @@ import psutil
 import torch
 import torch._dynamo  # the commands check shapes with it: once for all forks, not 2 s in each
 
+from tests.training.test_checkpoint import flip
 from vaescale import distributed
 from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
 from vaescale.training import stops, trainer
@@ -250,9 +251,7 @@ def harm(out: Path, run: str, how: str) -> None:
     latest = Path(run) / "checkpoints" / "latest"
     if how == "a flipped bit":
         path = max(latest.parent.glob("step-*")) / "optimizer.safetensors"
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 16
-        path.write_bytes(data)
+        flip(path, path.stat().st_size // 2, 16)
     elif how == "an empty latest":
         latest.write_bytes(b"")
     else:
@@ -267,13 +266,11 @@ def keep_status(out: Path, run: str) -> None:
 
 def between(out: Path, step: int) -> None:
     """SIGTERM to this rank between the first two micro-batches of this step."""
-    stepped, micro_step = Descent.step, Engine.micro_step
-    due = False
+    micro_step, due = Engine.micro_step, False
 
-    def began(self: Descent, *arguments: Any) -> Any:
+    def arm() -> None:
         nonlocal due
-        due = arguments[-1] + 1 == step
-        return stepped(self, *arguments)
+        due = True
 
     def micro(self: Engine) -> None:
         nonlocal due
@@ -282,7 +279,8 @@ def between(out: Path, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         micro_step(self)
 
-    Descent.step, Engine.micro_step = began, micro
+    _at_step(step, arm)
+    Engine.micro_step = micro
 
 
 def kill(out: Path, step: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.faults.test_checkpoints import end, job, names, train, twins  # noqa: F401
 from tests.integration.conftest import forked
 from tests.integration.test_resume import same_bits
+from vaescale.training.postmortem import read_metrics
 
 
 class Asked(NamedTuple):
@@ -99,7 +100,7 @@ def test_it_may_be_stopped_at_any_place(stopped: Path) -> None:
     assert end(stopped / "crooked-12").codes == [0]
     straight = stopped / "straight" / "run"
     same_bits(stopped / "crooked", straight)
-    lines = {line["step"]: line for line in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines())}
+    lines = {line["step"]: line for line in read_metrics(straight)}
     assert lines[5]["codebook/resets_per_step"] > 0
     assert lines[3]["optim/lr"] < lines[4]["optim/lr"]
     assert lines[9]["data/epoch"] == 1
@@ -122,8 +123,7 @@ def test_a_stop_does_not_wait_for_a_validation(stopped: Path) -> None:
 
 def measured(run: Path) -> list[dict[str, Any]]:
     """Of the log, what validations have found."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "val/psnr" in line]
+    return [line for line in read_metrics(run) if "val/psnr" in line]
 
 
 def test_the_same_failure_three_times_in_a_row_is_no_progress(stopped: Path) -> None:

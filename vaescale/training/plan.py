@@ -20,6 +20,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from ..data import DataError
 from ..data.index import Index
 from .checkpoint import amount
@@ -44,6 +46,11 @@ class Cluster:
         return self.nodes * self.accelerators
 
 
+def summed_bytes(model: nn.Module) -> int:
+    """Of which ranks make sums in a step."""
+    return sum(4 * p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+
+
 def sums(size: float, cluster: Cluster) -> float:
     """Seconds."""
     n, g = cluster.nodes, cluster.accelerators
@@ -59,10 +66,11 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
     """compute: seconds of a step of one accelerator alone, with the images that it would have. Raises ConfigError."""
     micro = micro_batch(config, cluster.world)
     model = build(config)
-    weights = sum(4 * p.numel() for p in model.parameters())
+    size = summed_bytes(model)
     buffers = sum(b.nbytes for b in model.buffers())
-    seconds = step_seconds(compute, weights + buffers, cluster)
-    summed = cluster.exposed * sums(weights + buffers, cluster)
+    seconds = step_seconds(compute, size, cluster)
+    exposed = cluster.exposed * sums(size, cluster)
+    saved = 4 * (size - buffers) + 2 * buffers
     speed = config.batch / seconds
     hours = config.steps * seconds / 3600
     try:
@@ -75,12 +83,12 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
         f"ranks       {cluster.nodes} × {cluster.accelerators} = {cluster.world}, "
         f"{micro} × {config.accumulation} images each a step",
         f"step        {seconds:.4g} s = {compute:.4g} compute + {cluster.latency:.4g} latency + "
-        f"{seconds - compute - cluster.latency - summed:.4g} straggler + "
-        f"{summed:.4g} exposed sums of {amount(weights + buffers)}",
+        f"{seconds - compute - cluster.latency - exposed:.4g} straggler + "
+        f"{exposed:.4g} exposed sums of {amount(size)}",
         f"speed       {speed:.1f} images/s, efficiency {compute / seconds:.1%}",
         f"loading     {node:.1f} images/s a node: {node * DECODE:.1f} cores, {amount(node * image)}/s from storage, "
         f"{amount(speed * image)}/s in all (images of {amount(image)}, from {source})",
         f"length      {hours:.3g} hours, {hours * cluster.world:.3g} device-hours, for {config.steps} steps, "
         f"{config.steps * config.batch} images",
-        f"checkpoint  {amount(4 * weights + 2 * buffers)}: weights, their average, AdamW's two moments, buffers",
+        f"checkpoint  {amount(saved)}: weights, their average, AdamW's two moments, buffers",
     ]
