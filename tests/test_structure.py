@@ -61,4 +61,4 @@ def test_files_are_short() -> None:
 def test_the_imports_are_seen() -> None:
     """The walk above finds relative imports: without this it could pass by finding none."""
     assert "vaescale.data.DataError" in set(imports(PACKAGE / "training" / "trainer.py"))
-    assert "vaescale.training.checkpoint" in set(imports(PACKAGE / "training" / "trainer.py"))
+    assert "vaescale.training.resume" in set(imports(PACKAGE / "training" / "trainer.py"))

@@ -7,9 +7,7 @@ run the same command.
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +16,16 @@ from torch import Tensor
 
 from .. import config as mechanics
 from .. import distributed
-from ..config import ConfigError
 from ..data import DataError, stream
 from ..data.decode import CAUSES
-from ..evaluation import sample
-from ..evaluation.evaluate import evaluate, reconstruct
-from ..interfaces import Batch, Bounded, Usage
+from ..evaluation.evaluate import evaluate
+from ..evaluation.show import show
+from ..interfaces import Batch, Usage
 from ..models.pca import PCA
 from ..monitoring import alarm, codebook, pictures
 from ..monitoring.board import Board
 from ..monitoring.console import Console
-from . import checkpoint, topology
-from .checkpoint import CheckpointError
+from . import resume, topology
 from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
 from .guard import Diverged, Skip, diagnosis, explained, too_many
@@ -42,17 +38,6 @@ from .watch import Watch, launcher
 from .writer import Writer
 
 NAMED = 8  # samples of a skipped step, in the log
-
-
-@dataclass
-class Position:
-    """All that a run remembers beside its tensors."""
-
-    step: int = 0
-    images: int = 0  # consumed; the next batch begins with sample number g = images
-    damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
-    alarms: list[str] = field(default_factory=list)  # the codebooks that had collapsed at the last report
-    owed: bool = False  # this step's validation, which a stop has cut short
 
 
 @dataclass
@@ -93,8 +78,8 @@ class Trainer:
             ClosedForm(self.model, samples) if isinstance(self.model, PCA) else Descent(self.model, config)
         )
         self.pace = Pace(self.model, self.device)
-        self.position = Position()
-        self.resume()
+        self.order = resume.order(config, self.slices.samples.index)
+        self.position = resume.resume(config, self.learner, self.ema.model, self.order)
         if isinstance(self.learner, ClosedForm):
             config = self.config = one_epoch(config, samples, self.position.step, self.position.images)
 
@@ -291,95 +276,21 @@ class Trainer:
             self.console.validation(step, values)
             if self.board:
                 self.board.scalars(values, step)
-                self.show(self.board)
+                shown = stream.fixed_images(self.validation).to(self.device)
+                for name, picture in show(averaged, shown):
+                    self.board.picture(name, picture, step)
                 if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
                     title = "bits/dim that each level of latents costs, coarse to fine"
                     self.board.picture("val/rates", pictures.bars(rates, title), step)
         self.position.owed = False
         return ""
 
-    def show(self, board: Board) -> None:
-        """The fixed images, samples from the prior, codes, and what each codebook or linear decoder holds."""
-        model, step = self.ema.model, self.position.step
-        shown = stream.fixed_images(self.validation).to(self.device)
-        y, latents = reconstruct(model, shown)
-        board.picture("val/reconstructions", pictures.reconstructions(shown.x, y), step)
-        with suppress(sample.Unable):
-            board.picture("val/samples", sample.at_temperatures(model, shown.condition), step)
-        if isinstance(model, Bounded) and len(latents) > 1:
-            board.picture("val/progressive", sample.progressive(model, shown), step)
-        averages = {name: usage.average for name, usage in model.usage(clear=False).items()}
-        decoded = codebook.decoded(model, list(averages.values()), [level.shape[1:] for level in latents])
-        for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=False):
-            board.picture(f"{name}/map", pictures.code_map(shown.x, level, len(average)), step)
-            board.picture(f"{name}/decoded", pictures.codebook(tiles, codes, codebook.in_use(average)), step)
-        basis = model.basis()
-        if basis is not None:
-            captions = ["mean", *map(str, range(1, len(basis)))]
-            board.picture("val/basis", pictures.grid(pictures.to_bytes(basis), len(basis), captions), step)
-
     def save(self) -> None:
         """Collective: every rank takes part in gathering, rank 0 writes."""
         position = self.position
         tensors = {**self.learner.tensors(), "ema": self.ema.model.state_dict()}
-        state = {
-            "step": position.step,
-            "images": position.images,
-            "damaged": position.damaged,
-            "alarms": position.alarms,
-            "owed": position.owed,
-            **self.learner.state(),
-            "order": self.order(),
-        }
+        state = resume.state(position, self.learner, self.order)
         self.writer.save(position.step, tensors, state, dict(self.model.named_buffers()))
-
-    def resume(self) -> None:
-        """What is taken, in this order: the newest valid checkpoint of the run directory; else the weights of
-        `init_from`, at step 0 with a fresh optimiser; else scratch."""
-        found = self.find(self.run)
-        if found is None:
-            if self.config.init_from:
-                self.begin(Path(self.config.init_from))
-            return
-        state = checkpoint.read_state(found)
-        for key, value in self.order().items():
-            if state["order"][key] != value:
-                raise ConfigError(
-                    f"{self.run} was begun with {key}={state['order'][key]}, now it is {value}: the order of samples "
-                    f"would break; set it back, or give another run=…"
-                )
-        averaged = checkpoint.read_fitting(found, "ema", self.ema.model)
-        self.learner.load(partial(checkpoint.read_tensors, found), state)
-        self.ema.model.load_state_dict(averaged)
-        self.position = Position(state["step"], state["images"], state["damaged"], state["alarms"], state["owed"])
-
-    def begin(self, place: Path) -> None:
-        found = self.find(place)
-        if found is None:
-            raise CheckpointError(f"init_from={place} is neither a checkpoint nor a run directory that has one")
-        weights = checkpoint.read_fitting(found, "model", self.model)
-        averaged = checkpoint.read_fitting(found, "ema", self.ema.model)
-        self.learner.begin(weights)
-        self.ema.model.load_state_dict(averaged)
-        if self.rank == 0:
-            print(f"{self.run} begins with the weights of {found}", flush=True)
-
-    def find(self, place: Path) -> Path | None:
-        """The checkpoint that all ranks take; what was wrong with others is said."""
-        found = checkpoint.agreed(place)
-        if self.rank == 0:
-            for remark in found.remarks:
-                print(remark, flush=True)
-        return found.path
-
-    def order(self) -> dict[str, int | str]:
-        """What decides which sample is number g."""
-        config = self.config
-        return {
-            "seed": config.seed,
-            "data.columns": config.data.columns,
-            "data": self.slices.samples.index.fingerprint(),
-        }
 
     def banner(self) -> str:
         config, index = self.config, self.slices.samples.index

@@ -1,0 +1,86 @@
+"""Where a run goes on, and with what."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import distributed
+from ..config import ConfigError
+from ..data.index import Index
+from ..interfaces import Model
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .learner import Learner
+from .settings import Config
+
+
+@dataclass
+class Position:
+    """All that a run remembers beside its tensors."""
+
+    step: int = 0
+    images: int = 0  # consumed; the next batch begins with sample number g = images
+    damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
+    alarms: list[str] = field(default_factory=list)  # the codebooks that had collapsed at the last report
+    owed: bool = False  # this step's validation, which a stop has cut short
+
+
+def state(position: Position, learner: Learner, order: dict[str, int | str]) -> dict[str, Any]:
+    """What state.json holds."""
+    return {
+        "step": position.step,
+        "images": position.images,
+        "damaged": position.damaged,
+        "alarms": position.alarms,
+        "owed": position.owed,
+        **learner.state(),
+        "order": order,
+    }
+
+
+def order(config: Config, index: Index) -> dict[str, int | str]:
+    """What decides which sample is number g."""
+    return {"seed": config.seed, "data.columns": config.data.columns, "data": index.fingerprint()}
+
+
+def resume(config: Config, learner: Learner, averaged: Model, order: dict[str, int | str]) -> Position:
+    """What is taken, in this order: the newest valid checkpoint of the run directory; else the weights of
+    `init_from`, at step 0 with a fresh optimiser; else scratch. Collective."""
+    found = find(Path(config.run))
+    if found is None:
+        if config.init_from:
+            begin(config, learner, averaged)
+        return Position()
+    state = checkpoint.read_state(found)
+    for key, value in order.items():
+        if state["order"][key] != value:
+            raise ConfigError(
+                f"{config.run} was begun with {key}={state['order'][key]}, now it is {value}: the order of samples "
+                f"would break; set it back, or give another run=…"
+            )
+    averages = checkpoint.read_fitting(found, "ema", averaged)
+    learner.load(partial(checkpoint.read_tensors, found), state)
+    averaged.load_state_dict(averages)
+    return Position(state["step"], state["images"], state["damaged"], state["alarms"], state["owed"])
+
+
+def begin(config: Config, learner: Learner, averaged: Model) -> None:
+    found = find(Path(config.init_from))
+    if found is None:
+        raise CheckpointError(f"init_from={config.init_from} is neither a checkpoint nor a run directory that has one")
+    weights = checkpoint.read_fitting(found, "model", averaged)  # a model and its average have the same tensors
+    averages = checkpoint.read_fitting(found, "ema", averaged)
+    learner.begin(weights)
+    averaged.load_state_dict(averages)
+    if distributed.rank() == 0:
+        print(f"{config.run} begins with the weights of {found}", flush=True)
+
+
+def find(place: Path) -> Path | None:
+    """The checkpoint that all ranks take; what was wrong with others is said. Collective."""
+    found = checkpoint.agreed(place)
+    if distributed.rank() == 0:
+        for remark in found.remarks:
+            print(remark, flush=True)
+    return found.path
