@@ -1,0 +1,134 @@
+"""Reading files that others may have written or damaged: JSON within bounds, and text that is safe to print."""
+
+import json
+import math
+import os
+import re
+import stat
+import unicodedata
+from pathlib import Path
+from typing import Any, NoReturn
+
+MOST_BYTES = 1 << 24  # of one JSON file, unless the caller says otherwise
+PART = 1 << 20  # bytes read at once
+MOST_DEPTH = 32  # levels of lists and objects
+JOINERS = "\u200c\u200d"  # format characters that ordinary words and emoji need
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes; a pipe or a device is neither waited for nor read.
+
+    Raises OSError if it cannot be read, and ValueError with a phrase that says what is wrong with it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is not a regular file")
+        data = bytearray()
+        while len(data) <= most and (part := os.read(descriptor, min(most + 1 - len(data), PART))):
+            data += part
+    finally:
+        os.close(descriptor)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return bytes(data)
+
+
+def read_json(path: Path, most: int = MOST_BYTES, lenient: bool = False) -> Any:
+    """The value in a JSON file; see `parse_json`. Raises OSError and ValueError as `read_bytes` does."""
+    return parse_json(read_bytes(path, most), lenient)
+
+
+def parse_json(data: bytes, lenient: bool = False) -> Any:
+    """The value of one JSON text in UTF-8, at most MOST_DEPTH levels deep and with no key twice in an object.
+
+    Every number is a 64-bit integer or a finite float; every string is valid Unicode. `lenient` accepts what other
+    programs write: NaN, infinities, integers of any size, half surrogate pairs, and damaged UTF-8 (read as U+FFFD).
+    Raises ValueError with a phrase that says what is wrong, and nothing else.
+    """
+    try:
+        text = data.decode("utf-8-sig", "replace" if lenient else "strict")
+        value = json.loads(text, object_pairs_hook=_object, **(LENIENT if lenient else STRICT))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep") from None
+    if _deeper(text, MOST_DEPTH):
+        raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
+    # Only an escape brings a surrogate, so hardly any text needs to be walked.
+    if not lenient and re.search(r"\\u[dD][89a-fA-F]", text) and not _encodable(value):
+        raise ValueError("it holds half of a surrogate pair")
+    return value
+
+
+def printable(text: object, most: int = 1000) -> str:
+    """`text` with escapes in place of what could act on a terminal or hide in a log: control characters, line ends,
+    changes of writing direction, half surrogates. At most `most` characters of it."""
+    shown = str(text)
+    if len(shown) > most:
+        shown = f"{shown[:most]}…"
+    if shown.isprintable():
+        return shown
+    return "".join(one if _harmless(one) else one.encode("unicode_escape").decode() for one in shown)
+
+
+def is_plain(text: str) -> bool:
+    """Whether it is printed as it is; names of classes, samples and files must be."""
+    return text.isprintable() or all(map(_harmless, text))
+
+
+def _harmless(character: str) -> bool:
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character in JOINERS
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"it holds the key {printable(twice, 60)!r} twice")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**63:
+        raise ValueError(f"it holds the number {digits[:25]}, which is too large")
+    return value
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"it holds the number {digits[:25]}, which is too large")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _any_whole(digits: str) -> int | float:
+    return int(digits) if len(digits) < 400 else float(digits)  # int() needs quadratic time, and refuses 4,301 digits
+
+
+STRICT: dict[str, Any] = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _constant}
+LENIENT: dict[str, Any] = {"parse_int": _any_whole}
+
+
+def _deeper(text: str, depth: int) -> bool:
+    """Whether the brackets of a valid JSON text are nested deeper than this."""
+    if text.count("[") + text.count("{") <= depth:
+        return False
+    brackets = re.sub(r"[^][{}]+", "", re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text))
+    for _ in range(depth):
+        brackets = brackets.replace("[]", "").replace("{}", "")
+    return bool(brackets)
+
+
+def _encodable(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value)
+    if isinstance(value, dict):
+        return all(_encodable(key) and _encodable(part) for key, part in value.items())
+    return all(map(_encodable, value)) if isinstance(value, list) else True
