@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import jpeg, samples
@@ -71,14 +72,48 @@ def test_labels_and_attributes_from_json(tmp_path: Path) -> None:
         list(scan(path, Fields(label_field="name")))
 
 
-@pytest.mark.parametrize("text", [b"cat", b"-1", b"99999999999", b"1.5", b""])
+ODD_LABELS = [
+    b"cat",
+    b"-1",
+    b"2147483648",
+    b"9" * 5000,
+    b"1.5",
+    b"",
+    b"0_1",
+    b"+1",
+    b"0x1",
+    b"1 2",
+    b"\x1b[2J1",
+    b"1\x00",
+]
+
+
+@pytest.mark.parametrize("text", [*ODD_LABELS, "１２".encode(), "²".encode(), "١".encode(), b"\xff1"])
 def test_a_label_that_is_no_class_number_is_named(tmp_path: Path, text: bytes) -> None:
     path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", text))
     with pytest.raises(DataError, match=r"k\.cls holds .*, not a class number"):
         list(scan(path))
 
 
-@pytest.mark.parametrize("text", [b"[" * 200_000, b"{", b"[1]", b'{"a": 1' + b"0" * 5000 + b"}", b"\xff\xfe"])
+@pytest.mark.parametrize("value", ["0_1", "１２", True, 1.5, -1, [1], "", 2**31, float("nan"), "\ud800", "\x1b[2J"])
+def test_a_json_value_that_is_no_class_number_is_named(tmp_path: Path, value: object) -> None:
+    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.json", json.dumps({"label": value}).encode()))
+    with pytest.raises(DataError, match=r"k\.json, field label holds .*, not a class number") as caught:
+        list(scan(path, Fields(label_field="label")))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "label"), [(b"0", 0), (b"007", 7), (b" 12\r\n", 12), (b"\xef\xbb\xbf3\n", 3), (b"2147483647", 2**31 - 1)]
+)
+def test_class_numbers(tmp_path: Path, text: bytes, label: int) -> None:
+    assert [one.label for one in scan(tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", text)))] == [label]
+
+
+NO_JSON = [b"[" * 200_000, b"{", b"[1]", b'{"a": 1, "a": 2}', b"\xff\xfe", b'{"a":' * 99 + b"1" + b"}" * 99]
+
+
+@pytest.mark.parametrize("text", NO_JSON, ids=range(len(NO_JSON)))
 def test_json_that_is_none_is_named(tmp_path: Path, text: bytes) -> None:
     path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), ("k.json", text))
     with pytest.raises(DataError, match=r"k\.json holds no JSON object"):
@@ -145,10 +180,23 @@ def test_a_thousand_chained_headers_are_refused(tmp_path: Path) -> None:
         list(scan(path))
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_numbers_beyond_measure_are_left_out(tmp_path: Path) -> None:
-    text = b'{"a": 1' + b"0" * 400 + b', "b": 2}'
-    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), ("k.json", text))
-    assert [one.attributes for one in scan(path)] == [{"b": 2}]
+    """As if the sample did not have them; float32 holds up to 3.4e38, and numpy would warn of more."""
+    numbers = [b"1" + b"0" * 400, b"1" + b"0" * 9000, b"1e39", b"-1e39", b"1e400", b"NaN", b"-Infinity"]
+    text = b'{"a": [' + b",".join(numbers) + b'], "b": 3.4e38, "c": 1e-50}'
+    tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), ("k.json", text))
+    made = shards.index(str(tmp_path), tmp_path, "*.tar", Fields(), 1)
+    assert made.attribute_names == ["b", "c"]
+    assert made.attributes is not None
+    assert made.attributes.tolist() == [[float(np.float32(3.4e38)), 0.0]]
+
+
+def test_names_in_json_are_made_printable(tmp_path: Path) -> None:
+    text = json.dumps({"\x1b[2J": 1, "\ud800": {"\u202e": 2}, "x" * 1000: 3, "größe\u00a0😀": 4}).encode()
+    tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), ("k.json", text))
+    made = shards.index(str(tmp_path), tmp_path, "*.tar", Fields(), 1)
+    assert made.attribute_names == ["\\ud800.\\u202e", "\\x1b[2J", "größe\u00a0😀", "x" * 200 + "…"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -7,24 +7,27 @@ the name up to its last dot.
 """
 
 import io
-import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import xxhash
 
+from ..files import is_plain, parse_json, printable
 from . import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes of a tar header
 MOST_BYTES = 1 << 28  # of one picture
 MOST_TEXT = 1 << 20  # bytes of one .cls or .json
+MOST_NAME = 200  # characters of an attribute's name
+MOST_VALUE = float(np.finfo(np.float32).max)
 # What tarfile raises for bytes that are no tar, or a hostile one.
 ODD = (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
 ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # of names
@@ -83,7 +86,18 @@ def key_in(head: bytes) -> str:
             first = tar.next()
     except ODD:
         return ""
-    return first.name.rpartition(".")[0] if first else ""
+    return printable(first.name.rpartition(".")[0]) if first else ""
+
+
+def label_of(value: object) -> int:
+    """The class number that a .cls file or a JSON field holds: ASCII digits, or a whole number of JSON.
+
+    int() would also take 0_1, +1 and the digits of other scripts. Raises ValueError for what is no class number.
+    """
+    text = value.strip() if isinstance(value, str) else repr(value)
+    if not re.fullmatch("[0-9]{1,20}", text) or (label := int(text)) >= 2**31:
+        raise ValueError
+    return label
 
 
 def damaged(path: Path, place: int) -> str:
@@ -169,51 +183,50 @@ def _label(
 ) -> int:
     if fields.unlabelled:
         return 0
-    value: object
+    value: object = None
     if fields.label_field:
         where = f"{key}.json, field {fields.label_field}"
         value = record.get(fields.label_field)
     else:
         where = f"{key}.cls"
-        value = _text(file, path, texts["cls"]) if "cls" in texts else None
+        if "cls" in texts:
+            value = _text(file, path, texts["cls"]).decode("utf-8-sig", "replace").strip()
     if value is None:
         raise DataError(
             f"{path}: the sample {key} has a picture but no class (no {where}): say --label-field NAME if its JSON "
             f"holds the class, or --unlabelled if there are none"
         )
     try:
-        label = int(str(value))
+        return label_of(value)
     except ValueError:
-        label = -1
-    if not 0 <= label < 2**31:
-        raise DataError(f"{path}: {where} holds {value!r:.60}, not a class number")
-    return label
+        raise DataError(f"{path}: {where} holds {value!r:.60}, not a class number") from None
 
 
 def _json(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> dict[str, object]:
     try:
-        record = json.loads(_text(file, path, member))
-    except (ValueError, RecursionError):
-        record = None
+        record = parse_json(_text(file, path, member), lenient=True)
+    except ValueError as error:
+        raise DataError(f"{path}: {member.name} holds no JSON object: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{path}: {member.name} holds no JSON object")
     return record
 
 
 def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a JSON value by its dotted name; true and false count as 1 and 0."""
+    """Every number in a JSON value by its dotted name; true and false count as 1 and 0, and what float32 cannot hold
+    as missing."""
     if isinstance(value, (bool, int, float)):
-        with suppress(OverflowError):  # an integer of hundreds of digits measures nothing
-            yield name, float(value)
+        if abs(value) <= MOST_VALUE:
+            yield printable(name, MOST_NAME), float(value)
     elif isinstance(value, (dict, list)):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _numbers(part, f"{name}.{key}" if name else str(key))
 
 
-def _text(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> str:
+def _text(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> bytes:
     if member.size > MOST_TEXT:
         raise DataError(f"{path}: {member.name} claims {member.size} bytes, which no class or JSON needs")
-    return _bytes(file, member).decode("utf-8-sig", "replace").strip()
+    return _bytes(file, member)
 
 
 def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
@@ -224,7 +237,7 @@ def _refuse(path: Path, member: tarfile.TarInfo) -> None:
     name = member.name
     if member.size < 0:
         raise DataError(damaged(path, member.offset))
-    if name.startswith("/") or ".." in name.split("/") or not name.isprintable():
+    if name.startswith("/") or ".." in name.split("/") or not is_plain(name):
         raise DataError(f"{path}: the member {name!r:.100} has no name that a sample may have")
     if not member.isfile() or member.issparse():
         raise DataError(f"{path}: the member {name} is a link, a device or sparse, not a plain file")
