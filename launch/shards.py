@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vaescale.data import DataError, demo, digits, places, prepare, shards, stream, tar
+from vaescale.data.order import VERSIONS
 from vaescale.data.parallel import processors
 
 
@@ -100,6 +101,7 @@ def order_(arguments: argparse.Namespace) -> int:
         arguments.workers,
         arguments.first,
         arguments.steps,
+        arguments.order_version,
     ):
         print(*line)
     return 0
@@ -173,6 +175,13 @@ def parse() -> argparse.Namespace:
     command.add_argument("--workers", type=natural, default=stream.Config.workers, help="a rank (2)")
     command.add_argument("--from", dest="first", type=natural, default=0, metavar="STEP")
     command.add_argument("--steps", type=positive, default=1)
+    command.add_argument(
+        "--order-version",
+        type=int,
+        choices=VERSIONS,
+        default=VERSIONS[-1],
+        help="order.version in state.json of the run's checkpoints, 1 where there is none (default: that of new runs)",
+    )
     command.add_argument("--cache", default=stream.Config.cache, help="data.cache, for shards behind a URL")
     command.add_argument("--cache-gib", type=amount, default=stream.Config.cache_gib)
     return parser.parse_args()

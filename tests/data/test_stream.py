@@ -94,6 +94,19 @@ def test_three_epochs_are_exact_at_any_world_and_workers(uneven: Path, world: in
     assert seen.tolist() == Order(Index(uneven / "train").sizes, 8, 7)(np.arange(steps * batch)).tolist()
 
 
+def test_a_run_that_was_begun_in_an_older_order_reads_on_in_it(uneven: Path) -> None:
+    slices = stream.TrainSlices(config(uneven, size=8), seed=7)
+    slices.follow(1)
+    batches = islice(stream.train_loader(slices, 20, 10, 1, 0, 1, pin=False), 9)
+    seen = torch.cat([decoded.batch.label for decoded in batches])
+    sizes = Index(uneven / "train").sizes
+    assert seen.tolist() == Order(sizes, 8, 7, version=1)(np.arange(20, 110)).tolist()
+    assert seen.tolist() != Order(sizes, 8, 7)(np.arange(20, 110)).tolist()
+    for version in (3, 0, "2", None):
+        with pytest.raises(DataError, match="the versions known here are 1, 2: go on with the vaescale that began it"):
+            slices.follow(version)  # type: ignore[arg-type]
+
+
 def test_one_integer_resumes(pictures: Path) -> None:
     whole = take(pictures, 16)
     assert same(whole[5:], take(pictures, 11, images=5 * 12, workers=2))

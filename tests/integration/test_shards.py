@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import webdataset
 
 from tests.conftest import Start, finish, jpeg
 from tests.data.test_tar import HOSTILE, form_of, tar
+from vaescale.data.index import Index
+from vaescale.data.order import Order
 
 COUNT = 45
 EPOCHS = 3
@@ -58,6 +61,11 @@ def test_the_order_from_outside(start: Start, foreign: Path, tmp_path: Path) -> 
         assert keys == batches[1, 0, 0][first * BATCH :]
         for step in range(first, steps):
             assert [int(row[0]) for row in rows].count(step) == BATCH
+    given = ["--seed", 3, "--batch", BATCH, "--columns", 8, "--order-version", 1]
+    code, output = command(start, "order", tmp_path, *given, "--steps", steps)
+    assert code == 0, output
+    older = Order(Index(tmp_path).sizes, 8, 3, version=1)(np.arange(steps * BATCH)).tolist()
+    assert [line.split(maxsplit=3)[3] for line in output.splitlines()] == [f"n0144/{i:05d}" for i in older]
     keys = batches[1, 0, 0]
     for epoch in range(EPOCHS):
         expected = Counter(f"n0144/{i:05d}" for i in range(COUNT))

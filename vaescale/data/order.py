@@ -2,18 +2,25 @@
 
 With N samples, C columns and seed s:
 
-    e, p = divmod(g, N)                        epoch, place in the epoch
-    r, c = divmod(p, C)                        row, column
-    j    = c * (N // C) + min(c, N % C) + r    place in the epoch's list
+    e, p = divmod(g, N)                          epoch, place in the epoch
+    r, c = divmod(p, C)                          row, column
+    c    ← c permuted by (s, e, r)               among the row's columns: C, or what is left for the last row
+    i    = c * (N // C) + min(c, N % C) + r      column after column
+    j    = (i + shift of (s, e)) % N             place in the epoch's list
     list of epoch e = shards permuted by (s, e), each shard's samples permuted by (s, e, shard), concatenated
 
 g → sample is a bijection on every epoch for all N, C >= 1, so each epoch holds each sample exactly once. One column
-walks one shard, so reads stay local, while a batch mixes samples of C places. Neither rank, worker nor batch size
-occurs above: they only say who decodes which g.
+walks one shard, so reads stay local, while a batch mixes samples of C places. A batch of fewer than C samples draws its
+columns at random, so two of its samples share a shard no more often than two random samples do. The shift is uniform,
+so each sample is equally likely to stand at each place of an epoch, however unlike the sizes of the shards are. Neither
+rank, worker nor batch size occurs above: they only say who decodes which g.
+
+This is version 2. Version 1 permutes no columns and shifts nothing (j = c * (N // C) + min(c, N % C) + r); a run that
+was begun with it goes on with it.
 
 The permutations are ours, not numpy's, because numpy does not promise the same stream in its next release and a run
-must be resumable after an upgrade. Inside a shard, any place is computed on its own, so neither memory nor time
-grows with the shards, with g, or with the number of columns.
+must be resumable after an upgrade. Inside a shard or a row, any place is computed on its own, so neither memory nor
+time grows with the shards, with g, or with the number of columns.
 """
 
 from functools import lru_cache
@@ -25,6 +32,8 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+VERSIONS = (1, 2)  # of the order; new runs take the last one
+ROW, SHIFT = 1, 2  # fourth keys, which keep these hashes apart from those of the shards
 ROUNDS = 8  # from 6 on, places and neighbours of permutations of 2 … 50 are uniform in a chi-squared test of 20,000
 
 
@@ -35,13 +44,17 @@ def mix(*keys: int | Ints | Words) -> Words:
     "Fast splittable pseudorandom number generators", figure 16).
     """
     state = np.zeros(np.broadcast_shapes(*(np.shape(key) for key in keys)), np.uint64)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            state = (state + np.asarray(key).astype(np.uint64) + np.uint64(1)) * _GAMMA
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
+    for key in keys:
+        state = _absorb(state, np.asarray(key).astype(np.uint64))
     return state
+
+
+def _absorb(state: Words, key: Words) -> Words:
+    with np.errstate(over="ignore"):
+        state = (state + key + np.uint64(1)) * _GAMMA
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
 
 
 def uniforms(*keys: int | Ints | Words) -> NDArray[np.float64]:
@@ -60,26 +73,29 @@ def permuted(place: Ints, count: Ints, key: Words) -> Ints:
     A generalised Feistel network on the smallest square s² >= count, walked until it falls inside (Black and Rogaway
     2002, "Ciphers with Arbitrary Finite Domains", methods 2 and 3): s² - count < 2s + 1, so mostly at once.
     """
-    result = place.copy()
-    side = np.ceil(np.sqrt(count)).astype(np.int64)
+    result = place.astype(np.uint64)
+    side, end = np.ceil(np.sqrt(count)).astype(np.uint64), count.astype(np.uint64)
+    turns = mix(key, np.arange(ROUNDS)[:, None])  # the round function is mix(key, turn, right)
     walking = np.arange(len(place))
     while len(walking):
-        s, k = side[walking], key[walking]
+        s, states = side[walking], turns[:, walking]
         left, right = np.divmod(result[walking], s)
-        for turn in range(ROUNDS):
-            left, right = right, (left + (mix(k, turn, right) % s.astype(np.uint64)).astype(np.int64)) % s
+        for state in states:
+            left, right = right, (left + _absorb(state, right) % s) % s
         result[walking] = left * s + right
-        walking = walking[result[walking] >= count[walking]]
-    return result
+        walking = walking[result[walking] >= end[walking]]
+    return result.astype(np.int64)
 
 
 class Order:
-    """sizes: int64 [S], samples per shard. `order(g)`: int64 [B] → int64 [B] sample numbers of the index."""
+    """sizes: int64 [S], samples per shard; version: one of VERSIONS, the formula. `order(g)`: int64 [B] → int64 [B]
+    sample numbers of the index."""
 
-    def __init__(self, sizes: Ints, columns: int, seed: int) -> None:
+    def __init__(self, sizes: Ints, columns: int, seed: int, version: int = VERSIONS[-1]) -> None:
         self.total = int(sizes.sum())
         self.columns = columns
         self.seed = seed
+        self.version = version
         self._sizes = sizes
         self._first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._epoch = lru_cache(2)(self._permuted_epoch)
@@ -96,15 +112,21 @@ class Order:
         """(epoch, shard, place in the shard's list)."""
         epoch, p = np.divmod(g, self.total)
         row, column = np.divmod(p, self.columns)
+        if self.version > 1:
+            width = np.minimum(self.columns, self.total - row * self.columns)
+            column = permuted(column, width, mix(self.seed, epoch, row, ROW))
         j = column * (self.total // self.columns) + np.minimum(column, self.total % self.columns) + row
         shard, place = np.empty_like(g), np.empty_like(g)
         for e in np.unique(epoch):
             here = np.flatnonzero(epoch == e)
-            shards, starts = self._epoch(int(e))
-            slot = np.searchsorted(starts, j[here], side="right") - 1
-            shard[here], place[here] = shards[slot], j[here] - starts[slot]
+            shards, starts, shift = self._epoch(int(e))
+            in_list = (j[here] + shift) % self.total
+            slot = np.searchsorted(starts, in_list, side="right") - 1
+            shard[here], place[here] = shards[slot], in_list - starts[slot]
         return epoch, shard, place
 
-    def _permuted_epoch(self, epoch: int) -> tuple[Ints, Ints]:
+    def _permuted_epoch(self, epoch: int) -> tuple[Ints, Ints, int]:
+        """(the shards in the order of the epoch's list, where each begins there, the shift)."""
         shards = permutation(len(self._sizes), self.seed, epoch)
-        return shards, np.concatenate([[0], np.cumsum(self._sizes[shards])[:-1]])
+        shift = int(mix(self.seed, epoch, 0, SHIFT)) % self.total if self.version > 1 else 0
+        return shards, np.concatenate([[0], np.cumsum(self._sizes[shards])[:-1]]), shift

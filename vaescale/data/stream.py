@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..interfaces import Batch
 from . import DataError, decode
 from .index import Index
-from .order import Order, mix
+from .order import VERSIONS, Order, mix
 from .store import Store
 from .tar import checksum, key_in
 
@@ -119,10 +119,23 @@ class TrainSlices(Dataset[Decoded]):
         self.config = config
         self.seed = seed
         self.samples = Samples(Path(config.root) / "train", config.cache, config.cache_gib)
-        # So far ahead, a quarter of a shard in every column, begins the way of the next shards into the cache.
+        # So far ahead, a quarter of a shard in every column, begins the way of the next shards into the cache. It is
+        # a whole number of rows, so the places ahead of a row are a row, too, and visit all columns.
         self._ahead = config.columns * max(1, len(self.samples.index) // len(self.samples.index.shards) // 4)
         self.order = Order(self.samples.index.sizes, config.columns, seed)
         self.attributes = Attributes(self.samples.index, self.samples.index, config.attributes)
+
+    def follow(self, version: int) -> None:
+        """Read in this version of the order, as a run does that was begun with it; before a loader is made.
+
+        Raises DataError for a version that is none of VERSIONS.
+        """
+        if version not in VERSIONS:
+            raise DataError(
+                f"this run reads its samples in version {version!r} of the order, and the versions known here are "
+                f"{', '.join(map(str, VERSIONS))}: go on with the vaescale that began it"
+            )
+        self.order = Order(self.samples.index.sizes, self.config.columns, self.seed, version)
 
     def advice(self) -> str:
         """What to change if the cache cannot hold the shards that a batch walks at once; "" if it can."""
@@ -228,13 +241,14 @@ def schedule(
     workers: int,
     first: int,
     steps: int,
+    version: int = VERSIONS[-1],
 ) -> Iterator[tuple[int, int, int, str]]:
     """(step, rank, worker, key) of every sample that a run reads in `steps` steps, resumed at step `first`, in
     the order in which each rank gets them. A sample that turns out to be damaged is replaced in the run, not here.
     """
     if batch % (accumulation * world):
         raise DataError(f"a batch of {batch} cannot be split into {accumulation} micro-batches on {world} ranks")
-    order = Order(samples.index.sizes, columns, seed)
+    order = Order(samples.index.sizes, columns, seed, version)
     ranges = [train_ranges(first * batch, batch, accumulation, rank, world) for rank in range(world)]
     for step in range(first, first + steps):
         for rank in range(world):

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import distributed
 from ..config import ConfigError
-from ..data.index import Index
+from ..data.stream import TrainSlices
 from ..interfaces import Model
 from . import checkpoint
 from .checkpoint import CheckpointError
@@ -39,24 +39,32 @@ def state(position: Position, learner: Learner, order: dict[str, int | str]) -> 
     }
 
 
-def order(config: Config, index: Index) -> dict[str, int | str]:
+def order(config: Config, slices: TrainSlices) -> dict[str, int | str]:
     """What decides which sample is number g."""
-    return {"seed": config.seed, "data.columns": config.data.columns, "data": index.fingerprint()}
+    return {
+        "version": slices.order.version,
+        "seed": config.seed,
+        "data.columns": config.data.columns,
+        "data": slices.samples.index.fingerprint(),
+    }
 
 
-def resume(config: Config, learner: Learner, averaged: Model, order: dict[str, int | str]) -> Position:
+def resume(config: Config, learner: Learner, averaged: Model, slices: TrainSlices) -> Position:
     """What is taken, in this order: the newest valid checkpoint of the run directory; else the weights of
-    `init_from`, at step 0 with a fresh optimiser; else scratch. Collective."""
+    `init_from`, at step 0 with a fresh optimiser; else scratch. A begun run reads on in the order's version that it
+    began with. Collective."""
     found = find(Path(config.run))
     if found is None:
         if config.init_from:
             begin(config, learner, averaged)
         return Position()
     state = checkpoint.read_state(found)
-    for key, value in order.items():
-        if state["order"][key] != value:
+    begun = {"version": 1, **state["order"]}  # version 1 was not written down
+    slices.follow(begun["version"])
+    for key, value in order(config, slices).items():
+        if begun[key] != value:
             raise ConfigError(
-                f"{config.run} was begun with {key}={state['order'][key]}, now it is {value}: the order of samples "
+                f"{config.run} was begun with {key}={begun[key]}, now it is {value}: the order of samples "
                 f"would break; set it back, or give another run=…"
             )
     averages = checkpoint.read_fitting(found, "ema", averaged)

@@ -78,8 +78,8 @@ class Trainer:
             ClosedForm(self.model, samples) if isinstance(self.model, PCA) else Descent(self.model, config)
         )
         self.pace = Pace(self.model, self.device)
-        self.order = resume.order(config, self.slices.samples.index)
-        self.position = resume.resume(config, self.learner, self.ema.model, self.order)
+        self.position = resume.resume(config, self.learner, self.ema.model, self.slices)
+        self.order = resume.order(config, self.slices)
         if isinstance(self.learner, ClosedForm):
             config = self.config = one_epoch(config, samples, self.position.step, self.position.images)
 
