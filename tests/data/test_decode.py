@@ -1,4 +1,5 @@
 import io
+import math
 import random
 import struct
 import warnings
@@ -87,6 +88,63 @@ def test_crops_have_the_asked_area_and_ratio() -> None:
     assert (height / width <= (4 / 3) * 1.02).all()
     assert (width * height).min() < 0.3 * 120_000
     assert (width * height).max() > 0.9 * 120_000
+
+
+def torchvision_box(size: tuple[int, int], least_area: float, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """RandomResizedCrop.get_params of torchvision 0.20 at ratio=(3/4, 4/3): (left, upper, right, lower)."""
+    width, height = size
+    for _ in range(10):
+        area = width * height * random.uniform(least_area, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            upper, left = random.integers(0, height - h + 1), random.integers(0, width - w + 1)
+            return left, upper, left + w, upper + h
+    if width / height < 3 / 4:
+        w, h = width, round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w, h = round(height * (4 / 3)), height
+    else:
+        w, h = width, height
+    left, upper = (width - w) // 2, (height - h) // 2
+    return left, upper, left + w, upper + h
+
+
+# least_area, and the largest share of the picture that a crop of an allowed ratio covers
+WIDE = [((1600, 900), 0.75), ((3000, 300), 4 / 30), ((500, 333), 444 / 500), ((333, 500), 444 / 500), ((400, 300), 1)]
+
+
+@pytest.mark.parametrize("least_area", [0.8, 0.25])
+@pytest.mark.parametrize(("size", "largest"), WIDE, ids=str)
+def test_crops_are_distributed_as_torchvisions(size: tuple[int, int], largest: float, least_area: float) -> None:
+    """Areas, ratios and places of 4,000 crops of each, by their largest distance of cumulative distributions
+    (Kolmogorov and Smirnov: 1.95 √(2/n) is passed once in a thousand)."""
+    count, random = 4000, np.random.default_rng(0)
+    draws = [decode._draws(0, block) for block in range(-(-count // decode.BLOCK))]
+    ours = np.array([decode._random_box(size, least_area, one) for one in np.concatenate(draws)[:count]])
+    theirs = np.array([torchvision_box(size, least_area, random) for _ in range(count)])
+    for left, upper, right, lower in (ours.T, theirs.T):
+        area = (right - left) * (lower - upper) / (size[0] * size[1])
+        assert area.min() >= min(least_area, largest) - 0.005
+        assert area.max() <= largest + 0.005
+    for name, value in {
+        "area": lambda b: (b[2] - b[0]) * (b[3] - b[1]),
+        "ratio": lambda b: (b[2] - b[0]) / (b[3] - b[1]),
+        "left": lambda b: b[0],
+        "upper": lambda b: b[1],
+    }.items():
+        a, b = np.sort(value(ours.T)), np.sort(value(theirs.T))
+        every = np.union1d(a, b)
+        distance = np.abs(np.searchsorted(a, every, "right") - np.searchsorted(b, every, "right")).max() / count
+        assert distance < 1.95 * math.sqrt(2 / count), name
+
+
+@pytest.mark.parametrize("size", [(1600, 900), (333, 500), (64, 64)], ids=str)
+def test_a_least_area_of_1_is_the_centred_square(size: tuple[int, int]) -> None:
+    side = min(size)
+    left, upper = (size[0] - side) // 2, (size[1] - side) // 2
+    boxes = {decode._random_box(size, 1.0, draws) for draws in decode._draws(0, 0)}
+    assert boxes == {(left, upper, left + side, upper + side)}
 
 
 def test_half_of_the_pictures_are_flipped() -> None:

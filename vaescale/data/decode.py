@@ -25,6 +25,7 @@ MOST_PIXELS = 100_000_000  # the largest ImageNet picture has 40 megapixels; a d
 HEADROOM = ((8, 1.5), (4, 1.4), (2, 1.3))
 LONGEST_SIDE = 65_500  # that of a JPEG
 TRIES = 10  # random-resized-crop: draws before falling back to the centre, as in torchvision
+WIDEST = 4 / 3  # side ratio of a crop; its inverse is the narrowest
 DRAWS = 4 * TRIES + 1  # the last one decides the flip
 BLOCK = 64  # samples whose draws are hashed at once: numpy needs as long for one, and neighbours are asked for together
 
@@ -55,7 +56,9 @@ def train_image(
 ) -> Pixels:
     """Random-resized-crop (Szegedy et al. 2015, section 6) to `size` and a fair flip, drawn from (seed, g).
 
-    The crop covers between `least_area` and 1 of the picture at a side ratio between 3/4 and 4/3. Raises Damaged.
+    The crop covers between `least_area` and 1 of the picture at a side ratio between 3/4 and 4/3; of a picture so wide
+    or high that no such crop exists it is the largest of ratio 4/3 or 3/4. With `least_area` 1 it is the centred
+    square, as of validation images. Raises Damaged.
     """
     draws = _draws(seed, g // BLOCK)[g % BLOCK]
     image, turn, (width, height) = _open(data)
@@ -214,14 +217,20 @@ def _draws(seed: int, block: int) -> NDArray[np.float64]:
 
 
 def _random_box(size: tuple[int, int], least_area: float, draws: NDArray[np.float64]) -> Box:
+    """As torchvision's RandomResizedCrop: the first of TRIES boxes that fits; else, in the centre, the largest box of
+    an allowed ratio, which covers less than `least_area` only where every allowed box does. Of 1: no crop is drawn."""
     width, height = size
+    if least_area == 1:
+        side = min(size)
+        x, y = (width - side) // 2, (height - side) // 2
+        return x, y, x + side, y + side
     for area, ratio, left, top in draws[:-1].reshape(4, TRIES).T.tolist():
         area = (least_area + (1 - least_area) * area) * width * height
-        ratio = (4 / 3) ** (2 * ratio - 1)
+        ratio = WIDEST ** (2 * ratio - 1)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 1 <= w <= width and 1 <= h <= height:
             x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
             return x, y, x + w, y + h
-    side = min(size)
-    x, y = (width - side) // 2, (height - side) // 2
-    return x, y, x + side, y + side
+    w, h = min(width, round(height * WIDEST)), min(height, round(width * WIDEST))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h

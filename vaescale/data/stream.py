@@ -31,7 +31,7 @@ class Config:
     size: int = 128  # pixels a side
     channels: Literal[1, 3] = 3  # 1: grey
     attributes: list[str] = field(default_factory=list)  # of the index's, those that a model is given, in this order
-    least_area: float = 0.25  # random-resized-crop: smallest part of a picture
+    least_area: float = 0.25  # random-resized-crop: smallest part of a picture; 1: the centred square, no crop
     flip: bool = True
     augment: bool = True  # false: training images are made as validation images are, neither cropped nor flipped
     columns: int = 256  # places that one batch mixes; fixed for the life of a run
