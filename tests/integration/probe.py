@@ -161,7 +161,7 @@ def every_reset(job: dict[str, Any]) -> None:
 
         run = Run(case)
         found = checkpoint.newest(folder).path
-        run.learner.load(partial(checkpoint.read_tensors, found), checkpoint.read_state(found))
+        run.learner.load(partial(checkpoint.read_fitting, found), checkpoint.read_state(found))
         run.train(RESET + 1, LATER)
         save(out, f"{case.name}-resumed-", run.model)
 

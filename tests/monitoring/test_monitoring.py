@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vaescale.monitoring import codebook, pictures
-from vaescale.monitoring.board import Board
+from vaescale.monitoring.board import Board, read_lines
 from vaescale.monitoring.console import Console
 
 
@@ -46,6 +46,42 @@ def test_a_life_that_ended_before_its_first_checkpoint_leaves_no_trace(tmp_path:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == [(1, 2.0), (2, 2.0), (3, 2.0)]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+DAMAGE = {
+    "NULs before a line": b'\0\0\0\0{"step": 2, "train/loss": 1}\n',
+    "two on one line": b'{"step": 2, "train/lo{"step": 2, "train/loss": 1}\n',
+    "two whole ones": b'{"step": 2}{"step": 2}\n',
+    "no step": b'{"train/loss": 1}\n',
+    "no number": b'{"step": "2"}\n',
+    "a negative one": b'{"step": -2}\n',
+    "a true one": b'{"step": true}\n',
+    "no UTF-8": b'\xff\xfe{"step": 1}\n',
+    "an end": b"}\n",
+    "a list": b"[2]\n",
+    "depth": b'{"step": ' + b"[" * 100_000 + b"\n",
+    "length": b'{"step": 2, "a": "' + b"x" * 3_000_000 + b'"}\n',
+    "half a line": b'{"step": 2, "train/loss"',
+    "an empty one": b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_ends_nothing(tmp_path: Path, damage: str) -> None:
+    """It is left out; those before and after it stay as they are, byte for byte."""
+    path = tmp_path / "metrics.jsonl"
+    before, after = b'{"step": 1, "train/loss":  0.5}\n', b'{"step": 3, "train/loss": null}\n'
+    path.write_bytes(before + DAMAGE[damage] + (b"" if damage == "half a line" else after))
+    found = [values for _, values in read_lines(path)]
+    assert found[0] == {"step": 1, "train/loss": 0.5}
+    assert found[1:] == ([] if damage == "half a line" else [{"step": 3, "train/loss": None}])
+    Board(tmp_path, 2).close()
+    assert path.read_bytes() == before
+
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": "x", "b": [1], "c": true, "d": {}, "e": 2}\n')
+    assert [values for _, values in read_lines(tmp_path / "metrics.jsonl")] == [{"step": 1, "e": 2}]
 
 
 def test_json_lines_are_json_whatever_happens(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -107,7 +108,7 @@ def folder(path: Path) -> None:
         (missing, "model.safetensors is missing"),
         (cut, r"model.safetensors has \d+ bytes instead of \d+"),
         (lambda path: flip(path, -1), r"model.safetensors has changed \(xxh3 [0-9a-f]{16} instead of [0-9a-f]{16}\)"),
-        (folder, r"model.safetensors has \d+ bytes instead of"),
+        (folder, r"model.safetensors cannot be read \(it is not a regular file\)"),
     ],
 )
 def test_what_is_wrong_is_said_and_the_next_newest_taken(
@@ -199,6 +200,96 @@ def test_copies_and_what_a_killed_save_leaves_are_never_taken(tmp_path: Path) ->
     assert names(there) == ["latest", "step-00000005", "step-00000010", "step-00000020-copy", "step-7"]
 
 
+def test_only_what_a_killed_save_leaves_is_cleared_away(tmp_path: Path) -> None:
+    """Files, too; what others have put there stays, and hinders no save."""
+    there = tmp_path / "checkpoints"
+    save(tmp_path, 5)
+    (there / ".partial-step-00000010").write_text("a file")
+    (there / ".gone-step-00000002").symlink_to(tmp_path)
+    for name in (".old-step-1", ".mine-step-00000001", ".partial-step-1"):
+        (there / name).mkdir()
+    (there / ".note-step-00000005").write_text("a good one")
+    (there / "step-00000010").write_text("a file where the checkpoint goes")
+    save(tmp_path, 10)
+    assert verify(there / "step-00000010") == []
+    others = [".mine-step-00000001", ".note-step-00000005", ".old-step-1", ".partial-step-1"]
+    assert names(there) == sorted([*others, "latest", "step-00000005", "step-00000010"])
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = save(tmp_path, 5)
+
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        (second,) = save(tmp_path, 10, keep=1)
+    assert newest(tmp_path / "checkpoints") == (second, [])
+    assert not first.exists()
+    save(tmp_path, 15, keep=2)
+    assert names(tmp_path / "checkpoints") == ["latest", "step-00000010", "step-00000015"]
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("aside"))
+    path.symlink_to("aside")
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("harm", [pipe, link, device, folder])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+def test_only_regular_files_are_read(tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
+    """What has no end, or waits for a writer, would be read for ever."""
+    (saved,) = save(tmp_path, 5)
+    harm(saved / name)
+    assert verify(saved) == [f"{name} cannot be read (it is not a regular file)"]
+
+
+def test_latest_is_not_waited_for(tmp_path: Path) -> None:
+    (saved,) = save(tmp_path, 5)
+    pipe(tmp_path / "checkpoints" / "latest")
+    found = newest(tmp_path / "checkpoints")
+    assert found.path == saved
+    assert "cannot be read (it is not a regular file)" in found.remarks[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["/dev/zero", "../x.json", "a/b.json", "..", "", ".json", "manifest.json", "x.pt", "\x1b"]
+)
+def test_a_manifest_lists_files_of_the_checkpoint_alone(tmp_path: Path, name: str) -> None:
+    (saved,) = save(tmp_path, 5)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest[name] = {"bytes": 1, "xxh3": "0" * 16}
+    (saved / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (wrong,) = verify(saved)
+    assert wrong.startswith("manifest.json lists ")
+    assert wrong.endswith(", which is no file of a checkpoint")
+    assert "\x1b" not in wrong
+
+
+@pytest.mark.parametrize(
+    "entry", [{"bytes": "1", "xxh3": 1}, {"bytes": -1, "xxh3": ""}, {"bytes": 10**30, "xxh3": "0"}, 3, None, {}, []]
+)
+def test_an_entry_that_makes_no_sense_is_damage(tmp_path: Path, entry: object) -> None:
+    (saved,) = save(tmp_path, 5)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["model.safetensors"] = entry
+    (saved / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    assert len(verify(saved)) == 1
+
+
 def test_a_failed_save_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the disk fails while it is written, or gives back other bytes than it was given."""
     (saved,) = save(tmp_path, 5, keep=1)
@@ -244,12 +335,12 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"of another model: it has no weight, it has no bias, the model has no n and 1 more; set"
     ):
-        checkpoint.read_fitting(saved, "model", model)
+        checkpoint.read_fitting(saved, "model", model.state_dict())
     model = nn.Module()
     model.register_buffer("w", torch.zeros(2, 2))
     model.register_buffer("n", torch.tensor(0))
-    with pytest.raises(CheckpointError, match=r"of another model: w is 2 instead of 2×2; set"):
-        checkpoint.read_fitting(saved, "model", model)
+    with pytest.raises(CheckpointError, match=r"of another model: w is 2 \(I64\) instead of 2×2; set"):
+        checkpoint.read_fitting(saved, "model", model.state_dict())
 
 
 class Poison:

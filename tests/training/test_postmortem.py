@@ -104,6 +104,21 @@ def test_ills_are_read_off_the_metrics(healthy: Path, ill: str) -> None:
     assert sum(finding.level != "ok" for finding in postmortem.read(healthy)) == 1
 
 
+def test_damaged_files_of_a_run_end_no_doctor(healthy: Path) -> None:
+    """Whatever stands in them; of stacks, what can be read is told."""
+    with (healthy / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'\0\0{"step": 1}\n\xff\n{"step": 1, "train/loss": "x", "perf/seconds_per_step": []}\n{"train/loss": 1}\n'
+        )
+    stacks = healthy / "stacks"
+    stacks.mkdir()
+    (stacks / "rank-0.txt").write_bytes(b"\xff\x1b[31m half a head")
+    (stacks / "rank-1.txt").mkdir()
+    assert "it hung: \N{REPLACEMENT CHARACTER}\\x1b[31m half a head" in said(healthy)
+    (healthy / "run_status.json").write_text('{"status": "failed", "failures": 3}')
+    assert "no run_status.json" in said(healthy)
+
+
 def test_a_line_that_was_cut_is_passed_over(healthy: Path) -> None:
     with (healthy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1220, "train/lo')

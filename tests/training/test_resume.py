@@ -15,6 +15,9 @@ class Kept:
 
     def load(self, read: Any, state: dict[str, Any]) -> None: ...
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
 
 @pytest.mark.parametrize(("written", "followed"), [({}, 1), ({"version": 1}, 1), ({"version": 2}, 2)])
 def test_a_begun_run_keeps_its_order(pictures: Path, tmp_path: Path, written: dict[str, int], followed: int) -> None:

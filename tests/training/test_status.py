@@ -61,6 +61,19 @@ def test_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert not life(tmp_path, 7, "nan")
 
 
+@pytest.mark.parametrize(
+    "odd", [{"status": 3}, {"status": "fine"}, {"failures": 3}, {"failures": [3]}, {"step": "7"}, {"why": None}]
+)
+def test_a_status_that_makes_no_sense_is_none(tmp_path: Path, odd: dict[str, object]) -> None:
+    status = Status(tmp_path, 0)
+    status.begin(7)
+    found = json.loads((tmp_path / "run_status.json").read_text())
+    (tmp_path / "run_status.json").write_text(json.dumps({**found, **odd}))
+    assert status.read() == {}
+    assert not status.fail("nan", 8)
+    assert said(tmp_path) == ("failed", 0, 8, "nan")
+
+
 def test_what_the_user_shall_mend_is_not_counted(tmp_path: Path) -> None:
     """Not even after what was no progress."""
     for _ in range(3):

@@ -5,14 +5,20 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..files import parse_json
 from .pictures import Picture
+
+METRICS = "metrics.jsonl"
+LONGEST = 1 << 20  # bytes of a line
 
 
 class Board:
@@ -20,13 +26,13 @@ class Board:
     each curve stays one line. A disk that takes nothing any more costs a piece of the curves, not the run."""
 
     def __init__(self, run: Path, step: int) -> None:
+        """Raises OSError if its files cannot be made."""
         self._folder = str(run / "tensorboard")
         self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)  # None: there is no room
-        self._lines = run / "metrics.jsonl"
-        kept = self._lines.read_text().splitlines() if self._lines.exists() else []
-        kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= step]
+        self._lines = run / METRICS
         partial = self._lines.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
+        with partial.open("wb") as file:
+            file.writelines(line for line, values in read_lines(self._lines) if values["step"] <= step)
         partial.replace(self._lines)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -81,6 +87,24 @@ def _append(path: Path, line: str) -> None:
         if file.write(data) < len(data):
             file.truncate(begin)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each sound line of a metrics.jsonl and its values, numbers or None, the step among them. What a kill or a power
+    cut has damaged is passed over. No lines if there is no such file; raises OSError if it cannot be read."""
+    if not path.exists():
+        return
+    if not path.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    with path.open("rb") as file:
+        for line in iter(lambda: file.readline(LONGEST), b""):
+            try:
+                values = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(values, dict) and type(step := values.get("step")) is int and step >= 0:
+                numbers = {name: value for name, value in values.items() if type(value) in (int, float, NoneType)}
+                yield line.rstrip() + b"\n", numbers
 
 
 def add_pictures(run: Path, pictures: dict[str, Picture], step: int) -> None:

@@ -17,6 +17,9 @@ import json
 import os
 import re
 import shutil
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +32,22 @@ from torch import Tensor
 
 from .. import distributed
 from ..data.places import file_hash
+from ..files import parse_json, printable, read_bytes, read_json
 
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 NAMED = 3  # tensors that do not fit, in an error
+FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # what a checkpoint may hold
+LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # what a killed save may leave
+DTYPES = {  # as safetensors names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -68,8 +84,9 @@ def save(
     pointer = folder / f".{LATEST}"
     folder.mkdir(parents=True, exist_ok=True)
     _sync(folder.parent)
-    for left in folder.glob(".*-step-*"):  # by a life that was killed
-        shutil.rmtree(left)
+    for left in folder.iterdir():
+        if LEFTOVER.fullmatch(left.name):
+            _delete(left)
     try:
         partial.mkdir()
         manifest = {}
@@ -95,42 +112,52 @@ def save(
     until = [path for path in there(folder) if _step(path) <= step]
     for old in until[:-keep]:
         if not (keep_every and _step(old) % keep_every == 0):
-            _remove(old)
+            with suppress(OSError):  # this one is saved all the same; the next save tries again
+                _remove(old)
     return final
 
 
 def verify(checkpoint: Path) -> list[str]:
     """What is wrong with it, each a phrase that names a file and the cause; [] if it is as it was written."""
     try:
-        data = (checkpoint / MANIFEST).read_bytes()
-        listed = json.loads(data)
+        data = read_bytes(_regular(checkpoint / MANIFEST))
+        listed = parse_json(data)
         if _json(listed) != data:  # a byte of no meaning is not what was written, either
             raise ValueError("not as it was written")
         files = [(name, entry["bytes"], entry["xxh3"]) for name, entry in listed.items()]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
+    if strange := [name for name in listed if not FILE.fullmatch(name) or name == MANIFEST]:
+        return [f"{MANIFEST} lists {printable(strange[0], 60)!r}, which is no file of a checkpoint"]
     if STATE not in listed:
         return [f"{MANIFEST} does not list {STATE}"]
     return [wrong for name, size, digest in files if (wrong := _wrong(checkpoint / name, size, digest))]
 
 
+def _regular(path: Path) -> Path:
+    """Raises ValueError for a link, a folder, a pipe or a device, which may have no end or lie elsewhere."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is not a regular file")
+    return path
+
+
 def _wrong(path: Path, size: int, digest: str) -> str:
     try:
-        found = path.stat().st_size
+        found = _regular(path).stat().st_size
         if found != size:
             return f"{path.name} has {found} bytes instead of {size}"
         if (other := file_hash(path)) != digest:
             return f"{path.name} has changed (xxh3 {other} instead of {digest})"
         if path.suffix == ".json":
-            json.loads(path.read_bytes())
+            read_json(path)
         else:
             with safe_open(path, "pt"):
                 pass
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         return f"{path.name} cannot be read ({error})"
     return ""
 
@@ -150,10 +177,10 @@ def newest(folder: Path) -> Found:
     if not candidates and not pointer.exists():
         return Found(None, [])
     try:
-        named = pointer.read_bytes().decode(errors="replace").strip()
+        named = read_bytes(pointer).decode(errors="replace").strip()
         wrong = "" if named in [path.name for path in candidates] else f"names {named[:40]!r}, which is not there"
         wrong = wrong if named else "is empty"
-    except OSError as error:
+    except (OSError, ValueError) as error:
         named, wrong = "", "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
     remarks = [f"{pointer} {wrong}: the newest valid checkpoint is looked for"] if wrong else []
     damaged = []
@@ -213,11 +240,15 @@ def _print(place: Path, path: str) -> str:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
+    """As it is written; state.py knows what it must hold."""
     path = checkpoint / STATE
     try:
-        return json.loads(path.read_bytes())
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
         raise Unreadable(f"{path} cannot be read ({error})") from None
+    return found
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
@@ -228,33 +259,40 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         raise Unreadable(f"{path} cannot be read ({error})") from None
 
 
-def read_fitting(checkpoint: Path, name: str, model: torch.nn.Module) -> dict[str, Tensor]:
-    """Raises CheckpointError unless they are the model's tensors, by name and shape."""
-    given = read_tensors(checkpoint, name)
-    wanted = model.state_dict()
-    wrong = [f"it has no {key}" for key in wanted if key not in given]
-    wrong += [f"the model has no {key}" for key in given if key not in wanted]
+def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Raises CheckpointError unless they have the names, shapes and types of `wanted`; before they are read."""
+    path = checkpoint / f"{name}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            given = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
+    except (OSError, SafetensorError) as error:
+        raise Unreadable(f"{path} cannot be read ({error})") from None
+    needed = {key: (tuple(value.shape), DTYPES[value.dtype]) for key, value in wanted.items()}
+    wrong = [f"it has no {key}" for key in needed if key not in given]
+    wrong += [f"the model has no {printable(key, 60)}" for key in given if key not in needed]
     wrong += [
-        f"{key} is {_shape(given[key])} instead of {_shape(value)}"
-        for key, value in wanted.items()
-        if key in given and given[key].shape != value.shape
+        f"{key} is {_described(*given[key])} instead of {_described(*value)}"
+        for key, value in needed.items()
+        if key in given and given[key] != value
     ]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        weights = name in ("model", "ema")
+        whose = f"{checkpoint} is of another model" if weights else f"{path} does not fit the model"
         raise CheckpointError(
-            f"{checkpoint} is of another model: {', '.join(wrong[:NAMED])}{more}; set model and data as they were, or "
-            f"take another run"
+            f"{whose}: {', '.join(wrong[:NAMED])}{more}; set model and data as they were, or take another run"
         )
-    return given
+    return read_tensors(checkpoint, name)
 
 
-def load_averaged(model: torch.nn.Module, run: Path) -> tuple[dict[str, Any], list[str]]:
-    """Load a run's newest averaged weights into `model`; returns the checkpoint's state, and remarks. Collective."""
-    found, remarks = agreed(run)
-    if found is None:
+def load_averaged(model: torch.nn.Module, run: Path) -> Found:
+    """Load a run's newest averaged weights into `model`; returns what was found. Collective."""
+    found = agreed(run)
+    if found.path is None:
         raise CheckpointError(f"{run} has no checkpoint: train it first, or give another --run")
-    model.load_state_dict(read_fitting(found, "ema", model))
-    return read_state(found), remarks
+    model.load_state_dict(read_fitting(found.path, "ema", model.state_dict()))
+    return found
 
 
 def amount(count: float) -> str:
@@ -289,7 +327,15 @@ def _remove(checkpoint: Path) -> None:
     """Killed in the middle, it leaves no half checkpoint behind."""
     gone = checkpoint.with_name(f".gone-{checkpoint.name}")
     checkpoint.rename(gone)
-    shutil.rmtree(gone)
+    _delete(gone)
+
+
+def _delete(path: Path) -> None:
+    """Whatever it is; a link alone, not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -300,5 +346,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "a number"
+def _described(shape: tuple[int, ...], dtype: str) -> str:
+    size = "×".join(map(str, shape)) or "a number"
+    return size if dtype == "F32" else f"{size} ({dtype})"

@@ -59,12 +59,13 @@ class ClosedForm:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
+    def load(self, read: Callable[[str, Tensors], Tensors], state: dict[str, Any]) -> None:
         """Rank 0 goes on from the sums over all ranks, the others from nothing."""
         del state
-        self.model.load_state_dict(read("model"))
+        model, moments = read("model", self.model.state_dict()), read("moments", self.moments.state_dict())
+        self.model.load_state_dict(model)
         if distributed.rank() == 0:
-            self.moments.load_state_dict(read("moments"))
+            self.moments.load_state_dict(moments)
 
     def begin(self, weights: Tensors) -> None:
         raise ConfigError(

@@ -157,6 +157,13 @@ class Engine:
         full = {name: self._master(p).detach() for name, p in self.parameters.items()}
         return full | dict(self.model.named_buffers())
 
+    def saved(self, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What `weights` and `moments` give after so many steps of the optimiser, but without data."""
+        with torch.device("meta"):
+            full = {name: torch.empty(p.shape, dtype=torch.float32) for name, p in self.parameters.items()}
+        moments = {f"{name}/{key}": p for name, p in full.items() for key in MOMENTS} if steps else {}
+        return full | dict(self.model.named_buffers()), moments
+
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         self.model.load_state_dict(weights)
         if self.sharded:

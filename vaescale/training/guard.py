@@ -16,6 +16,7 @@ MEMORY = 100
 DEVIATIONS = 6  # chance does not reach so far; a loss that is always noisy widens the limit by itself
 MOST = 0.25  # share of the steps that may be skipped, averaged over MEMORY of them
 TAKEN, NOT_FINITE, SPIKE, OVERFLOW = range(4)
+PARTS = ("count", "mean", "variance", "run", "share")  # of its state
 WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
 
 
@@ -90,7 +91,7 @@ class Guard:
         return (why != TAKEN) & ((why != OVERFLOW) | (self.count >= MEMORY))
 
     def state(self) -> dict[str, float]:
-        return {name: float(getattr(self, name)) for name in ("count", "mean", "variance", "run", "share")}
+        return {name: float(getattr(self, name)) for name in PARTS}
 
     def load(self, state: dict[str, float]) -> None:
         for name, value in state.items():

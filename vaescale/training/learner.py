@@ -14,6 +14,8 @@ from .guard import TAKEN, WHY, Skip
 from .settings import Config, Optimizer
 
 Tensors = dict[str, Tensor]
+# A file's tensors, which must have the names, shapes and types of those that are given.
+Read = Callable[[str, Tensors], Tensors]
 
 
 class Learner(Protocol):
@@ -42,8 +44,8 @@ class Learner(Protocol):
         """What state.json holds beside them."""
         ...
 
-    def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
-        """Take up what `tensors` and `state` gave; `read` gives a file's tensors."""
+    def load(self, read: Read, state: dict[str, Any]) -> None:
+        """Take up what `tensors` and `state` gave."""
         ...
 
     def begin(self, weights: Tensors) -> None:
@@ -153,12 +155,14 @@ class Descent:
             "gradient_norms": self.engine.guard.state(),
         }
 
-    def load(self, read: Callable[[str], Tensors], state: dict[str, Any]) -> None:
-        self.engine.load_weights(read("model"))
-        self.engine.load_moments(read("optimizer"), state["optimizer_steps"])
+    def load(self, read: Read, state: dict[str, Any]) -> None:
+        weights, moments = self.engine.saved(state["optimizer_steps"])
+        weights, moments = read("model", weights), read("optimizer", moments)
+        self.engine.load_weights(weights)
+        self.engine.load_moments(moments, state["optimizer_steps"])
         self.engine.load_scaler(state["scaler"])
         self.engine.guard.load(state["gradient_norms"])
-        self.skipped = state["skipped"]
+        self.skipped = {why: state["skipped"].get(why, 0) for why in self.skipped}
 
     def begin(self, weights: Tensors) -> None:
         self.engine.load_weights(weights)

@@ -3,12 +3,14 @@
 Each function reads one thing and returns what is worth saying of it; nothing is written and no rank is needed.
 """
 
-import json
+import re
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..files import printable
+from ..monitoring.board import METRICS, read_lines
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .pace import SLOW
@@ -34,17 +36,16 @@ def read(run: Path) -> list[Finding]:
 
 
 def read_metrics(run: Path) -> Metrics:
-    """One dict a report or validation, without lines that a kill cut in two."""
+    """One dict a report or validation, without damaged lines."""
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [values for _, values in read_lines(run / METRICS)]
     except OSError:
         return []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def status(run: Path, metrics: Metrics) -> list[Finding]:
     said = Status(run, 0).read()
-    how, why, step = said.get("status"), said.get("why"), said.get("step")
+    how, why, step = said.get("status"), printable(said.get("why")), said.get("step")
     if how is None:
         return [Finding(FAIL, f"{run} has no run_status.json: it is no run directory, or its run has never begun")]
     if how == FINISHED:
@@ -64,7 +65,7 @@ def _running(run: Path, metrics: Metrics, step: Any) -> Finding:
     if len(reports) < 2:
         return Finding(OK, f"begun at step {step}; too few reports yet to say more")
     between = (reports[-1][0] - reports[-2][0]) * reports[-1][1]
-    silent = time.time() - (run / "metrics.jsonl").stat().st_mtime
+    silent = time.time() - (run / METRICS).stat().st_mtime
     what = (
         f"running at step {reports[-1][0]}, the last report {silent:.0f} s ago, one every {between:.3g} s being usual"
     )
@@ -76,12 +77,14 @@ def _running(run: Path, metrics: Metrics, step: Any) -> Finding:
 def stacks(run: Path) -> list[Finding]:
     """Where each rank stood when the run hung, and who does not say."""
     files = sorted((run / FOLDER).glob("rank-*.txt"))
-    heads = [file.read_text().partition("\n")[0] for file in files]
+    heads = [printable(file.read_text(errors="replace").partition("\n")[0]) for file in files if file.is_file()]
     if not heads:
         return []
     found = [Finding(WARN, f"it hung: {head}") for head in heads]
-    world = int(heads[0].split(":")[0].rpartition(" ")[2])  # rank R of W:
-    missing = [rank for rank in range(world) if run / FOLDER / f"rank-{rank}.txt" not in files]
+    world = re.match(r"rank \d+ of (\d{1,6}):", heads[0])
+    if not world:  # the disk was full, say
+        return found
+    missing = [rank for rank in range(int(world[1])) if run / FOLDER / f"rank-{rank}.txt" not in files]
     if missing:
         ranks = ", ".join(map(str, missing))
         found.append(Finding(WARN, f"rank {ranks} left no stacks", "look at its node and the kernel's log there"))

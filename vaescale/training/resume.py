@@ -1,6 +1,6 @@
 """Where a run goes on, and with what."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from ..config import ConfigError
 from ..data.stream import TrainSlices
 from ..interfaces import Model
 from . import checkpoint
+from . import state as states
 from .checkpoint import CheckpointError
 from .learner import Learner
 from .settings import Config
@@ -24,16 +25,20 @@ class Position:
     damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
     alarms: list[str] = field(default_factory=list)  # the codebooks that had collapsed at the last report
     owed: bool = False  # this step's validation, which a stop has cut short
+    since: dict[str, int] | None = None  # the step and the images consumed from where on each step took this batch
+
+    def advance(self, batch: int) -> None:
+        """By one step."""
+        if self.since is None or self.since["batch"] != batch:
+            self.since = {"batch": batch, "step": self.step, "images": self.images}
+        self.step, self.images = self.step + 1, self.images + batch
 
 
 def state(position: Position, learner: Learner, order: dict[str, int | str]) -> dict[str, Any]:
     """What state.json holds."""
     return {
-        "step": position.step,
-        "images": position.images,
-        "damaged": position.damaged,
-        "alarms": position.alarms,
-        "owed": position.owed,
+        "version": states.VERSION,
+        **vars(position),
         **learner.state(),
         "order": order,
     }
@@ -58,27 +63,32 @@ def resume(config: Config, learner: Learner, averaged: Model, slices: TrainSlice
         if config.init_from:
             begin(config, learner, averaged)
         return Position()
-    state = checkpoint.read_state(found)
+    parts = [part.name for part in fields(Position)]
+    state = states.read(found, ["version", *parts, "order", *learner.state()])
+    if found.name != f"step-{state['step']:08d}":
+        raise CheckpointError(f"{found} holds the state of step {state['step']}: give it its name back, or remove it")
     begun = {"version": 1, **state["order"]}  # version 1 was not written down
     slices.follow(begun["version"])
     for key, value in order(config, slices).items():
-        if begun[key] != value:
+        if begun.get(key) != value:
             raise ConfigError(
-                f"{config.run} was begun with {key}={begun[key]}, now it is {value}: the order of samples "
+                f"{config.run} was begun with {key}={begun.get(key)}, now it is {value}: the order of samples "
                 f"would break; set it back, or give another run=…"
             )
-    averages = checkpoint.read_fitting(found, "ema", averaged)
-    learner.load(partial(checkpoint.read_tensors, found), state)
+    averages = checkpoint.read_fitting(found, "ema", averaged.state_dict())
+    learner.load(partial(checkpoint.read_fitting, found), state)
     averaged.load_state_dict(averages)
-    return Position(state["step"], state["images"], state["damaged"], state["alarms"], state["owed"])
+    return Position(**{part: state[part] for part in parts})
 
 
 def begin(config: Config, learner: Learner, averaged: Model) -> None:
     found = find(Path(config.init_from))
     if found is None:
         raise CheckpointError(f"init_from={config.init_from} is neither a checkpoint nor a run directory that has one")
-    weights = checkpoint.read_fitting(found, "model", averaged)  # a model and its average have the same tensors
-    averages = checkpoint.read_fitting(found, "ema", averaged)
+    weights = checkpoint.read_fitting(
+        found, "model", averaged.state_dict()
+    )  # a model and its average have the same tensors
+    averages = checkpoint.read_fitting(found, "ema", averaged.state_dict())
     learner.begin(weights)
     averaged.load_state_dict(averages)
     if distributed.rank() == 0:

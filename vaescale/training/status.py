@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..files import read_json
 
 FILE = "run_status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED, NO_PROGRESS = "running", "finished", "preempted", "failed", "no-progress"
@@ -64,8 +65,8 @@ class Status:
         """On the rank that failed and leaves with this code; the first one's word stands. True if this run will not
         get further so. What the user has been told to mend (2) is not counted: nothing else will try again."""
         before = self.read()
-        if before != self._earlier and before["status"] != RUNNING:
-            return before["status"] == NO_PROGRESS
+        if before and before != self._earlier and before["status"] != RUNNING:
+            return bool(before["status"] == NO_PROGRESS)
         failure = {"step": step, "why": why}
         failures, counts = before.get("failures", []), code != ConfigError.exit_code
         if counts:
@@ -75,12 +76,12 @@ class Status:
         return status == NO_PROGRESS
 
     def read(self) -> dict[str, Any]:
-        """{} if there is none, or none that can be read."""
+        """{} if there is none, or none that can be read and makes sense."""
         try:
-            found = json.loads(self.path.read_bytes())
+            found = read_json(self.path)
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return found if _sound(found) else {}
 
     def _write(self, status: str, why: str, step: int, failures: list[dict[str, Any]], code: int = 0) -> None:
         said = {
@@ -95,3 +96,15 @@ class Status:
         partial = self.path.with_name(f".{FILE}-{self.rank}")
         partial.write_text(json.dumps({**said, "failures": failures}, indent=1) + "\n")
         partial.replace(self.path)
+
+
+def _sound(found: Any) -> bool:
+    """Whether each value is of the type that is written; one that is missing is not."""
+    if not isinstance(found, dict):
+        return False
+    types = {"status": str, "code": int | None, "why": str, "rank": int, "step": int, "failures": list}
+    return (
+        all(name in found and isinstance(found[name], kind) for name, kind in types.items())
+        and found["status"] in (*CODES, FAILED)
+        and all(isinstance(failure, dict) for failure in found["failures"])
+    )

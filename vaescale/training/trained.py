@@ -9,6 +9,7 @@ from .. import distributed
 from ..config import ConfigError
 from ..interfaces import Model
 from . import checkpoint, settings
+from . import state as states
 from .settings import Config
 
 
@@ -21,8 +22,9 @@ def read_config(run: Path, overrides: list[str]) -> Config:
 def read_model(run: Path, config: Config, device: torch.device) -> tuple[Model, int]:
     """(the model with the newest averaged weights, ready to encode and decode; their step). Collective."""
     model = settings.build(config)
-    state, remarks = checkpoint.load_averaged(model, run)
+    path, remarks = checkpoint.load_averaged(model, run)
+    assert path is not None
     if distributed.rank() == 0:
         for remark in remarks:
             print(remark, file=sys.stderr)
-    return model.to(device).eval(), state["step"]
+    return model.to(device).eval(), states.read(path, ["step"])["step"]

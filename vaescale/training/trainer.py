@@ -173,7 +173,7 @@ class Trainer:
         position = self.position
         window.add(self.learner.step(self.next_batches(batches, window), position.step))
         self.ema.update(self.model, position.step)
-        position.step, position.images = position.step + 1, position.images + self.config.batch
+        position.advance(self.config.batch)
         self.console.advance()
 
     def next_batches(self, batches: Iterator[stream.Decoded], window: Window) -> Iterator[Batch]:

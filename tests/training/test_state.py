@@ -1,0 +1,131 @@
+"""state.json: what older versions wrote is read with the defaults of then, and what makes no sense is one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vaescale.training import checkpoint, state
+from vaescale.training.checkpoint import CheckpointError
+from vaescale.training.guard import Guard
+from vaescale.training.resume import Position
+
+# As version 1 wrote it, at commit 8439c85.
+OLD: dict[str, Any] = {
+    "step": 4,
+    "images": 48,
+    "damaged": {"torn": 0},
+    "alarms": [],
+    "optimizer_steps": 4,
+    "scaler": {},
+    "skipped": {"not finite": 0, "spike": 0, "overflow": 0},
+    "gradient_norms": {"count": 4.0, "mean": -1.5, "variance": 0.2, "run": 0.0, "share": 0.0},
+    "order": {"seed": 0, "data.columns": 8, "data": "ba054536"},
+}
+SINCE = {"batch": 12, "step": 0, "images": 0}
+NEW = {**OLD, "version": 2, "owed": True, "since": SINCE}
+
+
+def write(run: Path, values: Any) -> Path:
+    return checkpoint.save(run / "checkpoints", 4, {"model": {}}, values, keep=1)
+
+
+def test_a_state_of_version_1_is_read_with_its_defaults(tmp_path: Path) -> None:
+    found = state.read(write(tmp_path, OLD), state.KEYS)
+    assert found == {**OLD, "version": 1, "owed": False, "since": None}
+
+
+def test_a_state_of_today_is_read_as_it_is(tmp_path: Path) -> None:
+    assert state.read(write(tmp_path, NEW), state.KEYS) == NEW
+    guard = Guard(10.0, torch.device("cpu"))
+    assert state.KEYS["gradient_norms"].sound(guard.state())
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "negative step": ({"step": -1}, "step is -1 instead of a whole number"),
+    "a step that is no number": ({"step": "4"}, "step is 4 instead of a whole number"),
+    "a step in quarters": ({"step": 4.25}, "step is 4.25"),
+    "a true step": ({"step": True}, "step is True"),
+    "a huge step": ({"step": 2**62}, "step is 4611686018427387904"),
+    "a list": ({"images": [48]}, r"images is \[48\]"),
+    "other images": ({"images": 47}, "47 images do not belong to step 4"),
+    "fewer images than steps": ({"images": 3, "since": None}, "3 images do not belong to step 4"),
+    "no images": ({"images": 0, "since": None}, "0 images do not belong to step 4"),
+    "a later beginning": ({"since": {"batch": 12, "step": 8, "images": 96}}, "48 images do not belong to step 4"),
+    "a beginning without a batch": ({"since": {"step": 0, "images": 0}}, "since is .* instead of counts of batch"),
+    "damage": ({"damaged": {"torn": -1}}, "damaged is"),
+    "alarms": ({"alarms": [3]}, "alarms is"),
+    "owed": ({"owed": "no"}, "owed is no instead of true or false"),
+    "optimizer steps": ({"optimizer_steps": 5}, "the optimizer cannot have taken 5 steps by step 4"),
+    "a scale of 0": ({"scaler": {"scale": 0}}, "scaler is"),
+    "a scale in words": ({"scaler": {"cur_scale": "big"}}, "scaler is"),
+    "skipped": ({"skipped": ["spike"]}, "skipped is"),
+    "a norm without a name": ({"gradient_norms": {"judge": 1.0}}, "gradient_norms is"),
+    "a negative variance": ({"gradient_norms": {"variance": -1.0}}, "gradient_norms is"),
+    "the order": ({"order": [0]}, "order is"),
+    "a later version": ({"version": 3}, r"by a later version of vaescale \(state 3, known are 1 to 2\)"),
+    "a version that is none": ({"version": None}, "version is None instead of a whole number"),
+    "an escape": ({"alarms": "\x1b[31m"}, r"alarms is \\x1b\[31m instead"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_makes_no_sense_is_named(tmp_path: Path, odd: str) -> None:
+    values, words = ODD[odd]
+    with pytest.raises(CheckpointError, match=rf"state\.json.*{words}.*take another checkpoint: write its name into"):
+        state.read(write(tmp_path, {**NEW, **values}), state.KEYS)
+
+
+@pytest.mark.parametrize("key", [key for key, value in state.KEYS.items() if value.default is ...])
+def test_what_has_always_been_there_may_not_miss(tmp_path: Path, key: str) -> None:
+    saved = write(tmp_path, {name: value for name, value in NEW.items() if name != key})
+    with pytest.raises(CheckpointError, match=rf"state\.json has no {key}: take another"):
+        state.read(saved, state.KEYS)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{", b"\xff", b'{"step": NaN}', b"[" * 10**6, b""])
+def test_a_file_that_is_no_state(tmp_path: Path, text: bytes) -> None:
+    saved = write(tmp_path, NEW)
+    (saved / "state.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+        state.read(saved, state.KEYS)
+
+
+def test_a_position_knows_how_its_images_came(tmp_path: Path) -> None:
+    """Also where the batch has changed on the way, once or more, and from a state of version 1 on."""
+    fresh, old = Position(), Position(step=4, images=50)
+    for position, first in ((fresh, 0), (old, 4)):
+        images = position.images
+        for number, batch in enumerate((12, 12, 20, 8, 8), start=first):
+            position.advance(batch)
+            images += batch
+            assert (position.step, position.images) == (number + 1, images)
+            assert state.contradiction(vars(position)) == ""
+            assert state.contradiction({**vars(position), "images": images + 1}) != ""
+    assert json.loads(json.dumps(fresh.since)) == {"batch": 8, "step": 3, "images": 44}
+
+
+SPOILT = {
+    "int8": (lambda value: value.to(torch.int8), r"weight is 1×3 \(I8\) instead of 1×3"),
+    "complex": (lambda value: value.to(torch.complex64), r"weight is 1×3 \(C64\) instead of 1×3"),
+    "half": (lambda value: value.half(), r"weight is 1×3 \(F16\) instead of 1×3"),
+    "double": (lambda value: value.double(), r"weight is 1×3 \(F64\) instead of 1×3"),
+    "another shape": (lambda value: value[:, :2], r"weight is 1×2 instead of 1×3"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer", "moments"])
+def test_tensors_of_another_type_are_refused(tmp_path: Path, name: str, how: str) -> None:
+    spoil, words = SPOILT[how]
+    wanted = nn.Linear(3, 1).state_dict()
+    tensors = {name: {**wanted, "weight": spoil(wanted["weight"])}}
+    saved = checkpoint.save(tmp_path, 4, tensors, NEW, keep=1)
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.read_fitting(saved, name, wanted)
+    missing = checkpoint.save(tmp_path, 5, {name: {"bias": wanted["bias"]}}, NEW, keep=1)
+    with pytest.raises(CheckpointError, match="it has no weight"):
+        checkpoint.read_fitting(missing, name, wanted)

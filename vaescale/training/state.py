@@ -1,0 +1,120 @@
+"""state.json: what a checkpoint holds besides its tensors, and which values make sense.
+
+A key that only later versions write has a default here, so that a run begun with an older version goes on.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..files import printable
+from .checkpoint import STATE, CheckpointError, read_state
+from .guard import PARTS
+
+VERSION = 2  # 1, which was not written down: without "since" and, at first, without "owed"
+MOST = 2**60  # of steps and images
+
+
+class Key(NamedTuple):
+    sound: Callable[[Any], bool]
+    words: str  # what is expected
+    default: Any = ...  # of a state without the key; ...: it must be there
+
+
+def whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MOST
+
+
+def number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < float("inf")
+
+
+def counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(whole, value.values()))
+
+
+def names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def since(value: Any) -> bool:
+    return value is None or (counts(value) and value.keys() == {"batch", "step", "images"})
+
+
+def scaler(value: Any) -> bool:
+    """Also {}, where losses are not scaled."""
+    scales = ("scale", "cur_scale", "growth_factor", "backoff_factor")
+    return isinstance(value, dict) and all(
+        number(part) and (part > 0 or key not in scales) for key, part in value.items()
+    )
+
+
+def norms(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() <= set(PARTS)
+        and all(number(part) and (part >= 0 or key == "mean") for key, part in value.items())
+    )
+
+
+def order(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(part, int | str) for part in value.values())
+
+
+KEYS = {
+    "version": Key(whole, "a whole number", 1),
+    "step": Key(whole, "a whole number, 0 or more"),
+    "images": Key(whole, "a whole number, 0 or more"),
+    "since": Key(since, "counts of batch, step and images", None),
+    "damaged": Key(counts, "counts by cause", {}),
+    "alarms": Key(names, "a list of names", []),
+    "owed": Key(lambda value: isinstance(value, bool), "true or false", False),
+    "order": Key(order, "numbers and words by name"),
+    # Of a Descent:
+    "optimizer_steps": Key(whole, "a whole number, 0 or more"),
+    "scaler": Key(scaler, "finite numbers by name, scales positive", {}),
+    "skipped": Key(counts, "counts by cause", {}),
+    "gradient_norms": Key(norms, f"finite numbers by name: {', '.join(PARTS)}", {}),
+}
+
+
+def read(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of these keys. Raises CheckpointError, one sentence, if one is missing or makes no sense."""
+    path = checkpoint / STATE
+    other = f"take another checkpoint: write its name into {checkpoint.parent / 'latest'}"
+    found = read_state(checkpoint)
+    version = found.get("version", KEYS["version"].default)
+    if whole(version) and version > VERSION:
+        raise CheckpointError(
+            f"{path} was written by a later version of vaescale (state {version}, known are 1 to {VERSION}): "
+            f"install that version, or {other}"
+        )
+    state = {key: found.get(key, KEYS[key].default) for key in keys}
+    for key, value in state.items():
+        if value is ...:
+            raise CheckpointError(f"{path} has no {key}: {other}")
+        if not KEYS[key].sound(value):
+            shown = printable(value, 60)
+            raise CheckpointError(f"{path}: {key} is {shown} instead of {KEYS[key].words}: {other}")
+    if wrong := contradiction(state):
+        raise CheckpointError(f"{path}: {wrong}: {other}")
+    return state
+
+
+def contradiction(state: dict[str, Any]) -> str:
+    """Which of the values do not belong together; "" if all do."""
+    step, images, begun = (state.get(key) for key in ("step", "images", "since"))
+    if step is None or images is None:
+        return ""
+    if begun:
+        wanted = begun["images"] + (step - begun["step"]) * begun["batch"]
+        if images != wanted or step < begun["step"]:
+            return (
+                f"{images} images do not belong to step {step}, since from step {begun['step']} and "
+                f"{begun['images']} images on each step took {begun['batch']}"
+            )
+    elif images < step or (images > 0) != (step > 0):
+        return f"{images} images do not belong to step {step}"
+    if state.get("optimizer_steps", 0) > step:
+        return f"the optimizer cannot have taken {state['optimizer_steps']} steps by step {step}"
+    return ""
