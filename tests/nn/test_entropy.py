@@ -52,6 +52,18 @@ def test_values_and_gradients_are_those_of_the_dense_formula(temperature: float,
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_far_from_the_origin_they_are_what_they_were() -> None:
+    """A thousand times the codes' spread, in fp32, against float64."""
+    torch.manual_seed(0)
+    z, codebook = torch.randn(50, 6) + 1000.0, torch.randn(33, 6) + 1000.0
+    torch.testing.assert_close(
+        torch.stack(entropies(z, codebook, 0.5)).double(),
+        torch.stack(dense(z.double(), codebook.double(), 0.5)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 def test_fp32_over_whole_tiles() -> None:
     """5000 codes in two tiles of their full size against float64."""
     torch.manual_seed(0)

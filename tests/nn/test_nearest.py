@@ -4,7 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.nn.memory import MIB, growth
 from vaescale.nn import nearest as module
-from vaescale.nn.nearest import nearest
+from vaescale.nn.nearest import centre, nearest
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,37 @@ def test_agrees_with_brute_force_in_float64(rows: int, codes: int, dim: int) -> 
     # Another code only where the two distances differ by less than fp32 can tell.
     assert (distance - exact.min(1).values).max() < 1e-6 * exact.max()
     assert (found == exact.argmin(1)).float().mean() > 0.999
+
+
+FAR = {
+    "no channel": torch.zeros(8),
+    "every channel": torch.full((8,), 1000.0),
+    "the other side": torch.full((8,), -1000.0),
+    "one channel": 1000.0 * (torch.arange(8) == 3),
+    "each channel another": 1000.0 * torch.arange(-4.0, 4.0),
+}
+
+
+@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize("codes", [1, 2, 512, 5000])
+@pytest.mark.parametrize("dead", [0.0, 0.3])
+def test_rows_and_codes_far_from_the_origin_keep_their_nearest(far: str, codes: int, dead: float) -> None:
+    """A thousand times their spread, where ‖e‖² and z·e round by as much as distances differ; dead codes are left at
+    the origin, where training began."""
+    generator = torch.Generator().manual_seed(codes)
+    z, codebook = torch.randn(700, 8, generator=generator), torch.randn(codes, 8, generator=generator)
+    offset = FAR[far]
+    z, codebook = z + offset, codebook + offset
+    codebook[: int(dead * codes)] = 0.0
+    exact = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    found = nearest(z, codebook)
+    assert (exact.gather(1, found[:, None]).squeeze(1) - exact.min(1).values).max() < 1e-4
+    assert (found == exact.argmin(1)).float().mean() > 0.995
+
+
+def test_a_codebook_around_the_origin_is_not_moved() -> None:
+    assert not centre(torch.randn(512, 64)).any()
+    assert torch.equal(centre(torch.full((3, 2), 7.3)), torch.full((2,), 7.3))
 
 
 @pytest.mark.parametrize("codes", [5, 100, 2 * module.COLUMNS + 7])

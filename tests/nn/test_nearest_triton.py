@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Start, finish
-from vaescale.nn.nearest import _tiled, nearest
+from vaescale.nn.nearest import _tiled, centre, nearest
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (130, 200, 40), (70, 300, 16), (64, 129, 70)]
 
@@ -29,10 +29,15 @@ def check_all(device: str) -> None:
 
     def found(z: Tensor, codebook: Tensor) -> Tensor:
         z, codebook = z.to(device), codebook.to(device)
-        return search(z, codebook, codebook.square().sum(1) / 2).cpu()
+        c = centre(codebook)
+        return search(z, codebook, c, (codebook - c).square().sum(1) / 2).cpu()
 
     for z, codebook in cases():
         check(z, codebook, found(z, codebook))
+        far = 1000.0 * torch.arange(-1.0, z.shape[1] - 1)
+        nearer = found(z + far, codebook + far)
+        exact = torch.cdist((z + far).double(), (codebook + far).double(), compute_mode="donot_use_mm_for_euclid_dist")
+        assert (exact.gather(1, nearer[:, None]).squeeze(1) - exact.min(1).values).max() < 1e-4
     # Whole numbers, since the interpreter's product of matrices rounds equal columns differently.
     half = torch.randint(-9, 10, (70, 4)).float().unique(dim=0)
     for codebook in (half.repeat_interleave(2, 0), half.repeat(2, 1)):  # ties: within a tile and across two
@@ -66,7 +71,7 @@ def test_compiles_to_fp32_products_that_fit(capability: int, tmp_path: Path, mon
     from vaescale.nn import nearest_triton as kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kinds = dict.fromkeys(("z", "codebook", "half_norms"), "*fp32") | {"codes": "*i64"}
+    kinds = dict.fromkeys(("z", "codebook", "centre", "half_norms"), "*fp32") | {"codes": "*i64"}
     kinds |= dict.fromkeys(("K", "D", "N"), "i32") | dict.fromkeys(("rows", "columns", "channels"), "constexpr")
     constants = {"rows": kernel.ROWS, "columns": kernel.CODES, "channels": kernel.CHANNELS}
     source = ASTSource(kernel._search, signature=kinds, constexprs=constants)
@@ -91,6 +96,6 @@ def test_agrees_with_brute_force_on_a_gpu() -> None:
             assert torch.cuda.max_memory_allocated() - held <= 64 * 2**20
             for part in torch.arange(rows).split(200):
                 check(z[part], codebook, found[part])
-            check(z[:200], codebook, _tiled(z[:200], codebook, codebook.square().sum(1) / 2))
+            check(z[:200], codebook, _tiled(z[:200], codebook, centre(codebook)))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

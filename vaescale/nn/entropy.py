@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .nearest import COLUMNS, TILE, exact
+from .nearest import COLUMNS, TILE, centre, exact
 
 
 def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -25,10 +25,11 @@ def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, 
     The first less the second is the loss of Jansen et al. 2020 ("Coincidence, categorization, and consolidation"), for
     codebooks that of MaskGIT's VQGAN, of Yu et al. 2023 (LFQ, equation 5) and of Shi et al. 2024 ("Scalable image
     tokenization with index backpropagation quantization"): each row sure of its code, all codes used. The mean is that
-    of the N rows given, one rank's micro-batch, as in the published code. Extra memory: four tiles of 4 MiB and
-    4 N + 2 K numbers, beside the gradients.
+    of the N rows given, one rank's micro-batch, as in the published code. Extra memory: four tiles of 4 MiB,
+    4 N + 2 K numbers and the centred copies of both, beside the gradients.
     """
-    sure, varied = _Entropies.apply(z, codebook, temperature)
+    c = centre(codebook.detach())  # distances stay as they are, and their rounding gets smaller far from the origin
+    sure, varied = _Entropies.apply(z - c, codebook - c, temperature)
     return sure, varied
 
 
