@@ -1,7 +1,7 @@
 """Every kind of quantiser and how they combine, against brute force, float64 and scikit-learn."""
 
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.nn.test_quantize import batches
 from vaescale import distributed
 from vaescale.nn import quantize
 from vaescale.nn.quantize import FSQ, LFQ, Config, SimVQ, VectorQuantizer, build
-from vaescale.nn.quantizer import pass_through
+from vaescale.nn.quantizer import MOST, pass_through
 
 DIM = 12
 FSQ_LEVELS = [5, 4, 3]
@@ -131,7 +131,7 @@ def test_simvq_learns_its_map_as_autograd_does() -> None:
     assert "basis" not in dict(quantizer.named_parameters())
 
 
-@pytest.mark.parametrize("levels", [[8, 5, 5, 5], [2, 3], [7, 4, 2]])
+@pytest.mark.parametrize("levels", [[8, 5, 5, 5], [3, 4], [7, 4, 3]])
 def test_fsq_is_the_grid_of_the_paper(levels: list[int]) -> None:
     """All products of the levels' integers, halved as in the paper's code; each code is one point and is reached."""
     count = int(np.prod(levels))
@@ -155,6 +155,17 @@ def test_fsq_gradient_is_that_of_its_bound() -> None:
     above, below = (quantizer._bounded(z.detach().double() + sign * step) for sign in (1, -1))
     expected = (above - below) / (2 * step) / (quantizer.levels // 2)
     torch.testing.assert_close(z.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [3, 4, 5, 8, 16])
+def test_every_fsq_channel_learns_where_training_begins(levels: int) -> None:
+    """Two levels do not: their gradient at z = 0 is 0.001, and one of their codes is used."""
+    quantizer = FSQ(Config(kind="fsq", codes=levels**2, dim=2, levels=[levels] * 2))
+    z = torch.zeros(1, 2, requires_grad=True)
+    quantizer(z).z.sum().backward()
+    assert z.grad.min() > 0.6
+    used = quantizer(torch.randn(50_000, 2)).codes.unique()
+    assert len(used) == levels**2
 
 
 @pytest.mark.parametrize("bits", [1, 5, 6])
@@ -205,6 +216,74 @@ def test_rotation_turns_the_gradient() -> None:
         torch.testing.assert_close(rotation @ a, b)
         scale = e[row].norm() / z[row].detach().norm()
         torch.testing.assert_close(z.grad[row], scale * rotation.T @ gradient[row])
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-9, 1e-4, 1e-2])
+def test_rotation_has_a_bounded_gradient_near_zero(length: float) -> None:
+    """Where it had one of 2e6; and the value is e for every z."""
+    direction = F.normalize(torch.randn(40, 7), dim=1)
+    z, e, gradient = (
+        (length * direction).requires_grad_(),
+        2 * F.normalize(torch.randn(40, 7), dim=1),
+        torch.randn(40, 7),
+    )
+    e[0] = 0.0
+    out = pass_through(z, e, "rotation")
+    assert torch.equal(out, e)
+    out.backward(gradient)
+    assert (z.grad.norm(dim=1) <= 1.001 * MOST * gradient.norm(dim=1)).all()
+    if length == 0:
+        torch.testing.assert_close(z.grad[1:], MOST * gradient[1:])
+    elif length > 1e-10:
+        # Still turned, as in float64.
+        far = (100 * direction).double().requires_grad_()
+        pass_through(far, e.double(), "rotation").backward(gradient.double())
+        cosine = F.cosine_similarity(z.grad[1:].double(), far.grad[1:])
+        torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-4, atol=0)
+
+
+def fitted(config: Config, z: torch.Tensor) -> quantize.Quantizer:
+    """Codes learned from the same rows in each of 30 steps."""
+    torch.manual_seed(0)
+    quantizer = build(config, seed=3)
+    for step in range(30):
+        quantizer(z)
+        quantizer.update(step, lr=0.02)
+    return quantizer.eval()
+
+
+@pytest.mark.parametrize(("learning", "init"), [("ema", "samples"), ("gradient", "kmeans"), ("ema", "uniform")])
+def test_depth_serves_cosine_as_it_serves_euclidean(learning: Any, init: Any) -> None:
+    """On rows of length 1 both are one quantiser, so that the error falls with the depth; on others the length is all
+    that is lost."""
+    (z,) = batches(1, 300, 8)
+    unit = F.normalize(z, dim=1)
+    errors = []
+    for depth in (1, 2, 4):
+        common = {"codes": 32, "dim": 8, "depth": depth, "init": init, "learning": learning, "decay": 0.8}
+        cosine, euclidean = fitted(Config(metric="cosine", **common), z), fitted(Config(**common), unit)
+        out = cosine(z)
+        if depth > 1:
+            torch.testing.assert_close(out.z, euclidean(unit).z, rtol=1e-4, atol=1e-5)
+        assert torch.equal(cosine.lookup(out.codes), out.z)
+        assert torch.equal(cosine(7 * z).codes, out.codes)
+        errors.append(float((out.z - unit).norm() / unit.norm()))
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("gradient", ["straight-through", "rotation"])
+def test_the_gradient_of_a_cosine_stack_is_that_of_its_normalisation(gradient: Any) -> None:
+    config = Config(codes=20, dim=8, depth=3, metric="cosine", gradient=gradient, beta=0.0)
+    z = (3 * torch.randn(50, 8)).requires_grad_()
+    quantizer = fitted(config, z.detach())
+    weight = torch.randn(50, 8)
+    (quantizer(z).z * weight).sum().backward()
+    z2 = z.detach().clone().requires_grad_()
+    unit = F.normalize(z2, dim=1)
+    (pass_through(unit, quantizer.lookup(quantizer(z).codes), gradient) * weight).sum().backward()
+    torch.testing.assert_close(z.grad, z2.grad)
+    torch.testing.assert_close((z.grad * z.detach()).sum(1), torch.zeros(50), rtol=0, atol=1e-4)  # length is free
 
 
 def test_residual_levels_quantise_the_rest() -> None:
@@ -282,6 +361,8 @@ def test_a_uniform_codebook_is_neither_replaced_nor_idle(learning: Literal["ema"
         ({"entropy": -0.1}, "entropy=-0.1 must be at least 0"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"kind": "fsq", "entropy": 0.1}, "set entropy=0"),
+        ({"kind": "fsq", "levels": [2] * DIM, "codes": 2**DIM}, r"levels=\[2, .* must be 3 or more each"),
+        ({"kind": "fsq", "levels": [5, 1], "codes": 5, "project": 2}, "must be 3 or more each"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(change: dict[str, object], message: str) -> None:

@@ -68,12 +68,13 @@ def build(config: Config, seed: int) -> Quantizer:
         raise ValueError(f"model.quantizer.groups={config.groups} must divide the {inner} channels")
     if config.kind in ("fsq", "lfq") and config.depth > 1:
         raise ValueError(f"model.quantizer.kind={config.kind} leaves no rest to quantise: use groups instead of depth")
-    one = replace(config, dim=inner // config.groups)
+    cosine = config.metric == "cosine" and config.kind == "vq" and config.depth > 1  # of the stack, not of each level
+    one = replace(config, dim=inner // config.groups, metric="euclidean" if cosine else config.metric)
     leaves = [
         [_leaf(one, seed + 7919 * (group * config.depth + level), level) for level in range(config.depth)]
         for group in range(config.groups)
     ]
-    stacks = [Residual(levels, config.gradient) if config.depth > 1 else levels[0] for levels in leaves]
+    stacks = [Residual(levels, config.gradient, cosine) if config.depth > 1 else levels[0] for levels in leaves]
     quantizer = Grouped(stacks) if config.groups > 1 else stacks[0]
     return Projected(quantizer, config.dim, inner) if config.project else quantizer
 
@@ -250,10 +251,15 @@ class FSQ(Quantizer):
     def __init__(self, config: Config) -> None:
         super().__init__()
         product = math.prod(config.levels)
-        if len(config.levels) != config.dim or min(config.levels) < 2 or product != config.codes:
+        if min(config.levels, default=3) < 3:
             raise ValueError(
-                f"model.quantizer.levels={config.levels} must be one number of 2 or more for each of the {config.dim} "
-                f"channels, with the product codes={config.codes}: set project={len(config.levels)} and codes={product}"
+                f"model.quantizer.levels={config.levels} must be 3 or more each: with 2 a channel's boundary lies far "
+                f"out in the tanh, where no gradient reaches; take kind=lfq for channels of two levels"
+            )
+        if len(config.levels) != config.dim or product != config.codes:
+            raise ValueError(
+                f"model.quantizer.levels={config.levels} must be one number for each of the {config.dim} channels, "
+                f"with the product codes={config.codes}: set project={len(config.levels)} and codes={product}"
             )
         levels = torch.tensor(config.levels)
         self.sizes = (config.codes,)

@@ -20,6 +20,9 @@ from .. import distributed
 from ..interfaces import Quantized, Usage
 from .codebook import Tally
 
+MOST = 100.0  # of the rotation trick's scale of a gradient
+TINY = 1e-12  # a length below which a row has no direction
+
 
 class Quantizer(nn.Module, ABC):
     """sizes: K of each of its codebooks, coarse to fine. Codes are int64 [...] of one codebook, [..., L] of several."""
@@ -112,19 +115,27 @@ class Grouped(_Several):
 
 class Residual(_Several):
     """Each codebook quantises what the ones before leave over (Lee et al. 2022, "Autoregressive image generation using
-    residual quantization", section 3.1)."""
+    residual quantization", section 3.1).
 
-    def __init__(self, parts: Sequence[Quantizer], gradient: str) -> None:
+    With the cosine metric rows are brought to length 1 once, before the first codebook; from there on distances are
+    Euclidean, since what is left over is shorter than that. The output is the sum of the codes, of length 1 up to the
+    error that the last codebook leaves.
+    """
+
+    def __init__(self, parts: Sequence[Quantizer], gradient: str, cosine: bool = False) -> None:
         super().__init__(parts)
         self.gradient = gradient
+        self.cosine = cosine
 
     def forward(self, z: Tensor) -> Quantized:
-        rest, outs = z.float(), []
-        for part in self._parts():
-            outs.append(part(rest))
-            rest = rest - outs[-1].z.detach()
-        total = torch.stack([out.z.detach() for out in outs]).sum(0)
-        return Quantized(pass_through(z.float(), total, self.gradient), *self._joined(outs))
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=-1) if self.cosine else z.float()
+            rest, outs = z, []
+            for part in self._parts():
+                outs.append(part(rest))
+                rest = rest - outs[-1].z.detach()
+            total = torch.stack([out.z.detach() for out in outs]).sum(0)
+            return Quantized(pass_through(z, total, self.gradient), *self._joined(outs))
 
     def lookup(self, codes: Tensor) -> Tensor:
         pieces = zip(self._parts(), self._divided(codes), strict=True)
@@ -178,11 +189,17 @@ class StraightThrough(torch.autograd.Function):
 
 def pass_through(z: Tensor, e: Tensor, how: str) -> Tensor:
     """e, with a gradient for z: the same one (van den Oord et al. 2017), or turned and scaled as z is to become e
-    (Fifty et al. 2024, "Restructuring vector quantization with the rotation trick", equation 4). z, e: [..., D]."""
+    (Fifty et al. 2024, "Restructuring vector quantization with the rotation trick", equation 4). z, e: [..., D].
+
+    The scale ‖e‖ / ‖z‖ has no bound where z is near 0. The authors' code adds 1e-6 to the lengths, which leaves a
+    gradient of a million at z = 0; here the scale is at most MOST. z = 0 has no direction and is not turned.
+    """
     if how == "straight-through":
         return StraightThrough.apply(z, e)
-    e, length = e.detach(), z.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    from_, to = z.detach() / length, F.normalize(e, dim=-1)
+    e, length = e.detach(), z.detach().norm(dim=-1, keepdim=True)
+    to = F.normalize(e, dim=-1)
+    from_ = torch.where(length > TINY, z.detach() / length.clamp(min=TINY), to)
     between = F.normalize(from_ + to, dim=-1)
     turned = z - 2 * (z * between).sum(-1, keepdim=True) * between + 2 * (z * from_).sum(-1, keepdim=True) * to
-    return turned * (e.norm(dim=-1, keepdim=True) / length)
+    scale = (e.norm(dim=-1, keepdim=True) / length.clamp(min=TINY)).clamp(max=MOST)
+    return StraightThrough.apply(turned * scale, e)  # where the scale is clamped, the product is not e
