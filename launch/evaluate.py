@@ -16,7 +16,7 @@ from typing import Any
 
 from vaescale import distributed
 from vaescale.config import ConfigError
-from vaescale.data import DataError, stream
+from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
 from vaescale.evaluation.evaluate import PROTOCOL, evaluate, reconstruct
 from vaescale.monitoring import codebook, pictures
@@ -62,6 +62,7 @@ def evaluate_run(run: Path, config: settings.Config, draws: int) -> dict[str, An
     device = distributed.init()
     model, step = trained.read_model(run, config, device)
     slices = stream.ValidationSlices(config.data)
+    index.check(*slices.indexes)
     usage = model.usage(clear=False)
     sizes = {name: len(one.window) for name, one in usage.items()}
     watched = distributed.rank() == 0 and sys.stderr.isatty()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from vaescale import distributed
 from vaescale.config import ConfigError
-from vaescale.data import DataError, stream
+from vaescale.data import DataError, index, stream
 from vaescale.evaluation.sample import MODES, Subject, Unable
 from vaescale.interfaces import Batch
 from vaescale.monitoring import board, pictures
@@ -51,6 +51,7 @@ def load(arguments: argparse.Namespace) -> tuple[Subject, int]:
     """(the model and what it is shown on, the step of its weights)."""
     config = trained.read_config(arguments.run, arguments.overrides)
     slices = stream.ValidationSlices(config.data)
+    index.check(*slices.indexes)
     total = len(slices.samples.index)
     if wrong := [number for number in arguments.images or () if not 0 <= number < total]:
         raise ConfigError(f"--images {wrong[0]}: the validation images are 0 to {total - 1}")

@@ -91,8 +91,10 @@ def verify_(arguments: argparse.Namespace) -> int:
 
 
 def order_(arguments: argparse.Namespace) -> int:
+    samples = stream.Samples(arguments.folder, arguments.cache, arguments.cache_gib)
+    samples.index.check()
     for line in stream.schedule(
-        stream.Samples(arguments.folder, arguments.cache, arguments.cache_gib),
+        samples,
         arguments.seed,
         arguments.columns,
         arguments.batch,

@@ -113,6 +113,7 @@ def _any_whole(digits: str) -> int | float:
 
 
 STRICT: dict[str, Any] = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _constant}
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 LENIENT: dict[str, Any] = {"parse_int": _any_whole}
 
 
@@ -120,7 +121,10 @@ def _deeper(text: str, depth: int) -> bool:
     """Whether the brackets of a valid JSON text are nested deeper than this."""
     if text.count("[") + text.count("{") <= depth:
         return False
-    brackets = re.sub(r"[^][{}]+", "", re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text))
+    if "\\" in text:
+        text = re.sub(r"\\.", "", text)
+    outside = "".join(text.split('"')[::2])  # of strings
+    brackets = outside.encode().translate(None, NO_BRACKETS).decode()
     for _ in range(depth):
         brackets = brackets.replace("[]", "").replace("{}", "")
     return bool(brackets)

@@ -60,7 +60,9 @@ def test_attributes_that_a_sample_lacks_are_nan(tmp_path: Path) -> None:
 def test_too_many_attributes_ask_which(tmp_path: Path) -> None:
     record = json.dumps({f"n{i}": i for i in range(300)}).encode()
     tar(tmp_path / "a.tar", ("a.jpg", jpeg(0)), ("a.json", record))
-    with pytest.raises(DataError, match="300 different numbers in its JSON: name those to keep with --attributes"):
+    with pytest.raises(
+        DataError, match="more than 256 different numbers in its JSON: name those to keep with --attributes"
+    ):
         make(tmp_path, tmp_path, fields=Fields(unlabelled=True))
     assert make(tmp_path, tmp_path, fields=Fields(unlabelled=True, attributes=("n7",))).attribute_names == ["n7"]
 
@@ -120,7 +122,7 @@ def test_an_index_of_another_make_is_named(tmp_path: Path, head: str) -> None:
         Index(tmp_path)
 
 
-SOUND = {"root": ".", "classes": [], "attributes": [], "hashes": {"samples.npy": ""}}
+SOUND = {"root": ".", "classes": [], "attributes": [], "hashes": {"samples.npy": "0" * 16}}
 ROW = ["a.tar", 1, 1, "0" * 16]
 
 
@@ -140,7 +142,7 @@ ROW = ["a.tar", 1, 1, "0" * 16]
 def test_a_hostile_index_is_one_sentence(tmp_path: Path, change: dict[str, object]) -> None:
     head = {"format": index.FORMAT, **SOUND, "shards": [ROW], **change}
     (tmp_path / "index.json").write_text(json.dumps(head))
-    with pytest.raises(DataError, match=r"index\.json is damaged: .*shards\.py index"):
+    with pytest.raises(DataError, match=r"index\.json is damaged \(.*\): .*shards\.py index"):
         Index(tmp_path)
 
 
@@ -162,7 +164,7 @@ def test_records_that_changed_are_seen_by_verify(tmp_path: Path) -> None:
     changed = np.array(made.records)
     changed["label"][1] = 6
     np.save(tmp_path / "samples.npy", changed)
-    with pytest.raises(DataError, match=r"samples\.npy changed since it was written"):
+    with pytest.raises(DataError, match=r"samples\.npy is not the file that was indexed: .*shards\.py index"):
         shards.verify(tmp_path, False, 1)
 
 
@@ -205,9 +207,9 @@ import numpy as np
 from vaescale.data.index import Index
 from vaescale.data.order import Order
 memory = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-before, begun = memory(), time.monotonic()
+before, begun = memory(), time.process_time()
 index = Index(Path(sys.argv[1]))
-opened = time.monotonic() - begun
+opened = time.process_time() - begun
 order = Order(index.sizes, 1024, 0)
 for sample in order(np.arange(10**9, 10**9 + 4096)).tolist():
     index.locate(sample)
@@ -216,10 +218,10 @@ print(json.dumps([len(index), opened, memory() - before]))
 
 
 def test_a_hundred_million_samples_open_at_once(tmp_path: Path, start: Start) -> None:
-    """In a process of its own: under a second, and under 200 MB with a batch of 4096 located at g = 10⁹."""
+    """In a process of its own: under a second of CPU, and under 200 MB with a batch of 4096 located at g = 10⁹."""
     count, per_shard = 100_000_000, 1000
     rows = [[f"{i:06d}.tar", per_shard, 10_000_000, "0123456789abcdef"] for i in range(count // per_shard)]
-    head = {"format": index.FORMAT, "root": ".", "classes": [], "attributes": [], "hashes": {"samples.npy": ""}}
+    head = {"format": index.FORMAT, "root": ".", "classes": [], "attributes": [], "hashes": {"samples.npy": "0" * 16}}
     head["shards"] = rows
     (tmp_path / "index.json").write_text(json.dumps(head))
     np.lib.format.open_memmap(tmp_path / "samples.npy", "w+", index.RECORD, (count,)).flush()  # holes: no disk is used

@@ -7,8 +7,10 @@ and never read whole; nothing is unpickled. The shards may lie elsewhere, on a d
 
 import json
 import os
+import re
+import stat
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +19,23 @@ import numpy as np
 import xxhash
 from numpy.lib.format import open_memmap
 
+from .. import distributed
+from ..files import is_plain, read_json
 from . import DataError, places
 from .parallel import atomically, each
 from .places import Shard
-from .tar import Fields, scan
+from .tar import MOST_BYTES, MOST_HEAD, Entry, Fields, scan
 
 FORMAT = 3
 # Of the picture's bytes: where they begin, how many, the bytes of tar header before them, their checksum.
 RECORD = np.dtype([("offset", "<i8"), ("length", "<u4"), ("head", "<u4"), ("label", "<i4"), ("check", "<u4")])
 MOST_ATTRIBUTES = 256
+MOST_JSON = 1 << 27  # bytes of index.json: two million shards
+MOST_SAMPLES = 1 << 40
+MOST_SHARD = 1 << 50  # bytes
+HASH = re.compile("[0-9a-f]{16}")
+SIMPLE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # names of shards that need no closer look
+CHECKED = 1 << 16  # records checked at once
 PARTS = ".parts"  # what is known of each shard while the index is being made
 SHOWN = 5  # shards named in one error
 
@@ -55,13 +65,14 @@ class Index:
         self.classes: list[str] = head["classes"]
         self.attribute_names: list[str] = head["attributes"]
         self.hashes: dict[str, str] = head["hashes"]  # file → xxh3
-        self.records = _mapped(folder, "samples.npy")
-        self.attributes = _mapped(folder, "attributes.npy") if self.attribute_names else None
         self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
+        total = int(self.sizes.sum())
+        self.records = _mapped(folder, "samples.npy", RECORD, (total,))
+        self.attributes: np.ndarray[Any, Any] | None = None
+        if self.attribute_names:
+            self.attributes = _mapped(folder, "attributes.npy", np.dtype("<f4"), (total, len(self.attribute_names)))
         self.first = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
         self._first: list[int] = self.first.tolist()  # for one sample, bisect takes a tenth of searchsorted's time
-        if self.records.dtype != RECORD or not len(self.records) == self.sizes.sum() > 0:
-            raise DataError(f"{folder}: samples.npy and index.json do not belong together: {how_to_index(folder)}")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,9 +86,63 @@ class Index:
         """Changes whenever the samples, their labels or their order change."""
         return xxhash.xxh3_64_hexdigest(json.dumps([self.shards, self.hashes["samples.npy"]]).encode())
 
-    def damage(self) -> str:
-        """Which of its own files is not what was written; "" if none. Reads them whole."""
-        return ", ".join(name for name, xxh3 in self.hashes.items() if places.file_hash(self.folder / name) != xxh3)
+    def check(self) -> None:
+        """Compare the files with their hashes, and every record with its shard and the classes: exchanged labels
+        would train in silence. Reads the files whole, in parts; raises DataError.
+        """
+        try:
+            wrong = places.patiently(self._damage)
+        except OSError as error:
+            raise places.unreadable(self.folder, error) from None
+        if wrong:
+            raise DataError(f"{self.folder}: {wrong}: {how_to_index(self.folder)} anew")
+
+    def _damage(self) -> str:
+        """What is wrong with the files; "" if nothing."""
+        for name, xxh3 in self.hashes.items():
+            if places.file_hash(self.folder / name) != xxh3:
+                return f"{name} is not the file that was indexed"
+        first, sizes = 0, np.array([shard.bytes for shard in self.shards])
+        for records in _parts(self.folder / "samples.npy", self.records):
+            if wrong := self._wrong(first, records, sizes):
+                return wrong
+            first += len(records)
+        if self.attributes is not None:
+            for values in _parts(self.folder / "attributes.npy", self.attributes):
+                if np.isinf(values).any():
+                    return "attributes.npy holds infinite numbers"
+        return ""
+
+    def _wrong(self, first: int, records: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]) -> str:
+        """What is wrong with the records of the samples from `first` on; "" if nothing. sizes: bytes of each shard."""
+        shard = np.searchsorted(self.first, np.arange(first, first + len(records)), side="right") - 1
+        offset, length, head = records["offset"], records["length"].astype(np.int64), records["head"]
+        size = sizes[shard]
+        label, most = records["label"], len(self.classes) - 1 if self.classes else np.iinfo(np.int32).max
+        checks = (
+            ("does not lie in its shard", (offset < head) | (offset > size - length)),
+            (f"has more than {MOST_BYTES} bytes", length > MOST_BYTES),
+            (f"has a header of more than {MOST_HEAD} bytes", head > MOST_HEAD),
+            (f"has a label that is none of -1 to {most}", (label < -1) | (label > most)),
+        )
+        for what, where in checks:
+            if where.any():
+                sample = int(where.argmax())
+                return f"sample {first + sample} of {self.shards[shard[sample]].name} {what}"
+        return ""
+
+
+def check(*indexes: Index) -> None:
+    """Index.check of each, by one rank of every node. Collective; raises DataError on all ranks."""
+    wrong = ""
+    if distributed.place().local_rank == 0:
+        try:
+            for index in indexes:
+                index.check()
+        except DataError as error:
+            wrong = str(error)
+    if ranks := distributed.where(bool(wrong)):
+        raise DataError(wrong or f"the data are damaged, as rank {ranks[0]} says")
 
 
 def build(
@@ -111,15 +176,22 @@ def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
             return None
         with places.local(root, name) as path:
             size = path.stat().st_size
-            entries = list(scan(path, fields))
+            entries: list[Entry] = []
+            keys: set[str] = set()
+            for entry in scan(path, fields):
+                entries.append(entry)
+                keys.update(entry.attributes)
+                if len(keys) > MOST_ATTRIBUTES:
+                    return (
+                        f"{name} has more than {MOST_ATTRIBUTES} different numbers in its JSON: name those to keep "
+                        f"with --attributes"
+                    )
             digest = places.file_hash(path)
     except OSError as error:
         return f"{root}/{name} cannot be read ({error.strerror})"
     except DataError as error:
         return str(error)
-    names = sorted({key for entry in entries for key in entry.attributes})
-    if len(names) > MOST_ATTRIBUTES:
-        return f"{name} has {len(names)} different numbers in its JSON: name those to keep with --attributes"
+    names = sorted(keys)
     values = np.array([[entry.attributes.get(key, np.nan) for key in names] for entry in entries], np.float32)
     records = [(entry.offset, entry.length, entry.head, entry.label, entry.check) for entry in entries]
     with atomically(part) as partial, partial.open("wb") as file:
@@ -142,7 +214,7 @@ def _is_known(part: Path, state: str) -> bool:
 
 
 def how_to_index(folder: Path) -> str:
-    place = str(folder) if any(folder.glob("*.tar")) else f"SHARDS --out {folder}"
+    place = str(folder) if _has_shards(folder) else f"SHARDS --out {folder}"
     return f"`python launch/shards.py index {place}` makes it"
 
 
@@ -152,6 +224,12 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
     for name in names:
         with np.load(part_of(folder, name), allow_pickle=False) as part:
             shards.append(Shard(name, len(part["records"]), int(part["bytes"]), str(part["xxh3"])))
+            label = int(part["records"]["label"].max(initial=-1))
+            if classes and label >= len(classes):
+                raise DataError(
+                    f"{name} has the label {label}, and classes.json names {len(classes)} classes, from 0 on: mend it, "
+                    f"or remove it where it belongs to other shards"
+                )
             attributes |= set(part["names"].tolist())
     total = sum(shard.samples for shard in shards)
     if not total:
@@ -191,32 +269,68 @@ def part_of(folder: Path, name: str) -> Path:
 def _read_head(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
     path = folder / "index.json"
     try:
-        head = json.loads(path.read_text())
-        made_by = head.get("format")
+        head = places.patiently(lambda: read_json(path, MOST_JSON))
+        made_by = head.get("format") if isinstance(head, dict) else None
         if made_by == FORMAT:
-            shards = [
-                Shard(str(name), int(samples), int(size), str(xxh3)) for name, samples, size, xxh3 in head["shards"]
-            ]
-            sound = min(min(shard.samples, shard.bytes) for shard in shards) >= 0
-            sound &= sum(shard.samples for shard in shards) < 2**40
-            sound &= {"classes", "attributes"} < set(head) and "samples.npy" in head["hashes"]
-            sound &= isinstance(head["root"], str)
+            _check_head(head)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(folder)) from None
-    except (ValueError, AttributeError, TypeError, LookupError, RecursionError):
-        made_by, sound = FORMAT, False
+    except OSError as error:
+        raise places.unreadable(path, error) from None
+    except (ValueError, LookupError, TypeError) as error:
+        what = str(error) if type(error) is ValueError else "fields are missing or of another kind"
+        raise DataError(f"{path} is damaged ({what}): {how_to_index(folder)}") from None
     if made_by != FORMAT:
         raise DataError(f"{path} was made by another version of vaescale: {how_to_index(folder)} anew")
-    if not sound:
-        raise DataError(f"{path} is damaged: {how_to_index(folder)}")
     places.check_place(head["root"])
-    for shard in shards:
-        places.check_name(shard.name)
-    return head, shards
+    return head, list(map(Shard._make, head["shards"]))
+
+
+def _check_head(head: dict[str, Any]) -> None:
+    """Every field of index.json that becomes a path, a count or a name. Raises ValueError with a phrase, LookupError,
+    TypeError; DataError for the name of a shard."""
+    files = {"samples.npy", "attributes.npy"} if head["attributes"] else {"samples.npy"}
+    _require(isinstance(head["root"], str) and head["root"] != "" and is_plain(head["root"]), "root is no place")
+    for names in ("classes", "attributes"):
+        plain = isinstance(head[names], list) and all(isinstance(one, str) and is_plain(one) for one in head[names])
+        _require(plain, f"{names} is no list of printable names")
+    attributes = head["attributes"]
+    _require(len(set(attributes)) == len(attributes) <= MOST_ATTRIBUTES, "attributes are too many, or one twice")
+    _require(set(head["hashes"]) == files, f"hashes are not of {' and '.join(sorted(files))}")
+    _require(all(map(_is_hash, head["hashes"].values())), "a hash of a file is not 16 hexadecimal digits")
+    _check_shards(*zip(*head["shards"], strict=True))
+
+
+def _check_shards(names: Sequence[Any], samples: Sequence[Any], sizes: Sequence[Any], hashes: Sequence[Any]) -> None:
+    """Column by column: there may be a hundred thousand of them."""
+    _require(set(map(type, (*names, *hashes))) == {str}, "a shard's name or hash is no text")
+    _require(set(map(type, (*samples, *sizes))) == {int}, "a shard's samples or bytes are no whole number")
+    for name in names:
+        if not SIMPLE.fullmatch(name):
+            places.check_name(name)
+    _require(all(map(HASH.fullmatch, hashes)), "a shard's hash is not 16 hexadecimal digits")
+    _require(min(samples) >= 0 < sum(samples) < MOST_SAMPLES, "the number of samples is out of range")
+    _require(min(sizes) >= 0 and max(sizes) < MOST_SHARD, "a shard's number of bytes is out of range")
+    _require(len(set(names)) == len(names), "two shards have one name")
+
+
+def _is_hash(text: object) -> bool:
+    return isinstance(text, str) and HASH.fullmatch(text) is not None
+
+
+def _require(sound: bool, phrase: str) -> None:
+    if not sound:
+        raise ValueError(phrase)
+
+
+def _has_shards(folder: Path) -> bool:
+    with suppress(OSError):
+        return any(folder.glob("*.tar"))
+    return False
 
 
 def _missing(folder: Path) -> str:
-    if any(folder.glob("*.tar")):
+    if _has_shards(folder):
         return f"{folder} holds shards but no index: {how_to_index(folder)}"
     return (
         f"there are no shards in {folder}: `python launch/shards.py demo data/photos` writes the demo photographs, "
@@ -224,9 +338,28 @@ def _missing(folder: Path) -> str:
     )
 
 
-def _mapped(folder: Path, name: str) -> np.ndarray[Any, Any]:
+def _mapped(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """A file of numpy's as it lies on the disk. Raises DataError unless it has this type and shape."""
+    path = folder / name
     try:
-        mapped = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / name} cannot be read ({error}): {how_to_index(folder)}") from None
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is not a regular file")
+        mapped = places.patiently(lambda: open_memmap(path, mode="r"))  # never unpickles
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there: {how_to_index(folder)}") from None
+    except OSError as error:
+        raise places.unreadable(path, error) from None
+    except Exception as error:  # numpy parses a header as Python: a hostile one raises whatever a parser can
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {how_to_index(folder)}") from None
+    if mapped.dtype != kind or mapped.shape != shape or not mapped.flags.c_contiguous:
+        raise DataError(f"{folder}: {name} and index.json do not belong together: {how_to_index(folder)}")
     return np.asarray(mapped)  # still mapped, without memmap's cost at every access
+
+
+def _parts(path: Path, mapped: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """The rows of a mapped file, CHECKED at a time; read, for what is mapped would stay in memory."""
+    width = int(np.prod(mapped.shape[1:]))
+    with path.open("rb") as file:
+        file.seek(path.stat().st_size - mapped.nbytes)
+        while (rows := np.fromfile(file, mapped.dtype, CHECKED * width)).size:
+            yield rows.reshape(-1, *mapped.shape[1:])

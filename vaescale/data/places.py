@@ -9,16 +9,17 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
 import xxhash
 from braceexpand import braceexpand
 
+from ..files import is_plain
 from . import DataError
 
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "hf": "hf"}  # protocol → extra that brings it
@@ -26,7 +27,15 @@ TRIES = 8  # of one shard; with the pauses between them about a minute
 FIRST_PAUSE = 0.5  # seconds; each is twice as long as the one before, less a random part
 STALL = 30.0  # seconds without a byte after which an http connection is given up
 SLOWEST = 10_000  # bytes a second; what comes more slowly is begun anew
+# What a network file system that will be back raises, and a disk that is read again.
+PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ENOTCONN, errno.ECONNRESET),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ESHUTDOWN, errno.ECONNREFUSED),
+}
 CHANGED = "its bytes are not those that were indexed"
+
+
+Result = TypeVar("Result")
 
 
 class Shard(NamedTuple):
@@ -61,13 +70,7 @@ def check_place(place: str) -> str:
 
 def check_name(name: str) -> str:
     """A shard's name under its root: a plain relative path."""
-    if (
-        not name
-        or name.startswith("/")
-        or ".." in name.split("/")
-        or re.search(r"[:|?#%]", name)
-        or not name.isprintable()
-    ):
+    if not name or name.startswith("/") or ".." in name.split("/") or re.search(r"[:|?#%]", name) or not is_plain(name):
         raise DataError(f"{name!r:.80} is no name that a shard may have: it must lie under its folder")
     return name
 
@@ -124,12 +127,37 @@ def local(root: str, name: str) -> Iterator[Path]:
         yield path
 
 
+def patiently(work: Callable[[], Result]) -> Result:
+    """The result of `work`, which reads files, tried again for about a minute while their file system is away.
+
+    Raises the OSError that stays.
+    """
+    for attempt in range(TRIES):
+        _pause(attempt)
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in PASSING or attempt == TRIES - 1:
+                raise
+    raise AssertionError
+
+
+def unreadable(path: Path | str, error: OSError) -> DataError:
+    why = error.strerror or type(error).__name__
+    return DataError(f"{path} cannot be read ({why}): check that it is there, its permissions and its file system")
+
+
+def _pause(attempt: int) -> None:
+    """Before each try but the first; together TRIES of them wait for about a minute."""
+    if attempt:
+        time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
+
+
 def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
     """Copy a URL to a local file, with pauses between tries that double; it must be `shard`, where that is given."""
     wrong = ""
     for attempt in range(TRIES):
-        if attempt:
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
+        _pause(attempt)
         try:
             filesystem, path = _filesystem(url)
             filesystem.get_file(path, str(target), callback=_Watch(shard.bytes if shard else None))

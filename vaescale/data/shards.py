@@ -16,7 +16,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from . import DataError, decode, places
-from .index import Index, build, how_to_index
+from .index import Index, build
 from .parallel import alone, atomically, each
 from .tar import Fields, checksum, scan
 
@@ -95,8 +95,7 @@ def verify(folder: Path, decoding: bool, processes: int) -> Iterator[Finding]:
     Raises DataError if the index itself is damaged.
     """
     index = Index(folder)
-    if damage := index.damage():
-        raise DataError(f"{folder}: {damage} changed since it was written: {how_to_index(folder)} anew")
+    index.check()
     jobs = [(folder, number, decoding) for number in range(len(index.shards))]
     return (finding for finding in each(examine, jobs, processes, f"verify {folder}", "shard") if finding)
 

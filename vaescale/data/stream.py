@@ -91,6 +91,8 @@ class Attributes:
         self._values = index.attributes
         if names:
             known = training.attributes[:, _columns(training, names)]  # type: ignore[index]
+            if empty := np.flatnonzero(np.isnan(known).all(axis=0)).tolist():
+                raise DataError(f"data.attributes: no sample of {training.folder} has a value of {names[empty[0]]}")
             self._mean = np.nanmean(known, axis=0, dtype=np.float64)
             self._deviation = np.maximum(np.nanstd(known, axis=0, dtype=np.float64), 1e-6)
 
@@ -192,6 +194,7 @@ class ValidationSlices(Dataset[Decoded]):
         self.config = config
         self.samples = Samples(Path(config.root) / "val", config.cache, config.cache_gib)
         training = Index(Path(config.root) / "train") if config.attributes else self.samples.index
+        self.indexes = {self.samples.index, training}  # whose files are read
         self.attributes = Attributes(self.samples.index, training, config.attributes)
 
     def __getitem__(self, numbers: range) -> Decoded:

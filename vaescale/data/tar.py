@@ -25,6 +25,7 @@ from . import DataError
 PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes of a tar header
 MOST_BYTES = 1 << 28  # of one picture
+MOST_HEAD = 1 << 24  # bytes of tar headers before a picture: those of a long name, and what PAX adds
 MOST_TEXT = 1 << 20  # bytes of one .cls or .json
 MOST_NAME = 200  # characters of an attribute's name
 MOST_VALUE = float(np.finfo(np.float32).max)
@@ -164,6 +165,8 @@ def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Field
     picture = pictures[0][1]
     if picture.size > MOST_BYTES:
         raise DataError(f"{path}: {picture.name} claims {picture.size} bytes, which no picture has")
+    if picture.offset_data - picture.offset > MOST_HEAD:
+        raise DataError(f"{path}: {picture.name} has a header of more than {MOST_HEAD} bytes, which no picture needs")
     texts = {extension: member for extension, member in members if extension in ("cls", "json")}
     wanted = fields.attributes != () or (fields.label_field and not fields.unlabelled)
     record = _json(file, path, texts["json"]) if "json" in texts and wanted else {}

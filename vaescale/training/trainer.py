@@ -18,6 +18,7 @@ from .. import config as mechanics
 from .. import distributed
 from ..data import DataError, stream
 from ..data.decode import CAUSES
+from ..data.index import check as check_indexes
 from ..evaluation.evaluate import evaluate
 from ..evaluation.show import show
 from ..interfaces import Batch, Usage
@@ -67,8 +68,10 @@ class Trainer:
         # The data are opened first: of all that can be wrong they are the most likely, and the cheapest to find.
         self.slices = stream.TrainSlices(config.data, config.seed)
         self.validation = stream.ValidationSlices(config.data)
-        for slices in (self.slices, self.validation):
-            check_labels(config, slices.samples.index)
+        indexes = (self.slices.samples.index, self.validation.samples.index)
+        check_indexes(*indexes)
+        for index in indexes:
+            check_labels(config, index)
 
         torch.manual_seed(config.seed)
         self.model = build(config).to(self.device)
