@@ -20,6 +20,7 @@ from pathlib import Path
 from vaescale.data import DataError, demo, digits, places, prepare, shards, stream, tar
 from vaescale.data.order import VERSIONS
 from vaescale.data.parallel import processors
+from vaescale.files import printable
 
 
 def main() -> int:
@@ -32,7 +33,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {printable(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)

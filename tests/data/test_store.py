@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -169,11 +168,10 @@ def test_the_bound_holds_at_every_moment(tmp_path: Path, monkeypatch: pytest.Mon
     def watch() -> None:
         while not done.is_set():
             total = 0
-            with FileLock(tmp_path / "lock.lock"):  # so that no file goes while the next one is counted
+            with FileLock(tmp_path / "lock.lock"):  # so that none goes or is renamed while they are counted
                 for path in tmp_path.iterdir():
                     if path.suffix in (".tar", ".partial"):
-                        with suppress(FileNotFoundError):  # renamed: it is complete now, and as large
-                            total += path.stat().st_size
+                        total += path.stat().st_size
             most[0] = max(most[0], total)
 
     watcher = threading.Thread(target=watch)
@@ -188,6 +186,36 @@ def test_the_bound_holds_at_every_moment(tmp_path: Path, monkeypatch: pytest.Mon
     done.set()
     watcher.join()
     assert 0 < most[0] <= 3 * MIB
+
+
+def test_a_shard_that_becomes_complete_meanwhile_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two; the second is fetched while the third makes room: its rename falls between the two lists, that of
+    the complete shards and that of the promised ones, unless it waits for the lock."""
+    begun, go_on, listed = threading.Event(), threading.Event(), Cache._held
+
+    def fetch(url: str, target: Path, expected: Shard) -> None:
+        target.write_bytes(bytes(expected.bytes))
+        if expected.name == "1.tar":
+            begun.set()
+            assert go_on.wait(60)
+
+    def held(self: Cache) -> list[tuple[int, int, Path]]:
+        found = listed(self)
+        if begun.is_set():
+            go_on.set()
+            second.join(0.3)  # it must not end here
+        return found
+
+    monkeypatch.setattr(store, "fetch", fetch)
+    monkeypatch.setattr(Cache, "_held", held)
+    cache = Cache(tmp_path, 2 * MIB)
+    cache.get(shard(0, MIB), "")
+    second = threading.Thread(target=cache.get, args=(shard(1, MIB), ""))
+    second.start()
+    assert begun.wait(60)
+    cache.get(shard(2, MIB), "")
+    second.join()
+    assert sorted(path.stem[-1] for path in tmp_path.glob("*.tar")) == ["1", "2"]
 
 
 def test_the_least_recently_used_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

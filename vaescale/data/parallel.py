@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from ..files import printable
 from . import DataError
 
 Result = TypeVar("Result")
@@ -41,7 +42,7 @@ def progress(items: Iterable[Result], doing: str, unit: str, total: int | None =
     """The items, with a bar where somebody watches and a line a minute in a log file."""
     watched = sys.stderr.isatty()
     delay, interval = (0.0, 0.1) if watched else (60.0, 60.0)
-    return iter(tqdm(items, doing, total, unit=unit, delay=delay, mininterval=interval))
+    return iter(tqdm(items, printable(doing), total, unit=unit, delay=delay, mininterval=interval))
 
 
 @contextmanager

@@ -5,8 +5,10 @@ or fsspec's FSSPEC_* variables); a URL that carries them is refused, for it woul
 """
 
 import errno
+import os
 import random
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ PASSING = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ENOTCONN, errno.ECONNRESET),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ESHUTDOWN, errno.ECONNREFUSED),
 }
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # what a disk raises for a file that it cannot take
 CHANGED = "its bytes are not those that were indexed"
 
 
@@ -106,8 +109,8 @@ def url_of(root: str, name: str) -> str:
 def state(root: str, name: str) -> str:
     """Changes when a shard does: its size and time, or what the server tells. "" if nobody tells."""
     if not is_url(root):
-        stat = (Path(root) / name).stat()
-        return f"{stat.st_size} {stat.st_mtime_ns}"
+        found = (Path(root) / name).stat()
+        return f"{found.st_size} {found.st_mtime_ns}"
     try:
         filesystem, path = _filesystem(url_of(root, name))
         return repr(sorted(filesystem.info(path).items(), key=repr))
@@ -119,7 +122,10 @@ def state(root: str, name: str) -> str:
 def local(root: str, name: str) -> Iterator[Path]:
     """A shard as a local file: itself, or a copy for as long as it is needed."""
     if not is_url(root):
-        yield Path(root) / name
+        path = Path(root) / name
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path} is not a regular file")
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="vaescale-") as folder:
         path = Path(folder) / Path(name).name
@@ -175,8 +181,8 @@ def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
             # Its text may hold a signed URL: only what kind it was, and the status of the answer, may be told.
             status = getattr(error, "status", None)
             wrong = f"{type(error).__name__} {status or ''}".strip()
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                wrong = f"the disk of {target.parent} is full"
+            if isinstance(error, OSError) and error.errno in FULL:
+                wrong = f"{target.parent} takes no more ({os.strerror(error.errno)})"
                 break
             if status in (401, 403, 410):  # asking again does not help
                 break

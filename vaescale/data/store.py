@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from . import DataError
+from . import DataError, places
 from .places import Shard, fetch, is_url, url_of
 
 OPEN_SHARDS = 64  # file descriptors that a process keeps
@@ -33,13 +34,27 @@ class Store:
 
     def read(self, number: int, offset: int, length: int) -> bytes:
         """Bytes of shard `number`, fewer where it ends. Raises DataError if it cannot be had."""
+        try:
+            return places.patiently(lambda: self._read(number, offset, length))
+        except OSError as error:
+            shard = self._shards[number]
+            path = self._cache.path(shard) if self.remote else Path(self._root) / shard.name
+            raise places.unreadable(f"the shard {path} of the index", error) from None
+
+    def _read(self, number: int, offset: int, length: int) -> bytes:
         if not self.remote:
-            return os.pread(self._opened(number), length, offset)
+            file = self._opened(number)
+            try:
+                return os.pread(file, length, offset)
+            except OSError:
+                with suppress(OSError):
+                    os.close(self._files.pop(number))  # a file system that comes back may not know it any more
+                raise
         while True:
             try:
                 # Opened for one read: a file held open would take disk space after the cache has dropped it.
-                with self._cached(number).open("rb", buffering=0) as file:
-                    return os.pread(file.fileno(), length, offset)
+                with self._cached(number).open("rb", buffering=0) as cached:
+                    return os.pread(cached.fileno(), length, offset)
             except FileNotFoundError:  # dropped by another process in between
                 continue
 
@@ -55,7 +70,7 @@ class Store:
         for number in dict.fromkeys(numbers):
             if len(self._fetching) >= AHEAD:
                 return
-            if number not in self._fetching and not self._cache.path(self._shards[number]).exists():
+            if number not in self._fetching and not _used(self._cache.path(self._shards[number])):
                 thread = threading.Thread(target=self._fetch_quietly, args=(number,), daemon=True)
                 thread.start()
                 self._fetching[number] = thread
@@ -74,13 +89,12 @@ class Store:
                 os.close(self._files.pop(next(iter(self._files))))
             shard = self._shards[number]
             path = Path(self._root) / shard.name
-            try:
-                file = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"the shard {path} of the index cannot be read ({error.strerror})") from None
-            self._files[number] = file
-            if os.fstat(file).st_size != shard.bytes:
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != shard.bytes:
+                os.close(file)
                 raise DataError(f"the shard {path} has changed since it was indexed: verify the shards, or index anew")
+            self._files[number] = file
         return self._files[number]
 
 
@@ -99,20 +113,34 @@ class Cache:
         return self.folder / f"{shard.xxh3}.tar"
 
     def get(self, shard: Shard, url: str) -> Path:
+        """A complete copy of the shard. Raises DataError if it cannot be fetched, or the cache cannot be used."""
         path = self.path(shard)
-        try:
-            os.utime(path)
-        except FileNotFoundError:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._lock(shard.xxh3):
-                if not path.exists():
-                    partial = self._reserve(shard)
-                    fetch(url, partial, shard)
-                    partial.replace(path)
+        if not _used(path):
+            try:
+                self._bring(shard, url)
+            except (OSError, NotImplementedError) as error:
+                raise self._unusable(error) from None
         return path
 
+    def _bring(self, shard: Shard, url: str) -> None:
+        path = self.path(shard)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock(shard.xxh3):
+            if not path.exists():
+                partial = self._reserve(shard)
+                fetch(url, partial, shard)
+                # Who makes room counts the complete shards and then the promised ones: neither may miss this one.
+                with self._lock("lock"):
+                    partial.replace(path)
+
+    def _unusable(self, error: OSError | NotImplementedError) -> DataError:
+        why = getattr(error, "strerror", "") or str(error) or type(error).__name__
+        return DataError(
+            f"data.cache={self.folder} cannot be used ({why}): set data.cache to a folder of your own on a local disk"
+        )
+
     def drop(self, shard: Shard) -> None:
-        with self._lock("lock"):
+        with suppress(OSError, NotImplementedError), self._lock("lock"):
             self.path(shard).unlink(missing_ok=True)
 
     def require(self, shards: Sequence[Shard]) -> None:
@@ -124,14 +152,25 @@ class Cache:
                 f"data.cache_gib={self.limit / 2**30:.3g} holds not even {AHEAD + 1} of these shards: give it at least "
                 f"{least / 2**30:.3g}"
             )
+        try:
+            self._require_room(shards, total)
+        except (OSError, NotImplementedError) as error:
+            raise self._unusable(error) from None
+
+    def _require_room(self, shards: Sequence[Shard], total: int) -> None:
         there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        held = sum(size for _, size, _ in self._held())
-        missing = min(self.limit, total) - held
+        held = self._held()
+        if {path.name for _, _, path in held}.issuperset(self.path(shard).name for shard in shards):
+            return  # nothing will be written
+        missing = min(self.limit, total) - sum(size for _, size, _ in held)
         if missing > (free := shutil.disk_usage(there).free):
             raise DataError(
                 f"data.cache={self.folder} may grow by {missing / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} "
                 f"left: set data.cache to another disk, or data.cache_gib lower"
             )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock("lock"):  # whether it can be written is known before the first step
+            pass
 
     def _reserve(self, shard: Shard) -> Path:
         """Make room for a shard; its file's name holds the room until the bytes do."""
@@ -175,3 +214,14 @@ class Cache:
 
     def _lock(self, name: str, timeout: float = -1) -> FileLock:
         return FileLock(self.folder / f"{name}.lock", timeout=timeout)
+
+
+def _used(path: Path) -> bool:
+    """Whether a shard is in the cache, where its time of use becomes now. Others' files may be read, too."""
+    try:
+        os.utime(path)
+    except OSError:
+        with suppress(OSError):
+            return path.exists()
+        return False
+    return True

@@ -21,6 +21,7 @@ import xxhash
 
 from ..files import is_plain, parse_json, printable
 from . import DataError
+from .places import PASSING
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes of a tar header
@@ -115,6 +116,8 @@ def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInf
     try:
         tar = tarfile.open(fileobj=file, mode="r:", **ENCODING)  # noqa: SIM115  # `file` is the caller's to close
     except ODD as error:
+        if getattr(error, "errno", None) in PASSING:
+            raise  # the disk fails, not the tar
         raise DataError(f"{path} is no plain tar file ({error}): only uncompressed ones can be read") from None
     try:
         for member in tar:
@@ -123,7 +126,9 @@ def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInf
                 continue
             _refuse(path, member)
             yield member
-    except ODD:
+    except ODD as error:
+        if getattr(error, "errno", None) in PASSING:
+            raise
         raise DataError(damaged(path, tar.offset)) from None
     # A whole tar ends in zeros; anything else after the last member that could be read means lost samples.
     file.seek(end)
