@@ -10,15 +10,18 @@ From the project's root, which all nodes must see. The settings are checked firs
 """
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 from vaescale.config import ConfigError
 from vaescale.training import settings
 
 TRAIN = "launch/slurm/train.sbatch"
+BETWEEN = r",(?![^\[{]*[\]}])"  # the values of a sweep; a comma within a list is the list's
 
 
 def main() -> int:
@@ -68,7 +71,7 @@ def trainings(arguments: argparse.Namespace) -> dict[str, list[str]]:
         return {config.run: []}
     key, _, values = arguments.sweep.partition("=")
     own = {}
-    for value in values.split(","):
+    for value in re.split(BETWEEN, values):
         run = f"{config.run}/{key}={value}"
         own[run] = [f"{key}={value}", f"run={run}"]
         settings.check(settings.load(arguments.config, [*arguments.overrides, *own[run]]), world)
@@ -80,13 +83,13 @@ def options(arguments: argparse.Namespace, log: str) -> list[str]:
 
 
 def train_command(arguments: argparse.Namespace, runs: dict[str, list[str]]) -> list[str]:
-    sweep = [" ".join(own) for own in runs.values() if own]
+    sweep = [own for own in runs.values() if own]
     command = ["sbatch", "--parsable", f"--nodes={arguments.nodes}", f"--time={arguments.time}"]
     command += [f"--ntasks-per-node={arguments.accelerators}", f"--cpus-per-task={arguments.cpus_per_task}"]
     command += [] if arguments.cpu else [f"--gpus-per-node={arguments.accelerators}"]
     command += [f"--array=0-{len(sweep) - 1}"] if sweep else []
     command += options(arguments, "slurm-%A_%a.log" if sweep else "slurm-%j.log")
-    return [*command, TRAIN, "--config", arguments.config, *arguments.overrides, *sweep]
+    return [*command, TRAIN, "--config", arguments.config, *arguments.overrides, *chain(*sweep)]
 
 
 def evaluate_command(arguments: argparse.Namespace, job: str, runs: list[str]) -> list[str]:
@@ -105,10 +108,11 @@ def submitted(command: list[str]) -> str:
 
 def follow(job: str, runs: list[str]) -> None:
     common = runs[0] if len(runs) == 1 else str(Path(runs[0]).parent)
-    one = runs[0] if len(runs) == 1 else f"{common}/…"
+    one = shlex.quote(common) if len(runs) == 1 else f"{shlex.quote(common)}/…"
+    curves = f"{common}/tensorboard" if len(runs) == 1 else common
     print(f"  state    squeue --job {job}        cat {one}/run_status.json")
     print(f"  log      tail -F slurm-{job}{'' if len(runs) == 1 else '_*'}.log")
-    print(f"  curves   tensorboard --logdir {common}{'/tensorboard' if len(runs) == 1 else ''}")
+    print(f"  curves   tensorboard --logdir {shlex.quote(curves)}")
     print(f"  stop     touch {one}/STOP, or scancel {job}: it saves first; to go on, submit it again")
 
 
