@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from tests.conftest import jpeg, samples
-from vaescale.data import DataError, stream
+from vaescale.data import DataError, stream, workers
 from vaescale.data.decode import validation_image
 from vaescale.data.index import Index
 from vaescale.data.order import Order
@@ -163,16 +163,14 @@ def test_the_schedule_is_what_the_loaders_do(pictures: Path, world: int, workers
     assert done == list(stream.schedule(slices.samples, 7, 8, 12, accumulation, world, workers, first, steps))
 
 
-def kill_worker_zero(_: int) -> None:
-    info = torch.utils.data.get_worker_info()
-    assert info is not None
-    if info.id == 0:
+def kill_worker_zero(_: int, number: int) -> None:
+    if number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_worker_is_named_at_once(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernel does when memory runs out; the others would wait for ever."""
-    monkeypatch.setattr(stream, "_quiet_worker", kill_worker_zero)
+    monkeypatch.setattr(workers, "_begin", kill_worker_zero)
     begun = time.monotonic()
     with pytest.raises(DataError, match=r"DataLoader worker \(pid.*if memory ran out, lower data\.workers"):
         take(pictures, 5, workers=2)

@@ -39,8 +39,11 @@ def test_more_ranks_than_cores(config: settings.Config) -> None:
 def test_batches_larger_than_shared_memory(config: settings.Config) -> None:
     much = replace(config, data=replace(config.data, prefetch=10**12))
     found = preflight.shared_memory(much, 1, 1)
-    assert found.level == FAIL
+    assert found.level == WARN
     assert "--shm-size" in str(found)
+    assert preflight.shared_memory(config, 1, 1, Path("/nowhere")).level == WARN
+    none = replace(config, data=replace(config.data, workers=0))
+    assert preflight.shared_memory(none, 1, 1, Path("/nowhere")).level == OK
 
 
 def test_few_open_files(config: settings.Config) -> None:

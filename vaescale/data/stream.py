@@ -1,18 +1,14 @@
 """The training stream and the validation pass: uint8 batches in an order that is a function of g alone."""
 
-import atexit
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from weakref import WeakSet
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from ..interfaces import Batch
 from . import DataError, decode
@@ -20,6 +16,7 @@ from .index import Index
 from .order import VERSIONS, Order, mix
 from .store import Store
 from .tar import checksum, key_in
+from .workers import Loader
 
 SHOWN = 8  # validation images in a picture
 IN_A_ROW = 100  # damaged samples drawn one after the other: the data are damaged, not the sample
@@ -287,65 +284,13 @@ def chosen_images(slices: ValidationSlices, numbers: list[int]) -> Batch:
     return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
-DYING = 5.0  # seconds from the first sign of a worker's death to its end, at most
-_running: WeakSet[Any] = WeakSet()  # the iterators that have workers
-
-
-@atexit.register
-def _end_workers() -> None:
-    """An error keeps its loader alive until Python exits, which then ends the workers by SIGTERM and waits for them for
-    ever: they do not heed it, see _quiet_worker."""
-    for iterator in list(_running):
-        iterator._shutdown_workers()
-
-
-class _Loader(DataLoader[Decoded]):
-    def __iter__(self) -> Any:
-        if not self.num_workers:
-            yield from super().__iter__()
-            return
-        # When a worker dies torch raises in the midst of whatever training is at. The loader notices it, too.
-        handler = signal.getsignal(signal.SIGCHLD)
-        iterator: Any = super().__iter__()
-        signal.signal(signal.SIGCHLD, handler)
-        _running.add(iterator)
-        try:
-            yield from iterator
-        except (RuntimeError, OSError, EOFError) as error:  # what it had sent may be lost with it
-            ended = wait([worker.sentinel for worker in iterator._workers], DYING)
-            dead = [worker for worker in iterator._workers if worker.sentinel in ended]
-            for worker in dead:
-                worker.join(DYING)
-            if not any(worker.exitcode for worker in dead):
-                raise
-            pids = ", ".join(str(worker.pid) for worker in dead)
-            raise DataError(
-                f"DataLoader worker (pid {pids}) was killed: if memory ran out, lower data.workers or data.prefetch"
-            ) from error
+def in_flight(config: Config, micro: int) -> int:
+    """Bytes of images that the workers of a rank have decoded ahead, at most. micro: images of a batch of one rank."""
+    return config.workers * config.prefetch * micro * config.channels * config.size**2
 
 
 def _loader(slices: Dataset[Decoded], ranges: Iterable[range], config: Config, pin: bool) -> Iterable[Decoded]:
-    return _Loader(
-        slices,
-        sampler=ranges,  # any iterable serves, an endless one too
-        batch_size=None,
-        num_workers=config.workers,
-        prefetch_factor=config.prefetch if config.workers else None,
-        collate_fn=_as_is,  # type: ignore[arg-type]  # without a batch size it is given one item, not a list
-        pin_memory=pin,
-        worker_init_fn=_quiet_worker,
-    )
-
-
-def _as_is(item: Decoded) -> Decoded:
-    return item
-
-
-def _quiet_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    # What asks the run to stop may reach the whole process group; the rank still needs its workers to end well.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    return Loader(slices, ranges, config.workers, config.prefetch, pin)
 
 
 def _batch(

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from .. import config as mechanics
 from .. import distributed
-from ..data import DataError, decode, stream
+from ..data import DataError, decode, stream, workers
 from ..interfaces import Batch
 from .checkpoint import amount, newest
 from .settings import Config, micro_batch
@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 
 def alone(config: Config, world: int) -> Iterator[Finding]:
     """What each rank finds for itself; before a process group is there."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    here = ranks_here(world)
     yield versions()
     yield devices(config, here)
     if config.data.workers:
@@ -53,6 +53,11 @@ def alone(config: Config, world: int) -> Iterator[Finding]:
     yield file_limit(config)
     yield disk(Path(config.run))
     yield index(config)
+
+
+def ranks_here(world: int) -> int:
+    """Ranks on this node, as torchrun and DeepSpeed's launcher say; else as if there were no other."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
 def together(config: Config) -> Iterator[Finding]:
@@ -95,15 +100,14 @@ def devices(config: Config, here: int) -> Finding:
     return Finding(OK, f"{found} × {name}")
 
 
-def shared_memory(config: Config, world: int, here: int, folder: Path = Path("/dev/shm")) -> Finding:
-    """Through which workers hand over their batches."""
-    data = config.data
-    batch = micro_batch(config, world) * data.channels * data.size**2
-    need = here * data.workers * data.prefetch * batch
-    free = shutil.disk_usage(folder).free
+def shared_memory(config: Config, world: int, here: int, folder: Path = workers.SHARED) -> Finding:
+    """Through which workers hand over their batches, as long as there is room."""
+    need = here * stream.in_flight(config.data, micro_batch(config, world))
+    free = workers.free_shared_memory(folder)
     what = f"{amount(free)} of shared memory are free, and batches on their way take up to {amount(need)}"
     if free < need:
-        return Finding(FAIL, what, "lower data.prefetch or data.workers, or give a container more (--shm-size, --ipc)")
+        cure = "lower data.prefetch or data.workers, or give a container more (--shm-size, --ipc)"
+        return Finding(WARN, f"{what}: some will go through pipes, which is slower", cure)
     return Finding(OK, what)
 
 
