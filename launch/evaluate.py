@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vaescale import distributed
+from vaescale import distributed, process
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
@@ -27,6 +27,7 @@ BATCH = 32  # images at a time on one rank
 
 
 def main() -> int:
+    process.forgive_output()  # what is measured or drawn is worth more than the log
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", required=True, metavar="RUN")
     parser.add_argument(

@@ -7,13 +7,21 @@
 
 Launchers lose their ranks' codes, and signals: `deepspeed` ends with 0 where its launch.py was killed, and with SIGTERM
 leaves its ranks alone. So the code is that of run_status.json (see launch/train.py for the codes); where that tells
-nothing of this life, the launcher's own, but never 0. SIGTERM and SIGUSR1 become the file RUN/STOP, which reaches the
-ranks wherever they are; those of srun get signals from SLURM itself. To stop at once: SIGINT, which the launcher gets.
+nothing of this life, the launcher's own, but never 0.
+
+SIGTERM, SIGUSR1, SIGHUP and the first ^C become the file RUN/STOP, which reaches the ranks wherever they are: they save
+and leave. The ranks of srun get signals from SLURM itself, and the file only for ^C. A second ^C, or one before
+training has begun, ends all of them at once, with code 130.
 
 --requeue puts a SLURM job back into the queue where another life is worth it: the run was stopped by a signal or the
-job's end, or has failed of what it need not fail of again. Not if it was cancelled, or stopped by the file STOP, or has
-diverged, or makes no progress. A job whose node fails SLURM requeues itself.
+job's end, or has failed of what it need not fail of again. Not if it was cancelled, or stopped by ^C or the file STOP,
+or has diverged, or makes no progress. A job whose node fails SLURM requeues itself.
 """
+
+from vaescale import process
+
+if __name__ == "__main__":
+    process.start()  # before the imports, which take seconds
 
 import ctypes
 import os
@@ -21,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,11 +37,47 @@ from typing import Any
 from vaescale import config
 from vaescale.config import ConfigError
 from vaescale.training.guard import Diverged
-from vaescale.training.status import FAILED, PREEMPTED, Status
-from vaescale.training.stops import FILE
+from vaescale.training.status import FAILED, PREEMPTED, RUNNING, Status
+from vaescale.training.stops import FILE, TWICE, TWICE_INTERRUPTED
 
 PATIENCE = 120.0  # seconds in which ranks whose launcher has ended must have saved and left
+AT_ONCE = 2.0  # seconds in which a launcher may end its ranks on other hosts, before all on this one are killed
+BY_USER = (FILE, "SIGINT", TWICE_INTERRUPTED)
+LOOK = 0.2  # seconds between looks at what has ended, and at signals
 SET_DEATH_SIGNAL, SET_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+class Asked:
+    """What signals have asked for."""
+
+    def __init__(self, run: Path, srun: bool) -> None:
+        self.status, self.stop, self.srun = Status(run, 0), run / "STOP", srun
+        self.before = self.status.read()
+        self.cancelled = self.at_once = False
+        self._interrupted: float | None = None  # when first
+        for number in process.SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._hear)
+
+    def _hear(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            self._interrupted = self._interrupted or now
+            self.at_once |= self.status.read() == self.before or now - self._interrupted > TWICE
+        self.cancelled = True
+        if self.srun and number != signal.SIGINT:
+            return
+        try:
+            self.stop.parent.mkdir(parents=True, exist_ok=True)
+            self.stop.touch()
+        except OSError as error:
+            print(f"error: {self.stop} cannot be made ({error.strerror}): press ^C twice to end at once", flush=True)
+
+    def heeded(self) -> None:
+        """All have ended: nobody is left to heed the file."""
+        if self.cancelled or not self.srun:
+            with suppress(OSError):
+                self.stop.unlink(missing_ok=True)
 
 
 def main() -> int:
@@ -45,33 +90,60 @@ def main() -> int:
         return 2
     prctl = ctypes.CDLL(None).prctl
     prctl(SET_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
-    before = Status(run, 0).read()
-    process = subprocess.Popen(
+    process.hand_over()
+    asked = Asked(run, command[0] == "srun")
+    launcher = subprocess.Popen(
         command,
         start_new_session=True,  # what is sent to this process's group is sent to it alone
         preexec_fn=lambda: prctl(SET_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0),
     )
-    stop = run / "STOP"
-    cancelled = False
-
-    def ask(*_: Any) -> None:
-        nonlocal cancelled
-        cancelled = True
-        if command[0] != "srun":
-            run.mkdir(parents=True, exist_ok=True)
-            stop.touch()
-
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGUSR1, ask)
-    signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))
-    code = process.wait()
-    outlive(PATIENCE)
-    if command[0] != "srun":
-        stop.unlink(missing_ok=True)  # none is left to heed it
-    after = Status(run, 0).read()
-    if requeue and not cancelled and after != before and worth_another_life(after):
+    code = ended(launcher, asked)
+    asked.heeded()
+    if asked.at_once:
+        return process.INTERRUPTED_CODE
+    after = asked.status.read()
+    told = after if after != asked.before else {}
+    if requeue and not asked.cancelled and worth_another_life(code, told):
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-    return meant(code, before, after)
+    return meant(code, told)
+
+
+def ended(launcher: "subprocess.Popen[bytes]", asked: Asked) -> int:
+    """Wait for the launcher and what it leaves behind, which is killed after a while, or at once if that is asked.
+    Returns the launcher's code."""
+    while launcher.poll() is None and not asked.at_once:
+        time.sleep(LOOK)
+    if asked.at_once:
+        for _ in range(2 if asked.srun else 1):  # srun wants it twice
+            launcher.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(AT_ONCE)
+        kill()
+        launcher.wait()
+    until = time.monotonic() + PATIENCE
+    with suppress(ChildProcessError):
+        while True:
+            if os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+            if asked.at_once or time.monotonic() > until:
+                kill()
+            time.sleep(LOOK)
+    return launcher.returncode
+
+
+def kill() -> None:
+    """SIGKILL to all that descend from this process, none having time to take another's end for a failure."""
+    for pid in list(descendants(os.getpid())):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, thread.read_text().split()):
+                yield child
+                yield from descendants(child)
 
 
 def run_directory(command: list[str]) -> Path:
@@ -87,29 +159,18 @@ def run_directory(command: list[str]) -> Path:
     return Path(str(raw.run))
 
 
-def outlive(patience: float) -> None:
-    """Wait for what the launcher has left behind; kill what is there after so many seconds."""
-    until = time.monotonic() + patience
-    with suppress(ChildProcessError):
-        while True:
-            if os.waitpid(-1, os.WNOHANG)[0]:
-                continue
-            if time.monotonic() > until:
-                for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-                    os.kill(int(pid), signal.SIGKILL)
-            time.sleep(0.2)
-
-
-def worth_another_life(status: dict[str, Any]) -> bool:
-    """status: run_status.json."""
+def worth_another_life(code: int, status: dict[str, Any]) -> bool:
+    """code: the launcher's; status: this life's run_status.json, {} if it has left none."""
+    if not status or status["status"] == RUNNING:
+        return code == process.STOPPED_CODE  # by a signal before training began
     if status["status"] == PREEMPTED:
-        return status["why"] != FILE
+        return status["why"] not in BY_USER
     return status["status"] == FAILED and status["code"] not in (ConfigError.exit_code, Diverged.exit_code)
 
 
-def meant(code: int, before: dict[str, Any], after: dict[str, Any]) -> int:
-    """code: the launcher's; before, after: run_status.json, which tells nothing of this life if it has not changed."""
-    said = after.get("code") if after != before else None
+def meant(code: int, status: dict[str, Any]) -> int:
+    """As worth_another_life has them."""
+    said = status.get("code")
     if isinstance(said, int):
         return said
     return 128 - code if code < 0 else code or 1

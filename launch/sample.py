@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from vaescale import distributed
+from vaescale import distributed, process
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation.sample import MODES, Subject, Unable
@@ -35,6 +35,7 @@ SEEN = 32  # batches from which the spread of the latents is measured
 
 
 def main() -> int:
+    process.forgive_output()  # what is measured or drawn is worth more than the log
     arguments = parse()
     try:
         check(arguments)

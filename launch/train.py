@@ -5,12 +5,19 @@
     torchrun --nproc-per-node 2 launch/train.py --config …
     python launch/train.py --config …                       one process
 
-To resume, run the same command. To stop after a save: SIGTERM or SIGUSR1 to any rank, or `touch RUN/STOP`. Exit codes:
-0 finished; 2 wrong settings, missing data, or checkpoints that cannot be read or written; 3 too many steps were
-skipped, or weights are not finite; 4 a step did not end, see RUN/stacks; 75 stopped, run it again; 93 failed at one
-step time and again, do not requeue. The run directory's run_status.json says the same, and why. Not every launcher
-returns its ranks' code: `python launch/run.py deepspeed launch/train.py …` does.
+To resume, run the same command. To stop after a save: SIGTERM, SIGUSR1, SIGHUP or SIGINT (^C) to any rank, or
+`touch RUN/STOP`; before the first step there is nothing to save, and these signals end the process at once. A second ^C
+ends it at once, too, and loses what came after the last save. Exit codes: 0 finished; 2 wrong settings, missing data,
+or checkpoints that cannot be read or written; 3 too many steps were skipped, or weights are not finite; 4 a step did
+not end, see RUN/stacks; 75 stopped, run it again; 93 failed at one step time and again, do not requeue; 130 ended at
+once by ^C; 1 anything else. The run directory's run_status.json says the same, and why. Not every launcher returns its
+ranks' code: `python launch/run.py deepspeed launch/train.py …` does.
 """
+
+from vaescale import process
+
+if __name__ == "__main__":
+    process.start()  # before the imports, which take seconds
 
 import argparse
 import sys
@@ -25,7 +32,7 @@ from vaescale.training.checkpoint import CheckpointError, Unreadable
 from vaescale.training.guard import Diverged
 from vaescale.training.status import PREEMPTED_CODE, NoProgress, Status
 
-FORESEEN = (ConfigError, DataError, CheckpointError, Diverged)
+FORESEEN = (ConfigError, DataError, CheckpointError, Diverged, distributed.Unjoined)
 
 
 def main() -> int:
@@ -45,8 +52,13 @@ def main() -> int:
             if distributed.place().rank == 0:
                 print(describe(config, distributed.place().world))
             return 0
+        from vaescale.training import preflight
         from vaescale.training.trainer import Trainer
 
+        _, local_rank, world = distributed.place()
+        shared = preflight.shared_memory(config, world, preflight.ranks_here(world))
+        if local_rank == 0 and shared.level != preflight.OK:
+            print(shared, flush=True)
         status = Status(Path(config.run), distributed.place().rank)
         with status.recording(lambda: status.read().get("step", 0)):
             trainer = Trainer(config)
@@ -57,7 +69,9 @@ def main() -> int:
         say(error)
         return error.exit_code
     except FORESEEN as error:
-        if distributed.place().rank == 0 or isinstance(error, DataError | Unreadable):  # the same on all ranks
+        if distributed.place().rank == 0 or isinstance(
+            error, DataError | Unreadable | distributed.Unjoined
+        ):  # the same on all ranks
             say(error)
         return error.exit_code
     finally:

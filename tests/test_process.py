@@ -234,6 +234,29 @@ def test_a_rank_leaves_with_its_launcher(launched: list[psutil.Process]) -> None
     assert error == "rank 0: the launcher has died before training began\n"
 
 
+def test_a_rank_leaves_with_deepspeed_whose_launch_py_would_go_on(
+    tmp_path: Path, launched: list[psutil.Process]
+) -> None:
+    runner = tmp_path / "deepspeed"
+    runner.write_text(LAUNCH.replace('"-c", sys.argv[1]', '"-c", *sys.argv[1:]'))
+    launcher = subprocess.Popen(
+        [sys.executable, str(runner), LAUNCH, START.replace("STATE", "").replace("WAIT", ""), "wait"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CROSS_RANK": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    words = launcher.stdout.readline().split(maxsplit=1)
+    launched.append(psutil.Process(int(words[0])))  # what stands for launch.py
+    launched += launched[0].children()
+    assert len(launched) == 2
+    launcher.kill()
+    _, error = launcher.communicate(timeout=30)
+    assert "rank 0: the launcher has died before training began\n" in error  # and launch.py cannot print any more
+    assert psutil.wait_procs(launched, timeout=30)[1] == []
+
+
 @pytest.mark.parametrize(("known", "code"), [({"TORCHELASTIC_RUN_ID": "1"}, 75), ({"CROSS_RANK": "0"}, 75), ({}, 0)])
 def test_a_rank_whose_parent_is_only_the_wrapper_has_lost_its_launcher(
     tmp_path: Path, known: dict[str, str], code: int

@@ -3,13 +3,24 @@
 import ctypes
 import json
 import os
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
+JOIN = 60.0  # seconds that a rank waits for the others to start, at the least
+COLLECTIVE = 1800.0  # seconds that it waits in a collective, at the least: torch's default for gloo
+LONG = 12  # times hang_timeout: what the watch allows for what is not a step, see training/watch.py
+
+
+class Unjoined(RuntimeError):
+    """The ranks have not found one another."""
+
+    exit_code = 1
 
 
 class Place(NamedTuple):
@@ -34,8 +45,11 @@ def place() -> Place:
     return Place(0, 0, 1)
 
 
-def init() -> torch.device:
-    """Join the process group and return this rank's device. One process needs neither address nor port."""
+def init(patience: float = 300.0) -> torch.device:
+    """Join the process group and return this rank's device. One process needs neither address nor port.
+
+    patience: seconds that the ranks may start apart; one that waits longer raises Unjoined. 0: that of torch.
+    """
     rank, local_rank, world = place()
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
@@ -53,8 +67,28 @@ def init() -> torch.device:
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, device_id=device if cuda else None)
+        wait = timedelta(seconds=max(JOIN, patience or COLLECTIVE))
+        store = _met(Place(rank, local_rank, world), wait)
+        wait = timedelta(seconds=max(COLLECTIVE, LONG * patience))
+        store.set_timeout(wait)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=wait, device_id=device if cuda else None
+        )
     return device
+
+
+def _met(place: Place, wait: timedelta) -> dist.Store:
+    """The store that all ranks have reached. torch waits for all of them here, and a rank that has died never comes."""
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=wait))
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).partition("\n")[0]
+        raise Unjoined(
+            f"not all {place.world} ranks have met at {address} within {wait.total_seconds():.0f} s: one of them has "
+            f"ended, or does not reach that address ({reason}); look at the others' output, then start all ranks again"
+        ) from None
+    return dist.PrefixStore("default_pg", store)
 
 
 def finish() -> None:

@@ -91,7 +91,7 @@ class _Start:
             leave(STOPPED_CODE, f"ended by {name}" if self.training else f"ended by {name} before training began")
 
     def _look(self) -> None:
-        if not self.training and self.launcher and (os.getppid() != self.launcher or _adopted(self.launcher)):
+        if not self.training and self.launcher and (lost(self.launcher) or _adopted(self.launcher)):
             leave(STOPPED_CODE, "the launcher has died before training began")
 
 
@@ -124,14 +124,44 @@ def hand_over() -> None:
         _begun.listener.__exit__()
 
 
+_runners: dict[int, int] = {}  # DeepSpeed's launch.py → `deepspeed`, which has begun it and should outlive it
+
+
 def launcher() -> int:
     """The process that waits for this rank. 0 if there is none: a shell may go while its one process stays, and SLURM
     ends what it began by itself. To be called before distributed.init, which gives one process a rank, too."""
     return _begun.launcher if _begun else _parent()
 
 
+def lost(launcher: int) -> bool:
+    """Whether it has died; or `deepspeed` has, whose launch.py would go on without it."""
+    return os.getppid() != launcher or (launcher in _runners and _parent_of(launcher) != _runners[launcher])
+
+
 def _parent() -> int:
-    return os.getppid() if "RANK" in os.environ else 0
+    if "RANK" not in os.environ:
+        return 0
+    found = os.getppid()
+    runner = _parent_of(found) if "CROSS_RANK" in os.environ else 0
+    if any(word.endswith(b"/deepspeed") for word in _words(runner)[:2]):
+        _runners[found] = runner
+    return found
+
+
+def _parent_of(pid: int) -> int:
+    """0 if it has died."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _words(pid: int) -> list[bytes]:
+    """Its command line; [] if it has died."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def _adopted(parent: int) -> bool:
@@ -139,12 +169,13 @@ def _adopted(parent: int) -> bool:
     died then before this process had executed a line. Told only where the environment names a known launcher."""
     if not any(name in os.environ for name in LAUNCHERS):
         return False
-    try:
-        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
+    words = _words(parent)
     wrapper = any(word.endswith(b"launch/run.py") for word in words[:3])
-    return wrapper or (parent == 1 and b"python" not in b" ".join(words)) or words[0].endswith(b"systemd")
+    return (
+        wrapper
+        or (parent == 1 and b"python" not in b" ".join(words))
+        or any(word.endswith(b"systemd") for word in words[:1])
+    )
 
 
 def leave(code: int, why: str, parting: Callable[[], None] | None = None) -> None:

@@ -166,6 +166,18 @@ def ask(out: Path, step: int, *names: str) -> None:
     before(Path, "mkdir", f".partial-step-{step + 1:08d}", lambda path: send())
 
 
+def insist(out: Path, step: int) -> None:
+    """^C to this rank in this step, and again while it does not come back from it."""
+
+    def act() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2 * stops.TWICE)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1000)
+
+    _at_step(step, act)
+
+
 def touch(out: Path, step: int, file: str) -> None:
     """A user's `touch FILE`, long enough ago to be seen after this step."""
     whole = Descent.step
@@ -229,6 +241,18 @@ def dawdle(out: Path, seconds: float) -> None:
         return whole(*arguments, **options)
 
     trainer.evaluate = slowed
+
+
+def draw_slowly(out: Path, seconds: float) -> None:
+    """The pictures of the first validation take so long."""
+    whole = trainer.show
+
+    def slowed(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        trainer.show = whole
+        return whole(*arguments)
+
+    trainer.show = slowed
 
 
 def interrupt(out: Path, victim: int) -> None:
@@ -334,11 +358,13 @@ FAULTS: dict[str, Callable[..., None]] = {
     "free": free,
     "spoil": spoil,
     "ask": ask,
+    "insist": insist,
     "touch": touch,
     "hang": hang,
     "stand": stand,
     "starve": starve,
     "dawdle": dawdle,
+    "draw slowly": draw_slowly,
     "interrupt": interrupt,
     "harm": harm,
     "keep status": keep_status,

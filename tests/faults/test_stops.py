@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 from tests.faults.test_checkpoints import end, job, names, train, twins  # noqa: F401
@@ -26,6 +27,10 @@ ASKED = [
     Asked("SIGTERM to one of two, and SIGUSR1 after it", "SIGTERM", [["ask", 1, 5, "SIGTERM", "SIGUSR1"]], 2),
     Asked("SIGTERM to one of two, then the other", "SIGTERM", [["ask", 0, 5, "SIGTERM"], ["ask", 1, 6, "SIGTERM"]], 2),
     Asked("SIGUSR1, over and over", "SIGUSR1", [["ask", 0, 6, "SIGUSR1", "SIGUSR1"]]),
+    Asked("SIGHUP", "SIGHUP", [["ask", 0, 6, "SIGHUP"]]),
+    Asked(
+        "^C to both, as a terminal sends it", "SIGINT", [["ask", rank, 5, "SIGINT", "SIGTERM"] for rank in (0, 1)], 2
+    ),
     Asked("a file", "the file STOP", [["touch", 0, 6, "STOP"]]),
     Asked("the job ends", "the end of the SLURM job", [["ends", 0, 100]], step=1, given=("stop_before=200",)),
 ]
@@ -63,6 +68,10 @@ def stopped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         fault = [how, 0, step, *([str(run / "STOP")] if how == "touch" else [])]
         jobs.append(job(folder / f"crooked-{step}", train(run, pictures, *EPOCHS), fault))
     jobs.append(job(folder / "crooked-12", train(run, pictures, *EPOCHS)))
+    for life in range(3):
+        command = train(folder / "impatient", pictures, "data.workers=1", world=2)
+        one = job(folder / f"impatient-{life}", command, ["insist", 0, 6], world=2)
+        jobs.append({**one, "code": None, "patience": 30.0})
     for life in range(4):
         out = folder / f"failing-{life}"
         jobs.append(job(out, train(folder / "failing", pictures, *FAILING, world=2), world=2))
@@ -124,6 +133,20 @@ def test_a_stop_does_not_wait_for_a_validation(stopped: Path) -> None:
 def measured(run: Path) -> list[dict[str, Any]]:
     """Of the log, what validations have found."""
     return [line for line in read_metrics(run) if "val/psnr" in line]
+
+
+def test_a_second_interrupt_leaves_at_once_and_is_no_failure(stopped: Path) -> None:
+    """However often, and even though the other rank fails for want of the first."""
+    for life in range(3):
+        out = stopped / f"impatient-{life}"
+        codes, output = end(out)
+        assert codes[0] == 130, output
+        assert codes[1] not in (0, 93), output
+        assert "rank 0: a second SIGINT, and left at once\n" in output
+        assert not psutil.pid_exists(int((out / "pid-0").read_text()))
+    found = status(stopped / "impatient")
+    assert (found["status"], found["code"], found["step"]) == ("preempted", 130, 5)
+    assert found["failures"] == []
 
 
 def test_the_same_failure_three_times_in_a_row_is_no_progress(stopped: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -54,6 +55,8 @@ def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs.append(job(folder / "ill", [*doctor, "init_from=nowhere"], world=2))
     long = train(folder / "long" / "run", pictures, given)
     jobs.append(job(folder / "long", long, ["dawdle", 0, 2 * TIMEOUT]))
+    drawn = train(folder / "drawn" / "run", pictures, given, world=2)
+    jobs.append(job(folder / "drawn", drawn, ["draw slowly", 0, 2 * TIMEOUT], world=2))
     jobs[0]["code"] = HUNG_CODE
     jobs[1]["code"] = [HUNG_CODE, -signal.SIGKILL]
     forked(folder, jobs)
@@ -121,6 +124,12 @@ def test_a_long_validation_is_no_hang(befallen: Path) -> None:
     codes, output = end(befallen / "long")
     assert codes == [0], output
     assert not (befallen / "long" / "run" / "stacks").exists()
+
+
+def test_slow_pictures_on_rank_0_are_no_hang_on_the_others(befallen: Path) -> None:
+    codes, output = end(befallen / "drawn")
+    assert codes == [0, 0], output
+    assert not (befallen / "drawn" / "run" / "stacks").exists()
 
 
 def test_a_slow_rank_is_named(befallen: Path) -> None:
@@ -262,3 +271,60 @@ def test_the_wrapper_returns_what_the_run_says(
     if how == "failed":  # again: that status is not this life's
         command[-2:] = ["never begun", "2"]
         assert finish(start([*RUN, *command], PYTHONPATH=str(ROOT)), SOON)[0] == 2
+
+
+# A launcher that does not end by itself, nor does what it has begun; and ranks that do not heed the file STOP.
+STUBBORN = """
+import signal, subprocess, sys, time
+from pathlib import Path
+from vaescale.training.status import Status
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+run = Path(sys.argv[3].removeprefix("run="))
+run.mkdir()
+if sys.argv[4] == "begun":
+    Status(run, 0).begin(3)
+print(subprocess.Popen(["sleep", "1000"], start_new_session=True).pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("how", ["begun", "starting"])
+def test_the_wrapper_ends_all_at_once_at_the_second_interrupt(tmp_path: Path, start: Start, how: str) -> None:
+    """At the first one, if training has not begun."""
+    script, run, config = (tmp_path / name for name in ("train.py", "run", "config.yaml"))
+    script.write_text(STUBBORN)
+    config.write_text("run: none\n")
+    command = [*RUN, sys.executable, str(script), "--config", str(config), f"run={run}", how]
+    process = start(command, PYTHONPATH=str(ROOT))
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    if how == "begun":
+        assert soon((run / "STOP").exists)
+        time.sleep(1)  # two within half a second are one
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    code, output = finish(process, SOON)
+    assert (code, output) == (130, "")
+    assert not psutil.pid_exists(pid)
+    assert not (run / "STOP").exists()
+
+
+def test_what_is_put_back_into_the_queue() -> None:
+    worth = runpy.run_path(RUN[1])["worth_another_life"]
+
+    def stopped(why: str, code: int = 75) -> dict[str, Any]:
+        return {"status": "preempted", "why": why, "code": code}
+
+    for why in ("SIGTERM", "SIGUSR1", "the end of the SLURM job", "the death of its launcher"):
+        assert worth(75, stopped(why))
+    for why in ("SIGINT", "the file STOP"):
+        assert not worth(75, stopped(why))
+    assert not worth(130, stopped("a second SIGINT, and left at once", 130))
+    assert worth(75, {})  # SLURM's signal before training began
+    assert worth(75, {"status": "running", "code": None})
+    assert not worth(130, {})
+    assert not worth(1, {})
+    assert worth(1, {"status": "failed", "code": 4})
+    assert not worth(1, {"status": "failed", "code": 2})

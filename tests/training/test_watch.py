@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from vaescale.training import pace, watch
+from vaescale import process
+from vaescale.training import pace, stops, watch
 from vaescale.training.pace import Pace, Work, slowest
 from vaescale.training.status import Status
 from vaescale.training.stops import Stop
@@ -111,7 +112,7 @@ def test_a_launcher_that_is_gone_asks_for_a_stop_and_then_ends(
     one.launcher, one.timeout = 77, 0.0
     one.beat(1)
     parent = [77]
-    monkeypatch.setattr(watch.os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(process.os, "getppid", lambda: parent[0])
     assert ends(one, clock, [1.0] * 100) == []
     assert one.stop.agreed() == ""
     saving = one.doing("saving")
@@ -125,11 +126,32 @@ def test_a_launcher_that_is_gone_asks_for_a_stop_and_then_ends(
     assert ends(one, clock, [1.0] * 22)[0] == (21.0, True)
 
 
+def test_a_clock_that_is_set_back_hides_no_stop(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the SLURM job alone is a matter of the wall's clock, as it is now."""
+    wall = [1e9]
+    monkeypatch.setattr(stops.time, "time", lambda: wall[0])
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(1e9))
+    stop = Stop(tmp_path, 100.0)
+    wall[0] -= 3600
+    assert stop.agreed() == ""
+    (tmp_path / "STOP").touch()
+    assert stop.agreed() == ""  # looked a moment ago
+    clock[0] += 1.1
+    assert stop.agreed() == "the file STOP"
+
+    (tmp_path / "STOP").unlink()
+    stop = Stop(tmp_path, 100.0)
+    wall[0] = 1e9 - 99
+    assert stop.agreed() == "the end of the SLURM job"
+
+
 def test_only_what_a_launcher_began_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert watch.launcher() == 0
+    assert process.launcher() == 0
     monkeypatch.setenv("RANK", "0")
-    assert watch.launcher() > 0
+    assert process.launcher() > 0
 
 
 def test_the_slowest_rank_is_measured_by_the_median_of_the_others() -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 from ..config import ConfigError
 from ..files import read_json
+from ..process import INTERRUPTED_CODE, STOPPED_CODE
 
 FILE = "run_status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED, NO_PROGRESS = "running", "finished", "preempted", "failed", "no-progress"
 HUNG_CODE = 4
-PREEMPTED_CODE, NO_PROGRESS_CODE = 75, 93  # EX_TEMPFAIL: run the same command again; do not requeue
+PREEMPTED_CODE, NO_PROGRESS_CODE = STOPPED_CODE, 93  # run the same command again; do not requeue
 CODES = {RUNNING: None, FINISHED: 0, PREEMPTED: PREEMPTED_CODE, NO_PROGRESS: NO_PROGRESS_CODE}
 SAME = 3  # failures in a row, alike and at one step, after which another life would end likewise
 
@@ -45,6 +46,10 @@ class Status:
     def end(self, status: str, why: str, step: int) -> None:
         """On rank 0: finished or preempted."""
         self._write(status, why, step, [])
+
+    def interrupted(self, why: str, step: int) -> None:
+        """On the rank that leaves at once, as its user wants: no failure, and no progress since the last save."""
+        self._write(PREEMPTED, why, step, self.read().get("failures", []), INTERRUPTED_CODE)
 
     @contextmanager
     def recording(self, step: Callable[[], int]) -> Iterator[None]:
@@ -86,7 +91,7 @@ class Status:
     def _write(self, status: str, why: str, step: int, failures: list[dict[str, Any]], code: int = 0) -> None:
         said = {
             "status": status,
-            "code": CODES.get(status, code),
+            "code": CODES.get(status, code) if code != INTERRUPTED_CODE else code,
             "why": why,
             "rank": self.rank,
             "step": step,

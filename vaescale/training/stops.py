@@ -1,30 +1,34 @@
-"""How a run is asked to stop: SIGTERM or SIGUSR1 to any rank, a file STOP in its directory, the end of its SLURM job,
-or the death of its launcher, which watch.py finds.
+"""How a run is asked to stop: SIGTERM, SIGUSR1, SIGHUP or SIGINT (^C) to any rank, a file STOP in its directory, the
+end of its SLURM job, or the death of its launcher, which watch.py finds.
 
 After each step, and each batch of a validation, the ranks agree on what any of them has been asked, over gloo and
 beside the work, so that no device waits: what is asked during one is known to all at the end of the next, and all save
 the same step. A validation that was cut short is done again by the next life.
 """
 
+import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from .. import distributed
+from .. import distributed, process
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REASONS = ("", "SIGTERM", "SIGUSR1", "the file STOP", "the end of the SLURM job", "the death of its launcher")
-FILE, JOB_ENDS, LAUNCHER = REASONS[3:]
+SIGNALS = tuple(number.name for number in process.SIGNALS)
+REASONS = ("", *SIGNALS, "the file STOP", "the end of the SLURM job", "the death of its launcher")
+FILE, JOB_ENDS, LAUNCHER = REASONS[-3:]
+TWICE_INTERRUPTED = "a second SIGINT, and left at once"
 LOOK = 1.0  # seconds between looks at the file and the clock
+TWICE = 0.5  # seconds within which two SIGINTs are one ^C, of the terminal and of a launcher that passes it on
 
 
 class Stop:
-    """While it is entered, the signals ask for a stop instead of killing; a second one changes nothing."""
+    """While it is entered, the signals ask for a stop instead of killing; a second one changes nothing, but a second ^C
+    ends the process at once."""
 
     def __init__(self, run: Path, margin: float) -> None:
         """margin: seconds before the SLURM job's end. Collective."""
@@ -32,19 +36,22 @@ class Stop:
         ends = os.environ.get("SLURM_JOB_END_TIME")  # seconds since 1970
         self.until = float(ends) - margin if ends else float("inf")
         self.said = ""  # what was agreed on last
+        self.parting: Callable[[], None] = lambda: None  # what is done before a second ^C ends the process
         self._asked = ""
-        self._looked = 0.0
+        self._looked, self._interrupted = -math.inf, math.inf  # when last; when first
         self._group = dist.new_group(backend="gloo") if distributed.world() > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        self._listener = process.Listener(self._hear, self._handle).__enter__()
+        process.started()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            process.ended()
+        self._listener.__exit__()
 
     def agreed(self) -> str:
         """After each step or batch, on all ranks: one of REASONS, the same for all; "" to go on."""
@@ -67,14 +74,23 @@ class Stop:
         if distributed.rank() == 0:
             self.file.unlink(missing_ok=True)
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int) -> None:
         self.ask(signal.Signals(number).name)
 
+    def _hear(self, number: int) -> None:
+        self._handle(number)
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        self._interrupted = min(self._interrupted, now)
+        if now - self._interrupted > TWICE:
+            process.leave(process.INTERRUPTED_CODE, TWICE_INTERRUPTED, self.parting)
+
     def _look(self) -> str:
-        now = time.time()
+        now = time.monotonic()  # the other clock may be set back
         if not self._asked and now - self._looked > LOOK:
             self._looked = now
-            if now > self.until:
+            if time.time() > self.until:
                 self._asked = JOB_ENDS
             elif distributed.rank() == 0 and self.file.exists():
                 self._asked = FILE

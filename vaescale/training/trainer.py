@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import config as mechanics
-from .. import distributed
+from .. import distributed, process
 from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check as check_indexes
@@ -35,7 +35,7 @@ from .pace import Pace
 from .settings import Config, build, check_labels, micro_batch
 from .status import FINISHED, PREEMPTED, Status
 from .stops import Stop
-from .watch import Watch, launcher
+from .watch import Watch
 from .writer import Writer
 
 NAMED = 8  # samples of a skipped step, in the log
@@ -60,8 +60,8 @@ class Window:
 class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.launcher = launcher()
-        self.device = distributed.init()
+        self.launcher = process.launcher()
+        self.device = distributed.init(config.hang_timeout)
         self.run = Path(config.run)
         self.rank, self.world = distributed.rank(), distributed.world()
         self.micro = micro_batch(config, self.world)

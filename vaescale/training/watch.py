@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .. import distributed
+from .. import distributed, process
 from .status import HUNG_CODE, NO_PROGRESS_CODE, Status
-from .stops import LAUNCHER, Stop
+from .stops import LAUNCHER, TWICE_INTERRUPTED, Stop
 
 FOLDER = "stacks"
 PACKAGE = Path(__file__).parents[1]
@@ -31,14 +31,9 @@ GAPS = 100  # that are remembered
 LONG = 12  # times as long as a step may take what is not one: validation, saving, the first step
 
 
-def launcher() -> int:
-    """The process that waits for this rank. 0 if there is none: a shell may go while its one process stays, and SLURM
-    ends what it began by itself. To be asked before distributed.init, which gives one process a rank, too."""
-    return os.getppid() if "RANK" in os.environ else 0
-
-
 class Watch:
-    """While it is entered, it watches. `beat` after each step; what is not a step is done within `doing`."""
+    """While it is entered, it watches. `beat` after each step; what is not a step is done within `doing`, by all ranks:
+    each has the same time for it, and waits within it for the one that takes longest."""
 
     def __init__(self, run: Path, timeout: float, launcher: int, stop: Stop, status: Status, step: int) -> None:
         """timeout: seconds without a step that are a hang at the least; 0: none is. step: so many have been taken."""
@@ -60,6 +55,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)  # an earlier life's
+        self.stop.parting = lambda: self.status.interrupted(TWICE_INTERRUPTED, self.step)
         self._thread.start()
         return self
 
@@ -81,6 +77,7 @@ class Watch:
         self._what = what
         try:
             yield
+            distributed.barrier()  # or a rank that is done would wait for the others in its next step
         finally:
             self._longest[what] = max(self._sign(), self._longest.get(what, 0.0))
             self._what = ""
@@ -104,7 +101,7 @@ class Watch:
             now = time.monotonic()
             silent += min(now - before, 2 * TICK)  # while a process is stopped the clock goes on: that is no hang
             before = now
-            if self.launcher and not orphan and os.getppid() != self.launcher:
+            if self.launcher and not orphan and process.lost(self.launcher):
                 orphan, silent = True, 0.0
                 self.stop.ask(LAUNCHER)
             if self._signs != signs:
@@ -129,7 +126,7 @@ class Watch:
             why = f"Hang: {at} does not end{gone}; where each rank stands is told in {self.folder}"
             if self.status.fail(why, self.step, HUNG_CODE):
                 code = NO_PROGRESS_CODE
-            _say(f"error: {head}; all stacks are in {self.folder}")
+            process.say(f"error: {head}; all stacks are in {self.folder}")
             time.sleep(LINGER)
             self._name_missing()
         finally:
@@ -158,8 +155,4 @@ class Watch:
         there = [rank for rank in range(self.world) if (self.folder / f"rank-{rank}.txt").exists()]
         missing = [str(rank) for rank in range(self.world) if rank not in there]
         if missing and self.rank == there[0]:
-            _say(f"error: rank {', '.join(missing)} left no stacks: stopped, gone, or on a node that is")
-
-
-def _say(line: str) -> None:
-    os.write(2, f"{line}\n".encode())  # sys.stderr may be locked by the thread that hangs
+            process.say(f"error: rank {', '.join(missing)} left no stacks: stopped, gone, or on a node that is")
