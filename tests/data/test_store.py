@@ -287,7 +287,7 @@ def test_an_answer_without_end_is_cut_off(tmp_path: Path, remote: Path, impatien
 
 
 def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = places._Watch(None)
+    watch = places._Watch(Path(), places.SLOWEST * 1000)
     monkeypatch.setattr(places.time, "monotonic", lambda: watch._begun + 100)
     watch.relative_update(100 * places.SLOWEST)
     monkeypatch.setattr(places.time, "monotonic", lambda: watch._begun + 101)

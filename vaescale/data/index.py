@@ -2,7 +2,10 @@
 
 A folder holds `index.json` (where the shards are; of each its name, samples, bytes and xxh3; the class names),
 `samples.npy`, one fixed record a sample in shard order, and `attributes.npy` if the samples have any. Both are mapped
-and never read whole; nothing is unpickled. The shards may lie elsewhere, on a disk or behind a URL.
+and nothing is unpickled. The shards may lie elsewhere, on a disk or behind a URL.
+
+An index may come from a stranger. Each field of index.json is checked when it is opened (`Index`); the two arrays are
+compared with their hashes, and each record with its shard, at the start of whatever reads samples (`check`).
 """
 
 import json

@@ -4,15 +4,19 @@ Credentials are found by each protocol's own means (AWS_*, GOOGLE_APPLICATION_CR
 or fsspec's FSSPEC_* variables); a URL that carries them is refused, for it would stand in the index and the log.
 """
 
+import asyncio
+import concurrent.futures
 import errno
 import os
 import random
 import re
+import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -28,12 +32,17 @@ EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "hf": "hf"}  
 TRIES = 8  # of one shard; with the pauses between them about a minute
 FIRST_PAUSE = 0.5  # seconds; each is twice as long as the one before, less a random part
 STALL = 30.0  # seconds without a byte after which an http connection is given up
+SILENCE = 2  # times STALL without a byte of the file, whatever else comes: headers, parts of no length, trailers
+LISTING = 600.0  # seconds that listing a folder may take
+MOST_LISTED = 1 << 26  # bytes of the page that lists a folder: some 300,000 shards
+MOST_UNANNOUNCED = 1 << 32  # bytes of a shard whose server does not say how many it has
 SLOWEST = 10_000  # bytes a second; what comes more slowly is begun anew
 # What a network file system that will be back raises, and a disk that is read again.
 PASSING = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ENOTCONN, errno.ECONNRESET),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ESHUTDOWN, errno.ECONNREFUSED),
 }
+REDIRECTS = ("TooManyRedirects", "NonHttpUrlRedirectClientError", "InvalidUrlRedirectClientError")  # of aiohttp
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # what a disk raises for a file that it cannot take
 CHANGED = "its bytes are not those that were indexed"
 
@@ -113,7 +122,7 @@ def state(root: str, name: str) -> str:
         return f"{found.st_size} {found.st_mtime_ns}"
     try:
         filesystem, path = _filesystem(url_of(root, name))
-        return repr(sorted(filesystem.info(path).items(), key=repr))
+        return repr(sorted(_called(filesystem, "info", path, late=_after(SILENCE * STALL)).items(), key=repr))
     except Exception:  # fetching it will tell better what is wrong
         return ""
 
@@ -166,12 +175,16 @@ def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
         _pause(attempt)
         try:
             filesystem, path = _filesystem(url)
-            filesystem.get_file(path, str(target), callback=_Watch(shard.bytes if shard else None))
+            watch = _Watch(target, shard.bytes if shard else None)
+            _called(filesystem, "get_file", path, str(target), late=watch.late, callback=watch)
             if shard is None or (target.stat().st_size, file_hash(target)) == (shard.bytes, shard.xxh3):
                 return
             raise Unfit(CHANGED)
         except Unfit as error:
             wrong = str(error)
+        except Refused as error:
+            wrong = str(error)
+            break
         except (FileNotFoundError, PermissionError) as error:
             wrong = type(error).__name__
             break
@@ -184,7 +197,7 @@ def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
             if isinstance(error, OSError) and error.errno in FULL:
                 wrong = f"{target.parent} takes no more ({os.strerror(error.errno)})"
                 break
-            if status in (401, 403, 410):  # asking again does not help
+            if status in (401, 403, 410) or type(error).__name__ in REDIRECTS:  # asking again does not help
                 break
     raise DataError(f"{url} could not be fetched: {wrong}")
 
@@ -193,22 +206,94 @@ class Unfit(OSError):
     """What was copied is of no use; the text says why."""
 
 
-class _Watch(fsspec.Callback):
-    """Ends a copy that brings more bytes than there are, or so few that it would take for ever."""
+class Refused(Exception):
+    """What a server sends is not taken, and asking again does not help; the text says why."""
 
-    def __init__(self, most: int | None) -> None:
+
+class _Watch(fsspec.Callback):
+    """Ends a copy that brings more bytes than there are, or so few that it would take for ever.
+
+    most: bytes of the file; None: as many as the server announces, and MOST_UNANNOUNCED if it does not.
+    """
+
+    def __init__(self, target: Path, most: int | None) -> None:
         super().__init__()
+        self._target = target
         self._most = most
+        self._announced: int | None = None
         self._got = 0
-        self._begun = time.monotonic()
+        self._begun = self._last = time.monotonic()
+
+    def set_size(self, size: int | None) -> None:
+        self._announced = size
 
     def relative_update(self, inc: int = 1) -> None:
         self._got += inc
-        seconds = time.monotonic() - self._begun
+        self._last = time.monotonic()
+        seconds = self._last - self._begun
         if self._most is not None and self._got > self._most:
             raise Unfit(CHANGED)
+        if self._most is None:
+            self._check_announced()
         if seconds > STALL and self._got < SLOWEST * seconds:
             raise Unfit("it comes too slowly")
+
+    def late(self) -> bool:
+        """Whether no byte has come for too long."""
+        return time.monotonic() - self._last > SILENCE * STALL
+
+    def _check_announced(self) -> None:
+        most = MOST_UNANNOUNCED if self._announced is None else self._announced
+        if self._got > most:
+            raise Refused(
+                f"it has more than {most} bytes" + (", and announces no size" if most != self._announced else "")
+            )
+        free = shutil.disk_usage(self._target.parent).free
+        if self._announced is not None and self._announced - self._got > free:
+            raise Refused(f"it has {self._announced} bytes, and {self._target.parent} has {free} left")
+
+
+def _called(filesystem: Any, name: str, *arguments: Any, late: Callable[[], bool], **named: Any) -> Any:
+    """filesystem.name(…), given up as soon as `late`: a library's own limits are reset by any byte on the line."""
+    if not filesystem.async_impl:
+        return getattr(filesystem, name)(*arguments, **named)
+    call = getattr(filesystem, f"_{name}")(*arguments, **named)
+    future = asyncio.run_coroutine_threadsafe(call, filesystem.loop)
+    while not concurrent.futures.wait([future], timeout=min(1.0, STALL / 4)).done:
+        if late():
+            future.cancel()
+            raise Unfit("nothing more of it comes")
+    return future.result()
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+@lru_cache(1)
+def _bounded() -> type:
+    """aiohttp's answer, with headers in time, an uncompressed body, and no page without end."""
+    import aiohttp
+
+    class Answer(aiohttp.ClientResponse):
+        async def start(self, connection: Any) -> aiohttp.ClientResponse:
+            await asyncio.wait_for(super().start(connection), STALL)
+            if (coding := self.headers.get("Content-Encoding", "identity")).lower() not in ("identity", ""):
+                raise Refused(f"the server sends it compressed (Content-Encoding: {coding[:20]}), unasked")
+            return self
+
+        async def read(self) -> bytes:
+            page = bytearray()
+            while part := await self.content.read(1 << 16):
+                page += part
+                if len(page) > MOST_LISTED:
+                    self.close()
+                    raise Refused(f"the page has more than {MOST_LISTED} bytes")
+            self._body = bytes(page)
+            return self._body
+
+    return Answer
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -218,7 +303,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
         # fsspec's own limit of five minutes for the whole file is too short; what counts is that bytes still come.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
-        options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+        options["client_kwargs"] = {
+            "timeout": timeout,
+            "trust_env": True,
+            "headers": {"Accept-Encoding": "identity"},
+            "auto_decompress": False,  # the bytes that were indexed, as many as are announced
+            "response_class": _bounded(),
+        }
     filesystem, path = fsspec.core.url_to_fs(url, **options)
     return filesystem, path
 
@@ -231,13 +322,14 @@ def _uninstalled(url: str) -> DataError:
 def _listed(root: str, pattern: str) -> list[str]:
     try:
         filesystem, path = _filesystem(root.rstrip("/"))
-        return sorted(name[len(path) + 1 :] for name in filesystem.glob(f"{path}/{pattern}"))
+        found = _called(filesystem, "glob", f"{path}/{pattern}", late=_after(LISTING))
+        return sorted(name[len(path) + 1 :] for name in found)
     except ImportError:
         raise _uninstalled(root) from None
     except Exception as error:
+        why = str(error) if isinstance(error, Refused | Unfit) else type(error).__name__
         raise DataError(
-            f"{root} cannot be listed ({type(error).__name__}): name the shards with braces, "
-            f"--pattern 'x-{{000..127}}.tar'"
+            f"{root} cannot be listed ({why}): name the shards with braces, --pattern 'x-{{000..127}}.tar'"
         ) from None
 
 
