@@ -4,6 +4,7 @@ import random
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -278,6 +279,50 @@ def png16(samples: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def sbit(png: bytes, bits: int) -> bytes:
+    """With an sBIT chunk for grey after IHDR."""
+    chunk = b"sBIT" + bytes([bits])
+    return png[:33] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("levels", "bits", "scaled"),
+    [
+        (range(0, 65536, 257), 0, lambda v: v / 256),
+        (range(0, 4096, 16), 0, lambda v: v / 256),  # nothing tells whether this is a dark picture
+        (range(4096), 12, lambda v: v / 16),
+        (range(0, 1024, 3), 10, lambda v: v / 4),
+        (range(0, 128), 7, lambda v: v * 2),
+        (range(0, 65536, 16), 12, lambda v: v / 256),  # as the standard wants them: scaled to 16 bits
+        (range(0, 4096, 16), 12, lambda v: v / 256),  # likewise, and dark
+        (range(0, 65536, 257), 16, lambda v: v / 256),
+        ([0], 12, lambda v: v),
+    ],
+)
+def test_sixteen_bits_of_grey(levels: Sequence[int], bits: int, scaled: Callable[[np.ndarray], np.ndarray]) -> None:
+    values = np.resize(np.array(levels, np.uint16), (64, 64))
+    png = encode(Image.fromarray(values), "PNG")
+    assert b"sBIT" not in png
+    data = sbit(png, bits) if bits else png
+    expected = np.floor(scaled(values.astype(np.float64)))[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(decode.validation_image(data, 64), expected)
+    assert decode.is_dark(data) == (expected.max() < 64)
+
+
+@pytest.mark.parametrize(
+    ("data", "dark"),
+    [
+        (lambda: encode(Image.new("L", (40, 40), 3), "PNG"), False),  # 8 bits
+        (lambda: encode(Image.new("L", (40, 40), 3), "JPEG"), False),
+        (lambda: png16(np.full((8, 8, 3), 4095)), True),
+        (lambda: png16(np.full((8, 8, 3), 40_000)), False),
+        (lambda: encode(Image.fromarray(np.full((8, 8), 200, np.uint16)), "PNG"), True),
+    ],
+)
+def test_dark_pictures_of_16_bits(data: Callable[[], bytes], dark: bool) -> None:
+    assert decode.is_dark(data()) == dark
+
+
 ODD = {
     "JPEG grey": ("L", lambda: encode(colours("L"), "JPEG", quality=95)),
     "JPEG CMYK": ("RGB", lambda: encode(colours("CMYK"), "JPEG", quality=95)),
@@ -396,6 +441,26 @@ def test_a_claimed_size_is_refused_from_the_header(
         for route in ROUTES:
             with pytest.raises(decode.Damaged, match="too many pixels"):
                 route(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_limit_of_a_size_can_be_set(kind: str) -> None:
+    """Far above Pillow's own, which refuses 179 megapixels; the setting of one call does not last."""
+    data = claims(kind, 15_000, 14_000)
+    decode.check(data, 210)
+    for limit in (decode.MOST_MEGAPIXELS, 209):
+        with pytest.raises(decode.Damaged, match="too many pixels"):
+            decode.check(data, limit)
+    big = encode(Image.new("L", (1001, 1000)), kind)
+    for route in (
+        lambda limit: decode.check(big, limit, pixels=True),
+        lambda limit: decode.validation_image(big, 16, limit),
+        lambda limit: decode.train_image(big, 16, 0.5, True, 0, 0, "pillow", limit),
+        lambda limit: decode.prepared(big, 16, 95, limit),
+    ):
+        route(2)
+        with pytest.raises(decode.Damaged, match="too many pixels"):
+            route(1)
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"\0" * 1000, jpeg(0)[:300], jpeg(0)[:-200], jpeg(0)[:20]])

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,11 +19,13 @@ from . import DataError
 from .order import uniforms
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MOST_PIXELS = 100_000_000  # the largest ImageNet picture has 40 megapixels; a decompression bomb claims far more
+MOST_MEGAPIXELS = 100  # the largest ImageNet picture has 40 megapixels; a decompression bomb claims far more
 # (scale, headroom): the JPEG decoder divides the sides by `scale` if they stay `headroom` times the wanted size or
 # more. Each is the smallest step of 0.1 at which every demo photograph keeps 36 dB against full decoding: the decoder
 # cuts frequencies off block by block, and the more it cuts, the further below its own limit the wanted size must stay.
 HEADROOM = ((8, 1.5), (4, 1.4), (2, 1.3))
+PNG = b"\x89PNG\r\n\x1a\n"
+DARK = 64  # of 256: the lower 14 of 16 bits
 LONGEST_SIDE = 65_500  # that of a JPEG
 TRIES = 10  # random-resized-crop: draws before falling back to the centre, as in torchvision
 WIDEST = 4 / 3  # side ratio of a crop; its inverse is the narrowest
@@ -38,7 +41,8 @@ Turn = tuple[bool, bool, bool]  # transpose, then mirror left and right, then mi
 TURNS = {o: (o > 4, o in (2, 3, 6, 7), o in (3, 4, 7, 8)) for o in range(1, 9)}
 
 
-CAUSES = ("not a picture", "too many pixels", "cut or corrupt", "changed since it was indexed")
+TOO_LARGE = "too many pixels"
+CAUSES = ("not a picture", TOO_LARGE, "cut or corrupt", "changed since it was indexed")
 
 
 class Damaged(ValueError):
@@ -52,7 +56,14 @@ def require(decoder: Decoder) -> None:
 
 
 def train_image(
-    data: bytes, size: int, least_area: float, flip: bool, seed: int, g: int, decoder: Decoder = "pillow"
+    data: bytes,
+    size: int,
+    least_area: float,
+    flip: bool,
+    seed: int,
+    g: int,
+    decoder: Decoder = "pillow",
+    most_megapixels: int = MOST_MEGAPIXELS,
 ) -> Pixels:
     """Random-resized-crop (Szegedy et al. 2015, section 6) to `size` and a fair flip, drawn from (seed, g).
 
@@ -61,7 +72,7 @@ def train_image(
     square, as of validation images. Raises Damaged.
     """
     draws = _draws(seed, g // BLOCK)[g % BLOCK]
-    image, turn, (width, height) = _open(data)
+    image, turn, (width, height) = _open(data, most_megapixels)
     left, upper, right, lower = _random_box((width, height), least_area, draws)
     scale = _reduction(image, min(right - left, lower - upper), size)
     # In whole pixels of the reduced picture: the crop is random, a few pixels more or less to the left are no loss.
@@ -77,12 +88,12 @@ def train_image(
     return pixels
 
 
-def validation_image(data: bytes, size: int) -> Pixels:
+def validation_image(data: bytes, size: int, most_megapixels: int = MOST_MEGAPIXELS) -> Pixels:
     """The largest centred square, resized to `size`: "short side to `size`, centre crop" in one resampling.
 
     Raises Damaged.
     """
-    image, turn, _ = _open(data)
+    image, turn, _ = _open(data, most_megapixels)
     (width, height), side = image.size, min(image.size)
     left, upper = (width - side) / 2, (height - side) / 2
     scale = _reduction(image, side, size)
@@ -93,13 +104,13 @@ def validation_image(data: bytes, size: int) -> Pixels:
     return _turned(np.asarray(square), turn)  # the centred square is the same one however the picture is turned
 
 
-def prepared(data: bytes, short_side: int, quality: int) -> bytes:
+def prepared(data: bytes, short_side: int, quality: int, most_megapixels: int = MOST_MEGAPIXELS) -> bytes:
     """A JPEG of the upright picture in RGB, its short side `short_side` pixels or as it is if smaller; no metadata.
 
     Colour is kept at full resolution: a training crop of these pixels is hardly reduced any more, so half of it would
     be missed. The same bytes give the same bytes. Raises Damaged.
     """
-    image, turn, _ = _open(data)
+    image, turn, _ = _open(data, most_megapixels)
     _decode(image)
     factor = min(1.0, short_side / min(image.size))
     size = (round(image.width * factor), round(image.height * factor))
@@ -107,6 +118,22 @@ def prepared(data: bytes, short_side: int, quality: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling="4:4:4")
     return file.getvalue()
+
+
+def check(data: bytes, most_megapixels: int = MOST_MEGAPIXELS, pixels: bool = False) -> None:
+    """Raises Damaged for what is no picture by its header, or, with `pixels`, does not decode."""
+    if pixels:
+        validation_image(data, 1, most_megapixels)  # all of it is read, at the least size that the decoder offers
+    else:
+        _header(data, most_megapixels)
+
+
+def is_dark(data: bytes, most_megapixels: int = MOST_MEGAPIXELS) -> bool:
+    """Whether these bytes are a PNG of 16 bits that decodes to values below DARK only: probably the 8 to 14 bits of a
+    camera, stored without scaling. Raises Damaged."""
+    if not data.startswith(PNG) or data[24:25] != b"\x10":  # the bit depth in IHDR
+        return False
+    return int(np.asarray(_rgb(_open(data, most_megapixels)[0])).max()) < DARK
 
 
 def grey(pixels: Pixels) -> Pixels:
@@ -126,19 +153,55 @@ def _damaged(cause: str) -> Iterator[None]:
         raise Damaged(cause) from None
 
 
-def _open(data: bytes) -> tuple[Image.Image, Turn, tuple[int, int]]:
-    """(the picture, how to turn it, its upright size), from the header: a size that is refused allocates nothing."""
+def _header(data: bytes, most_megapixels: int) -> Image.Image:
+    """The picture, not decoded yet: a size that is refused allocates nothing. Raises Damaged."""
+    most = most_megapixels * 1_000_000
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice as many
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
         with _damaged("not a picture"):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise Damaged("too many pixels") from None
-    if image.width * image.height > MOST_PIXELS or max(image.size) > LONGEST_SIDE:
-        raise Damaged("too many pixels")
+        raise Damaged(TOO_LARGE) from None
+    if image.width * image.height > most or max(image.size) > LONGEST_SIDE:
+        raise Damaged(TOO_LARGE)
+    return image
+
+
+def _open(data: bytes, most_megapixels: int) -> tuple[Image.Image, Turn, tuple[int, int]]:
+    """(the picture, how to turn it, its upright size)."""
+    image = _header(data, most_megapixels)
     if image.format == "PNG":
         _decode(image)  # an orientation may follow the pixels
     turn = _turn(image)
+    if image.mode == "I;16":  # Pillow would clip at 255; of 16-bit colour it takes the upper byte, as here
+        image = Image.fromarray((_full_range(np.asarray(image), data) >> 8).astype(np.uint8))
     return image, turn, (image.size[::-1] if turn[0] else image.size)
+
+
+def _full_range(values: NDArray[np.uint16], data: bytes) -> NDArray[np.uint16]:
+    """The values of a PNG of 16-bit grey, 0 to 65535.
+
+    The standard wants samples of fewer significant bits (sBIT) scaled to all 16. Files of 12-bit cameras often hold
+    them as they are, in the lower bits: there all are below 2 ** bits, and not all are multiples of 2 ** (16 - bits).
+    """
+    bits = _significant_bits(data)
+    if 0 < bits < 16 and values.max() < 1 << bits and (values & ((1 << 16 - bits) - 1)).any():
+        return values << np.uint16(16 - bits)
+    return values
+
+
+def _significant_bits(data: bytes) -> int:
+    """The number in a PNG's sBIT chunk, which stands before the pixels (PNG specification, 11.3.2.7); 0 without one."""
+    place = len(PNG)
+    while place + 9 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        if kind == b"sBIT":
+            return data[place + 8]
+        if kind == b"IDAT":
+            break
+        place += length + 12
+    return 0
 
 
 def _turn(image: Image.Image) -> Turn:
@@ -164,8 +227,6 @@ def _decode(image: Image.Image, scale: int = 1) -> None:
 def _rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
     """The picture or a box of it; white shows through what is transparent."""
     image = image.crop(box) if box else image
-    if image.mode == "I;16":  # Pillow would clip at 255; of 16-bit colour it takes the upper byte, as here
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

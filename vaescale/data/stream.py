@@ -37,6 +37,7 @@ class Config:
     decoder: decode.Decoder = "pillow"  # turbo gives the same pixels sooner: pip install 'vaescale[turbo]'
     cache: str = "~/.cache/vaescale"  # where shards behind a URL are kept, on the node's own disk
     cache_gib: float = 100.0  # never more than this, over all processes of a node
+    most_megapixels: int = decode.MOST_MEGAPIXELS  # a larger picture counts as damaged: a few bytes may claim any size
     damaged_share: float = 0.001  # of the samples seen; more damaged ones stop the run
     damaged_free: int = 10  # this many are always forgiven, so that one bad sample in a short run is
 
@@ -180,8 +181,17 @@ class TrainSlices(Dataset[Decoded]):
     def _image(self, data: bytes, g: int) -> decode.Pixels:
         config = self.config
         if not config.augment:
-            return decode.validation_image(data, config.size)
-        return decode.train_image(data, config.size, config.least_area, config.flip, self.seed, g, config.decoder)
+            return decode.validation_image(data, config.size, config.most_megapixels)
+        return decode.train_image(
+            data,
+            config.size,
+            config.least_area,
+            config.flip,
+            self.seed,
+            g,
+            config.decoder,
+            config.most_megapixels,
+        )
 
 
 class ValidationSlices(Dataset[Decoded]):
@@ -202,11 +212,12 @@ class ValidationSlices(Dataset[Decoded]):
         for number in numbers:
             try:
                 data, label = self.samples.read(number)
-                images.append(decode.validation_image(data, self.config.size))
+                images.append(decode.validation_image(data, self.config.size, self.config.most_megapixels))
             except decode.Damaged as error:
                 shard, key = self.samples.name(number)
                 # A validation number over fewer samples than it says would not compare with anybody's.
-                raise DataError(f"validation sample {key} in {shard} is damaged: {error}") from None
+                larger = ": raise data.most_megapixels" if str(error) == decode.TOO_LARGE else ""
+                raise DataError(f"validation sample {key} in {shard} is damaged: {error}{larger}") from None
             labels.append(label)
         attributes = self.attributes(list(numbers))
         return Decoded(_batch(images, labels, attributes, list(numbers), self.config.channels), [])

@@ -166,6 +166,7 @@ def _require(config: Config) -> None:
         "hang_timeout": (config.hang_timeout, 0),
         "data.size": (config.data.size, 1),
         "data.columns": (config.data.columns, 1),
+        "data.most_megapixels": (config.data.most_megapixels, 1),
         "data.workers": (config.data.workers, 0),
         "data.prefetch": (config.data.prefetch, 1),
         "ema": (config.ema, 0),
