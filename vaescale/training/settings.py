@@ -12,6 +12,7 @@ from .. import config as mechanics
 from ..config import ConfigError
 from ..data import places, stream
 from ..data.index import Index
+from ..files import printable
 from ..interfaces import Batch, Model, Shape
 from ..models import MODELS
 
@@ -154,6 +155,22 @@ def check_labels(config: Config, index: Index) -> None:
             f"{index.shards[index.locate(sample).shard].name}) has {labels[sample]}: take "
             f"model.classes={labels.max() + 1} or more, or other data"
         )
+
+
+def check_classes(config: Config, training: Index, validation: Index) -> None:
+    """Raises ConfigError if the model is conditioned on labels that name other classes in validation than in training.
+
+    Indices without class names, and labels that only one of the two has, are not compared.
+    """
+    if not getattr(config.model, "classes", 0):
+        return
+    for label, (name, other) in enumerate(zip(training.classes, validation.classes, strict=False)):
+        if name != other:
+            raise ConfigError(
+                f"label {label} is the class {printable(name, 60)} in {training.folder} and {printable(other, 60)} in "
+                f"{validation.folder}: prepare the validation pictures again, into an empty folder, with "
+                f"--classes {training.folder / 'classes.json'}"
+            )
 
 
 def _require(config: Config) -> None:

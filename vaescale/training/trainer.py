@@ -32,7 +32,7 @@ from .ema import WeightEMA
 from .guard import Diverged, Skip, diagnosis, explained, too_many
 from .learner import Descent, Learner
 from .pace import Pace
-from .settings import Config, build, check_labels, micro_batch
+from .settings import Config, build, check_classes, check_labels, micro_batch
 from .status import FINISHED, PREEMPTED, Status
 from .stops import Stop
 from .watch import Watch
@@ -72,6 +72,7 @@ class Trainer:
         check_indexes(*indexes)
         for index in indexes:
             check_labels(config, index)
+        check_classes(config, *indexes)
 
         torch.manual_seed(config.seed)
         self.model = build(config).to(self.device)
