@@ -17,7 +17,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from vaescale.data import DataError, demo, digits, places, prepare, shards, stream, tar
+from vaescale.data import DataError, decode, demo, digits, names, places, prepare, shards, stream, tar
 from vaescale.data.order import VERSIONS
 from vaescale.data.parallel import processors
 from vaescale.files import printable
@@ -54,11 +54,25 @@ def digits_(arguments: argparse.Namespace) -> int:
 
 
 def prepare_(arguments: argparse.Namespace) -> int:
-    classes = shards.read_classes(arguments.classes) if arguments.classes else []
-    if arguments.classes and not classes:
-        raise DataError(f"{arguments.classes} holds no class names: give the classes.json of the training shards")
-    settings = prepare.Settings(arguments.short_side, arguments.quality, arguments.shard_mib, arguments.seed)
-    made = prepare.prepare(arguments.source, arguments.out, arguments.labels, classes, settings, arguments.processes)
+    if arguments.unlabelled and (arguments.labels or arguments.classes):
+        raise DataError("--unlabelled says that there are no classes: leave out --labels and --classes")
+    known = arguments.classes
+    if not known and not arguments.unlabelled and (known := prepare.sibling_classes(arguments.out)):
+        print(f"classes are numbered as in {known}: give --classes to use another file")
+    classes = shards.read_classes(known) if known else []
+    if known and not classes:
+        raise DataError(f"{known} holds no class names: give the classes.json of the training shards")
+    settings = prepare.Settings(
+        arguments.short_side,
+        arguments.quality,
+        arguments.shard_mib,
+        arguments.seed,
+        arguments.most_megapixels,
+        arguments.check,
+    )
+    made = prepare.prepare(
+        arguments.source, arguments.out, arguments.labels, classes, settings, arguments.processes, arguments.unlabelled
+    )
     print(f"{arguments.out}: {len(made)} samples in {len(made.shards)} shards, {len(made.classes)} classes")
     return 0
 
@@ -68,10 +82,12 @@ def index_(arguments: argparse.Namespace) -> int:
     if arguments.out is None and places.is_url(arguments.source):
         raise DataError(f"say with --out in which folder the index of {arguments.source} goes")
     fields = tar.Fields(
-        (arguments.picture,) if arguments.picture else tar.PICTURES,
+        (arguments.picture.lower(),) if arguments.picture else names.PICTURES,
         arguments.label_field,
         arguments.unlabelled,
         None if arguments.attributes is None else tuple(arguments.attributes),
+        arguments.most_megapixels,
+        arguments.check,
     )
     folder = arguments.out or Path(arguments.source)
     made = shards.index(arguments.source, folder, arguments.pattern, fields, arguments.processes)
@@ -84,7 +100,7 @@ def index_(arguments: argparse.Namespace) -> int:
 
 def verify_(arguments: argparse.Namespace) -> int:
     findings = []
-    for finding in shards.verify(arguments.folder, arguments.decode, arguments.processes):
+    for finding in shards.verify(arguments.folder, arguments.decode, arguments.processes, arguments.most_megapixels):
         findings.append(finding)
         print(f"{finding.shard}: {finding.lost} of {finding.samples} samples lost: {finding.cause}", flush=True)
     lost = sum(finding.lost for finding in findings)
@@ -126,6 +142,14 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--processes", type=positive, default=processors(), help="default: all cores")
+    several.add_argument(
+        "--most-megapixels",
+        type=positive,
+        default=decode.MOST_MEGAPIXELS,
+        help="of a picture; larger ones are left out (100); set data.most_megapixels alike",
+    )
+    checking = argparse.ArgumentParser(add_help=False)
+    checking.add_argument("--check", action="store_true", help="decode every picture, not only its header")
 
     command = commands.add_parser("demo", help="write the demo photographs")
     command.add_argument("root", type=Path)
@@ -133,15 +157,20 @@ def parse() -> argparse.Namespace:
     command = commands.add_parser("digits", help="write the demo digits")
     command.add_argument("root", type=Path)
 
-    command = commands.add_parser("prepare", help="shuffled shards from pictures", parents=[several])
+    command = commands.add_parser("prepare", help="shuffled shards from pictures", parents=[several, checking])
     command.add_argument(
         "source",
         type=Path,
-        help="a tree of class folders, ILSVRC2012_img_train.tar, or the validation pictures (folder or tar)",
+        help="a tree or a tar of class folders, ILSVRC2012_img_train.tar, or pictures without class folders",
     )
     command.add_argument("--out", type=Path, required=True, help="folder of the shards and their index")
     command.add_argument("--labels", type=Path, help="file of labels, for pictures that are in no class folders")
-    command.add_argument("--classes", type=Path, help="classes.json of the training shards, to number classes alike")
+    command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
+    command.add_argument(
+        "--classes",
+        type=Path,
+        help="classes.json of the training shards, to number classes alike; default: that of train/ next to --out",
+    )
     command.add_argument("--short-side", type=natural, default=0, help="pixels; default: the original bytes, untouched")
     command.add_argument(
         "--quality",
@@ -154,7 +183,7 @@ def parse() -> argparse.Namespace:
     command.add_argument("--shard-mib", type=amount, default=128, help="size of a shard (128)")
     command.add_argument("--seed", type=natural, default=0, help="of the shuffle (0)")
 
-    command = commands.add_parser("index", help="index shards that others made", parents=[several])
+    command = commands.add_parser("index", help="index shards that others made", parents=[several, checking])
     command.add_argument("source", help="folder, or URL: http(s)://, s3://, gs://, hf://")
     command.add_argument("--out", type=Path, help="folder of the index; default: SOURCE")
     command.add_argument("--pattern", default="*.tar", help="which shards: 'train-*.tar', 'train-{0000..1023}.tar'")

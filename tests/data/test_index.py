@@ -98,7 +98,7 @@ def test_an_interrupted_index_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         make(tmp_path / "shards", tmp_path / "index")
     broken.write_bytes(whole)
     scanned = []
-    monkeypatch.setattr(index, "scan", lambda path, fields: scanned.append(path.name) or shards.scan(path, fields))
+    monkeypatch.setattr(index, "scan", lambda path, *rest: scanned.append(path.name) or shards.scan(path, *rest))
     assert len(make(tmp_path / "shards", tmp_path / "index")) == 12
     assert scanned == ["000002.tar"]
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["index.json", "samples.npy"]

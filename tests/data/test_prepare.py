@@ -202,17 +202,10 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
     cut.write_bytes(tar_of_tars.read_bytes()[:20_000])
     (tmp_path / "few.txt").write_text("n01440764\n")
     (tmp_path / "numbers.txt").write_text("1\n" * len(FLAT))
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "a.jpg").write_bytes(b"")
-    (tmp_path / "two" / "a.png").write_bytes(b"")
-    (tmp_path / "two.txt").write_text("x\nx\n")
-    (tmp_path / "twice.txt").write_text("a.jpg 1\na.jpg 2\n")
     (tmp_path / "huge.txt").write_text("a 1\nb 9999999999\n")
     (tmp_path / "hole" / "n01").mkdir(parents=True)
     (tmp_path / "hole" / "n02").mkdir()
     (tmp_path / "hole" / "n02" / "a.jpg").write_bytes(b"x")
-    (tmp_path / "bell" / "n01").mkdir(parents=True)
-    (tmp_path / "bell" / "n01" / "a\a.jpg").write_bytes(b"x")
     (tmp_path / "splits" / "train" / "n01").mkdir(parents=True)
     (tmp_path / "splits" / "val").mkdir()
     (tmp_path / "pair").mkdir()
@@ -224,14 +217,11 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
         (cut, None, "damaged or cut at byte"),
         (flat, None, "has no class folders: give the file that holds its labels"),
         (flat, tmp_path / "few.txt", "have 1 lines, but there are 7 pictures"),
-        (flat, tmp_path / "numbers.txt", r"are numbers: put the development kit's meta\.mat"),
+        (flat, tmp_path / "numbers.txt", r"are numbers without names: put the development kit's meta\.mat"),
         (flat, tmp_path / "absent.txt", "cannot be read as text"),
-        (tmp_path / "two", tmp_path / "two.txt", "two pictures would have the key a"),
         (tmp_path / "splits", None, "holds the splits train, val: prepare one at a time"),
-        (tmp_path / "two", tmp_path / "twice.txt", "name a picture twice"),
-        (tmp_path / "pair", tmp_path / "huge.txt", "class number 9999999999, which is more than"),
+        (tmp_path / "pair", tmp_path / "huge.txt", "hold 9999999999, which is no class number"),
         (tmp_path / "hole", None, "n01 holds no pictures, and the classes after it"),
-        (tmp_path / "bell", None, r"'n01/a\\x07' is no name that a sample may have"),
     ):
         with pytest.raises(DataError, match=message):
             make(source, tmp_path / "out", labels=labels)
@@ -244,7 +234,9 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
         make(tree, tmp_path / "out")
 
 
-def test_what_lies_beside_pictures_is_passed_over(tmp_path: Path, tree: Path) -> None:
+def test_what_lies_beside_pictures_is_passed_over(
+    tmp_path: Path, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A class folder may be a link; what macOS leaves, pipes and links to nothing are no pictures."""
     (tmp_path / "tree").mkdir()
     for wnid in WNIDS:
@@ -259,6 +251,9 @@ def test_what_lies_beside_pictures_is_passed_over(tmp_path: Path, tree: Path) ->
     made = make(tmp_path / "tree", tmp_path / "out")
     assert len(made) == len(EXPECTED) + 1
     assert made.classes == sorted([*WNIDS, "n01440765"])
+    output = capsys.readouterr().out
+    assert ": 31 files: 29 pictures, 2 passed over: 1 jpg (broken link), 1 jpg (not a regular file)\n" in output
+    assert "left out: n01440765/empty (empty)\n" in output
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
@@ -291,7 +286,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
 
 def test_the_listing_knows_where_pictures_lie(tar_of_tars: Path) -> None:
     """Byte ranges of the outer tar: nothing has to be extracted."""
-    pictures, _ = prepare.listing(tar_of_tars, None, [])
+    pictures, _, _ = prepare.listing(tar_of_tars, None, [])
     data = tar_of_tars.read_bytes()
     assert {one.key: (data[one.offset : one.offset + one.length], one.label) for one in pictures} == EXPECTED
     with tarfile.open(tar_of_tars) as outer:

@@ -104,10 +104,69 @@ def test_a_json_value_that_is_no_class_number_is_named(tmp_path: Path, value: ob
 
 
 @pytest.mark.parametrize(
-    ("text", "label"), [(b"0", 0), (b"007", 7), (b" 12\r\n", 12), (b"\xef\xbb\xbf3\n", 3), (b"2147483647", 2**31 - 1)]
+    ("text", "label"),
+    [
+        (b"0", 0),
+        (b"007", 7),
+        (b" 12\r\n", 12),
+        (b"\xef\xbb\xbf3\n", 3),
+        (b"2147483647", 2**31 - 1),
+        (b"3.0", 3),
+        (b"3.\n", 3),
+    ],
 )
 def test_class_numbers(tmp_path: Path, text: bytes, label: int) -> None:
     assert [one.label for one in scan(tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", text)))] == [label]
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "label"),
+    [
+        ({"label": 3.0}, "label", 3),
+        ({"label": "3.00"}, "label", 3),
+        ({"meta": {"label": 3}}, "meta.label", 3),
+        ({"meta": {"label": 3}, "meta.label": 4}, "meta.label", 4),
+        ({"a": [{"b": 5}, {"b": 6}]}, "a.1.b", 6),
+    ],
+)
+def test_labels_in_json(tmp_path: Path, record: object, name: str, label: int) -> None:
+    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.json", json.dumps(record).encode()))
+    assert [one.label for one in scan(path, Fields(label_field=name))] == [label]
+
+
+@pytest.mark.parametrize("name", ["meta.none", "meta.label.x", "none.label", "a.7", "a.x", "meta"])
+def test_a_field_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    record = {"meta": {"label": 3}, "a": [1]}
+    path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.json", json.dumps(record).encode()))
+    with pytest.raises(DataError, match=rf"k\.json, field {name}"):
+        list(scan(path, Fields(label_field=name)))
+
+
+def test_extensions_in_capitals(tmp_path: Path) -> None:
+    record = json.dumps({"age": 5}).encode()
+    path = tar(
+        tmp_path / "a.tar",
+        ("A.JPG", PICTURE),
+        ("A.CLS", b"7"),
+        ("A.JSON", record),
+        ("b.v.PNG", PICTURE),
+        ("b.v.Cls", b"8"),
+    )
+    assert [(one.key, one.label, one.attributes) for one in scan(path)] == [("A", 7, {"age": 5}), ("b.v", 8, {})]
+    with pytest.raises(DataError, match="the key a occurs twice"):
+        list(scan(tar(tmp_path / "b.tar", ("a.jpg", PICTURE), ("a.JPG", PICTURE), ("a.cls", b"0"))))
+
+
+@pytest.mark.parametrize(
+    "order", ["a.jpg b.jpg a.cls b.cls", "a.cls b.cls a.jpg b.jpg", "b.jpg b.cls a.jpg c.txt a.CLS"]
+)
+def test_members_that_are_not_side_by_side_are_named(tmp_path: Path, order: str) -> None:
+    path = tar(tmp_path / "a.tar", *((name, PICTURE if name.endswith("jpg") else b"1") for name in order.split()))
+    with pytest.raises(DataError, match=r"sample a are not side by side, a\.(cls|CLS) is elsewhere.*tar --sort=name"):
+        list(scan(path))
+    path = tar(tmp_path / "b.tar", ("x.v1.jpg", PICTURE), ("y.jpg", PICTURE), ("x.v1.json", b'{"c": 1}'))
+    with pytest.raises(DataError, match=r"sample x\.v1 are not side by side, x\.v1\.json is elsewhere"):
+        list(scan(path, Fields(label_field="c")))
 
 
 NO_JSON = [b"[" * 200_000, b"{", b"[1]", b'{"a": 1, "a": 2}', b"\xff\xfe", b'{"a":' * 99 + b"1" + b"}" * 99]

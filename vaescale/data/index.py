@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +24,9 @@ import xxhash
 from numpy.lib.format import open_memmap
 
 from .. import distributed
-from ..files import is_plain, read_json
+from ..files import is_plain, printable, read_json
 from . import DataError, places
+from .names import by_ending
 from .parallel import atomically, each
 from .places import Shard
 from .tar import MOST_BYTES, MOST_HEAD, Entry, Fields, scan
@@ -41,6 +43,7 @@ SIMPLE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # names of shards that
 CHECKED = 1 << 16  # records checked at once
 PARTS = ".parts"  # what is known of each shard while the index is being made
 SHOWN = 5  # shards named in one error
+NAMED = 20  # samples named that are left out
 
 
 class Place(NamedTuple):
@@ -163,6 +166,7 @@ def build(
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise DataError(f"{len(faults)} of {len(names)} shards cannot be indexed: {'; '.join(faults[:SHOWN])}{more}")
     inside = root if places.is_url(root) else os.path.relpath(Path(root).resolve(), folder.resolve())
+    _report(folder, names)
     _merge(folder, inside, names, classes)
     for path in (folder / PARTS).iterdir():
         path.unlink()
@@ -180,8 +184,13 @@ def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
         with places.local(root, name) as path:
             size = path.stat().st_size
             entries: list[Entry] = []
+            left_out: list[str] = []
+            passed: Counter[str] = Counter()
             keys: set[str] = set()
-            for entry in scan(path, fields):
+            for entry in scan(path, fields, passed):
+                if entry.fault:
+                    left_out.append(f"{printable(entry.key)} in {printable(name)} ({entry.fault})")
+                    continue
                 entries.append(entry)
                 keys.update(entry.attributes)
                 if len(keys) > MOST_ATTRIBUTES:
@@ -206,8 +215,26 @@ def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
             names=np.array(names, np.str_),
             values=values.reshape(len(entries), len(names)),
             xxh3=np.array(digest),
+            left_out=np.array(left_out, np.str_),
+            passed=np.array(list(passed.elements()), np.str_),
         )
     return None
+
+
+def _report(folder: Path, names: Sequence[str]) -> None:
+    """Print which samples are left out because their picture does not decode, and which members are in no sample."""
+    left_out: list[str] = []
+    passed: Counter[str] = Counter()
+    for name in names:
+        with np.load(part_of(folder, name), allow_pickle=False) as part:
+            left_out += part["left_out"].tolist()
+            passed.update(part["passed"].tolist())
+    for line in left_out[:NAMED]:
+        print(f"left out: {line}", flush=True)
+    if len(left_out) > NAMED:
+        print(f"left out: {len(left_out) - NAMED} more", flush=True)
+    if passed:
+        print(f"passed over, in samples without a picture: {by_ending(passed)}", flush=True)
 
 
 def _is_known(part: Path, state: str) -> bool:

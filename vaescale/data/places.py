@@ -27,6 +27,7 @@ from braceexpand import braceexpand
 
 from ..files import is_plain
 from . import DataError
+from .names import is_hidden
 
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "hf": "hf"}  # protocol → extra that brings it
 TRIES = 8  # of one shard; with the pauses between them about a minute
@@ -100,10 +101,13 @@ def names_in(root: str, pattern: str) -> list[str]:
         check_name(one.replace("?", "*"))
         if not re.search(r"[*?\[]", one):
             found.append(one)
-        elif is_url(root):
-            found += _listed(root, one)
-        else:
-            found += sorted(path.relative_to(root).as_posix() for path in Path(root).glob(one))
+            continue
+        listed = (
+            _listed(root, one)
+            if is_url(root)
+            else sorted(path.relative_to(root).as_posix() for path in Path(root).glob(one) if not path.is_dir())
+        )
+        found += [name for name in listed if not is_hidden(name)]
     if not found:
         raise DataError(f"no file in {root} matches {pattern}: give the folder that holds the shards, or --pattern")
     if len(set(found)) < len(found):

@@ -89,27 +89,30 @@ def index(source: str, folder: Path, pattern: str, fields: Fields, processes: in
         return build(folder, source, names, fields, classes, processes)
 
 
-def verify(folder: Path, decoding: bool, processes: int) -> Iterator[Finding]:
+def verify(
+    folder: Path, decoding: bool, processes: int, most_megapixels: int = decode.MOST_MEGAPIXELS
+) -> Iterator[Finding]:
     """Read every shard of an index back; with `decoding`, every picture is decoded too. Yields what is wrong.
 
     Raises DataError if the index itself is damaged.
     """
     index = Index(folder)
     index.check()
-    jobs = [(folder, number, decoding) for number in range(len(index.shards))]
+    jobs = [(folder, number, most_megapixels if decoding else 0) for number in range(len(index.shards))]
     return (finding for finding in each(examine, jobs, processes, f"verify {folder}", "shard") if finding)
 
 
-def examine(folder: Path, number: int, decoding: bool) -> Finding | None:
+def examine(folder: Path, number: int, most_megapixels: int) -> Finding | None:
+    """What is wrong with one shard; pictures of up to `most_megapixels` are decoded, none if it is 0."""
     index = _opened(folder)
     shard = index.shards[number]
     try:
         with places.local(index.root, shard.name) as path:
             intact = path.stat().st_size == shard.bytes and places.file_hash(path) == shard.xxh3
-            if intact and not decoding:
+            if intact and not most_megapixels:
                 return None
             first = int(index.first[number])
-            lost = _lost(path, index.records[first : first + shard.samples], decoding)
+            lost = _lost(path, index.records[first : first + shard.samples], most_megapixels)
             if intact:
                 return Finding(shard.name, lost, shard.samples, "its pictures do not decode") if lost else None
             return Finding(shard.name, lost, shard.samples, _cause(path, shard))
@@ -124,19 +127,18 @@ def _opened(folder: Path) -> Index:
     return Index(folder)
 
 
-def _lost(path: Path, records: NDArray[np.void], decoding: bool) -> int:
+def _lost(path: Path, records: NDArray[np.void], most_megapixels: int) -> int:
     lost = 0
     with path.open("rb") as file:
         for offset, length, _, _, check in records.tolist():
             data = os.pread(file.fileno(), length, offset)
-            lost += checksum(data) != check or (decoding and not _decodes(data))
+            lost += checksum(data) != check or (most_megapixels > 0 and not _decodes(data, most_megapixels))
     return lost
 
 
-def _decodes(data: bytes) -> bool:
-    """All of it is read, at the least size that the decoder offers."""
+def _decodes(data: bytes, most_megapixels: int) -> bool:
     try:
-        decode.validation_image(data, 1)
+        decode.check(data, most_megapixels, pixels=True)
     except decode.Damaged:
         return False
     return True

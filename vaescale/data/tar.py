@@ -10,6 +10,7 @@ import io
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,10 +21,10 @@ import numpy as np
 import xxhash
 
 from ..files import is_plain, parse_json, printable
-from . import DataError
+from . import DataError, decode
+from .names import PICTURES, ending, is_hidden
 from .places import PASSING
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes of a tar header
 MOST_BYTES = 1 << 28  # of one picture
 MOST_HEAD = 1 << 24  # bytes of tar headers before a picture: those of a long name, and what PAX adds
@@ -45,6 +46,8 @@ class Fields:
     label_field: str = ""  # of the sample's JSON; "": the class number is in the .cls
     unlabelled: bool = False  # every label is 0
     attributes: tuple[str, ...] | None = None  # numbers of the JSON to keep; None: all
+    most_megapixels: int = decode.MOST_MEGAPIXELS  # larger pictures are left out
+    check: bool = False  # decode every picture, not only its header
 
 
 class Entry(NamedTuple):
@@ -57,23 +60,27 @@ class Entry(NamedTuple):
     label: int
     check: int
     attributes: dict[str, float]
+    fault: str  # why the picture cannot be decoded, one of decode.CAUSES; "" if it can
 
 
-def scan(path: Path, fields: Fields = Fields()) -> Iterator[Entry]:
-    """The samples of one tar, in order.
+def scan(path: Path, fields: Fields = Fields(), passed: Counter[str] | None = None) -> Iterator[Entry]:
+    """The samples of one tar, in order; `passed` counts the members that belong to no sample, by ending.
 
     Raises DataError if the tar ends early: at a damaged header the library mostly stops without an error.
     """
     keys: set[str] = set()
     with path.open("rb") as file:
-        for group in _groups(files(file, path)):
-            for key, members in _samples(group, fields):
+        for group in _groups(_members(file, path)):
+            samples = list(_samples(group, fields))
+            for key, members in samples:
                 if key in keys or len({extension for extension, _ in members}) < len(members):
                     raise DataError(
                         f"{path}: the key {key} occurs twice: which of the two samples it is nobody can say"
                     )
                 keys.add(key)
                 yield _entry(file, path, key, members, fields)
+            if passed is not None and not samples:
+                passed.update(ending(member.name) for _, member in group)
 
 
 def checksum(data: bytes) -> int:
@@ -94,10 +101,11 @@ def key_in(head: bytes) -> str:
 def label_of(value: object) -> int:
     """The class number that a .cls file or a JSON field holds: ASCII digits, or a whole number of JSON.
 
-    int() would also take 0_1, +1 and the digits of other scripts. Raises ValueError for what is no class number.
+    3.0 is 3: programs that keep numbers as floats write labels so. int() would also take 0_1, +1 and the digits of
+    other scripts. Raises ValueError for what is no class number.
     """
     text = value.strip() if isinstance(value, str) else repr(value)
-    if not re.fullmatch("[0-9]{1,20}", text) or (label := int(text)) >= 2**31:
+    if not (digits := re.fullmatch(r"([0-9]{1,20})(\.0*)?", text)) or (label := int(digits[1])) >= 2**31:
         raise ValueError
     return label
 
@@ -107,7 +115,7 @@ def damaged(path: Path, place: int) -> str:
 
 
 def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInfo]:
-    """The regular files of the tar that begins at byte `begin`; folders are passed over, whatever else is refused.
+    """The members of the tar that begins at byte `begin`, without folders.
 
     Raises DataError unless the tar is whole; what follows its end must be zeros, unless it lies inside another.
     """
@@ -121,11 +129,11 @@ def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInf
         raise DataError(f"{path} is no plain tar file ({error}): only uncompressed ones can be read") from None
     try:
         for member in tar:
-            end = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
-            if member.isdir():
-                continue
-            _refuse(path, member)
-            yield member
+            end = tar.offset
+            if member.size < 0:
+                raise ValueError
+            if not member.isdir():
+                yield member
     except ODD as error:
         if getattr(error, "errno", None) in PASSING:
             raise
@@ -141,6 +149,14 @@ def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInf
         raise DataError(damaged(path, end))
 
 
+def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members that are data. Raises DataError for names and kinds of members that no shard needs."""
+    for member in files(file, path):
+        if not is_hidden(member.name):
+            _refuse(path, member)
+            yield member
+
+
 def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[Members]:
     """Consecutive members of one key."""
     split = ((*_split(member.name), member) for member in members)
@@ -150,20 +166,20 @@ def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[Members]:
 
 def _samples(group: Members, fields: Fields) -> Iterator[tuple[str, Members]]:
     """(key, its members by extension) of each sample in a group that has a picture."""
-    if any(extension.lower() in fields.pictures for extension, _ in group):
+    if any(extension in fields.pictures for extension, _ in group):
         yield _split(group[0][1].name)[0], group
         return
     stems: dict[str, Members] = {}
     for _, member in group:
         stem, _, extension = member.name.rpartition(".")
-        stems.setdefault(stem, []).append((extension, member))
+        stems.setdefault(stem, []).append((extension.lower(), member))
     for stem, members in stems.items():
-        if any(extension.lower() in fields.pictures for extension, _ in members):
+        if any(extension in fields.pictures for extension, _ in members):
             yield stem, members
 
 
 def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Fields) -> Entry:
-    pictures = [(extension, member) for extension, member in members if extension.lower() in fields.pictures]
+    pictures = [(extension, member) for extension, member in members if extension in fields.pictures]
     if len(pictures) > 1:
         names = " and ".join(member.name for _, member in pictures)
         raise DataError(f"{path}: the sample {key} has several pictures, {names}: choose one with --picture EXTENSION")
@@ -175,15 +191,25 @@ def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Field
     texts = {extension: member for extension, member in members if extension in ("cls", "json")}
     wanted = fields.attributes != () or (fields.label_field and not fields.unlabelled)
     record = _json(file, path, texts["json"]) if "json" in texts and wanted else {}
+    data = _bytes(file, picture)
     return Entry(
         key,
         picture.offset_data,
         picture.size,
         picture.offset_data - picture.offset,
         _label(file, path, key, texts, record, fields),
-        checksum(_bytes(file, picture)),
+        checksum(data),
         {name: value for name, value in _numbers(record) if fields.attributes is None or name in fields.attributes},
+        _fault(data, fields),
     )
+
+
+def _fault(data: bytes, fields: Fields) -> str:
+    try:
+        decode.check(data, fields.most_megapixels, fields.check)
+    except decode.Damaged as error:
+        return str(error)
+    return ""
 
 
 def _label(
@@ -194,12 +220,17 @@ def _label(
     value: object = None
     if fields.label_field:
         where = f"{key}.json, field {fields.label_field}"
-        value = record.get(fields.label_field)
+        value = _field(record, fields.label_field)
     else:
         where = f"{key}.cls"
         if "cls" in texts:
             value = _text(file, path, texts["cls"]).decode("utf-8-sig", "replace").strip()
     if value is None:
+        if apart := _apart(path, f"{key}.{'json' if fields.label_field else 'cls'}", texts):
+            raise DataError(
+                f"{path}: the members of the sample {key} are not side by side, {apart} is elsewhere in the tar: pack "
+                f"the files anew in the order of their names (tar --sort=name)"
+            )
         raise DataError(
             f"{path}: the sample {key} has a picture but no class (no {where}): say --label-field NAME if its JSON "
             f"holds the class, or --unlabelled if there are none"
@@ -208,6 +239,30 @@ def _label(
         return label_of(value)
     except ValueError:
         raise DataError(f"{path}: {where} holds {value!r:.60}, not a class number") from None
+
+
+def _field(record: object, name: str) -> object:
+    """A field of a JSON object; `a.b` is field b of field a, unless there is a field of that very name."""
+    if isinstance(record, dict) and name in record:
+        return record[name]
+    first, dot, rest = name.partition(".")
+    if isinstance(record, dict):
+        return _field(record.get(first), rest) if dot else None
+    if isinstance(record, list) and first.isdecimal() and int(first) < len(record):
+        return _field(record[int(first)], rest) if dot else record[int(first)]
+    return None
+
+
+def _apart(path: Path, wanted: str, texts: dict[str, tarfile.TarInfo]) -> str:
+    """The member that a sample lacks if it is elsewhere in the tar, not next to the picture; "" if there is none."""
+    if any(member.name.lower() == wanted.lower() for member in texts.values()):
+        return ""
+    stem, _, extension = wanted.rpartition(".")
+    with path.open("rb") as file:
+        for member in _members(file, path):
+            if member.name.rpartition(".")[0] == stem and member.name.rpartition(".")[2].lower() == extension:
+                return member.name
+    return ""
 
 
 def _json(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> dict[str, object]:
@@ -243,8 +298,6 @@ def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 def _refuse(path: Path, member: tarfile.TarInfo) -> None:
     name = member.name
-    if member.size < 0:
-        raise DataError(damaged(path, member.offset))
     if name.startswith("/") or ".." in name.split("/") or not is_plain(name):
         raise DataError(f"{path}: the member {name!r:.100} has no name that a sample may have")
     if not member.isfile() or member.issparse():
@@ -252,7 +305,7 @@ def _refuse(path: Path, member: tarfile.TarInfo) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A member's (key, extension) by webdataset's rule."""
+    """A member's (key, lower-case extension) by webdataset's rule."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
-    return folder + slash + stem, extension
+    return folder + slash + stem, extension.lower()

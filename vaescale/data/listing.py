@@ -1,0 +1,255 @@
+"""Lists the pictures of a source and their classes: a tree of class folders, a tar of them, the ILSVRC2012 training
+tar (which holds one tar for each class), or pictures without class folders. Nothing is extracted to disk.
+"""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from tarfile import TarInfo
+from typing import NamedTuple
+
+from . import DataError
+from .labels import class_of, read_labels
+from .names import EXTENSIONS, PICTURES, by_ending, clean, counted, ending, is_hidden, key_of, summary
+from .parallel import progress
+from .tar import files
+
+SPLITS = {"train", "val", "valid", "validation", "test"}
+EXAMPLES = 3  # names in one message
+
+
+class Picture(NamedTuple):
+    """One picture of the source: `length` bytes of `path` from `offset` on."""
+
+    key: str
+    extension: str
+    path: str
+    offset: int
+    length: int
+    label: int
+
+
+class Listing(NamedTuple):
+    pictures: list[Picture]  # sorted by key
+    classes: list[str]  # the name of each label
+    notes: list[str]  # one line each, for the user
+
+
+class Found(NamedTuple):
+    """A picture whose class is not known yet; `name` is its path below the source."""
+
+    name: str
+    path: str
+    offset: int
+    length: int
+
+
+def listing(
+    source: Path, labels: Path | None, classes: Sequence[str], unlabelled: bool = False, out: Path | None = None
+) -> Listing:
+    """List all pictures of `source`. Shards in `out`, which may lie inside `source`, are no pictures of it.
+
+    `labels`: a file of labels, for pictures that are not in class folders; `classes`: class names in the order of
+    their labels, empty for those of the source, sorted; `unlabelled`: every label is 0 and no class has a name.
+    Raises DataError for what cannot be read or is ambiguous.
+    """
+    if not source.exists():
+        raise DataError(f"{source} does not exist: give a tree of class folders or a tar of pictures")
+    passed: Counter[str] = Counter()
+    flat = unlabelled or labels is not None
+    notes: list[str] = []
+    if source.is_dir():
+        found = list(_in_folder(source, out, passed))
+    else:
+        found, wrapper = _unwrapped(source, list(_in_tar(source, passed)), flat)
+        notes += [f"the class folders are those in {clean(wrapper)}/ of the tar"] if wrapper and not flat else []
+    if not found:
+        other = f", only {by_ending(passed)}" if passed else ""
+        raise DataError(
+            f"{source} holds no pictures ({', '.join(PICTURES)}){other}: give a tree of class folders, a tar of them, "
+            f"the ILSVRC2012 training tar, or pictures without class folders together with --labels or --unlabelled"
+        )
+    notes.insert(0, f"{source}: {summary(len(found), passed)}")
+    keyed = _keyed(source, found, notes)
+    if unlabelled:
+        return Listing([_picture(key, one, 0) for key, one in keyed], [], notes)
+    if labels:
+        given = read_labels(labels, [one.name for _, one in keyed], notes)
+    else:
+        given = _class_folders(source, [one.name for _, one in keyed], passed)
+    names, numbers = class_of(given, classes, str(labels or source))
+    pictures = [_picture(key, one, label) for (key, one), label in zip(keyed, numbers, strict=True)]
+    return Listing(pictures, names, notes)
+
+
+def _picture(key: str, one: Found, label: int) -> Picture:
+    return Picture(key, EXTENSIONS[ending(one.name)], one.path, one.offset, one.length, label)
+
+
+def _keyed(source: Path, found: Sequence[Found], notes: list[str]) -> list[tuple[str, Found]]:
+    """(key, picture), sorted by key; equal keys (`a.b.jpg` and `a_b.jpg`) get a number."""
+    keyed = sorted((key_of(one.name), one) for one in found)
+    taken = {key for key, _ in keyed}
+    changed = []
+    number = 1
+    for i, ((before, last), (key, one)) in enumerate(pairwise(list(keyed)), 1):
+        if one.name == last.name:
+            raise DataError(f"{source} holds {clean(one.name)} twice: which of the two is meant is not known")
+        number = number + 1 if key == before else 1
+        if number > 1:
+            while f"{key}-{number}" in taken:
+                number += 1
+            taken.add(f"{key}-{number}")
+            keyed[i] = (f"{key}-{number}", one)
+    for key, one in keyed:
+        if key != key_of(one.name) or clean(one.name) != one.name:
+            changed.append(f"{clean(one.name)} is {key}")
+    if changed:
+        more = ", …" if len(changed) > EXAMPLES else ""
+        notes.append(
+            f"{len(changed)} keys differ from the file's name, which is taken or holds characters that a key may not "
+            f"have: {', '.join(changed[:EXAMPLES])}{more}"
+        )
+    return keyed
+
+
+def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str]) -> list[str]:
+    """The class of each picture: the first folder of its path. Raises DataError unless each has one."""
+    folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
+    names = set(folders) - {""}
+    if not names:
+        shards = ": these are shards, see `shards.py index`" if passed["cls"] or passed["json"] else ""
+        raise DataError(
+            f"{source} has no class folders{shards}: give the file that holds its labels with --labels, or "
+            f"--unlabelled if it has none"
+        )
+    if stray := folders.count(""):
+        raise DataError(
+            f"{source} has {counted(len(names), 'class folder')} ({', '.join(map(clean, sorted(names)[:EXAMPLES]))}"
+            f"{', …' if len(names) > EXAMPLES else ''}) and {counted(stray, 'picture')} "
+            f"beside them ({clean(paths[folders.index('')])}): move what is beside them away, or give --labels or "
+            f"--unlabelled"
+        )
+    if not source.is_dir() and names <= SPLITS and len(names) > 1:
+        raise DataError(
+            f"{source} holds the splits {', '.join(sorted(names))}: extract it, and prepare one of them at a time"
+        )
+    known: dict[str, str] = {}
+    for name in sorted(names):
+        if (other := known.setdefault(clean(name), name)) != name:
+            raise DataError(f"the class folders {name!a} and {other!a} of {source} would have one name: rename one")
+    return [clean(folder) for folder in folders]
+
+
+def _in_folder(source: Path, out: Path | None, passed: Counter[str]) -> Iterator[Found]:
+    """The pictures of a tree, however deep. Raises DataError for a class folder without pictures."""
+    holds: dict[str, Counter[str]] = {}  # class folder without a picture so far → what else it holds
+    for folder, folders, names in progress(os.walk(source, True, _unreadable, True), f"list {source}", "folder"):
+        inside = "" if folder == str(source) else f"{Path(folder).relative_to(source).as_posix()}/"
+        top = inside.partition("/")[0]
+        shards = [one for one in folders if _holds_shards(Path(folder, one), out)]
+        if shards:
+            holds.pop(top, None)  # a folder of shards is no class, and neither is a folder of such folders
+        folders[:] = [one for one in folders if not is_hidden(one) and one not in shards and not _loops(folder, one)]
+        if not inside:
+            if folders and set(folders) <= SPLITS:
+                raise DataError(f"{source} holds the splits {', '.join(sorted(folders))}: prepare one at a time")
+            holds = {one: Counter() for one in folders}
+        for name in names:
+            if is_hidden(name):
+                continue
+            fault, length = _examine(Path(folder, name))
+            if fault:
+                passed[fault] += 1
+                holds.get(top, Counter())[fault] += 1
+            else:
+                holds.pop(top, None)
+                yield Found(inside + name, str(Path(folder, name)), 0, length)
+    if holds:
+        first = min(holds)
+        others = f" ({by_ending(holds[first])})" if holds[first] else ""
+        raise DataError(
+            f"{clean(str(source / first))} holds no pictures{others}, and the classes after it would be numbered "
+            f"otherwise: fill or remove it"
+        )
+
+
+def _examine(path: Path) -> tuple[str, int]:
+    """(why a file is passed over, its bytes): its ending, with a reason if that is a picture's; "" for a picture."""
+    kind = ending(path.name)
+    if kind not in EXTENSIONS:
+        return kind, 0
+    try:
+        state = path.stat()
+    except PermissionError:
+        return f"{kind} (unreadable)", 0
+    except OSError:
+        return f"{kind} (broken link)", 0
+    return ("", state.st_size) if stat.S_ISREG(state.st_mode) else (f"{kind} (not a regular file)", 0)
+
+
+def _holds_shards(folder: Path, out: Path | None) -> bool:
+    """Whether a folder is `out` itself, or shards that were written or indexed earlier."""
+    if out and out.exists() and folder.exists() and folder.samefile(out):
+        return True
+    return (folder / "prepared.json").is_file() or all(
+        (folder / name).is_file() for name in ("index.json", "samples.npy")
+    )
+
+
+def _loops(folder: str, name: str) -> bool:
+    """Whether an entry is a link to a folder above it."""
+    path = Path(folder, name)
+    return path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve())
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror})")
+
+
+def _in_tar(source: Path, passed: Counter[str]) -> Iterator[Found]:
+    """The pictures of a tar; those of a tar inside it are in a folder of that tar's name."""
+    with source.open("rb") as outer, source.open("rb") as within:
+        for member in progress(files(outer, source), f"list {source}", "member"):
+            if not is_hidden(member.name) and member.isfile() and ending(member.name) == "tar":
+                inner = files(within, source, member.offset_data)
+                yield from _pictures(source, inner, f"{Path(member.name).stem}/", passed)
+            else:
+                yield from _pictures(source, [member], "", passed)
+
+
+def _pictures(source: Path, members: Iterable[TarInfo], folder: str, passed: Counter[str]) -> Iterator[Found]:
+    for member in members:
+        if is_hidden(member.name):
+            continue
+        kind = ending(member.name)
+        if kind not in EXTENSIONS:
+            passed[kind] += 1
+        elif not member.isfile() or member.issparse():
+            passed[f"{kind} (not a regular file)"] += 1
+        else:
+            yield Found(folder + _plain(member.name), str(source), member.offset_data, member.size)
+
+
+def _plain(name: str) -> str:
+    """A member's path without `./`, `//` and a leading `/`."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _unwrapped(source: Path, found: list[Found], flat: bool) -> tuple[list[Found], str]:
+    """(pictures, folder) without the one folder that `tar cf x.tar folder` puts around all others; "" without one.
+
+    A single folder of pictures is a class, unless it is named as a split is or no class folders are wanted (`flat`).
+    """
+    folders = {one.name.rpartition("/")[0] for one in found}
+    if not folders or "" in folders:
+        return found, ""
+    wrapper = os.path.commonpath(folders)
+    if folders == {wrapper} and not flat and Path(wrapper).name not in SPLITS:
+        wrapper = wrapper.rpartition("/")[0]
+    if not wrapper:
+        return found, ""
+    return [one._replace(name=one.name[len(wrapper) + 1 :]) for one in found], wrapper

@@ -1,0 +1,71 @@
+"""One rule for what is a data file and how a sample is named; every command that lists or reads data applies it.
+
+Hidden files and folders, and those that operating systems and editors leave behind, are no data and are ignored. What
+else is not a picture is passed over, counted by ending and reported.
+"""
+
+import unicodedata
+from collections import Counter
+from pathlib import PurePosixPath
+
+# Ending → the extension under which a shard stores it.
+EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp"}
+PICTURES = tuple(EXTENSIONS)
+LEFT_BEHIND = {
+    *("__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found"),
+    *("@eadir", "$recycle.bin", "system volume information"),
+}
+LONGEST_ENDING = 10  # characters
+SHOWN = 8  # endings in a summary
+NO_ENDING = "without an ending"
+
+
+def is_hidden(path: str) -> bool:
+    """Whether any part of a relative path begins with a dot or was left behind by a system (`__MACOSX`, `._a.jpg`)."""
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.casefold() in LEFT_BEHIND for part in path.split("/")
+    )
+
+
+def ending(path: str) -> str:
+    """The lower-case extension of a file's name without its dot, or NO_ENDING."""
+    suffix = PurePosixPath(path).suffix[1:]
+    return suffix.lower() if suffix.isalnum() and len(suffix) <= LONGEST_ENDING else NO_ENDING
+
+
+def clean(text: str) -> str:
+    """`text` in printable characters: unusual spaces become plain ones (NFKC), what has no printable form "_"."""
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else plain if (plain := unicodedata.normalize("NFKC", one)).isprintable() else "_"
+        for one in text
+    )
+
+
+def key_of(path: str) -> str:
+    """The key of the sample that a picture at this relative path becomes: the path without its extension.
+
+    A dot would end webdataset's key, so it becomes "_".
+    """
+    parts = [part for part in path.rpartition(".")[0].split("/") if part not in ("", ".")]
+    return clean("/".join(parts)).replace(".", "_")
+
+
+def summary(pictures: int, passed: Counter[str]) -> str:
+    """`510 files: 503 pictures, 7 passed over: 3 tiff, 2 txt, 2 without an ending`."""
+    total = f"{counted(pictures + passed.total(), 'file')}: {counted(pictures, 'picture')}"
+    return f"{total}, {passed.total()} passed over: {by_ending(passed)}" if passed else total
+
+
+def by_ending(passed: Counter[str]) -> str:
+    """`3 tiff, 2 txt, 2 without an ending`, the most frequent first."""
+    ranked = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {name}" for name, count in ranked[:SHOWN]]
+    if rest := sum(count for _, count in ranked[SHOWN:]):
+        shown.append(f"{rest} with other endings")
+    return ", ".join(shown)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
