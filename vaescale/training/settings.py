@@ -12,7 +12,6 @@ from .. import config as mechanics
 from ..config import ConfigError
 from ..data import places, stream
 from ..data.index import Index
-from ..files import printable
 from ..interfaces import Batch, Model, Shape
 from ..models import MODELS
 
@@ -167,7 +166,7 @@ def check_classes(config: Config, training: Index, validation: Index) -> None:
     for label, (name, other) in enumerate(zip(training.classes, validation.classes, strict=False)):
         if name != other:
             raise ConfigError(
-                f"label {label} is the class {printable(name, 60)} in {training.folder} and {printable(other, 60)} in "
+                f"label {label} is the class {name} in {training.folder} and {other} in "
                 f"{validation.folder}: prepare the validation pictures again, into an empty folder, with "
                 f"--classes {training.folder / 'classes.json'}"
             )
