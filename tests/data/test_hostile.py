@@ -223,6 +223,27 @@ def test_more_labels_than_names_are_not_indexed(tmp_path: Path) -> None:
     assert not (tmp_path / "index.json").exists()
 
 
+@pytest.mark.parametrize(
+    "text", [b"", b'"a"', b"[1]", b'["\\u001b[2J"]', b'["\\ud800"]', b'["\xff"]', b"[" * 10**5, b'{"a": 1}']
+)
+def test_class_names_that_are_none(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "classes.json").write_bytes(text)
+    with pytest.raises(
+        DataError, match=r"classes\.json is no list of class names( \(.*\))?: mend or remove it"
+    ) as caught:
+        shards.read_classes(tmp_path / "classes.json")
+    assert is_plain(str(caught.value))
+
+
+def test_class_names_are_checked_before_anything_is_indexed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is no name that a class may have"):
+        shards.write_classes(tmp_path, ["cat", ESCAPE])
+    assert not (tmp_path / "classes.json").exists()
+    (tmp_path / "classes.json").mkdir()
+    with pytest.raises(DataError, match=r"classes\.json is no list of class names \(it is not a regular file\)"):
+        shards.read_classes(tmp_path / "classes.json")
+
+
 def test_an_attribute_that_no_sample_has(made: Path) -> None:
     edited(made, "attributes.npy", lambda values: np.full_like(values, np.nan), forge=True)
     with pytest.raises(DataError, match=r"no sample of .*train has a value of a"):

@@ -15,6 +15,7 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
+from ..files import is_plain, read_json
 from . import DataError, decode, places
 from .index import Index, build
 from .parallel import alone, atomically, each
@@ -64,19 +65,24 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
-    """classes.json: the name of class 0, of class 1, …"""
+    """classes.json: the name of class 0, of class 1, … Raises DataError for a name that an index may not hold."""
+    for name in classes:
+        if not is_plain(name):
+            raise DataError(f"{name!r:.80} is no name that a class may have: leave control characters out of it")
     with atomically(folder / "classes.json") as partial:
         partial.write_text(json.dumps(list(classes), indent=0))
 
 
 def read_classes(path: Path) -> list[str]:
     try:
-        classes = json.loads(path.read_text())
+        classes = read_json(path)
     except FileNotFoundError:
         return []
-    except ValueError:
-        classes = None
-    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+    except OSError as error:
+        raise places.unreadable(path, error) from None
+    except ValueError as error:
+        raise DataError(f"{path} is no list of class names ({error}): mend or remove it") from None
+    if not isinstance(classes, list) or not all(isinstance(one, str) and is_plain(one) for one in classes):
         raise DataError(f"{path} is no list of class names: mend or remove it")
     return classes
 
