@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from torch import Tensor
 
 from vaescale.monitoring import codebook as monitoring
 from vaescale.nn.codebook import LAPLACE
-from vaescale.nn.quantize import Config, VectorQuantizer
+from vaescale.nn.quantize import Config, VectorQuantizer, build
 
 LEARNING = ["ema", "gradient"]
 
@@ -84,7 +86,7 @@ def test_ema_is_the_published_recursion() -> None:
 def test_gradient_learning_is_torchs_adam_on_a_parameter() -> None:
     """Straight-through VQ-VAE gradients by autograd and torch.optim.Adam, on the joined micro-batches."""
     quantizer = VectorQuantizer(Config(codes=10, dim=3, learning="gradient", reset_every=0))
-    quantizer.codebook.copy_(torch.randn(10, 3))
+    place_codes(quantizer, torch.randn(10, 3))
     e = torch.nn.Parameter(quantizer.codebook.double().clone())
     adam = torch.optim.Adam([e], lr=0.02)
     for step, z in enumerate(batches(50, 64, 3), start=1):
@@ -123,6 +125,54 @@ def test_the_first_update_puts_every_code_on_a_row(learning: str) -> None:
     usage = quantizer.tally.usage(clear=False)
     assert not usage.ever.any()
     assert not usage.window.any()
+
+
+BEGINNINGS = [{"init": init, "learning": learning} for init in ("samples", "kmeans") for learning in LEARNING]
+
+
+@pytest.mark.parametrize("changes", [*BEGINNINGS, {"depth": 3}, {"depth": 2, "groups": 2, "metric": "cosine"}], ids=str)
+def test_a_codebook_of_another_run_is_not_placed_anew(changes: dict[str, Any]) -> None:
+    """At step 0 of the run that takes it up it learns as in any step of its own: nothing is replaced, no row dropped."""
+    config = Config(codes=16, dim=4, reset_every=10, **changes)
+    rows = batches(30, 100, 4)
+    first, second, own = build(config, seed=1), build(config, seed=2), build(config, seed=1)
+    for step in range(25):
+        first(rows[step])
+        first.update(step, lr=0.01)
+    for taken in (second, own):
+        taken.load_state_dict(first.state_dict())
+    for step in range(5):
+        second(rows[25 + step])
+        second.update(step, lr=0.01)
+        own(rows[25 + step])
+        own.update(31 + step, lr=0.01)
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, own.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("changes", [*BEGINNINGS, {"depth": 3}, {"depth": 2, "groups": 2, "metric": "cosine"}], ids=str)
+@pytest.mark.parametrize("skipped", [[0], [0, 1, 2], [1], [0, 2, 3], list(range(19))], ids=str)
+def test_a_first_step_that_is_taken_back_is_made_up_for(changes: dict[str, Any], skipped: list[int]) -> None:
+    """All codes start on rows, each level's on what the level before leaves over, however many first steps are skipped,
+    and without resets."""
+    config = Config(codes=16, dim=4, reset_every=0, **changes)
+    quantizer = build(config, seed=1)
+    for step, z in enumerate(batches(26, 100, 4)):
+        before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+        leaves = [leaf for leaf in quantizer.modules() if isinstance(leaf, VectorQuantizer)]
+        placed = [bool(leaf.placed()) for leaf in leaves]
+        quantizer(z)
+        rests = [leaf._seen[0][0] for leaf in leaves]
+        quantizer.update(step, lr=0.01)
+        for number, (leaf, rest) in enumerate(zip(leaves, rests, strict=True)):
+            if leaf.placed() and not placed[number]:
+                assert number % config.depth == 0 or placed[number - 1]
+                on_rows = (leaf.codebook[:, None] == rest).all(2).any(1)
+                assert on_rows.all() or (config.init == "kmeans" and leaf.codebook.std() > 0.1)
+        if step in skipped:
+            quantizer.load_state_dict(before)
+    assert all(leaf.placed() and leaf.tally.ever.any() for leaf in leaves)
+    assert all(int(leaf.tally.resets) == 16 for leaf in leaves)
 
 
 @pytest.mark.parametrize("learning", LEARNING)

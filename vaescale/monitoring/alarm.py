@@ -30,14 +30,12 @@ class Reading(NamedTuple):
     usage: float  # usage_ema
     entropy: float  # of the averaged counts, over log2 K
     commitment: float
-    age_max: int  # steps
 
 
 def read(usage: Usage, commitment: float, step: int) -> Reading:
     average = usage.average
     share = float(entropy_share(average))
-    oldest = int(usage.age.max())
-    return Reading(step, len(average), float(average.sum()), float(usage_ema(average)), share, commitment, oldest)
+    return Reading(step, len(average), float(average.sum()), float(usage_ema(average)), share, commitment)
 
 
 def watch(name: str, reading: Reading, settings: Any, warmup: int, on: list[str]) -> str | None:
@@ -87,12 +85,6 @@ def cause(reading: Reading, settings: Any) -> str:
         )
     if settings.kind == "simvq":
         return f"The encoder moved away from the codes faster than their one map could follow: {slower}"
-    # A code that has been used or placed since the start is at most as old as the run.
-    if reading.age_max > reading.step:
-        return (
-            "Its codes were never placed on encoder outputs, as those of the first step were not finite: start again "
-            "with a lower optimizer.lr, or let resets do it with model.quantizer.reset_every=10"
-        )
     if settings.reset_every == 0:
         return "Codes that died stay dead, since model.quantizer.reset_every=0: set it to 10"
     if settings.dead_after > SLOW:

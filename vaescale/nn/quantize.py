@@ -20,6 +20,9 @@ from .nearest import nearest
 from .quantizer import Grouped, Projected, Quantizer, Residual, pass_through
 
 KMEANS = 10  # rounds of Lloyd's algorithm at initialisation
+# Steps after a codebook's first one at which it is initialised if it has not been: a step that was skipped left no trace.
+# As many steps skipped in a row as the last of them end a run by default.
+AGAIN = 0, 1, 2, 3, 4, 6, 8, 12, 16, 20
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ def _leaf(config: Config, seed: int, level: int) -> Quantizer:
 class VectorQuantizer(Quantizer):
     """VQ-VAE's quantizer (van den Oord, Vinyals, Kavukcuoglu 2017, equations 1 to 3; EMA: appendix A.1).
 
-    The update of step `begin` is the initialisation: all codes count as dead and are replaced by encoder outputs; with
-    init=uniform there is none, and the codes learn from the first step on. With the cosine metric rows and codes have
-    length 1 (Yu et al. 2022, "Vector-quantized image modeling with improved VQGAN", section 3.2).
+    The update of step `begin` initialises a codebook that was not `placed`: all codes count as dead and are replaced by
+    encoder outputs. If that step is skipped, a later one does it. With init=uniform there is none, and the codes learn
+    from the first step on, as those do that came with `init_from`. With the cosine metric rows and codes have length 1
+    (Yu et al. 2022, "Vector-quantized image modeling with improved VQGAN", section 3.2).
     """
 
     codebook: Tensor  # fp32 [K, D]
@@ -141,38 +145,50 @@ class VectorQuantizer(Quantizer):
         # One micro-batch is not copied: that would take as long as summing its rows.
         rows, codes = self._seen[0] if len(self._seen) == 1 else map(torch.cat, zip(*self._seen, strict=True))
         self._seen.clear()
-        if step == self.begin and self.config.init == "kmeans":
+        if self._begins(step) and self.config.init == "kmeans":
             self._first = rows
-        candidates = [self._candidates(rows, step)] if self._resets(step) else []
+        candidates = [self._candidates(rows, step)] if self._begins(step) or self._resets(step) else []
         return [*self._sums(rows, codes), *candidates]
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
         sums, counts = next(totals), next(totals)
         # A step with a NaN in it counts as a step without rows.
         sane = sums.isfinite().all()
-        # Which code of a random codebook a row was given says nothing: nobody has been used, all are replaced.
-        told = sane & (step > self.begin)
+        # Which code of a random codebook a row was given says nothing.
+        placed = self.placed()
+        told = sane & placed
         sums, counts = torch.where(told, sums, 0.0), torch.where(told, counts, 0.0)
         self.learner.learn(self.codebook, sums, counts, torch.where(sane, lr, 0.0))
         self.tally.count(counts)
-        if self._resets(step):
+        begins, resets = self._begins(step), self._resets(step)
+        if begins or resets:
             candidates = next(totals)
-            dead = (self.tally.age >= self.config.dead_after) & sane & candidates.isfinite().all()
-            self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
+            due = torch.where(placed, resets, self.ready & begins) & sane & candidates.isfinite().all()
+            dead = (self.tally.age >= self.config.dead_after) & due
+            new = candidates
             if self._first is not None:
-                self._lloyd(self._first)
+                new = torch.where(placed, candidates, self._lloyd(candidates, self._first))
                 self._first = None
+            self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
             self.learner.forget(dead, self.codebook)
             self.tally.reset(dead)
         if self.config.metric == "cosine":
             self.codebook.copy_(F.normalize(self.codebook, dim=1))
 
+    def placed(self) -> Tensor:
+        """Not placed: no code was ever used, and all are as old as they were made."""
+        return self.tally.ever.any() | (self.tally.age < self.config.dead_after).any()
+
     def _measured(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self.config.metric == "cosine" else z
 
+    def _begins(self, step: int) -> bool:
+        """Whether a codebook that is not placed will be; which one that is the device alone knows."""
+        return self.begin >= 0 and step - self.begin in AGAIN
+
     def _resets(self, step: int) -> bool:
         every = self.config.reset_every
-        return step == self.begin or (step > self.begin and every > 0 and step % every == 0)
+        return step > self.begin and every > 0 and step % every == 0
 
     def _sums(self, rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         # Two tensors: adding to columns of one that holds both takes four times as long.
@@ -193,13 +209,14 @@ class VectorQuantizer(Quantizer):
         mine = (place >= 0) & (place < len(rows))
         return torch.where(mine[:, None], rows[place.clamp(0, len(rows) - 1)], 0.0)
 
-    def _lloyd(self, rows: Tensor) -> None:
-        """k-means on the global batch (Lloyd 1982) from the candidates on; a code that gets no row stays."""
+    def _lloyd(self, codebook: Tensor, rows: Tensor) -> Tensor:
+        """k-means on the global batch (Lloyd 1982) from these codes on; a code that gets no row stays."""
         for _ in range(KMEANS):
-            sums, counts = self._sums(rows, nearest(rows, self.codebook))
+            sums, counts = self._sums(rows, nearest(rows, codebook))
             total = distributed.sum_(torch.cat([sums, counts[:, None]], dim=1))
             mean = self._measured(total[:, :-1] / total[:, -1:].clamp(min=1))
-            self.codebook.copy_(torch.where(total[:, -1:] > 0, mean, self.codebook))
+            codebook = torch.where(total[:, -1:] > 0, mean, codebook)
+        return codebook
 
 
 class SimVQ(Quantizer):

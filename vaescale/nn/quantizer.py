@@ -29,6 +29,7 @@ class Quantizer(nn.Module, ABC):
 
     sizes: tuple[int, ...]
     tally: Tally  # of a quantiser that has one codebook
+    ready: bool | Tensor = True  # whether what it is given means something yet, so that it may be initialised from it
 
     @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
@@ -52,6 +53,10 @@ class Quantizer(nn.Module, ABC):
     def usages(self, clear: bool) -> list[Usage]:
         """One a codebook."""
         return [self.tally.usage(clear)]
+
+    def placed(self) -> bool | Tensor:
+        """bool []: its codes mean something: they are initialised, or need not be."""
+        return True
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> None:
@@ -136,6 +141,13 @@ class Residual(_Several):
                 rest = rest - outs[-1].z.detach()
             total = torch.stack([out.z.detach() for out in outs]).sum(0)
             return Quantized(pass_through(z, total, self.gradient), *self._joined(outs))
+
+    def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
+        """A codebook is initialised from what the ones before left over, so only after they were."""
+        ready: bool | Tensor = True
+        for part in self._parts():
+            part.ready, ready = ready, ready & part.placed()  # as this step's rows were given
+            part.learn(totals, step, lr)
 
     def lookup(self, codes: Tensor) -> Tensor:
         pieces = zip(self._parts(), self._divided(codes), strict=True)
