@@ -64,8 +64,8 @@ def trained(model: Model, config: Config) -> Work:
     batch = images(config, next(model.parameters()).device)
 
     def work() -> None:
-        learner.step([batch], 0)
-        ema.update(model, 0)
+        metrics = learner.step([batch], 0)
+        ema.update(model, 0, metrics["skipped"])
 
     return work
 

@@ -140,8 +140,8 @@ def spoil(out: Path, step: int) -> None:
     """An averaged weight is NaN from this step on; the training itself does not notice."""
     whole = WeightEMA.update
 
-    def update(self: WeightEMA, model: torch.nn.Module, now: int) -> None:
-        whole(self, model, now)
+    def update(self: WeightEMA, model: torch.nn.Module, now: int, *skipped: torch.Tensor) -> None:
+        whole(self, model, now, *skipped)
         if now + 1 == step:
             next(iter(self.model.parameters())).view(-1)[0] = torch.nan
 

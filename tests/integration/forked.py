@@ -153,7 +153,7 @@ def train(job: dict[str, Any]) -> None:
         held = list(batches)
         seen.extend(int(g) for batch in held for g in batch.sample)
         if number in job.get("omitted", []):
-            return metrics
+            return {**metrics, "skipped": metrics["skipped"].new_ones(())}
         if number == job.get("settled"):
             trainer.learner.engine.guard.count.fill_(MEMORY)
         metrics = step(held, number)

@@ -132,7 +132,7 @@ BEGINNINGS = [{"init": init, "learning": learning} for init in ("samples", "kmea
 
 @pytest.mark.parametrize("changes", [*BEGINNINGS, {"depth": 3}, {"depth": 2, "groups": 2, "metric": "cosine"}], ids=str)
 def test_a_codebook_of_another_run_is_not_placed_anew(changes: dict[str, Any]) -> None:
-    """At step 0 of the run that takes it up it learns as in any step of its own: nothing is replaced, no row dropped."""
+    """At step 0 of the run that takes it up it learns as in any step of its own: nothing is replaced or dropped."""
     config = Config(codes=16, dim=4, reset_every=10, **changes)
     rows = batches(30, 100, 4)
     first, second, own = build(config, seed=1), build(config, seed=2), build(config, seed=1)

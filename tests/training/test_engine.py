@@ -11,6 +11,7 @@ from tests.integration.probe import broken
 from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
 from vaescale.training import settings
+from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import deepspeed_config
 from vaescale.training.guard import NOT_FINITE, OVERFLOW, SPIKE, WHY
 from vaescale.training.learner import Descent, learning_rate
@@ -143,9 +144,10 @@ def test_a_step_waits_for_nothing_at_zero_0(group: None, precision: str) -> None
     learner = Descent(model, config)
     learner.step([batch()], 0)
     model.forward = broken(model, "nan", [2])
+    ema = WeightEMA(settings.build(config), decay=0.9)
     with Waiting():
         for step in range(1, 6):  # a NaN and a reset are among them
-            learner.step([batch()], step)
+            ema.update(model, step, learner.step([batch()], step)["skipped"])
     with pytest.raises(AssertionError, match=r"_local_scalar_dense|nonzero"), Waiting():
         learner.skips()
 
@@ -187,6 +189,47 @@ def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest
     assert steps(1, 80) == []
     assert engine.optimizer_steps() == learned + 1
     assert engine.guard.run == 0
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_half_weights_are_averaged_as_their_masters(group: None, monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
+    """In fp32, skipped steps left out; half weights round away what a small step moves. And taken up from a
+    checkpoint, the averages go on with the same bits."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    config = load("precision=fp16", f"zero={zero}", "steps=100", "optimizer.lr=1e-5", "optimizer.warmup=0")
+    torch.manual_seed(0)
+    model = settings.build(config)
+    ema = WeightEMA(model, decay=0.9)
+    learner = Descent(model, config)
+    ema.follow(learner.masters())
+    expected = {name: p.double().clone() for name, p in ema.model.named_parameters()}
+    taken = 0
+    for step in range(40):
+        skipped = learner.step([batch()], step)["skipped"]
+        ema.update(model, step, skipped)
+        taken += int(skipped == 0)
+        if step == 30:
+            ema.settle()
+            again = WeightEMA(settings.build(config), decay=0.9)
+            again.model.load_state_dict(ema.model.state_dict())
+            again.follow(learner.masters())
+        if step > 30:
+            again.update(model, step, skipped)
+        if not skipped:
+            weight = 1 - min(0.9, (1 + step) / (10 + step))
+            for name, master in learner.engine.weights().items():
+                if name in expected:
+                    expected[name] += weight * (master.double() - expected[name])
+    assert 5 < taken < 40
+    for one in (ema, again):
+        one.settle()
+    assert model.dtype == torch.float16
+    off = 0.0
+    for name, average in ema.model.named_parameters():
+        torch.testing.assert_close(average.double(), expected[name], rtol=1e-6, atol=1e-8, msg=name)
+        assert torch.equal(average, dict(again.model.named_parameters())[name])
+        off += float((average - average.half()).abs().sum())
+    assert off > 0  # they are no half weights
 
 
 def test_an_engine_does_not_inherit_the_autocast_of_another(group: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,23 @@ def test_averaged_weights_are_the_weighted_sum() -> None:
     assert torch.equal(ema.model.codebook, model.codebook)
 
 
+def test_averaged_weights_rest_where_the_weights_do() -> None:
+    """In skipped steps, the verdict on the device; the others as without one."""
+    model = nn.Linear(3, 2)
+    told, plain = WeightEMA(model, decay=0.9), WeightEMA(model, decay=0.9)
+    for step in range(20):
+        torch.nn.init.normal_(model.weight)
+        before = [p.clone() for p in told.model.parameters()]
+        skipped = step % 3 == 1
+        told.update(model, step, torch.tensor(float(skipped)))
+        if skipped:
+            assert all(torch.equal(p, q) for p, q in zip(told.model.parameters(), before, strict=True))
+        else:
+            plain.update(model, step)
+    for found, expected in zip(told.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_model_without_buffers_is_averaged() -> None:
     model = nn.Linear(1, 1)
     ema = WeightEMA(model, decay=0.9)

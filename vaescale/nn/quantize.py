@@ -20,8 +20,8 @@ from .nearest import nearest
 from .quantizer import Grouped, Projected, Quantizer, Residual, pass_through
 
 KMEANS = 10  # rounds of Lloyd's algorithm at initialisation
-# Steps after a codebook's first one at which it is initialised if it has not been: a step that was skipped left no trace.
-# As many steps skipped in a row as the last of them end a run by default.
+# Steps after a codebook's first one at which it is initialised if it has not been, since that one was skipped. As many
+# steps skipped in a row as the last of these end a run by default.
 AGAIN = 0, 1, 2, 3, 4, 6, 8, 12, 16, 20
 
 

@@ -72,6 +72,9 @@ class ClosedForm:
             "init_from is of no use to a closed form, which is computed from the images alone: leave it out"
         )
 
+    def masters(self) -> None:
+        """There are no weights."""
+
     def size(self) -> int:
         return sum(value.nbytes for part in (self.model, self.moments) for value in part.state_dict().values())
 

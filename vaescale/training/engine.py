@@ -48,6 +48,39 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
+class Masters:
+    """The fp32 weights that half ones are copies of, at ZeRO 1 and 2.
+
+    parts: this rank's share of them, flat. What has the same shapes, such as averages of them, can be gathered and
+    scattered like them: it stands in their place meanwhile, where DeepSpeed finds each parameter's fragment.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], parts: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.parts = parts
+
+    def gather(self, parts: list[Tensor]) -> list[Tensor]:
+        """Such parts in full, fp32, by parameter. Collective."""
+        kept = self._replace(parts)
+        full = [safe_get_full_fp32_param(parameter) for parameter in self.parameters]
+        self._replace(kept)
+        return full
+
+    def scatter(self, full: list[Tensor]) -> list[Tensor]:
+        """This rank's parts of such weights."""
+        kept = [part.detach().clone() for part in self.parts]
+        for parameter, value in zip(self.parameters, full, strict=True):
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        return self._replace(kept)
+
+    @torch.no_grad()
+    def _replace(self, parts: list[Tensor]) -> list[Tensor]:
+        """Returns what stood there."""
+        kept = [part.detach().clone() for part in self.parts]
+        torch._foreach_copy_(self.parts, parts)
+        return kept
+
+
 class Engine:
     """One model under one DeepSpeed engine with one AdamW.
 
@@ -169,6 +202,12 @@ class Engine:
         if self.sharded:
             for name, parameter in self.parameters.items():
                 safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+
+    def masters(self) -> Masters | None:
+        """None where the model's weights are fp32 themselves."""
+        if not self.sharded or all(parameter.dtype == torch.float32 for parameter in self.parameters.values()):
+            return None
+        return Masters(list(self.parameters.values()), self.deepspeed.optimizer.single_partition_of_fp32_groups)
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's averages, "name/exp_avg" and "name/exp_avg_sq", fp32; {} before the first step. Collective."""

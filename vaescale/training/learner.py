@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..interfaces import Batch, Model
-from .engine import MOMENTS, Engine
+from .engine import MOMENTS, Engine, Masters
 from .guard import TAKEN, WHY, Skip
 from .settings import Config, Optimizer
 
@@ -50,6 +50,10 @@ class Learner(Protocol):
 
     def begin(self, weights: Tensors) -> None:
         """Take up the "model" of another run, and nothing else."""
+        ...
+
+    def masters(self) -> Masters | None:
+        """The fp32 weights that averages are taken of, where the model's are half."""
         ...
 
     def size(self) -> int:
@@ -166,6 +170,9 @@ class Descent:
 
     def begin(self, weights: Tensors) -> None:
         self.engine.load_weights(weights)
+
+    def masters(self) -> Masters | None:
+        return self.engine.masters()
 
     def size(self) -> int:
         weights = sum(p.numel() for p in self.model.parameters())

@@ -83,6 +83,7 @@ class Trainer:
         )
         self.pace = Pace(self.model, self.device)
         self.position = resume.resume(config, self.learner, self.ema.model, self.slices)
+        self.ema.follow(self.learner.masters())
         self.order = resume.order(config, self.slices)
         if isinstance(self.learner, ClosedForm):
             config = self.config = one_epoch(config, samples, self.position.step, self.position.images)
@@ -145,6 +146,7 @@ class Trainer:
             if position.owed or save or asked:
                 with watch.doing("the solution"):
                     self.learner.settle()
+                    self.ema.settle()
             if report:
                 self.report(window)
                 window = Window()
@@ -175,8 +177,9 @@ class Trainer:
 
     def step(self, batches: Iterator[stream.Decoded], window: Window) -> None:
         position = self.position
-        window.add(self.learner.step(self.next_batches(batches, window), position.step))
-        self.ema.update(self.model, position.step)
+        metrics = self.learner.step(self.next_batches(batches, window), position.step)
+        self.ema.update(self.model, position.step, metrics.get("skipped"))
+        window.add(metrics)
         position.advance(self.config.batch)
         self.console.advance()
 
