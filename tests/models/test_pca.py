@@ -83,6 +83,25 @@ def test_that_of_patches_is_scikit_learns_on_patches(patch: int) -> None:
     )
 
 
+def test_noise_of_fewer_rows_than_subpixels_is_that_of_equation_8() -> None:
+    """The likeliest one: neither a little more nor less makes the rows more probable. scikit-learn's is another."""
+    x = textures()[:60]
+    rows = x.flatten(1).double().numpy() / LEVELS
+    model = fitted(x, 10)
+    values = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
+    np.testing.assert_allclose(model.noise, values[10:].sum() / (192 - 10), rtol=1e-5)
+    reference = Reference(10, svd_solver="full").fit(rows)
+    np.testing.assert_allclose(model.noise * (192 - 10) / (60 - 10), reference.noise_variance_, rtol=1e-5)
+
+    def log_density(noise: float) -> float:
+        kept = values[:10]
+        return -((np.log(kept) + 1).sum() + (192 - 10) * np.log(noise) + values[10:].sum() / noise) / 2
+
+    best = log_density(float(model.noise))
+    assert all(log_density(float(model.noise) * factor) < best for factor in (0.9, 1.1))
+    assert log_density(reference.noise_variance_) < best
+
+
 def test_the_loss_is_what_the_left_out_components_hold() -> None:
     x = textures()
     model = fitted(x, 20)

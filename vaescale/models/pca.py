@@ -35,7 +35,9 @@ class Config:
 
 
 class PCA(Model):
-    """Pixels are in [0, 1], all numbers are scikit-learn's for x / 255: `variance` and `noise` have n − 1 below.
+    """Pixels are in [0, 1]. The numbers are scikit-learn's for x / 255: `variance` and `noise` have n − 1 below.
+    `noise` alone differs where there are fewer rows n than subpixels D: scikit-learn then averages min(n, D) − m
+    eigenvalues, here it is all D − m of Tipping and Bishop's equation 8, zeros among them: the likeliest noise.
 
     The model of images is x = μ + V s + ε with s ~ N(0, λ − σ²) and ε ~ N(0, σ² I), where σ² is the mean of the
     left-out eigenvalues: the most likely one (Tipping and Bishop, equations 7 and 8). That of *dequantised* images,
