@@ -205,7 +205,9 @@ def damage(root: Path, rounds: int) -> Row:
 
 def load(root: Path, decoder: decode.Decoder, workers: int = 0) -> int:
     """The training stream as float batches in [0, 1]; returns how many samples were found damaged."""
-    config = stream.Config(str(root), SIZE, LEAST_AREA, columns=64, workers=workers, decoder=decoder)
+    config = stream.Config(
+        root=str(root), size=SIZE, least_area=LEAST_AREA, columns=64, workers=workers, decoder=decoder
+    )
     # As train_loader, but for an end: workers of an endless one decode ahead what would never be delivered.
     ranges = islice(stream.train_ranges(0, BATCH, 1, 0, 1), epochs(workers) * COUNT // BATCH)
     found = 0
