@@ -34,8 +34,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vaescale import config
 from vaescale.config import ConfigError
+from vaescale.training import settings
 from vaescale.training.guard import Diverged
 from vaescale.training.status import FAILED, PREEMPTED, RUNNING, Status
 from vaescale.training.stops import FILE, TWICE, TWICE_INTERRUPTED
@@ -153,10 +153,7 @@ def run_directory(command: list[str]) -> Path:
     if "--config" not in words[:-1]:
         raise ConfigError("write launch/run.py LAUNCHER … launch/train.py --config C [key=value …]")
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
-    raw = config.read(words[words.index("--config") + 1], overrides)
-    if "run" not in raw:
-        raise ConfigError("say run=… in the config or beside it")
-    return Path(str(raw.run))
+    return Path(settings.load(words[words.index("--config") + 1], overrides).run)
 
 
 def worth_another_life(code: int, status: dict[str, Any]) -> bool:

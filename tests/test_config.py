@@ -1,8 +1,15 @@
+import re
+import runpy
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from vaescale.config import ConfigError, to_yaml
+from vaescale.data import DataError, stream
+from vaescale.models import MODELS
+from vaescale.ranges import KEY, Range, require
 from vaescale.training import settings
 
 ROOT = Path(__file__).parent.parent
@@ -41,10 +48,10 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("model.quantizer.codez=5", "unknown key model.quantizer.codez: did you mean model.quantizer.codes?"),
         ("stepz=5", "unknown key stepz: did you mean steps?"),
         ("zzz=5", "unknown key zzz: known are model, run"),
-        ("steps=soon", "steps: Value 'soon'"),
-        ("steps=1.5", "steps: Value '1.5'"),
+        ("steps=soon", "steps=soon must be a whole number"),
+        ("steps=1.5", "steps=1.5 must be a whole number"),
         ("steps=0", "steps=0 must be at least 1"),
-        ("zero=3", "zero: Invalid value"),
+        ("zero=3", "zero=3 is none of 0, 1, 2"),
         ("model.kind=vqva", "model.kind=vqva is none of the models: "),
         ("model.quantizer=5", "model.quantizer is a section, not a value"),
         ("steps", "'steps' is not an override"),
@@ -56,7 +63,7 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("run=${nope}", "run: Interpolation key 'nope' not found"),
         ("data.workers=-1", "data.workers=-1 must be at least 0"),
         ("ema=1", "ema=1.0 must be below 1"),
-        ("optimizer.lr=-1", "optimizer.lr=-1.0 must be positive"),
+        ("optimizer.lr=-1", "optimizer.lr=-1.0 must be above 0"),
         ("deepspeed.bf16.enabled=true", "deepspeed.bf16 is set by this trainer: use precision"),
         ("deepspeed.zero_optimization.stage=2", "use zero instead"),
         ("data.root=https://me:hunter2@host/shards", "data.root is the folder of the index, not a URL"),
@@ -76,8 +83,27 @@ def test_a_wrong_setting_is_one_sentence(override: str, sentence: str) -> None:
         ("[1, 2]", "must be a mapping"),
         ("steps: 3", "model.kind=None is none of the models"),
         ("model: {kind: vqvae, _target_: os.system}", "unknown key model._target_"),
-        ("model: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("model: !!python/object/apply:os.system ['true']", "line 1: tags such as !!python/object/apply:os.system"),
+        ("model: {kind: vqvae}\nsteps: !!int 010", "line 2: tags such as !!int are not read"),
+        ("model: {kind: vqvae}\nsteps: 3\nsteps: 4", "line 3: steps is given twice"),
+        ("model: {kind: vqvae, kind: vae}", "line 1: kind is given twice"),
+        ("model: {kind: vqvae}\nseed: &a 3\nsteps: *a", "line 3: aliases such as *a are not read"),
+        ("model: {kind: vqvae}\n<<: {steps: 3}", "unknown key <<"),
+        ("model: {kind: vqvae}\n? [steps]\n: 3", "line 2: the name of a setting must be a word"),
+        ("model: {kind: [vqvae]}", "model.kind=None is none of the models"),
+        ("model: {kind: vqvae}\nrun: [x]", "run must be one value, not a list"),
+        ("model: {kind: vqvae}\nsteps: {x: 3}", "steps must be one value, not a section"),
+        ("model: {kind: vqvae}\nrun: ''", "run= says nothing"),
+        ("model: {kind: vqvae}\nsteps:", "steps= says nothing: give it a value, or leave it out"),
+        ("model: {kind: vqvae}\nsteps: null", "steps=null says nothing"),
+        ('model: {kind: vqvae}\nrun: "a\\0b"', "run=a\\x00b holds control characters"),
+        ("model: {kind: vqvae}\ndata: 5", "data is a section, not a value"),
+        ("model: {kind: vqvae}\ndeepspeed: 5", "deepspeed is a section, not a value"),
+        ("--- {model: {kind: vqvae}}\n--- {}", "not valid YAML"),
+        ("", "must be a mapping"),
+        ("[" * 100_000, "line 1: there are more than 32 levels"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     path = tmp_path / "wrong.yaml"
@@ -86,6 +112,256 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) 
         settings.load(path, [])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def given(overrides: list[str]) -> settings.Config:
+    return settings.load(QUICKSTART, overrides)
+
+
+NAMES = ["007", "1e5", "12e4567", "on", "no", "null", "true", "2026-11-25", "1:30", "0x10", ".5", "1_000", "[x]", "{x}"]
+NAMES += ["a: b", "a#b", "#1", "@x", "*x", "!x", "%x", "- a", "|", "a=b", "[x", "'", "müll", "a\u00a0b", " x", "x.y"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_kept_as_they_are_typed(tmp_path: Path, name: str) -> None:
+    config = given([f"run={name}", f"data.attributes=['{name.replace(chr(39), chr(39) * 2)}']"])
+    assert (config.run, config.data.attributes) == (name, [name])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    assert settings.load(saved, []) == config
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.fullmatch(r"[\w.:-]+", name)])
+def test_names_in_a_file_are_kept_as_they_are_written(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: {{kind: vqvae}}\nrun: {name}\ndata: {{root: '{name}', attributes: [{name}, b]}}")
+    config = settings.load(path, [])
+    assert (config.run, config.data.root, config.data.attributes) == (name, name, [name, "b"])
+
+
+def test_quotes_of_an_override_are_left_out() -> None:
+    assert given(["run='007'", 'data.root="a b"']).run == "007"
+    assert given(['data.root="a b"']).data.root == "a b"
+
+
+WHOLE = {"010": 10, "+7": 7, "1e5": 100_000, "1E+2": 100, "128.0": 128, "5.": 5, "2.5e1": 25, " 12 ": 12, "'12'": 12}
+NUMBERS = {"010": 10.0, ".5": 0.5, "5.": 5.0, "1e-3": 0.001, "1e3": 1000.0, "1.E2": 100.0, "3": 3.0, "'.5'": 0.5}
+NONE = ["0x10", "0o17", "0b11", "1_000", "1,000", "1:30", "190:20:30", "nan", ".nan", "NaN", "inf", "-.inf", "1e", "e5"]
+NONE += [
+    "12e4567",
+    "1e999999999",
+    "9" * 5000,
+    "１２",
+    "−1",
+    "1 2",
+    "true",
+    "[1]",
+    "{}",
+    "0.1.2",
+    "--1",
+    "",
+    "~",
+    "null",
+]
+
+
+@pytest.mark.parametrize("way", ["override", "file"])
+def test_numbers_are_decimal(tmp_path: Path, way: str) -> None:
+    def read(key: str, text: str) -> settings.Config:
+        if way == "override":
+            return given([f"{key}={text}"])
+        path = tmp_path / "c.yaml"
+        section, _, name = key.rpartition(".")
+        line = f"{section}: {{{name}: {text}}}" if section else f"{name}: {text}"
+        path.write_text(f"model: {{kind: vqvae}}\n{line}\n")
+        return settings.load(path, [])
+
+    for text, value in WHOLE.items():
+        found = read("steps", text).steps
+        assert (found, type(found)) == (value, int), text
+    for text, value in NUMBERS.items():
+        assert read("hang_timeout", text).hang_timeout == value, text
+    for key in ("steps", "hang_timeout"):
+        for text in NONE:
+            with pytest.raises(ConfigError) as error:
+                read(key, text)
+            assert str(error.value).startswith(f"{key}") or f": {key}" in str(error.value), (key, text)
+            assert len(str(error.value)) < 300
+    assert given(["zero=1.0", "data.channels=01"]).zero == 1
+    for text in ("1.5", "true", "x", ""):
+        with pytest.raises(ConfigError):
+            read("zero", text)
+
+
+def test_what_is_true_and_what_is_false() -> None:
+    for text, value in {"true": True, "False": False, "ON": True, "no": False, "0": False}.items():
+        assert given([f"data.flip={text}"]).data.flip is value
+    for text in ("2", "maybe", "", "null", "[true]"):
+        with pytest.raises(ConfigError, match=r"data\.flip"):
+            given([f"data.flip={text}"])
+
+
+def test_nothing_is_an_empty_section_or_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {kind: vqvae, quantizer:}\ndata:\noptimizer: null\ndeepspeed:\ninit_from: null\nsteps: 9\n")
+    expected = settings.load(path, ["data={}", "deepspeed={}", "init_from="])
+    assert settings.load(path, []) == expected
+    assert (expected.init_from, expected.steps, expected.deepspeed) == ("", 9, {})
+    assert settings.load(path, ["data.size=64", "init_from=~"]).data.size == 64
+    assert given(["data=", "init_from=null"]) == given([])
+    assert given(["data={size: 64, columns: 8}", "data.size=32"]).data.columns == 8
+
+
+def test_what_is_passed_on_has_the_types_of_json() -> None:
+    said = ["deepspeed.a=5e8", "deepspeed.b=[1, auto, null, 0.5]", "deepspeed.c={d: true, e: 'true'}", "deepspeed.f=on"]
+    assert given(said).deepspeed == {
+        "a": 5e8,
+        "b": [1, "auto", None, 0.5],
+        "c": {"d": True, "e": "true"},
+        "f": "on",
+    }
+
+
+def schemas() -> dict[str, Any]:
+    """Where it stands → an instance of every Config and of what it holds; `model` once for each kind."""
+    found: dict[str, Any] = {}
+
+    def walk(config: Any, where: str) -> None:
+        found[where] = config
+        for one in fields(config):
+            value, hint = getattr(config, one.name), get_type_hints(type(config))[one.name]
+            if is_dataclass(value):
+                walk(value, f"{where}.{one.name}" if where else one.name)
+            for inner in get_args(hint):
+                if is_dataclass(inner):
+                    walk(inner(1, 1), f"{where}.{one.name}")
+
+    for kind, (schema, _) in MODELS.items():
+        walk(schema(), f"{kind}: model")
+    walk(settings.Config(model=None), "")
+    return found
+
+
+SCHEMAS = schemas()
+
+
+def numbers() -> list[tuple[str, Any, str, Range]]:
+    """(where, the config, the field's name, its range) of every number."""
+    found = []
+    for where, config in SCHEMAS.items():
+        for one in fields(config):
+            hint = get_type_hints(type(config))[one.name]
+            if {hint, *get_args(hint)} & {int, float}:
+                found.append((where, config, one.name, one.metadata.get(KEY)))
+    return found
+
+
+def test_every_number_has_a_range() -> None:
+    """A new setting is declared with `ranged` and has a lower bound: none that may be negative exists so far."""
+    assert len(SCHEMAS) > 15
+    assert len(numbers()) > 60
+    for where, _, name, within in numbers():
+        assert within is not None, f"{where}.{name} states no range"
+        assert within.least is not None or within.above is not None, f"{where}.{name} has no lower bound"
+
+
+def test_every_bound_holds() -> None:
+    """In code: NaN, infinities, a text, true, and the next number outside of each bound; the bounds themselves fit."""
+    for _, config, name, within in numbers():
+        value = getattr(config, name)
+        several = isinstance(value, list | tuple)
+        whole = isinstance(value[0] if several else value, int)
+        step = 1 if whole else 1e-9
+        wrong: list[Any] = [float("nan"), float("inf"), -float("inf"), "1", True, None, 10**19 if whole else 10**400]
+        right: list[Any] = []
+        for bound, side, closed in (
+            (within.least, -1, True),
+            (within.above, -1, False),
+            (within.most, 1, True),
+            (within.below, 1, False),
+        ):
+            if bound is not None:
+                bound = bound if whole else float(bound)
+                wrong.append(bound + side * max(step, abs(bound) * step) if closed else bound)
+                right.append(bound if closed else bound - side * max(step, abs(bound) * step))
+        for one in wrong + right:
+            made = replace(config, **{name: type(value)([one] * len(value)) if several else one})
+            if any(one is other for other in right):
+                require(made, "x")
+                continue
+            with pytest.raises(ValueError, match=rf"x\.{name}=.* must be "):
+                require(made, "x")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("optimizer.lr=nan", "optimizer.lr=0", "optimizer.clip=inf", "optimizer.betas=[0.9,1.5]", "ema=-0.1"),
+        *("optimizer.betas=[0.9]", "optimizer.betas=0.9", "optimizer.betas=[0.9,nan]", "optimizer.final=-1"),
+        *("optimizer.weight_decay=-1", "data.least_area=0", "data.least_area=2", "data.damaged_share=2", "seed=-1"),
+        *("seed=99999999999999999999999", "seed=17592186044416", "model.quantizer.beta=-1", "model.variance=0"),
+        *("model.residual_blocks=-1", "model.residual_width=0", "model.quantizer.decay=1", "stop_before=-1"),
+        *("keep_every=-500", "steps=9223372036854775808", "data.damaged_free=-1", "data.channels=2", "precision=fp8"),
+        *("hang_timeout=1e300", "model.quantizer.levels=[8,1]", "model.quantizer.levels=8", "data.cache_gib=-1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_one_sentence(override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}=") as error:
+        given([override])
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_made_in_code_is_refused_in_code() -> None:
+    config = given([])
+    data, optimizer = config.data, config.optimizer
+    wrongs: list[tuple[Any, str]] = [
+        (replace(config, precision="fp8"), "precision=fp8 is none of fp32, bf16, fp16"),
+        (replace(config, data=replace(data, channels=0.25)), "data.channels=0.25 is none of 1, 3"),
+        (replace(config, data=replace(data, channels=True)), "data.channels=True is none of 1, 3"),
+        (replace(config, data=replace(data, size="64")), "data.size=64 must be a whole number"),
+        (replace(config, model=replace(config.model, quantizer=None)), "model.quantizer=None must be a section"),
+        (replace(config, optimizer=replace(optimizer, betas=(0.9,))), "must be a list of 2 values"),
+        (replace(config, run=7), "run=7 must be text"),
+    ]
+    for wrong, sentence in wrongs:
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            settings.build(wrong)
+    for slices in (lambda data: stream.TrainSlices(data, 0), stream.ValidationSlices):
+        with pytest.raises(DataError, match=re.escape("data.channels=0.25 is none of 1, 3")):
+            slices(stream.Config("data/photos", 64, 0.25))
+
+
+def test_paths_are_those_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` and a variable in front that names a folder, which no shell replaces in a file or after `data.root=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv("USER", "me")
+    monkeypatch.setenv("SECRET", "s3cret")
+    monkeypatch.setenv("RELATIVE", ".")
+    monkeypatch.delenv("UNSET", raising=False)
+    home = str(tmp_path)
+    config = given(["run=~/r", "data.root=$HOME/d", "init_from=$SCRATCH", "data.cache=$SCRATCH/$USER/c"])
+    assert (config.run, config.data.root, config.init_from) == (f"{home}/r", f"{home}/d", home)
+    assert config.data.cache == f"{home}/me/c"
+    assert given(["run=~"]).run == home
+    assert given([]).data.cache == "~/.cache/vaescale"  # the saved config serves other users, too
+    for kept in ("a~", "r/~", "5$", "$5", "a$", "$"):
+        assert given([f"run={kept}"]).run == kept
+    for wrong in ("$UNSET/x", "$SECRET", "$RELATIVE/x", "x/$HOME", "x-$SECRET", "~nobody-of-this-name/x", "$USERS/x"):
+        for key in ("run", "data.root", "data.cache", "init_from"):
+            with pytest.raises(ConfigError, match=f"^{key}=.*: write .* out$") as error:
+                given([f"{key}={wrong}"])
+            assert "s3cret" not in str(error.value)
+    assert given(["data.attributes=[~/x, $HOME]"]).data.attributes == ["~/x", "$HOME"]
+
+
+def test_the_launcher_means_the_same_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_directory = runpy.run_path(str(ROOT / "launch/run.py"))["run_directory"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for override in ("run=~/r", "run=007", "run=on", "run=r-${seed}", "run='a b'", "run=$HOME/x"):
+        command = ["deepspeed", "launch/train.py", "--config", str(QUICKSTART), "steps=010", override]
+        assert str(run_directory(command)) == given([override]).run
 
 
 def test_a_batch_that_does_not_divide_names_two_that_do() -> None:

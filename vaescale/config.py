@@ -1,18 +1,32 @@
 """YAML and `key=value` overrides → one frozen dataclass. The only importer of OmegaConf.
 
-This file is the mechanics; each class's Config stands beside the class.
+This file is the mechanics; each class's Config stands beside the class. A text means what the type of its setting says:
+names are kept as they are typed (007, on, 1e5, null), numbers are decimal (010 is ten; 1e5 and 128.0 are whole numbers,
+too), and what other readers of YAML make of 0x10, 1_000 or 1:30 is refused.
 """
 
 import difflib
+import os
 import re
+from dataclasses import is_dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
+
+from .files import MOST_DEPTH, is_plain, printable
+from .ranges import require
 
 T = TypeVar("T")
+
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+NOTHING = ("", "~", "null", "Null", "NULL")
+TEXT = "tag:yaml.org,2002:str"
+TAGS = (TEXT, "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 
 class ConfigError(ValueError):
@@ -21,93 +35,193 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
-def read(path: str | Path, overrides: list[str]) -> DictConfig:
-    """The YAML file with the overrides merged over it, not yet checked against a schema.
+class Plain(str):
+    """A text without quotes: it may be a name, a number, true or false, nothing, or in an override a list."""
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (every scalar stays the text that it is)
+
+
+def read(path: str | Path, overrides: list[str]) -> dict[str, Any]:
+    """The YAML file with the overrides merged over it: sections, lists and texts, whose types are not yet known.
 
     Only `${other.key}` may interpolate: a resolver such as `${oc.env:…}` would let a file read any variable of this
     process, and is refused.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"'{override}' is not an override: write key=value, as in steps=100")
     try:
-        text = Path(path).read_text()
-        _refuse_aliases(text, path)
-        raw = OmegaConf.create(text)
+        raw = _parsed(Path(path).read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}: the ready ones are in configs/") from None
+        raise ConfigError(f"there is no config file {printable(path)}: the ready ones are in configs/") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, DictConfig):
-        raise ConfigError(f"{path} holds no settings: it must be a mapping of key: value")
-    try:
-        merged = OmegaConf.merge(raw, OmegaConf.from_dotlist(overrides))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"the overrides {overrides} cannot be read: {_one_line(error)}") from None
-    assert isinstance(merged, DictConfig)
-    _refuse_resolvers(OmegaConf.to_container(merged), "")
-    return merged
+        raise ConfigError(f"{printable(path)} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{printable(path)} is not valid YAML: {_flat(error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{printable(path)} holds no settings: it must be a mapping of key: value")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        names = key.strip().split(".")
+        if not equals or not all(names):
+            raise ConfigError(f"'{printable(override)}' is not an override: write key=value, as in steps=100")
+        _put(raw, names, _override(key, value))
+    _refuse_resolvers(raw, "")
+    return raw
 
 
-def as_written(raw: DictConfig, section: str, key: str) -> Any:
-    """raw.section.key before any interpolation; None where there is none."""
-    given = OmegaConf.to_container(raw).get(section)  # type: ignore[union-attr]
-    return given.get(key) if isinstance(given, dict) else None
+def as_written(raw: dict[str, Any], section: str, key: str) -> str | None:
+    """The text of raw.section.key before any interpolation; None where there is none."""
+    given = _opened(raw.get(section), section)
+    value = given.get(key) if isinstance(given, dict) else None
+    return str(value) if isinstance(value, str) else None
 
 
-def check(schema: T, raw: DictConfig, source: str | Path) -> T:
-    """Merge `raw` over the defaults `schema` (a dataclass instance) and return a frozen object of its type.
+def check(schema: T, raw: dict[str, Any], source: str | Path) -> T:
+    """`raw` over the defaults `schema` (a dataclass instance), as a frozen object of its type.
 
-    An unknown key, a wrong type or a missing value raises ConfigError.
+    An unknown key, a value of another type or outside its range, or a missing one raises ConfigError.
     """
     try:
         typed = OmegaConf.structured(schema)
         _writable(typed)
-        _require_sections(typed, raw, "")
-        merged = OmegaConf.merge(typed, raw)
+        merged = OmegaConf.merge(typed, _section(raw, schema, ""))
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise ConfigError(f"{source}: {', '.join(sorted(missing))} must be given, as in {min(missing)}=…")
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        config: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{source}: {_one_line(error)}") from None
+        key = str(getattr(error, "full_key", None) or "")
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(printable(f"{source}: {f'{key}: ' if key else ''}{text}")) from None
+    try:
+        require(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return config
+
+
+def expanded(key: str, text: str) -> str:
+    """The path `text` of the setting `key` with `~`, `~user` and, in front, `$NAME` replaced by the folder that they
+    name, and `$USER` anywhere by the user's name. Raises ConfigError for what names no folder.
+
+    No other variable is read: a file may come from a stranger, and a path ends in logs.
+    """
+    front = re.match(r"\$([A-Za-z_]\w*)(?=/|$)", text)
+    if front and front[1] != "USER":
+        folder = os.environ.get(front[1], "")
+        if not (Path(folder).is_absolute() and Path(folder).is_dir()):
+            raise ConfigError(f"{key}={printable(text)}: the variable {front[1]} names no folder: write the path out")
+        text = folder + text[front.end() :]
+    if text.startswith("~"):
+        try:
+            text = str(Path(text).expanduser())
+        except RuntimeError:
+            whose = printable(text.split("/")[0])
+            raise ConfigError(f"{key}={printable(text)}: there is no home directory {whose}: write it out") from None
+    if "USER" in os.environ:
+        text = re.sub(r"\$USER(?!\w)", lambda _: os.environ["USER"], text)
+    if other := re.search(r"\$[A-Za-z_]\w*", text):
+        raise ConfigError(
+            f"{key}={printable(text)}: {other[0]} is not replaced there, only $USER is, and in front a variable that "
+            f"names a folder: write the path out"
+        )
+    return text
 
 
 def save(config: Any, path: Path) -> None:
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(config), encoding="utf-8")
 
 
 def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _one_line(error: Exception) -> str:
-    """What is wrong with which key, in one sentence; for an unknown key the nearest right one."""
-    key = str(getattr(error, "full_key", None) or "")
-    if isinstance(error, ConfigKeyError):
-        parent, _, name = key.rpartition(".")
-        known = list(getattr(getattr(error, "object_type", None), "__dataclass_fields__", {}))
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {f'{parent}.{near[0]}' if parent else near[0]}?" if near else f"known are {', '.join(known)}"
-        )
-        return f"unknown key {key}: {hint}"
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{key}: {text}" if key else text
-
-
-def _refuse_aliases(text: str, path: str | Path) -> None:
-    """A few lines of them would be copied out to more than any memory holds, one of itself without end."""
-    for event in yaml.parse(text):
-        if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1 if event.start_mark else "?"
+def _parsed(text: str, where: str) -> Any:
+    """Sections as dicts, lists, quoted texts as str and others as Plain."""
+    depth = 0
+    for event in yaml.parse(text):  # before there are nodes, which take the more time the deeper they are
+        if isinstance(event, yaml.AliasEvent):  # a few would be copied to more than any memory holds
             raise ConfigError(
-                f"{path}, line {line}: aliases such as *{event.anchor} are not read: write ${{other.key}} instead"
+                f"{_line(where, event)}: aliases such as *{event.anchor} are not read: write ${{other.key}} instead"
             )
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise ConfigError(f"{_line(where, event)}: there are more than {MOST_DEPTH} levels of sections and lists")
+    return _tree(yaml.compose(text, _Loader), where)
+
+
+def _tree(node: Any, where: str) -> Any:
+    if node is None:
+        return Plain()
+    if node.tag not in TAGS:
+        tag = printable(node.tag.replace("tag:yaml.org,2002:", "!!"), 60)
+        raise ConfigError(f"{_line(where, node)}: tags such as {tag} are not read: leave it out")
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value) if node.style else Plain(node.value)
+    if isinstance(node, yaml.SequenceNode):
+        return [_tree(one, where) for one in node.value]
+    result: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{_line(where, key)}: the name of a setting must be a word")
+        if key.value in result:
+            raise ConfigError(f"{_line(where, key)}: {printable(key.value, 60)} is given twice: leave one out")
+        result[key.value] = _tree(value, where)
+    return result
+
+
+def _line(where: str, place: Any) -> str:
+    return f"{printable(where)}, line {place.start_mark.line + 1}"
+
+
+def _flat(error: Exception) -> str:
+    return printable(" ".join(str(error).split()))
+
+
+def _override(key: str, value: str) -> str:
+    """The text of an override; what is quoted loses its quotes."""
+    if value[:1] in ("'", '"'):
+        try:
+            quoted = _parsed(value, key)
+        except yaml.YAMLError:
+            return Plain(value)
+        if isinstance(quoted, str) and not isinstance(quoted, Plain):
+            return quoted
+    return Plain(value)
+
+
+def _opened(value: Any, key: str) -> Any:
+    """An override's text as the section or the list that it is, {} if it says nothing; other values as they are."""
+    if not isinstance(value, Plain):
+        return value
+    if value in NOTHING:
+        return {}
+    if value.lstrip()[:1] not in ("{", "["):
+        return value
+    try:
+        return _parsed(value, key)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{key}={printable(value, 60)} cannot be read: {_flat(error)}") from None
+
+
+def _put(raw: dict[str, Any], names: list[str], value: Any) -> None:
+    node = raw
+    for depth, name in enumerate(names[:-1], start=1):
+        key = ".".join(names[:depth])
+        inner = _opened(node.get(name, {}), key)
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{printable(key)} is a value, not a section: {printable(names[depth])} cannot be set")
+        node[name] = inner
+        node = inner
+    old = node.get(names[-1])
+    new = _opened(value, ".".join(names)) if isinstance(old, dict) else value
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name, one in new.items():
+            _put(old, [name], one)
+    else:
+        node[names[-1]] = new
 
 
 def _refuse_resolvers(node: Any, where: str) -> None:
@@ -118,19 +232,127 @@ def _refuse_resolvers(node: Any, where: str) -> None:
         for item in node:
             _refuse_resolvers(item, where)
     elif isinstance(node, str) and re.search(r"\$\{[^}]*:", node):
-        raise ConfigError(f"{where}: resolvers such as {node} are not read; give the value as {where}=… instead")
+        raise ConfigError(
+            f"{printable(where)}: resolvers such as {printable(node)} are not read; give the value as "
+            f"{printable(where)}=… instead"
+        )
 
 
-def _require_sections(schema: DictConfig, raw: DictConfig, where: str) -> None:
-    """OmegaConf's own message for a plain value in a section's place names no key."""
-    for key in map(str, schema):
-        section = schema._get_node(key)
-        if isinstance(section, DictConfig) and key in raw:
-            path = f"{where}.{key}" if where else key
-            given = raw._get_node(key)
-            if not isinstance(given, DictConfig):
-                raise ConfigError(f"{path} is a section, not a value: give its settings, as in {path}.name=…")
-            _require_sections(section, given, path)
+def _section(given: Any, schema: Any, where: str) -> dict[str, Any]:
+    """schema: a dataclass or an instance of one, whose values are the defaults."""
+    given = _opened(given, where)
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} is a section, not a value: give its settings, as in {where}.name=…")
+    hints = get_type_hints(schema if isinstance(schema, type) else type(schema))
+    typed = {}
+    for name, value in given.items():
+        key = f"{where}.{name}" if where else name
+        if name not in hints:
+            raise ConfigError(f"unknown key {printable(key)}: {_hint(where, name, list(hints))}")
+        typed[name] = _typed(value, hints[name], getattr(schema, name, None), key)
+    return typed
+
+
+def _hint(where: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {where}{'.' if where else ''}{near[0]}?" if near else f"known are {', '.join(known)}"
+
+
+def _typed(given: Any, hint: Any, default: Any, key: str) -> Any:
+    """The value of the type `hint` that the text `given` means. An interpolation is left to OmegaConf."""
+    if isinstance(given, str) and ("${" in given or given == "???"):
+        return str(given)
+    origin = get_origin(hint)
+    if is_dataclass(default) or is_dataclass(hint):
+        return _section(given, default if is_dataclass(default) else hint, key)
+    if origin is dict:
+        return _mapping(given, key)
+    if origin in (list, tuple):
+        return _list(given, origin, get_args(hint), key)
+    if not isinstance(given, str):
+        raise ConfigError(f"{key} must be one value, not {'a section' if isinstance(given, dict) else 'a list'}")
+    nothing = not given or (isinstance(given, Plain) and given in NOTHING)
+    if nothing and default == "":
+        return ""
+    if nothing and (hint is not str or not given):
+        raise ConfigError(f"{key}={given} says nothing: give it a value, or leave it out")
+    if origin is Literal:
+        return _choice(given, get_args(hint), key)
+    if hint is str and not is_plain(given):
+        raise ConfigError(f"{key}={printable(given)} holds control characters or bytes that are not UTF-8")
+    readers: dict[Any, Any] = {int: _whole, float: _float, bool: _bool, str: lambda text, _: str(text)}
+    return readers[hint](given, key)
+
+
+def _list(given: Any, origin: Any, arguments: tuple[Any, ...], key: str) -> list[Any]:
+    opened = _opened(given, key)
+    if not isinstance(opened, list) or (origin is tuple and len(opened) != len(arguments)):
+        count = f" of {len(arguments)} values" if origin is tuple else ""
+        example = "[" + ", ".join("…" for _ in arguments) + "]"
+        raise ConfigError(f"{key}={printable(given, 60)} must be a list{count}, as in {key}={example}")
+    return [_typed(one, arguments[0], None, key) for one in opened]
+
+
+def _decimal(text: str, key: str, kind: str) -> Decimal:
+    if not NUMBER.fullmatch(text.strip()):
+        raise ConfigError(f"{key}={printable(text, 60)} must be a {kind}, in decimal digits")
+    return Decimal(text.strip())
+
+
+def _whole(text: str, key: str) -> int:
+    value = _decimal(text, key, "whole number")
+    if value.adjusted() > 20:
+        raise ConfigError(f"{key}={printable(text, 60)} is too large")
+    if value != value.to_integral_value():
+        raise ConfigError(f"{key}={printable(text, 60)} must be a whole number")
+    return int(value)
+
+
+def _float(text: str, key: str) -> float:
+    value = float(_decimal(text, key, "number"))
+    if value in (float("inf"), -float("inf")):
+        raise ConfigError(f"{key}={printable(text, 60)} is too large")
+    return value
+
+
+def _bool(text: str, key: str) -> bool:
+    if text.strip().lower() not in WORDS:
+        raise ConfigError(f"{key}={printable(text, 60)} must be true or false")
+    return WORDS[text.strip().lower()]
+
+
+def _choice(text: str, choices: tuple[Any, ...], key: str) -> Any:
+    for one in choices:
+        same = text == one if isinstance(one, str) else NUMBER.fullmatch(text.strip()) and Decimal(text.strip()) == one
+        if same:
+            return one
+    raise ConfigError(f"{key}={printable(text, 60)} is none of {', '.join(map(str, choices))}")
+
+
+def _mapping(given: Any, key: str) -> dict[str, Any]:
+    opened = _opened(given, key)
+    if not isinstance(opened, dict):
+        raise ConfigError(f"{key} is a section, not a value: give its settings, as in {key}.name=…")
+    return {name: _natural(one, f"{key}.{name}") for name, one in opened.items()}
+
+
+def _natural(given: Any, key: str) -> Any:
+    """What is passed on to a library: the types of JSON, from texts without quotes."""
+    if isinstance(given, Plain) and given not in NOTHING:
+        given = _opened(given, key)
+    if isinstance(given, dict):
+        return _mapping(given, key)
+    if isinstance(given, list):
+        return [_natural(one, key) for one in given]
+    if not isinstance(given, Plain):
+        return given
+    if given in NOTHING:
+        return None
+    if given.lower() in ("true", "false"):
+        return given.lower() == "true"
+    if NUMBER.fullmatch(given):
+        return _whole(given, key) if given.lstrip("+-").isdigit() else _float(given, key)
+    return str(given)
 
 
 def _writable(node: Any) -> None:

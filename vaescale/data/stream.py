@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from ..interfaces import Batch
+from ..ranges import ranged, require
 from . import DataError, decode
 from .index import Index
 from .order import VERSIONS, Order, mix
@@ -25,21 +26,31 @@ IN_A_ROW = 100  # damaged samples drawn one after the other: the data are damage
 @dataclass(frozen=True)
 class Config:
     root: str = "data/photos"  # holds train/ and val/, each with an index; the shards may be elsewhere
-    size: int = 128  # pixels a side
+    size: int = ranged(128, least=1, most=decode.LONGEST_SIDE)  # pixels a side
     channels: Literal[1, 3] = 3  # 1: grey
     attributes: list[str] = field(default_factory=list)  # of the index's, those that a model is given, in this order
-    least_area: float = 0.25  # random-resized-crop: smallest part of a picture; 1: the centred square, no crop
+    # random-resized-crop: smallest part of a picture; 1: the centred square, no crop
+    least_area: float = ranged(0.25, above=0, most=1)
     flip: bool = True
     augment: bool = True  # false: training images are made as validation images are, neither cropped nor flipped
-    columns: int = 256  # places that one batch mixes; fixed for the life of a run
-    workers: int = 2  # decoding processes a rank; 0 decodes in the training process
-    prefetch: int = 4  # batches a worker decodes ahead
+    columns: int = ranged(256, least=1, most=2**40)  # places that one batch mixes; fixed for the life of a run
+    workers: int = ranged(2, least=0, most=1024)  # decoding processes a rank; 0 decodes in the training process
+    prefetch: int = ranged(4, least=1, most=2**20)  # batches a worker decodes ahead
     decoder: decode.Decoder = "pillow"  # turbo gives the same pixels sooner: pip install 'vaescale[turbo]'
     cache: str = "~/.cache/vaescale"  # where shards behind a URL are kept, on the node's own disk
-    cache_gib: float = 100.0  # never more than this, over all processes of a node
-    most_megapixels: int = decode.MOST_MEGAPIXELS  # a larger picture counts as damaged: a few bytes may claim any size
-    damaged_share: float = 0.001  # of the samples seen; more damaged ones stop the run
-    damaged_free: int = 10  # this many are always forgiven, so that one bad sample in a short run is
+    cache_gib: float = ranged(100.0, least=0, below=2**30)  # never more than this, over all processes of a node
+    # megapixels: a larger picture counts as damaged, since a few bytes may claim any size
+    most_megapixels: int = ranged(decode.MOST_MEGAPIXELS, least=1, most=2**32)
+    damaged_share: float = ranged(0.001, least=0, most=1)  # of the samples seen; more damaged ones stop the run
+    damaged_free: int = ranged(10, least=0)  # this many are always forgiven, so that one bad sample in a short run is
+
+
+def _require(config: Config) -> None:
+    """A config may be made in code: a number in another's place would train on something else in silence."""
+    try:
+        require(config, "data")
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 class Damage(NamedTuple):
@@ -115,6 +126,7 @@ class TrainSlices(Dataset[Decoded]):
     """`slices[range of g]` → the decoded samples of that range."""
 
     def __init__(self, config: Config, seed: int) -> None:
+        _require(config)
         decode.require(config.decoder)
         self.config = config
         self.seed = seed
@@ -198,6 +210,7 @@ class ValidationSlices(Dataset[Decoded]):
     """`slices[range of samples]` → those samples of the validation index."""
 
     def __init__(self, config: Config) -> None:
+        _require(config)
         self.config = config
         self.samples = Samples(Path(config.root) / "val", config.cache, config.cache_gib)
         training = Index(Path(config.root) / "train") if config.attributes else self.samples.index

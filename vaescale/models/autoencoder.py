@@ -14,12 +14,13 @@ from torch import Tensor
 from ..interfaces import Batch, Condition, Model, Output, Shape
 from ..nn.blocks import Network, decoder, encoder
 from ..nn.fidelity import fidelity, squared_errors
+from ..ranges import ranged, require
 
 
 @dataclass(frozen=True)
 class Config:
     kind: str = "autoencoder"
-    latents: int = 32  # m
+    latents: int = ranged(32, least=1, most=2**20)  # m
     network: Network = field(default_factory=Network)
 
 
@@ -27,8 +28,7 @@ class Autoencoder(Model):
     def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
         del seed
         super().__init__()
-        if config.latents < 1:
-            raise ValueError(f"model.latents={config.latents} must be at least 1")
+        require(config, "model")
         self.config = config
         self.encoder = encoder(config.network, shape, config.latents)
         self.decoder = decoder(config.network, shape, config.latents, shape.channels)

@@ -20,8 +20,9 @@ from ..interfaces import Shape
 from ..nn import gaussian
 from ..nn.blocks import Network, beside, decoder, encoder
 from ..nn.likelihood import Likelihood
+from ..ranges import ranged
 from . import variational
-from .variational import Draw, Level, Net, Variational, at_least_one
+from .variational import Draw, Level, Net, Variational
 
 TOP, LOW = 0, 1  # levels, coarse to fine: z2 and z1
 
@@ -29,8 +30,8 @@ TOP, LOW = 0, 1  # levels, coarse to fine: z2 and z1
 @dataclass(frozen=True)
 class Config(variational.Config):
     kind: str = "hvae"
-    latents: int = 32  # of z1
-    top_latents: int = 8  # of z2
+    latents: int = ranged(32, least=1, most=2**20)  # of z1
+    top_latents: int = ranged(8, least=1, most=2**20)  # of z2
     posterior: Literal["bottom-up", "top-down"] = "bottom-up"
     network: Network = field(default_factory=Network)
 
@@ -38,7 +39,6 @@ class Config(variational.Config):
 class TwoLevels(Net):
     def __init__(self, config: Config, shape: Shape, condition: int, likelihood: Likelihood) -> None:
         super().__init__()
-        at_least_one(config, "latents", "top_latents")
         if config.posterior == "top-down" and config.network.kind == "linear":
             raise ValueError("model.posterior=top-down is not linear: take bottom-up with model.network.kind=linear")
         low, top = config.latents, config.top_latents

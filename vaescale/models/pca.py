@@ -22,6 +22,7 @@ from ..nn import noise
 from ..nn.covariance import Moments, covariance
 from ..nn.fidelity import fidelity, squared_errors
 from ..nn.likelihood import DELTA, UNIFORM
+from ..ranges import ranged, require
 
 LARGEST = 16384  # subpixels: the covariance has 2 GiB
 SHOWN = 15  # components in a picture
@@ -30,8 +31,8 @@ SHOWN = 15  # components in a picture
 @dataclass(frozen=True)
 class Config:
     kind: str = "pca"
-    latents: int = 32  # m, components
-    patch: int = 0  # p, pixels a side; 0: the whole image is one
+    latents: int = ranged(32, least=1)  # m, components
+    patch: int = ranged(0, least=0)  # p, pixels a side; 0: the whole image is one
 
 
 class PCA(Model):
@@ -47,11 +48,12 @@ class PCA(Model):
     def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
         del seed  # nothing is drawn
         super().__init__()
+        require(config, "model")
         self.config = config
         self.shape = shape
         self.side = config.patch or shape.size
         size = shape.channels * self.side**2
-        if config.patch < 0 or shape.size % self.side:
+        if shape.size % self.side:
             raise ValueError(f"model.patch={config.patch} does not divide data.size={shape.size}")
         if size > LARGEST:
             raise ValueError(

@@ -16,21 +16,21 @@ from ..interfaces import Shape
 from ..nn import gaussian
 from ..nn.blocks import Network, beside, decoder, encoder
 from ..nn.likelihood import Likelihood
+from ..ranges import ranged
 from . import variational
-from .variational import Draw, Level, Net, Variational, at_least_one
+from .variational import Draw, Level, Net, Variational
 
 
 @dataclass(frozen=True)
 class Config(variational.Config):
     kind: str = "vae"
-    latents: int = 64  # m
+    latents: int = ranged(64, least=1, most=2**20)  # m
     network: Network = field(default_factory=Network)
 
 
 class OneLevel(Net):
     def __init__(self, config: Config, shape: Shape, condition: int, likelihood: Likelihood) -> None:
         super().__init__()
-        at_least_one(config, "latents")
         self.sizes = [config.latents]
         self.encoder = encoder(config.network, shape, 2 * config.latents, condition)
         self.decoder = decoder(config.network, shape, config.latents + condition, likelihood.channels)

@@ -22,6 +22,7 @@ from ..nn import likelihood as likelihoods
 from ..nn.condition import Conditioner, dropped
 from ..nn.fidelity import fidelity, squared_errors
 from ..nn.gaussian import Normal
+from ..ranges import ranged, require
 
 POSTERIOR, DROPOUT, BOUND = 0, 1, 2  # what noise is drawn for
 
@@ -29,13 +30,14 @@ POSTERIOR, DROPOUT, BOUND = 0, 1, 2  # what noise is drawn for
 @dataclass(frozen=True)
 class Config:
     likelihood: likelihoods.Config = field(default_factory=likelihoods.Config)
-    beta: float = 1.0  # weighs the KL (Higgins et al. 2017); the loss is the negative ELBO at 1
-    warmup: int = 0  # steps in which β rises linearly from 0 (Bowman et al. 2016)
+    beta: float = ranged(1.0, least=0)  # weighs the KL (Higgins et al. 2017); the loss is the negative ELBO at 1
+    warmup: int = ranged(0, least=0)  # steps in which β rises linearly from 0 (Bowman et al. 2016)
     # λ, nats a latent, of feature maps a channel: a KL whose mean is below it costs λ (Kingma et al. 2016, equation 15)
-    free_bits: float = 0.0
-    classes: int = 0  # labels 0 … classes − 1; 0: the model is told no label
-    embedding: int = 32  # channels of a label
-    label_dropout: float = 0.0  # share of training images of which nothing is said: label and attributes
+    free_bits: float = ranged(0.0, least=0)
+    classes: int = ranged(0, least=0, most=2**24)  # labels 0 … classes − 1; 0: the model is told no label
+    embedding: int = ranged(32, least=1, most=2**16)  # channels of a label
+    # share of training images of which nothing is said: label and attributes
+    label_dropout: float = ranged(0.0, least=0, below=1)
 
 
 class Level(NamedTuple):
@@ -99,7 +101,7 @@ class Variational(Model):
     ) -> None:
         """net: (E, likelihood) → the networks. Raises ValueError for values that cannot be."""
         super().__init__()
-        _require(config)
+        require(config, "model")
         self.config = config
         self.seed = seed
         self.subpixels = shape.channels * shape.size**2
@@ -232,19 +234,3 @@ def _drawn(distribution: Normal, temperature: float) -> Tensor:
 def _scale(level: Level) -> Tensor:
     """How much narrower the posterior is than the prior: the geometric mean of their standard deviations' ratio."""
     return (level.q.log_std - level.p.log_std).mean().exp()
-
-
-def _require(config: Config) -> None:
-    """Raises ValueError."""
-    for key, least in (("beta", 0), ("warmup", 0), ("free_bits", 0), ("classes", 0), ("embedding", 1)):
-        if getattr(config, key) < least:
-            raise ValueError(f"model.{key}={getattr(config, key)} must be at least {least}")
-    if not 0 <= config.label_dropout < 1:
-        raise ValueError(f"model.label_dropout={config.label_dropout} must be a share, at least 0 and below 1")
-
-
-def at_least_one(config: Config, *keys: str) -> None:
-    """Raises ValueError."""
-    for key in keys:
-        if getattr(config, key) < 1:
-            raise ValueError(f"model.{key}={getattr(config, key)} must be at least 1")

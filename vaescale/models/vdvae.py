@@ -32,22 +32,23 @@ from ..nn import gaussian
 from ..nn import likelihood as likelihoods
 from ..nn.gaussian import Normal
 from ..nn.likelihood import Likelihood
+from ..ranges import ranged
 from . import variational
-from .variational import Draw, Level, Net, Variational, at_least_one
+from .variational import Draw, Level, Net, Variational
 
 
 @dataclass(frozen=True)
 class Stage:
-    size: int  # pixels a side
-    blocks: int
+    size: int = ranged(least=1, most=2**16)  # pixels a side
+    blocks: int = ranged(least=1, most=4096)
 
 
 @dataclass(frozen=True)
 class Config(variational.Config):
     kind: str = "vdvae"
-    width: int = 384  # channels of h
-    bottleneck: int = 96  # channels inside a block
-    latents: int = 16  # D, channels of z
+    width: int = ranged(384, least=1, most=2**16)  # channels of h
+    bottleneck: int = ranged(96, least=1, most=2**16)  # channels inside a block
+    latents: int = ranged(16, least=1, most=2**16)  # D, channels of z
     encoder: list[Stage] = field(default_factory=list)  # from the image's size downwards
     decoder: list[Stage] = field(default_factory=list)  # up to the image's size; each block is a level of latents
     checkpointing: bool = False  # a block's inside is computed again in the backward pass instead of kept
@@ -205,11 +206,10 @@ def _conv(channels: int, out: int, size: int, scale: float = 1.0) -> nn.Conv2d:
 
 def _require(config: Config, shape: Shape) -> None:
     """Raises ValueError."""
-    at_least_one(config, "width", "bottleneck", "latents")
     down = [stage.size for stage in config.encoder]
     up = [stage.size for stage in config.decoder]
     for key, stages in (("encoder", config.encoder), ("decoder", config.decoder)):
-        if not stages or any(stage.blocks < 1 or stage.size < 1 for stage in stages):
+        if not stages:
             raise ValueError(
                 f"model.{key} must be a list of stages, each of at least one block, as in [{{size: {shape.size}, "
                 f"blocks: 2}}, …]"

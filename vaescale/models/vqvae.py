@@ -17,30 +17,31 @@ from ..interfaces import Batch, Condition, Model, Output, Shape, Usage
 from ..nn import quantize
 from ..nn.blocks import ResidualBlock, downsample, upsample
 from ..nn.fidelity import fidelity, squared_errors
+from ..ranges import ranged, require
 
 
 @dataclass(frozen=True)
 class Config:
     kind: str = "vqvae"
-    downsampling: int = 4  # f, a power of two: log2(f) strided convolutions
-    width: int = 256  # hidden units; the outermost convolution of each side has half of them
-    residual_blocks: int = 2
-    residual_width: int = 32
+    downsampling: int = ranged(4, least=2, most=1024)  # f, a power of two: log2(f) strided convolutions
+    # hidden units; the outermost convolution of each side has half of them
+    width: int = ranged(256, least=2, most=2**16)
+    residual_blocks: int = ranged(2, least=0, most=4096)
+    residual_width: int = ranged(32, least=1, most=2**16)
     # The squared error is divided by this: the variance of pixels in [0, 1], so that a reconstruction no better than
     # the mean costs 1 and β keeps its meaning on any data.
-    variance: float = 0.06
+    variance: float = ranged(0.06, above=0)
     quantizer: quantize.Config = field(default_factory=quantize.Config)
 
 
 class VQVAE(Model):
     def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
         super().__init__()
+        require(config, "model")
         self.config = config
         halvings = config.downsampling.bit_length() - 1
         if config.downsampling != 2**halvings or halvings < 1:
             raise ValueError(f"model.downsampling={config.downsampling} must be a power of two, at least 2")
-        if config.width < 2:
-            raise ValueError(f"model.width={config.width} must be at least 2")
         width, dim = config.width, config.quantizer.dim
         channels = [shape.channels, width // 2, *[width] * (halvings - 1)]
 

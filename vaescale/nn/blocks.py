@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..interfaces import Shape
+from ..ranges import ranged
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,9 @@ class Network:
     """The two networks between images and vectors."""
 
     kind: Literal["conv", "linear"] = "conv"  # linear: one linear map each way, and nothing below applies
-    width: int = 32  # channels at full resolution
-    halvings: int = 3  # each doubles the channels
-    hidden: int = 256  # units of the layer between the feature map and the vector
+    width: int = ranged(32, least=1, most=2**16)  # channels at full resolution
+    halvings: int = ranged(3, least=0, most=16)  # each doubles the channels
+    hidden: int = ranged(256, least=1, most=2**20)  # units of the layer between the feature map and the vector
 
 
 def encoder(network: Network, shape: Shape, out: int, condition: int = 0) -> nn.Module:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..ranges import ranged, require
+
 DELTA = 1 / 255  # δ: the width of an 8-bit value's bin
 UNIFORM = DELTA**2 / 12  # variance of what is uniform in it
 PACE = 10.0  # Adam moves a parameter by its learning rate a step, and log c has some units to go: ten times as fast
@@ -27,9 +29,9 @@ LEAST_LOG_SCALE = -7.0  # of a logistic on [−1, 1], as in the authors' impleme
 class Config:
     kind: Literal["gaussian", "discretised-gaussian", "logistic-mixture", "bernoulli"] = "gaussian"
     # The Gaussians: c, the variance of a pixel in [0, 1] given the latents. The squared error weighs 1/(2c).
-    variance: float = 0.06
+    variance: float = ranged(0.06, above=0)
     learned: bool = True  # c is learned, one for all pixels, and begins at `variance`
-    components: int = 10  # K of the mixture
+    components: int = ranged(10, least=1, most=1024)  # K of the mixture
 
 
 class Likelihood(nn.Module, ABC):
@@ -217,8 +219,5 @@ KINDS: dict[str, type[Gaussian | DiscretisedGaussian | LogisticMixture | Bernoul
 
 def build(config: Config, channels: int) -> Likelihood:
     """For images of C = `channels`; raises ValueError for values that cannot be."""
-    if config.variance <= 0:
-        raise ValueError(f"model.likelihood.variance={config.variance} must be positive")
-    if config.components < 1:
-        raise ValueError(f"model.likelihood.components={config.components} must be at least 1")
+    require(config, "model.likelihood")
     return KINDS[config.kind](config, channels)

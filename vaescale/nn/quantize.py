@@ -5,7 +5,7 @@ Shapes: N rows on this rank in a step, K codes, D channels.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..interfaces import Quantized
+from ..ranges import ranged, require
 from .codebook import EMA, Adam, Tally
 from .entropy import entropies
 from .nearest import nearest
@@ -28,40 +29,31 @@ AGAIN = 0, 1, 2, 3, 4, 6, 8, 12, 16, 20
 @dataclass(frozen=True)
 class Config:
     kind: Literal["vq", "simvq", "fsq", "lfq"] = "vq"
-    codes: int = 512  # K of each codebook; fsq: the product of its levels; lfq: two to the power of its channels
-    dim: int = 64  # D: channels that the encoder gives and the decoder takes
-    project: int = 0  # channels in which codes are compared, behind a linear map; 0: dim, no map
-    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])  # fsq: of each of its channels
-    groups: int = 1  # parts of the channels, each with a codebook of its own
-    depth: int = 1  # codebooks one after the other, each for what the ones before leave over
+    # K of each codebook; fsq: the product of its levels; lfq: two to the power of its channels
+    codes: int = ranged(512, least=2, most=2**30)
+    dim: int = ranged(64, least=1, most=2**16)  # D: channels that the encoder gives and the decoder takes
+    # channels in which codes are compared, behind a linear map; 0: dim, no map
+    project: int = ranged(0, least=0, most=2**16)
+    levels: list[int] = ranged(factory=lambda: [8, 5, 5, 5], least=2, most=2**20)  # noqa: RUF009  fsq: of each channel
+    groups: int = ranged(1, least=1, most=1024)  # parts of the channels, each with a codebook of its own
+    # codebooks one after the other, each for what the ones before leave over
+    depth: int = ranged(1, least=1, most=1024)
     metric: Literal["euclidean", "cosine"] = "euclidean"
     gradient: Literal["straight-through", "rotation"] = "straight-through"
-    beta: float = 0.25  # weight of the commitment ‖z − sg[e]‖²
-    entropy: float = 0.0  # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
-    temperature: float = 0.01  # of the soft codes whose entropies these are
+    beta: float = ranged(0.25, least=0)  # weight of the commitment ‖z − sg[e]‖²
+    entropy: float = ranged(0.0, least=0)  # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
+    temperature: float = ranged(0.01, above=0)  # of the soft codes whose entropies these are
     learning: Literal["ema", "gradient"] = "ema"
-    decay: float = 0.99  # of the EMA
+    decay: float = ranged(0.99, least=0, below=1)  # of the EMA
     # Rows of the first global batch, their k-means, or small random numbers that only serve to compare: README.md.
     init: Literal["samples", "kmeans", "uniform"] = "samples"
-    reset_every: int = 10  # steps between resets; 0: never after the first
-    dead_after: int = 50  # steps without a use after which a code counts as dead
+    reset_every: int = ranged(10, least=0)  # steps between resets; 0: never after the first
+    dead_after: int = ranged(50, least=1)  # steps without a use after which a code counts as dead
 
 
 def build(config: Config, seed: int) -> Quantizer:
     """Raises ValueError, one sentence, for what cannot be built."""
-    for key, least in (
-        ("codes", 2),
-        ("dim", 1),
-        ("dead_after", 1),
-        ("groups", 1),
-        ("depth", 1),
-        ("project", 0),
-        ("entropy", 0),
-    ):
-        if getattr(config, key) < least:
-            raise ValueError(f"model.quantizer.{key}={getattr(config, key)} must be at least {least}")
-    if config.temperature <= 0:
-        raise ValueError(f"model.quantizer.temperature={config.temperature} must be above 0")
+    require(config, "model.quantizer")
     if config.kind == "fsq" and config.entropy:
         raise ValueError(
             f"model.quantizer.entropy={config.entropy} has no codebook to spread for kind=fsq: set entropy=0"

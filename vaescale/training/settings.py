@@ -1,6 +1,6 @@
 """Everything a config file may say. Importing this file loads neither deepspeed nor a process group."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,50 +14,53 @@ from ..data import places, stream
 from ..data.index import Index
 from ..interfaces import Batch, Model, Shape
 from ..models import MODELS
+from ..ranges import ranged, require
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW, and a learning rate that rises linearly and falls along a cosine."""
 
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip: float = 1.0  # global gradient norm; 0: no clipping
-    warmup: int = 100  # steps
-    final: float = 0.05  # share of lr at the last step
+    lr: float = ranged(3e-4, above=0)
+    betas: tuple[float, float] = ranged((0.9, 0.99), least=0, below=1)
+    weight_decay: float = ranged(0.0, least=0)
+    clip: float = ranged(1.0, least=0)  # global gradient norm; 0: no clipping
+    warmup: int = ranged(100, least=0)  # steps
+    final: float = ranged(0.05, least=0, most=1)  # share of lr at the last step
     # A step is skipped if its gradient norm is so many times the running geometric mean and six standard deviations of
     # its logarithm above; 0: only if it is not finite.
-    spike: float = 10.0
-    patience: int = 20  # so many skipped steps in a row stop the run, and a quarter of the last hundred do
+    spike: float = ranged(10.0, least=0)
+    # so many skipped steps in a row stop the run, and a quarter of the last hundred do
+    patience: int = ranged(20, least=1)
 
 
 @dataclass(frozen=True)
 class Every:
     """Steps between …"""
 
-    report: int = 20
-    validate: int = 500
-    checkpoint: int = 500
+    report: int = ranged(20, least=1)
+    validate: int = ranged(500, least=1)
+    checkpoint: int = ranged(500, least=1)
 
 
 @dataclass(frozen=True)
 class Config:
     model: Any  # the Config of the class that model.kind names
     run: str = "runs/run"  # the run directory; running the same command again resumes it
-    seed: int = 0
-    steps: int = 1000
-    batch: int = 128  # images a step, over all ranks and all accumulated micro-batches
-    accumulation: int = 1
+    seed: int = ranged(0, least=0, below=2**44)  # what is drawn from it must fit into 64 bits
+    steps: int = ranged(1000, least=1)
+    batch: int = ranged(128, least=1)  # images a step, over all ranks and all accumulated micro-batches
+    accumulation: int = ranged(1, least=1)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
-    ema: float = 0.999  # decay of the averaged weights that validation and evaluation use
-    keep: int = 2  # checkpoints
-    stop_before: float = 120.0  # seconds before the end of its SLURM job at which a run saves and stops
+    ema: float = ranged(0.999, least=0, below=1)  # decay of the averaged weights that validation and evaluation use
+    keep: int = ranged(2, least=1)  # checkpoints
+    # seconds before the end of its SLURM job at which a run saves and stops
+    stop_before: float = ranged(120.0, least=0)
     # Seconds without a step after which the run ends itself, if ten times the longest of late is not more; twelve times
     # as long for validation, saving and the first step. 0: never.
-    hang_timeout: float = 300.0
-    keep_every: int = 0  # and those of every such step, for ever; 0: none
+    hang_timeout: float = ranged(300.0, least=0, most=10**7)
+    keep_every: int = ranged(0, least=0)  # and those of every such step, for ever; 0: none
     # A run directory or a checkpoint: a new run begins with its weights, at step 0, the optimiser knowing nothing.
     init_from: str = ""
     data: stream.Config = field(default_factory=stream.Config)
@@ -89,12 +92,14 @@ def load(path: str | Path, overrides: list[str]) -> Config:
     schema, _ = MODELS[kind]
     config = mechanics.check(Config(model=schema()), raw, path)
     _require(config)
-    return config
+    return _located(config)
 
 
 def build(config: Config) -> Model:
-    """The model that the config names; raises ConfigError for a shape it cannot have."""
+    """The model that the config names. Raises ConfigError for a shape that it cannot have, and, since a config may also
+    be made in code, for a value outside its range or its Literal."""
     try:
+        require(config)
         _, model = MODELS[config.model.kind]
         return model(config.model, shape(config), config.seed)
     except ValueError as error:
@@ -172,43 +177,22 @@ def check_classes(config: Config, training: Index, validation: Index) -> None:
             )
 
 
+def _located(config: Config) -> Config:
+    """The paths as the file system knows them. `data.cache` keeps its `~`: the saved config serves other users, too."""
+    run, init_from = mechanics.expanded("run", config.run), mechanics.expanded("init_from", config.init_from)
+    root, cache = mechanics.expanded("data.root", config.data.root), mechanics.expanded("data.cache", config.data.cache)
+    cache = config.data.cache if config.data.cache.startswith("~") else cache
+    return replace(config, run=run, init_from=init_from, data=replace(config.data, root=root, cache=cache))
+
+
 def _require(config: Config) -> None:
-    least = {
-        "steps": (config.steps, 1),
-        "batch": (config.batch, 1),
-        "accumulation": (config.accumulation, 1),
-        "keep": (config.keep, 1),
-        "keep_every": (config.keep_every, 0),
-        "hang_timeout": (config.hang_timeout, 0),
-        "data.size": (config.data.size, 1),
-        "data.columns": (config.data.columns, 1),
-        "data.most_megapixels": (config.data.most_megapixels, 1),
-        "data.workers": (config.data.workers, 0),
-        "data.prefetch": (config.data.prefetch, 1),
-        "ema": (config.ema, 0),
-        "optimizer.clip": (config.optimizer.clip, 0),
-        "optimizer.warmup": (config.optimizer.warmup, 0),
-        "optimizer.patience": (config.optimizer.patience, 1),
-        "every.report": (config.every.report, 1),
-        "every.validate": (config.every.validate, 1),
-        "every.checkpoint": (config.every.checkpoint, 1),
-    }
-    if not 0 <= config.data.cache_gib < 2**30:
-        raise ConfigError(f"data.cache_gib={config.data.cache_gib} must be a number of GiB, 0 or more")
-    for key, (value, bound) in least.items():
-        if value < bound:
-            raise ConfigError(f"{key}={value} must be at least {bound}")
     if config.keep_every % config.every.checkpoint:
         raise ConfigError(
             f"keep_every={config.keep_every} must be a multiple of every.checkpoint={config.every.checkpoint}: "
             f"only then are there checkpoints to keep"
         )
-    if config.ema >= 1:
-        raise ConfigError(f"ema={config.ema} must be below 1, or the averaged weights never move")
     if config.optimizer.spike and config.optimizer.spike <= 1:
         raise ConfigError(f"optimizer.spike={config.optimizer.spike} must be above 1, or 0 for no limit")
-    if config.optimizer.lr <= 0:
-        raise ConfigError(f"optimizer.lr={config.optimizer.lr} must be positive")
     if places.is_url(config.data.cache):
         raise ConfigError("data.cache is a folder on the node's own disk, not a URL")
     if places.is_url(config.data.root):  # not repeated: it may carry a password, and the log is no place for it
