@@ -30,6 +30,9 @@ def main() -> int:
         return told(postmortem.read(arguments.run))
     try:
         return before(arguments.config, arguments.overrides)
+    except distributed.Misplaced as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     finally:
         distributed.finish()
 

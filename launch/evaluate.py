@@ -44,7 +44,7 @@ def main() -> int:
         # All of them are read before hours are spent on the first.
         configs = [trained.read_config(run, overrides) for run in runs]
         results = [evaluate_run(run, config, arguments.iw) for run, config in zip(runs, configs, strict=True)]
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -41,7 +41,7 @@ def main() -> int:
         check(arguments)
         subject, step = load(arguments)
         return write(arguments.run, subject, step, arguments.modes, arguments.board)
-    except (ConfigError, DataError, CheckpointError, Unable) as error:
+    except (ConfigError, DataError, CheckpointError, distributed.Misplaced, Unable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -43,8 +43,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     try:
+        world = distributed.place().world  # first of all: whatever else is wrong is said by rank
         config = settings.load(arguments.config, arguments.overrides)
-        settings.check(config, distributed.place().world)
+        settings.check(config, world)
         # Imported only now, so that a typo is answered before DeepSpeed's import or a process group cost time.
         if arguments.dry_run:
             from vaescale.training.dry_run import describe
@@ -63,6 +64,9 @@ def main() -> int:
         with status.recording(lambda: status.read().get("step", 0)):
             trainer = Trainer(config)
         return PREEMPTED_CODE if trainer.train() else 0
+    except distributed.Misplaced as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except NoProgress as error:
         if not isinstance(error.__cause__, FORESEEN):
             traceback.print_exception(error.__cause__)

@@ -3,6 +3,8 @@
 import ctypes
 import json
 import os
+import re
+import sys
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -31,18 +33,54 @@ class Place(NamedTuple):
     world: int
 
 
+class Misplaced(ValueError):
+    """The environment does not say where this process stands; the text is one sentence: what, and what to do."""
+
+    exit_code = 2
+
+
 def place() -> Place:
     """Read from RANK/LOCAL_RANK/WORLD_SIZE (deepspeed, torchrun) or the SLURM_* variables of `srun`.
 
-    `sbatch` sets SLURM_PROCID for the batch shell too, so a job step is told by SLURM_STEP_ID together with
-    SLURM_NTASKS > 1; everything else is one process.
+    `sbatch` sets SLURM_PROCID for the batch shell too, so a job step is told by SLURM_STEP_ID together with more than
+    one task; everything else is one process. Raises Misplaced for variables that are left over, or of an interactive
+    shell: their ranks would wait for others that nobody starts.
     """
     env = os.environ
-    if "RANK" in env:
-        return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
-    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"]))
+    if "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
+        advice = "start the ranks with deepspeed, torchrun or srun, or unset RANK and WORLD_SIZE for one process"
+        return _place("RANK", "LOCAL_RANK", "WORLD_SIZE", advice)
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    if "SLURM_STEP_ID" in env and env.get(tasks, "1") != "1":
+        advice = "start the ranks with launch/slurm/submit.py, or unset SLURM_STEP_ID for one process"
+        if "SLURM_PTY_PORT" in env and sys.stdin is not None and sys.stdin.isatty():
+            raise Misplaced(f"{tasks}={env[tasks]} is of an interactive shell (SLURM_PTY_PORT is set): {advice}")
+        return _place("SLURM_PROCID", "SLURM_LOCALID", tasks, advice)
     return Place(0, 0, 1)
+
+
+def _place(rank: str, local_rank: str, world: str, advice: str) -> Place:
+    """From the variables of these names."""
+    env = os.environ
+
+    def count(name: str, least: int) -> int:
+        if name not in env:
+            given = next(other for other in (rank, world, "SLURM_STEP_ID") if other in env)
+            raise Misplaced(f"{given}={env[given]} is set, and {name} is not: {advice}")
+        if not re.fullmatch("[0-9]{1,9}", env[name]) or int(env[name]) < least:
+            raise Misplaced(f"{name}={env[name]!r} is not a whole number of at least {least}: {advice}")
+        return int(env[name])
+
+    found = Place(count(rank, 0), count(local_rank, 0) if local_rank in env else 0, count(world, 1))
+    if found.rank >= found.world:
+        raise Misplaced(f"{rank}={found.rank} is none of the {found.world} ranks that {world} announces: {advice}")
+    if found.world > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not env.get(name):
+                raise Misplaced(f"{world}={found.world} is set, and {name}, where the ranks meet, is not: {advice}")
+        if not 1 <= count("MASTER_PORT", 1) < 2**16:
+            raise Misplaced(f"MASTER_PORT={env['MASTER_PORT']} is no port, which is below 65536: {advice}")
+    return found
 
 
 def init(patience: float = 300.0) -> torch.device:

@@ -1,0 +1,101 @@
+"""Where a process stands: what launchers say, and what is left over from them."""
+
+import os
+import pty
+import sys
+
+import pytest
+
+from tests.conftest import Start, finish
+from vaescale.distributed import Misplaced, Place, place
+
+MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "MASTER_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+
+
+def found(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> Place:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return place()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Place(0, 0, 1)),
+        ({"WORLD_SIZE": "1"}, Place(0, 0, 1)),
+        ({"LOCAL_RANK": "3"}, Place(0, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 0, 1)),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **MEET}, Place(3, 1, 4)),
+        ({**STEP, **MEET}, Place(2, 1, 4)),
+        ({**STEP, **MEET, "SLURM_PTY_PORT": "40000"}, Place(2, 1, 4)),  # srun inside of an interactive shell
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, Place(0, 0, 1)),  # the one shell of salloc
+        ({**STEP, "SLURM_NTASKS": "1"}, Place(0, 0, 1)),
+        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}, Place(0, 0, 1)),  # a batch shell
+    ],
+)
+def test_the_place_is_the_launchers(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Place
+) -> None:
+    assert found(monkeypatch, variables) == expected
+
+
+TWO = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **MEET}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0"}, "RANK=0 is set, and WORLD_SIZE is not: "),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, and RANK is not: "),
+        ({"WORLD_SIZE": ""}, "and RANK is not: "),
+        (TWO | {"MASTER_ADDR": ""}, "WORLD_SIZE=2 is set, and MASTER_ADDR, where the ranks meet, is not: "),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "MASTER_PORT, where the ranks meet, is not: "),
+        (TWO | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number of at least 1: "),
+        (TWO | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+        (TWO | {"RANK": "2"}, "RANK=2 is none of the 2 ranks that WORLD_SIZE announces: "),
+        (TWO | {"RANK": "-1"}, "RANK='-1' is not a whole number of at least 0: "),
+        (TWO | {"RANK": "one"}, "RANK='one' is not a whole number"),
+        (TWO | {"RANK": ""}, "RANK='' is not a whole number"),
+        (TWO | {"RANK": "1\n2"}, r"RANK='1\n2' is not a whole number"),
+        (TWO | {"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is not a whole number"),
+        (TWO | {"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a whole number of at least 1: "),
+        (TWO | {"WORLD_SIZE": "2.0"}, "WORLD_SIZE='2.0' is not a whole number"),
+        (STEP, "SLURM_NTASKS=4 is set, and MASTER_ADDR, where the ranks meet, is not: "),
+        (STEP | MEET | {"SLURM_NTASKS": "4(x2)"}, "SLURM_NTASKS='4(x2)' is not a whole number"),
+        (STEP | MEET | {"SLURM_PROCID": "4"}, "SLURM_PROCID=4 is none of the 4 ranks"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", **MEET}, "SLURM_NTASKS=4 is set, and SLURM_PROCID is not: "),
+    ],
+)
+def test_what_says_no_place_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    with pytest.raises(Misplaced) as error:
+        found(monkeypatch, variables)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert " for one process" in str(error.value)
+
+
+def test_an_interactive_shell_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours), os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with pytest.raises(Misplaced, match="SLURM_NTASKS=4 is of an interactive shell"):
+            found(monkeypatch, {**STEP, **MEET, "SLURM_PTY_PORT": "40000"})
+
+
+def test_training_says_it_in_one_sentence(start: Start) -> None:
+    """A wrong setting beside it, too, of which each rank would ask where it stands before it says so."""
+    command = [sys.executable, "launch/train.py", "--config", "tests/integration/tiny.yaml", "no=setting"]
+    code, output = finish(start(command, RANK="0"))
+    assert code == 2
+    assert output.startswith("error: RANK=0 is set, and WORLD_SIZE is not: ")
+    assert output.count("\n") == 1
