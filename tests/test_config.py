@@ -302,7 +302,7 @@ def test_every_bound_holds() -> None:
         *("seed=99999999999999999999999", "seed=17592186044416", "model.quantizer.beta=-1", "model.variance=0"),
         *("model.residual_blocks=-1", "model.residual_width=0", "model.quantizer.decay=1", "stop_before=-1"),
         *("keep_every=-500", "steps=9223372036854775808", "data.damaged_free=-1", "data.channels=2", "precision=fp8"),
-        *("hang_timeout=1e300", "model.quantizer.levels=[8,1]", "model.quantizer.levels=8", "data.cache_gib=-1"),
+        *("hang_timeout=1e300", "model.quantizer.levels=[8,0]", "model.quantizer.levels=8", "data.cache_gib=-1"),
     ],
 )
 def test_a_number_out_of_its_range_is_one_sentence(override: str) -> None:

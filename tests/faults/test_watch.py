@@ -263,7 +263,7 @@ def test_the_wrapper_returns_what_the_run_says(
     script = tmp_path / "train.py"
     script.write_text(LAUNCHER)
     config = tmp_path / "config.yaml"
-    config.write_text("run: none\n")
+    config.write_text("run: none\nmodel: {kind: pca}\n")
     command = [sys.executable, str(script), "--config", str(config), f"run={tmp_path / 'run'}", how, str(launcher)]
     found, output = finish(start([*RUN, *command], PYTHONPATH=str(ROOT)), SOON)
     assert found == code, output

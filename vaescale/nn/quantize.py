@@ -34,7 +34,7 @@ class Config:
     dim: int = ranged(64, least=1, most=2**16)  # D: channels that the encoder gives and the decoder takes
     # channels in which codes are compared, behind a linear map; 0: dim, no map
     project: int = ranged(0, least=0, most=2**16)
-    levels: list[int] = ranged(factory=lambda: [8, 5, 5, 5], least=2, most=2**20)  # noqa: RUF009  fsq: of each channel
+    levels: list[int] = ranged(factory=lambda: [8, 5, 5, 5], least=1, most=2**20)  # noqa: RUF009  fsq: of each channel
     groups: int = ranged(1, least=1, most=1024)  # parts of the channels, each with a codebook of its own
     # codebooks one after the other, each for what the ones before leave over
     depth: int = ranged(1, least=1, most=1024)
