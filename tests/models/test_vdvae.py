@@ -245,7 +245,7 @@ def test_half_weights_serve() -> None:
     ("changes", "words"),
     [
         ({"encoder": []}, r"model\.encoder must be a list of stages"),
-        ({"decoder": [Stage(8, 0)]}, r"model\.decoder must be a list of stages"),
+        ({"decoder": [Stage(8, 0)]}, r"model\.decoder\.blocks=0 must be at least 1"),
         ({"encoder": DOWN[1:]}, r"begins at 4 px .* data\.size=8"),
         ({"encoder": [Stage(8, 1), Stage(3, 1)]}, "3 px beside 8 px"),
         ({"decoder": [Stage(2, 1), Stage(8, 1)]}, r"model\.decoder has a stage of 2 px and model\.encoder none"),
