@@ -73,7 +73,7 @@ def prepare_(arguments: argparse.Namespace) -> int:
     made = prepare.prepare(
         arguments.source, arguments.out, arguments.labels, classes, settings, arguments.processes, arguments.unlabelled
     )
-    print(f"{arguments.out}: {len(made)} samples in {len(made.shards)} shards, {len(made.classes)} classes")
+    print(f"{printable(arguments.out)}: {len(made)} samples in {len(made.shards)} shards, {len(made.classes)} classes")
     return 0
 
 
@@ -92,7 +92,7 @@ def index_(arguments: argparse.Namespace) -> int:
     folder = arguments.out or Path(arguments.source)
     made = shards.index(arguments.source, folder, arguments.pattern, fields, arguments.processes)
     labels = int(made.records["label"].max()) + 1
-    print(f"{folder}: {len(made)} samples in {len(made.shards)} shards, labels 0 to {labels - 1}")
+    print(f"{printable(folder)}: {len(made)} samples in {len(made.shards)} shards, labels 0 to {labels - 1}")
     if made.attribute_names:
         print(f"attributes: {', '.join(made.attribute_names)}")
     return 0
@@ -104,7 +104,8 @@ def verify_(arguments: argparse.Namespace) -> int:
         findings.append(finding)
         print(f"{finding.shard}: {finding.lost} of {finding.samples} samples lost: {finding.cause}", flush=True)
     lost = sum(finding.lost for finding in findings)
-    print(f"{arguments.folder}: {len(findings)} damaged shards, {lost} samples lost" if findings else "all as indexed")
+    where = printable(arguments.folder)
+    print(f"{where}: {len(findings)} damaged shards, {lost} samples lost" if findings else "all as indexed")
     return 1 if findings else 0
 
 

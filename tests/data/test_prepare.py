@@ -292,3 +292,11 @@ def test_the_listing_knows_where_pictures_lie(tar_of_tars: Path) -> None:
     with tarfile.open(tar_of_tars) as outer:
         assert [member.name for member in outer] == [f"{wnid}.tar" for wnid in WNIDS]
     assert json.dumps(pictures)  # plain values: they travel to the processes
+
+
+@pytest.mark.parametrize("plan", [b"", b"[1]", b"7", b"[" * 10**5, b'{"seed": 1e999}', b'{"seed": 0, "more": 1}'])
+def test_a_damaged_plan_is_one_sentence(tmp_path: Path, tree: Path, plan: bytes) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "prepared.json").write_bytes(plan)
+    with pytest.raises(DataError, match=r"out already holds (shards that were not made by prepare|other shards \()"):
+        make(tree, tmp_path / "out")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from ..files import read_json
 from . import DataError, decode, names, shards
 from .index import PARTS, Index, build, describe, part_of
 from .listing import EXAMPLES, SPLITS, Picture, listing
@@ -109,14 +110,14 @@ def _begin(out: Path, pictures: Sequence[Picture], settings: Settings, per_shard
     path = out / "prepared.json"
     if path.exists() or _written(out):
         try:
-            before = {**asdict(Settings()), **json.loads(path.read_text())}  # older versions had fewer settings
+            before = {**asdict(Settings()), **read_json(path)}  # older versions had fewer settings
         except (FileNotFoundError, ValueError, TypeError):
             raise DataError(f"{out} already holds shards that were not made by prepare: give an empty --out") from None
         if before != plan:
-            other = next((key for key in plan if before.get(key) != plan[key]), "")
+            other = next(key for key in {**plan, **before} if before.get(key) != plan.get(key))
             raise DataError(
-                f"{out} already holds other shards ({other} was {before.get(other)}, is now {plan[other]}): give an "
-                f"empty --out, or the same settings and source to go on"
+                f"{out} already holds other shards ({other} was {before.get(other)}, is now {plan.get(other)}): give "
+                f"an empty --out, or the same settings and source to go on"
             )
     with atomically(path) as partial:
         partial.write_text(json.dumps(plan, indent=1))
