@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import samples
 from vaescale.config import ConfigError
 from vaescale.data import shards
-from vaescale.training.settings import Config, check_classes
+from vaescale.training.settings import Config, absent_classes, check_classes
 
 ABC = ["a", "b", "c"]
 
@@ -40,3 +40,16 @@ def test_class_names_are_compared(tmp_path: Path, training: list[str], validatio
             check_classes(conditioned, one, two)
     else:
         check_classes(conditioned, one, two)
+
+
+def test_classes_without_validation_samples_are_named(tmp_path: Path) -> None:
+    names = [f"c{label}" for label in range(12)]
+    one = shards.write(tmp_path / "train", samples(12), 12, names)
+    two = shards.write(tmp_path / "val", samples(4), 4, names)  # labels 0 to 3
+    few = shards.write(tmp_path / "few", samples(4), 4, names[:5])
+    conditioned, plain = Config(model=SimpleNamespace(classes=12)), Config(model=SimpleNamespace(classes=0))
+    words = "8 of 12 classes are not in the validation data: c4, c5, c6, c7, c8, …"
+    assert absent_classes(conditioned, one, two) == words
+    assert absent_classes(conditioned, few, two) == "1 of 5 classes are not in the validation data: c4"
+    assert absent_classes(plain, one, two) == ""
+    assert absent_classes(conditioned, one, one).startswith("5 of 12")

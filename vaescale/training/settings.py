@@ -69,6 +69,9 @@ class Config:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
 
 
+SHOWN = 5  # classes named in one line
+
+
 # What DeepSpeed is told from the fields above; to say it twice is to contradict oneself.
 OWNED = {
     "train_batch_size": "batch",
@@ -175,6 +178,21 @@ def check_classes(config: Config, training: Index, validation: Index) -> None:
                 f"{validation.folder}: prepare the validation pictures again, into an empty folder, with "
                 f"--classes {training.folder / 'classes.json'}"
             )
+
+
+def absent_classes(config: Config, training: Index, validation: Index) -> str:
+    """Says which classes no validation sample has, where the model is conditioned on them; "" if there are none."""
+    if not getattr(config.model, "classes", 0) or not validation.classes:
+        return ""
+    present = set(np.unique(validation.records["label"]).tolist())
+    absent = [name for label, name in enumerate(training.classes) if label not in present]
+    if not absent:
+        return ""
+    more = ", …" if len(absent) > SHOWN else ""
+    return (
+        f"{len(absent)} of {len(training.classes)} classes are not in the validation data: "
+        f"{', '.join(absent[:SHOWN])}{more}"
+    )
 
 
 def _located(config: Config) -> Config:

@@ -32,7 +32,7 @@ from .ema import WeightEMA
 from .guard import Diverged, Skip, diagnosis, explained, too_many
 from .learner import Descent, Learner
 from .pace import Pace
-from .settings import Config, build, check_classes, check_labels, micro_batch
+from .settings import Config, absent_classes, build, check_classes, check_labels, micro_batch
 from .status import FINISHED, PREEMPTED, Status
 from .stops import Stop
 from .watch import Watch
@@ -130,7 +130,8 @@ class Trainer:
         self.console.say(where)
         if self.board:
             self.board.text("topology", where, position.step)
-        if advice := self.slices.advice():
+        indexes = (self.slices.samples.index, self.validation.samples.index)
+        for advice in filter(None, (self.slices.advice(), absent_classes(config, *indexes))):
             self.console.say(advice)
         batches = self.batches()
         window = Window()
