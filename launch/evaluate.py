@@ -5,7 +5,9 @@
     torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the -- torchrun takes --run for its own
 
 Writes evaluation.json (the numbers, and the protocol they were measured by) and reconstructions.png into each run
-directory. Each validation image counts exactly once, on any number of ranks. The overrides hold for all the runs.
+directory; with --out FILE only the numbers, into that file: those of one run as evaluation.json has them, of several
+as a list. Each validation image counts exactly once, on any number of ranks. The overrides hold for all the runs. Exit
+code 2: a run cannot be measured, or what was measured cannot be written; the numbers are printed all the same.
 """
 
 import argparse
@@ -33,33 +35,55 @@ def main() -> int:
     parser.add_argument(
         "--iw", type=int, default=64, metavar="K", help="latents drawn for each image; the time grows with it (64)"
     )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, for a run that is read-only")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     # --run takes all that follows it.
     runs = [Path(one) for one in arguments.run if "=" not in one or Path(one).is_dir()]
     overrides = arguments.overrides + [one for one in arguments.run if Path(one) not in runs]
+    results: list[dict[str, Any]] = []
+    wrong: list[str] = []
     try:
         if arguments.iw < 1:
             raise ConfigError(f"--iw {arguments.iw} must be at least 1")
         # All of them are read before hours are spent on the first.
         configs = [trained.read_config(run, overrides) for run in runs]
-        results = [evaluate_run(run, config, arguments.iw) for run, config in zip(runs, configs, strict=True)]
+        for run, config in zip(runs, configs, strict=True):
+            result, picture = evaluate_run(run, config, arguments.iw)
+            results.append(result)
+            wrong += write(run, results, picture, arguments.out)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        wrong.append(str(error))
     finally:
         distributed.finish()
-    if distributed.place().rank == 0:
-        if len(results) == 1:
-            print(tables.listing(results[0]))
+    if distributed.place().rank == 0 and results:
+        print(tables.listing(results[0]) if len(results) == 1 else tables.comparison(results))
+        if not wrong and not arguments.out and len(results) == 1:
             print(f"  picture: {runs[0] / 'reconstructions.png'}")
+        sys.stdout.flush()
+    for one in wrong:
+        print(f"error: {one}", file=sys.stderr)
+    return ConfigError.exit_code if wrong else 0
+
+
+def write(run: Path, results: list[dict[str, Any]], picture: pictures.Picture, out: Path | None) -> list[str]:
+    """On rank 0. results: of the runs so far, the last one being that of `run`. Returns what cannot be written."""
+    if distributed.rank():
+        return []
+    try:
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
         else:
-            print(tables.comparison(results))
-    return 0
+            (run / "evaluation.json").write_text(json.dumps(results[-1], indent=1) + "\n")
+            pictures.save(picture, run / "reconstructions.png")
+    except OSError as error:
+        return [f"{error.filename or run} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
+    return []
 
 
-def evaluate_run(run: Path, config: settings.Config, draws: int) -> dict[str, Any]:
-    """Collective; rank 0 writes the two files. Returns what evaluation.json holds."""
+def evaluate_run(run: Path, config: settings.Config, draws: int) -> tuple[dict[str, Any], pictures.Picture]:
+    """(what evaluation.json holds, the reconstructions). Collective."""
     device = distributed.init()
     model, step = trained.read_model(run, config, device)
     slices = stream.ValidationSlices(config.data)
@@ -91,10 +115,7 @@ def evaluate_run(run: Path, config: settings.Config, draws: int) -> dict[str, An
         "channels": config.data.channels,
         "protocol": PROTOCOL,
     }
-    if distributed.rank() == 0:
-        (run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-        pictures.save(pictures.reconstructions(shown.x, reconstruction), run / "reconstructions.png")
-    return result
+    return result, pictures.reconstructions(shown.x, reconstruction)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from typing import Any
 from vaescale.config import ConfigError
 from vaescale.training import settings
 from vaescale.training.guard import Diverged
+from vaescale.training.lock import held
 from vaescale.training.status import FAILED, PREEMPTED, RUNNING, Status
 from vaescale.training.stops import FILE, TWICE, TWICE_INTERRUPTED
 
@@ -88,6 +89,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if "--take-over" not in command and (who := held(run)):  # some launchers would lose the ranks' code
+        print(f"error: {run} is in use by another training, {who}: let it end, or give another run=…", file=sys.stderr)
+        return ConfigError.exit_code
     prctl = ctypes.CDLL(None).prctl
     prctl(SET_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
     process.hand_over()

@@ -10,8 +10,8 @@
     traverse       one latent changed at a time, the most active first
     swap           the same latents under every class, and under other attributes
 
-Writes sample_MODE.png into the run directory; the same seed gives the same picture. Exit code 2: there is no such run,
-or its model has no such pictures.
+Writes sample_MODE.png into the run directory, or into --out FOLDER; the same seed gives the same picture. Exit code 2:
+there is no such run, its model has no such pictures, or they cannot be written.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> int:
     try:
         check(arguments)
         subject, step = load(arguments)
-        return write(arguments.run, subject, step, arguments.modes, arguments.board)
+        return write(arguments.run, subject, step, arguments.modes, arguments.board, arguments.out or arguments.run)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced, Unable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,7 +78,7 @@ def load(arguments: argparse.Namespace) -> tuple[Subject, int]:
     return subject, step
 
 
-def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bool) -> int:
+def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bool, out: Path) -> int:
     """Without modes: all there are, and for each that there is not a line that says why. Raises Unable otherwise."""
     made: dict[str, pictures.Picture] = {}
     for mode in modes or MODES:
@@ -88,11 +88,17 @@ def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bo
             if modes:
                 raise Unable(f"{run} cannot {mode}: {error}") from None
             print(f"skipped {mode}: {error}")
-    for name, picture in made.items():
-        pictures.save(picture, run / f"sample_{name}.png")
-        print(run / f"sample_{name}.png")
-    if on_board:
-        board.add_pictures(run, made, step)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, picture in made.items():
+            pictures.save(picture, out / f"sample_{name}.png")
+            print(out / f"sample_{name}.png")
+        if on_board:
+            board.add_pictures(run, made, step)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or out} cannot be written ({error.strerror}): make it writable, or give --out FOLDER"
+        ) from None
     if not made:
         raise Unable(f"{run} has no pictures to show: its model can do none of {', '.join(MODES)}")
     return 0
@@ -120,6 +126,7 @@ def parse() -> argparse.Namespace:
         "--temperature", type=float, nargs="+", default=[1.0], help="of the prior that generate draws from (1)"
     )
     parser.add_argument("--images", type=int, nargs="+", metavar="N", help="validation images to begin from, from 0 on")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pictures there, not into the run")
     parser.add_argument("--board", action="store_true", help="show the pictures in TensorBoard, too")
     # Taken out first, or options of several values would swallow them.
     overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]

@@ -8,10 +8,11 @@
 To resume, run the same command. To stop after a save: SIGTERM, SIGUSR1, SIGHUP or SIGINT (^C) to any rank, or
 `touch RUN/STOP`; before the first step there is nothing to save, and these signals end the process at once. A second ^C
 ends it at once, too, and loses what came after the last save. Exit codes: 0 finished; 2 wrong settings, missing data,
-or checkpoints that cannot be read or written; 3 too many steps were skipped, or weights are not finite; 4 a step did
-not end, see RUN/stacks; 75 stopped, run it again; 93 failed at one step time and again, do not requeue; 130 ended at
-once by ^C; 1 anything else. The run directory's run_status.json says the same, and why. Not every launcher returns its
-ranks' code: `python launch/run.py deepspeed launch/train.py …` does.
+a run directory that another training uses, checkpoints or other files of the run that cannot be read or written; 3 too
+many steps were skipped, or weights are not finite; 4 a step did not end, see RUN/stacks; 75 stopped, run it again; 93
+failed at one step time and again, do not requeue; 130 ended at once by ^C; 1 anything else. The run directory's
+run_status.json says the same, and why. Not every launcher returns its ranks' code: `python launch/run.py deepspeed
+launch/train.py …` does.
 """
 
 from vaescale import process
@@ -30,6 +31,7 @@ from vaescale.data import DataError
 from vaescale.training import settings
 from vaescale.training.checkpoint import CheckpointError, Unreadable
 from vaescale.training.guard import Diverged
+from vaescale.training.lock import Lock
 from vaescale.training.status import PREEMPTED_CODE, NoProgress, Status
 
 FORESEEN = (ConfigError, DataError, CheckpointError, Diverged, distributed.Unjoined)
@@ -39,6 +41,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and exit")
+    parser.add_argument(
+        "--take-over", action="store_true", help="the training on another host that holds the run directory is gone"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; the environment tells
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
@@ -61,9 +66,10 @@ def main() -> int:
         if local_rank == 0 and shared.level != preflight.OK:
             print(shared, flush=True)
         status = Status(Path(config.run), distributed.place().rank)
-        with status.recording(lambda: status.read().get("step", 0)):
-            trainer = Trainer(config)
-        return PREEMPTED_CODE if trainer.train() else 0
+        with Lock(Path(config.run), arguments.take_over) as lock:
+            with status.recording(lambda: status.read().get("step", 0)):
+                trainer = Trainer(config, lock)
+            return PREEMPTED_CODE if trainer.train() else 0
     except distributed.Misplaced as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,6 +8,7 @@ too), and what other readers of YAML make of 0x10, 1_000 or 1:30 is refused.
 import difflib
 import os
 import re
+from collections.abc import Container
 from dataclasses import is_dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -21,6 +22,7 @@ from .files import MOST_DEPTH, is_plain, printable
 from .ranges import require
 
 T = TypeVar("T")
+FILE = "config.yaml"  # of a run directory
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -130,8 +132,28 @@ def expanded(key: str, text: str) -> str:
     return text
 
 
+def prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = "") -> list[str]:
+    """Remove the keys that `schema` (a dataclass instance) does not have, and return their names; but not `keep`."""
+    unknown: list[str] = []
+    for name, given in list(raw.items()):
+        key, value = f"{where}{name}", getattr(schema, name, None)
+        if name not in get_type_hints(type(schema)):
+            if key not in keep:
+                unknown.append(key)
+                del raw[name]
+        elif is_dataclass(value) and isinstance(given, dict):
+            unknown += prune(value, given, keep, f"{key}.")
+    return unknown
+
+
 def save(config: Any, path: Path) -> None:
-    path.write_text(to_yaml(config), encoding="utf-8")
+    """All of it or nothing; a file that says so already is left alone. Raises OSError."""
+    data = to_yaml(config).encode()
+    if path.is_file() and path.read_bytes() == data:
+        return
+    partial = path.with_name(f".{path.name}")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def to_yaml(config: Any) -> str:

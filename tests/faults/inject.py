@@ -3,6 +3,7 @@
 A fault is [name, rank, argument …]; see FAULTS.
 """
 
+import json
 import os
 import runpy
 import shutil
@@ -20,7 +21,7 @@ import psutil
 import torch
 import torch._dynamo  # the commands check shapes with it: once for all forks, not 2 s in each
 
-from tests.training.test_checkpoint import flip
+from tests.training.test_checkpoint import flip, forge
 from vaescale import distributed
 from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
 from vaescale.training import stops, trainer
@@ -191,6 +192,16 @@ def touch(out: Path, step: int, file: str) -> None:
     stops.LOOK = 0.0
 
 
+def touch_unseen(out: Path, step: int, file: str) -> None:
+    """A user's `touch FILE` in this step, too late to be looked for again in this process."""
+
+    def act() -> None:
+        Path(file).touch()
+        stops.LOOK = float("inf")
+
+    _at_step(step, act)
+
+
 def hang(out: Path, step: int) -> None:
     """This rank does not come back from this step."""
     _at_step(step, lambda: time.sleep(1000))
@@ -282,6 +293,30 @@ def harm(out: Path, run: str, how: str) -> None:
         latest.unlink()
 
 
+def keep(out: Path, run: str) -> None:
+    """What stands in the run directory before this process, kept."""
+    shutil.copytree(run, out / "kept")
+
+
+def block(out: Path, step: int, path: str) -> None:
+    """From this step on a folder stands where a file should; 0: from now on."""
+
+    def act() -> None:
+        Path(path).unlink(missing_ok=True)
+        Path(path).mkdir()
+
+    _at_step(step, act) if step else act()
+
+
+def rewrite(out: Path, source: str, run: str, changes: dict[str, Any]) -> None:
+    """A copy of another run, whose newest state.json says something else, or nothing (None); the manifest vouches."""
+    shutil.copytree(source, run)
+    newest = max((Path(run) / "checkpoints").glob("step-*"))
+    state = {**json.loads((newest / "state.json").read_text()), **changes}
+    state = {key: value for key, value in state.items() if value is not None}
+    forge(newest, "state.json", (json.dumps(state, indent=1) + "\n").encode())
+
+
 def keep_status(out: Path, run: str) -> None:
     """What the life before has left of run_status.json, status.json."""
     with suppress(FileNotFoundError):
@@ -360,6 +395,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "ask": ask,
     "insist": insist,
     "touch": touch,
+    "touch unseen": touch_unseen,
     "hang": hang,
     "stand": stand,
     "starve": starve,
@@ -367,6 +403,9 @@ FAULTS: dict[str, Callable[..., None]] = {
     "draw slowly": draw_slowly,
     "interrupt": interrupt,
     "harm": harm,
+    "keep": keep,
+    "block": block,
+    "rewrite": rewrite,
     "keep status": keep_status,
     "between": between,
     "kill": kill,

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -105,6 +106,16 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if isinstance(values, dict) and type(step := values.get("step")) is int and step >= 0:
                 numbers = {name: value for name, value in values.items() if type(value) in (int, float, NoneType)}
                 yield line.rstrip() + b"\n", numbers
+
+
+def validated(run: Path, step: int) -> bool:
+    """Whether metrics.jsonl has a validation of this step."""
+    with suppress(OSError):
+        return any(
+            values["step"] == step and any(name.startswith("val/") for name in values)
+            for _, values in read_lines(run / METRICS)
+        )
+    return False
 
 
 def add_pictures(run: Path, pictures: dict[str, Picture], step: int) -> None:

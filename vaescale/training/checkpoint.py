@@ -207,6 +207,8 @@ def agreed(place: Path) -> Found:
             answer = {"path": str(found.path or ""), "remarks": found.remarks}
         except CheckpointError as error:
             answer = {"error": str(error)}
+        except OSError as error:
+            answer = {"error": f"the checkpoints of {place} cannot be read ({error})"}
         answer["print"] = _print(place, answer.get("path", ""))
     answer = distributed.tell(answer)
     if "error" in answer:
@@ -231,9 +233,9 @@ def _at(place: Path) -> Found:
 
 def _print(place: Path, path: str) -> str:
     """By which ranks know that they mean the same checkpoint: the hash of its manifest; of none, whether some exist."""
-    if not path:
-        return str(bool(there(place / "checkpoints")))
     try:
+        if not path:
+            return str(bool(there(place / "checkpoints")))
         return file_hash(Path(path) / MANIFEST)
     except OSError:
         return ""

@@ -23,6 +23,7 @@ from .. import distributed
 from ..data import DataError, decode, stream, workers
 from ..interfaces import Batch
 from .checkpoint import amount, newest
+from .lock import held
 from .settings import Config, micro_batch
 from .trainer import Trainer
 from .writer import Writer
@@ -52,6 +53,7 @@ def alone(config: Config, world: int) -> Iterator[Finding]:
         yield shared_memory(config, world, here)
     yield file_limit(config)
     yield disk(Path(config.run))
+    yield lock(Path(config.run))
     yield index(config)
 
 
@@ -139,6 +141,12 @@ def disk(run: Path) -> Finding:
     if speed < SLOW_DISK:
         return Finding(WARN, what, "raise every.checkpoint if saves last as long as the time between them")
     return Finding(OK, what)
+
+
+def lock(run: Path) -> Finding:
+    if who := held(run):
+        return Finding(WARN, f"{run} is in use by another training, {who}", "let it end, or give another run=…")
+    return Finding(OK, f"no other training uses {run}")
 
 
 def index(config: Config) -> Finding:

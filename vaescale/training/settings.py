@@ -88,7 +88,10 @@ OWNED = {
 
 def load(path: str | Path, overrides: list[str]) -> Config:
     """Raises ConfigError, one sentence, for anything that is not a setting or cannot work."""
-    raw = mechanics.read(path, overrides)
+    return _checked(mechanics.read(path, overrides), path)
+
+
+def _checked(raw: Any, path: str | Path) -> Config:
     kind = mechanics.as_written(raw, "model", "kind")
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
@@ -96,6 +99,16 @@ def load(path: str | Path, overrides: list[str]) -> Config:
     config = mechanics.check(Config(model=schema()), raw, path)
     _require(config)
     return _located(config)
+
+
+def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
+    """(the settings in a run's config.yaml, with overrides; the keys that are left out because this version no longer
+    has them). Keys of later versions have their defaults. Raises ConfigError."""
+    raw = mechanics.read(path, overrides)
+    kind = mechanics.as_written(raw, "model", "kind")
+    given = [override.partition("=")[0] for override in overrides]
+    unknown = mechanics.prune(Config(model=MODELS[kind][0]()), raw, given) if kind in MODELS else []
+    return _checked(raw, path), unknown
 
 
 def build(config: Config) -> Model:

@@ -7,6 +7,7 @@ code stands here too, and launch/run.py returns it.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from typing import Any
 from ..config import ConfigError
 from ..files import read_json
 from ..process import INTERRUPTED_CODE, STOPPED_CODE
+from .lock import InUse
 
 FILE = "run_status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED, NO_PROGRESS = "running", "finished", "preempted", "failed", "no-progress"
@@ -40,12 +42,21 @@ class Status:
         self._earlier = self.read()  # an earlier life's word
 
     def begin(self, step: int) -> None:
-        """On rank 0. What earlier lives failed of is kept until this one comes further."""
+        """On rank 0. Raises OSError. What earlier lives failed of is kept until this one comes further."""
         self._write(RUNNING, "", step, self.read().get("failures", []))
 
     def end(self, status: str, why: str, step: int) -> None:
-        """On rank 0: finished or preempted."""
-        self._write(status, why, step, [])
+        """On rank 0: finished or preempted. All is saved by now, so a status that cannot be written is only said."""
+        found = self.read()
+        try:
+            if [found.get(key) for key in ("status", "code", "why", "step")] == [status, CODES[status], why, step]:
+                os.utime(self.path)  # launch/run.py sees from it that this process has had its word
+            else:
+                self._write(status, why, step, [])
+        except OSError as error:
+            print(
+                f"{self.path} cannot be written ({error.strerror}), and should say {status} at step {step}", flush=True
+            )
 
     def interrupted(self, why: str, step: int) -> None:
         """On the rank that leaves at once, as its user wants: no failure, and no progress since the last save."""
@@ -57,6 +68,8 @@ class Status:
         place of what has ended it there the last times, too."""
         try:
             yield
+        except InUse:
+            raise  # the file is that of the other training
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"
             at, same = step(), False
@@ -81,12 +94,13 @@ class Status:
         return status == NO_PROGRESS
 
     def read(self) -> dict[str, Any]:
-        """{} if there is none, or none that can be read and makes sense."""
+        """{} if there is none, or none that can be read and makes sense. "written": when it was, in ns."""
         try:
             found = read_json(self.path)
+            written = self.path.stat().st_mtime_ns
         except (OSError, ValueError):
             return {}
-        return found if _sound(found) else {}
+        return {**found, "written": written} if _sound(found) else {}
 
     def _write(self, status: str, why: str, step: int, failures: list[dict[str, Any]], code: int = 0) -> None:
         said = {

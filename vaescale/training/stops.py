@@ -70,9 +70,12 @@ class Stop:
         self._asked = self._asked or why
 
     def heeded(self) -> None:
-        """The file has had its effect: the next life shall not stop for it."""
+        """The run has stopped or ended, so the file has had its effect: the next start shall not stop for it."""
         if distributed.rank() == 0:
-            self.file.unlink(missing_ok=True)
+            try:
+                self.file.unlink(missing_ok=True)
+            except OSError as error:
+                print(f"{self.file} cannot be removed ({error.strerror}): the next start will stop for it", flush=True)
 
     def _handle(self, number: int) -> None:
         self.ask(signal.Signals(number).name)
@@ -92,6 +95,12 @@ class Stop:
             self._looked = now
             if time.time() > self.until:
                 self._asked = JOB_ENDS
-            elif distributed.rank() == 0 and self.file.exists():
+            elif distributed.rank() == 0 and self._touched():
                 self._asked = FILE
         return self._asked
+
+    def _touched(self) -> bool:
+        try:
+            return self.file.exists()
+        except OSError:  # the file system may come back
+            return False

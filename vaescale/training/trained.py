@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from .. import distributed
-from ..config import ConfigError
+from ..config import FILE, ConfigError
+from ..files import printable
 from ..interfaces import Model
 from . import checkpoint, settings
 from . import state as states
@@ -14,9 +15,13 @@ from .settings import Config
 
 
 def read_config(run: Path, overrides: list[str]) -> Config:
-    if not (run / "config.yaml").exists():
-        raise ConfigError(f"{run} is no run directory: it has no config.yaml; give the run= of a training as --run")
-    return settings.load(run / "config.yaml", overrides)
+    path = run / FILE
+    if not path.exists():
+        raise ConfigError(f"{run} is no run directory: it has no {FILE}; give the run= of a training as --run")
+    config, unknown = settings.load_saved(path, overrides)
+    if unknown and distributed.place().rank == 0:
+        print(f"{path} has settings that this version does not know: {printable(', '.join(unknown))}", file=sys.stderr)
+    return config
 
 
 def read_model(run: Path, config: Config, device: torch.device) -> tuple[Model, int]:

@@ -24,13 +24,14 @@ from ..evaluation.show import show
 from ..interfaces import Batch, Usage
 from ..models.pca import PCA
 from ..monitoring import alarm, codebook, pictures
-from ..monitoring.board import Board
+from ..monitoring.board import Board, validated
 from ..monitoring.console import Console
-from . import resume, topology
+from . import checkpoint, history, resume, topology
 from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
 from .guard import Diverged, Skip, diagnosis, explained, too_many
 from .learner import Descent, Learner
+from .lock import Lock, on_rank_0
 from .pace import Pace
 from .settings import Config, absent_classes, build, check_classes, check_labels, micro_batch
 from .status import FINISHED, PREEMPTED, Status
@@ -58,13 +59,16 @@ class Window:
 
 
 class Trainer:
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, lock: Lock | None = None) -> None:
+        """lock: of the run directory, to be taken; None where nobody else can know the directory."""
         self.config = config
         self.launcher = process.launcher()
         self.device = distributed.init(config.hang_timeout)
         self.run = Path(config.run)
         self.rank, self.world = distributed.rank(), distributed.world()
         self.micro = micro_batch(config, self.world)
+        if lock:
+            lock.acquire()
         # The data are opened first: of all that can be wrong they are the most likely, and the cheapest to find.
         self.slices = stream.TrainSlices(config.data, config.seed)
         self.validation = stream.ValidationSlices(config.data)
@@ -73,6 +77,9 @@ class Trainer:
         for index in indexes:
             check_labels(config, index)
         check_classes(config, *indexes)
+
+        self.before: history.Values | None = None  # the settings of an earlier process; known to rank 0
+        on_rank_0(self.run, self.compare)
 
         torch.manual_seed(config.seed)
         self.model = build(config).to(self.device)
@@ -85,19 +92,33 @@ class Trainer:
         self.position = resume.resume(config, self.learner, self.ema.model, self.slices)
         self.ema.follow(self.learner.masters())
         self.order = resume.order(config, self.slices)
+        if self.position.owed:  # unless an earlier process has made up for it
+            self.position.owed = not distributed.tell(validated(self.run, self.position.step))
         if isinstance(self.learner, ClosedForm):
             config = self.config = one_epoch(config, samples, self.position.step, self.position.images)
 
         self.console = Console(self.position.step, config.steps, loud=self.rank == 0)
         self.writer = Writer(self.run / "checkpoints", config.keep, config.keep_every, self.console)
         averaged = sum(value.nbytes for value in self.ema.model.state_dict().values())
-        self.writer.check_room(self.learner.size() + averaged, config.steps)
         self.board: Board | None = None
-        if self.rank == 0:
-            self.run.mkdir(parents=True, exist_ok=True)
-            mechanics.save(config, self.run / "config.yaml")
-            self.board = Board(self.run, self.position.step)
-            self.board.text("config", _verbatim(mechanics.to_yaml(config)), self.position.step)
+        self.changes = history.changes(self.before, config)
+        if self.left():
+            self.writer.check_room(self.learner.size() + averaged, config.steps)
+            on_rank_0(self.run, self.open_board)
+
+    def compare(self) -> None:
+        """Raises ConfigError where there are weights that the settings do not fit."""
+        if checkpoint.there(self.run / "checkpoints"):
+            self.before = history.read(self.run)
+            history.check(self.run, history.changes(self.before, self.config))
+
+    def open_board(self) -> None:
+        self.board = Board(self.run, self.position.step)
+        self.board.text("config", _verbatim(mechanics.to_yaml(self.config)), self.position.step)
+
+    def left(self) -> bool:
+        """Whether there is anything to do."""
+        return self.position.step < self.config.steps or self.position.owed
 
     def train(self) -> str:
         """Returns why the run was stopped before its end, one of stops.REASONS; "" if it has finished.
@@ -105,8 +126,8 @@ class Trainer:
         Raises NoProgress in place of what has ended it at the same step the last times, too.
         """
         status, position = Status(self.run, self.rank), self.position
-        if self.rank == 0:
-            status.begin(position.step)
+        if self.left():
+            on_rank_0(self.run, lambda: status.begin(position.step))
         try:
             stop = Stop(self.run, self.config.stop_before)
             timeout = self.config.hang_timeout
@@ -133,12 +154,19 @@ class Trainer:
         indexes = (self.slices.samples.index, self.validation.samples.index)
         for advice in filter(None, (self.slices.advice(), absent_classes(config, *indexes))):
             self.console.say(advice)
+        if self.changes:
+            self.console.say(f"settings that have changed: {history.described(self.changes)}")
+        if not self.left():
+            self.console.say("there is nothing left to do, and all stays as it is; to go on, raise steps")
         batches = self.batches()
         window = Window()
+        first = position.step
         asked = self.validate(stop, watch) if position.owed else ""
         while position.step < config.steps and not asked:
             self.step(batches, window)
             watch.beat(position.step)
+            if position.step == first + 1:
+                on_rank_0(self.run, lambda: history.write(config, first, self.changes))
 
             last = position.step == config.steps
             asked = "" if last else stop.agreed()
@@ -162,8 +190,7 @@ class Trainer:
             window.begun += time.monotonic() - paused  # images/s are those of training
         with watch.doing("the last save"):
             self.writer.settle(wait=True, last=True)
-        if asked:
-            stop.heeded()
+        stop.heeded()
         self.console.close()
         ended = f"stopped for {asked}, run the same command to go on" if asked else "finished"
         self.console.say(f"{ended} at step {position.step}: {self.run}")
@@ -283,13 +310,13 @@ class Trainer:
             values = {f"val/{name}": value for name, value in measured.items()}
             self.console.validation(step, values)
             if self.board:
-                self.board.scalars(values, step)
                 shown = stream.fixed_images(self.validation).to(self.device)
                 for name, picture in show(averaged, shown):
                     self.board.picture(name, picture, step)
                 if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
                     title = "bits/dim that each level of latents costs, coarse to fine"
                     self.board.picture("val/rates", pictures.bars(rates, title), step)
+                self.board.scalars(values, step)  # at last: by its line a later process knows that all is written
         self.position.owed = False
         return ""
 

@@ -7,6 +7,7 @@ A full disk costs one checkpoint, not the run: the one before is untouched, and 
 """
 
 import copy
+import os
 import shutil
 from collections.abc import Container
 from pathlib import Path
@@ -40,10 +41,13 @@ class Writer:
         error = ""
         if distributed.rank() == 0:
             count = self.keep + 1 + (steps // self.keep_every if self.keep_every else 0)
-            held = sum(file.stat().st_size for path in checkpoint.there(self.folder) for file in path.iterdir())
+            held = sum(file.stat().st_size for file in self.folder.glob("step-*/*") if file.is_file())
             parents = [self.folder, *self.folder.absolute().parents]
-            free = shutil.disk_usage(next(path for path in parents if path.exists())).free
-            if free + held < count * size:
+            there = next(path for path in parents if os.path.lexists(path))
+            free = shutil.disk_usage(there).free if there.exists() else 0
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                error = f"checkpoints cannot be saved in {self.folder}, since {there} is no folder that can be written"
+            elif free + held < count * size:
                 error = (
                     f"{count} checkpoints of {amount(size)} (keep={self.keep}, one being written"
                     f"{f', and those of keep_every={self.keep_every}' if self.keep_every else ''}) do not fit into "

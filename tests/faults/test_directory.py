@@ -1,0 +1,271 @@
+"""What a run directory is asked to bear: a second training, the same command once more, other settings, places that
+cannot be written, and what a stop has left. All on the commands that a user types.
+
+Each test stands below the function that gives its jobs; all of them are done at once, by the fixture `borne`.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.test_checkpoints import EVALUATE, Jobs, end, job, names, train
+from tests.integration.conftest import forked
+from tests.integration.test_resume import same_bits
+from vaescale.training.lock import Lock
+
+STEPS = 4
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def borne(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("borne")
+
+    def make(name: str, *given: str, run: str = "", faults: list[list[Any]] | None = None, world: int = 1) -> Any:
+        """A training in folder/RUN, whose output lies in folder/NAME; RUN is NAME unless it is said."""
+        where = folder / "runs" / (run or name)
+        command = train(where, pictures, f"steps={STEPS}", "every.checkpoint=2", *given, world=world)
+        return {**job(folder / name, command, *(faults or []), world=world), "code": None}
+
+    (folder / "runs").mkdir()
+    (folder / "runs" / "file").touch()
+    parts = (again, other_settings, in_use, impossible, stops, ends, states, measured)
+    with Lock(folder / "runs" / "held") as lock:
+        lock.acquire()  # by this process
+        forked(folder, [one for part in parts for one in part(make, folder)])
+    return folder
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def again(make: Make, folder: Path) -> Jobs:
+    keep = ["keep", 0, str(folder / "runs" / "whole")]
+    return [
+        make("whole"),
+        make("same", run="whole", faults=[keep]),
+        make("lowered", "optimizer.lr=1e-4", "steps=3", run="whole", faults=[keep]),
+        make("whole-after", run="whole", faults=[keep]),
+    ]
+
+
+def test_a_finished_run_run_again_is_left_as_it_is(borne: Path) -> None:
+    """Byte for byte, config.yaml too, though settings have changed."""
+    before = files(borne / "same" / "kept")
+    assert "config.yaml" in before
+    for name in ("same", "lowered"):
+        codes, output = end(borne / name)
+        assert codes == [0], output
+        assert "there is nothing left to do" in output
+        assert f"finished at step {STEPS}" in output
+    assert "settings that have changed: steps 4 → 3, optimizer.lr 0.01 → 0.0001" in end(borne / "lowered").output
+    assert "have changed" not in end(borne / "same").output
+    assert files(borne / "whole-after" / "kept") == before
+
+
+def other_settings(make: Make, folder: Path) -> Jobs:
+    return [
+        make("longer-begin", run="longer"),
+        make("longer-size", "data.size=32", run="longer", world=2),
+        make("longer-model", "model.quantizer.codes=32", run="longer"),
+        make("longer-end", "steps=6", "optimizer.lr=1e-3", run="longer"),
+    ]
+
+
+def test_what_the_weights_depend_on_may_not_change(borne: Path) -> None:
+    codes, output = end(borne / "longer-size")
+    assert codes == [2, 2], output
+    assert output.startswith(
+        f"error: rank 0: {borne / 'runs' / 'longer'} has been trained with other settings (data.size 16"
+    )
+    assert output.count("\n") == 1
+    codes, output = end(borne / "longer-model")
+    assert codes == [2], output
+    assert "(model.quantizer.codes 24 → 32), which its weights depend on: set model.quantizer.codes=24 again" in output
+
+
+def test_what_may_change_is_said_and_kept(borne: Path) -> None:
+    run = borne / "runs" / "longer"
+    codes, output = end(borne / "longer-end")
+    assert codes == [0], output
+    assert "resumes at step 4:" in output
+    assert "settings that have changed: steps 4 → 6, optimizer.lr 0.01 → 0.001" in output
+    (line,) = (run / "config_history.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 4, "changes": {"steps": [4, 6], "optimizer.lr": [0.01, 0.001]}}
+    assert "lr: 0.001" in (run / "config.yaml").read_text()
+    state = json.loads((run / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert (state["version"], state["since"]) == (2, {"batch": 12, "step": 0, "images": 0})
+
+
+def in_use(make: Make, folder: Path) -> Jobs:
+    return [make("held", world=2), make("held-over", "--take-over", run="held")]
+
+
+@pytest.mark.parametrize("name", ["held", "held-over"])
+def test_a_second_training_is_refused_on_all_ranks(borne: Path, name: str) -> None:
+    """And leaves no trace in the run directory of the first."""
+    codes, output = end(borne / name)
+    assert codes == [2] * len(codes), output
+    assert f"held is in use by another training, process {os.getpid()} on " in output
+    assert "or give another run=…\n" in output
+    assert output.count("\n") == 1
+    assert names(borne / "runs" / "held") == [".lock"]
+
+
+IMPOSSIBLE = {
+    "file": "cannot be used as the run directory (File exists)",
+    "file/under": "cannot be used as the run directory (Not a directory)",
+    "lock": "lock/.lock: Is a directory",
+    "board": "tensorboard",
+    "metrics": "metrics.jsonl: it is not a regular file",
+    "status": "run_status.json",
+    "checkpoints": "checkpoints cannot be saved in",
+    "nowhere": "checkpoints cannot be saved in",
+}
+
+
+def impossible(make: Make, folder: Path) -> Jobs:
+    runs = folder / "runs"
+    for name, path in (("lock", ".lock"), ("metrics", "metrics.jsonl"), ("status", "run_status.json")):
+        (runs / name / path).mkdir(parents=True)
+    for name, path in (("board", "tensorboard"), ("checkpoints", "checkpoints")):
+        (runs / name).mkdir()
+        (runs / name / path).touch()
+    (runs / "nowhere").mkdir()
+    (runs / "nowhere" / "checkpoints").symlink_to("gone")
+    return [make(f"at-{name.replace('/', '-')}", run=name) for name in IMPOSSIBLE]
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_run_directory_that_cannot_be_used_is_one_sentence(borne: Path, name: str) -> None:
+    codes, output = end(borne / f"at-{name.replace('/', '-')}")
+    assert codes == [2], output
+    assert "Traceback" not in output
+    assert IMPOSSIBLE[name] in output.splitlines()[-1]
+    assert not (borne / "runs" / name / "config.yaml").exists()
+
+
+def stops(make: Make, folder: Path) -> Jobs:
+    stop = str(folder / "runs" / "asked" / "STOP")
+    return [
+        make("asked", faults=[["touch unseen", 0, STEPS, stop]]),
+        make("asked-on", "steps=8", run="asked"),
+        make("cut", faults=[["interrupt", 0, 0]]),
+        make("cut-again", run="cut"),
+        make("cut-third", run="cut", faults=[["keep", 0, str(folder / "runs" / "cut")]]),
+        make("cut-on", "steps=6", run="cut"),
+    ]
+
+
+def test_a_stop_asked_for_in_the_last_step_ends_no_later_run(borne: Path) -> None:
+    for name in ("asked", "asked-on"):
+        codes, output = end(borne / name)
+        assert codes == [0], output
+    assert "finished at step 8" in end(borne / "asked-on").output
+    assert not (borne / "runs" / "asked" / "STOP").exists()
+
+
+def validations(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "val/psnr" in line]
+
+
+def test_a_validation_that_a_stop_has_cut_short_is_made_up_for_once(borne: Path) -> None:
+    codes, output = end(borne / "cut")
+    assert codes == [75], output
+    codes, output = end(borne / "cut-again")
+    assert codes == [0], output
+    assert "validation at step 4:" in output
+    codes, output = end(borne / "cut-third")
+    assert codes == [0], output
+    assert "validation at step" not in output
+    assert "there is nothing left to do" in output
+    assert validations(borne / "cut-third" / "kept") == [4]
+    codes, output = end(borne / "cut-on")
+    assert codes == [0], output
+    assert validations(borne / "runs" / "cut") == [4, 6]
+    state = json.loads((borne / "runs" / "cut" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["owed"] is False
+
+
+def ends(make: Make, folder: Path) -> Jobs:
+    run = folder / "runs"
+    return [
+        make("mute", faults=[["block", 0, STEPS, str(run / "mute" / "run_status.json")]]),
+        make(
+            "mute-stop", faults=[["block", 0, 2, str(run / "mute-stop" / "run_status.json")], ["ask", 0, 2, "SIGTERM"]]
+        ),
+        make("stuck", faults=[["block", 0, STEPS, str(run / "stuck" / "STOP")]]),
+    ]
+
+
+def test_a_status_that_cannot_be_written_at_the_end_fails_no_run(borne: Path) -> None:
+    """All is saved by then. Nor does a STOP that cannot be removed."""
+    codes, output = end(borne / "mute")
+    assert codes == [0], output
+    assert "run_status.json cannot be written (Is a directory), and should say finished at step 4\n" in output
+    same_bits(borne / "runs" / "mute", borne / "runs" / "whole", STEPS)
+    codes, output = end(borne / "mute-stop")
+    assert codes == [75], output
+    assert "should say preempted at step" in output
+    codes, output = end(borne / "stuck")
+    assert codes == [0], output
+    assert "STOP cannot be removed (Is a directory): the next start will stop for it" in output
+
+
+STATES: dict[str, tuple[dict[str, Any], str]] = {
+    "new": ({}, ""),
+    "old": ({"version": None, "since": None, "owed": None}, ""),
+    "negative": ({"step": -4}, "step is -4 instead of a whole number, 0 or more: take another"),
+    "images": ({"images": 47}, "47 images do not belong to step 4"),
+    "elsewhere": ({"step": 3, "images": 36, "optimizer_steps": 3}, "step-00000004 holds the state of step 3"),
+    "moments": ({"optimizer_steps": 0}, "optimizer.safetensors does not fit the model: the model has no "),
+}
+
+
+def states(make: Make, folder: Path) -> Jobs:
+    runs = folder / "runs"
+    return [
+        make(name, "steps=6", faults=[["rewrite", 0, str(runs / "whole"), str(runs / name), changes]])
+        for name, (changes, _) in STATES.items()
+    ]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_an_old_state_goes_on_and_an_odd_one_is_one_sentence(borne: Path, name: str) -> None:
+    _, words = STATES[name]
+    codes, output = end(borne / name)
+    assert codes == [2 if words else 0], output
+    assert "Traceback" not in output
+    if words:
+        assert words in output.splitlines()[-1]
+        return
+    saved, twin = (borne / "runs" / run / "checkpoints" / "step-00000006" for run in (name, "new"))
+    for file in ("model", "ema", "optimizer"):
+        assert (saved / f"{file}.safetensors").read_bytes() == (twin / f"{file}.safetensors").read_bytes()
+
+
+def measured(make: Make, folder: Path) -> Jobs:
+    run, out = folder / "runs" / "whole", folder / "numbers" / "there.json"
+    blocked = str(run / "evaluation.json")
+    measure = [EVALUATE, "--run", str(run), "--iw", "1", "data.workers=0"]
+    jobs = [
+        job(folder / "blocked", measure, ["block", 0, 0, blocked]),
+        job(folder / "out", [*measure, "--out", str(out)]),
+    ]
+    return [{**one, "code": None} for one in jobs]
+
+
+def test_numbers_are_printed_before_they_are_written(borne: Path) -> None:
+    codes, output = end(borne / "blocked")
+    assert codes == [2], output
+    assert "PSNR (dB)" in output
+    assert "evaluation.json cannot be written (Is a directory): make it writable, or give --out FILE" in output
+    codes, output = end(borne / "out")
+    assert codes == [0], output
+    assert json.loads((borne / "numbers" / "there.json").read_text())["step"] == STEPS

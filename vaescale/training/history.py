@@ -1,0 +1,90 @@
+"""Which settings a run was trained with, and how they have changed.
+
+config.yaml holds those of the last step that was taken; config_history.jsonl holds a line for each change, with the
+step after which it took effect: {"step": 8, "changes": {"optimizer.lr": [0.01, 0.001]}}.
+"""
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import config as mechanics
+from ..config import ConfigError
+from ..files import printable
+from . import settings
+from .settings import Config
+
+FILE = "config_history.jsonl"
+FIXED = ("model", "data.size", "data.channels", "data.attributes")  # what the weights mean depends on them
+NAMED = 4  # changed settings in an error
+
+Values = dict[str, Any]
+Changes = dict[str, tuple[Any, Any]]  # setting → (before, now)
+
+
+def read(run: Path) -> Values | None:
+    """The settings in config.yaml, those that it lacks at their defaults; None if there are none that can be read."""
+    path = run / mechanics.FILE
+    if not path.exists():
+        return None
+    try:
+        config, _ = settings.load_saved(path, [])
+    except ConfigError as error:
+        print(f"{path} cannot be compared with today's settings: {error}", flush=True)
+        return None
+    return flat(config)
+
+
+def flat(config: Any, where: str = "") -> Values:
+    """Section.key → value; a list or a free dictionary is one value."""
+    values: Values = {}
+    for key in (field.name for field in fields(config)):
+        value = getattr(config, key)
+        if is_dataclass(value):
+            values |= flat(value, f"{where}{key}.")
+        else:
+            values[f"{where}{key}"] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def changes(before: Values | None, config: Config) -> Changes:
+    """Where the run directory lies is none."""
+    now = flat(config)
+    if before is None:
+        return {}
+    if before["model.kind"] != now["model.kind"]:
+        return {"model.kind": (before["model.kind"], now["model.kind"])}
+    keys = [key for key in now if key != "run"]
+    return {key: (before[key], now[key]) for key in keys if before[key] != now[key]}
+
+
+def check(run: Path, changed: Changes) -> None:
+    """Raises ConfigError if the weights would mean something else."""
+    fixed = {key: pair for key, pair in changed.items() if any(f"{key}.".startswith(f"{part}.") for part in FIXED)}
+    if fixed:
+        names = ", ".join(f"{key}={pair[0]}" for key, pair in list(fixed.items())[:NAMED])
+        more = f" and {len(fixed) - NAMED} more" if len(fixed) > NAMED else ""
+        raise ConfigError(
+            printable(
+                f"{run} has been trained with other settings ({described(fixed)}), which its weights depend on: set "
+                f"{names}{more} again, or give another run=… (with init_from={run} if these weights fit it)"
+            )
+        )
+
+
+def described(changed: Changes) -> str:
+    return ", ".join(f"{key} {_shown(before)} → {_shown(now)}" for key, (before, now) in changed.items())
+
+
+def write(config: Config, step: int, changed: Changes) -> None:
+    """On rank 0, once a step has been taken with these settings; `step`: those before. Raises OSError."""
+    run = Path(config.run)
+    if changed:
+        with (run / FILE).open("a") as file:
+            file.write(json.dumps({"step": step, "changes": changed}) + "\n")
+    mechanics.save(config, run / mechanics.FILE)
+
+
+def _shown(value: Any) -> str:
+    return "''" if value == "" else printable(value, 60)

@@ -1,0 +1,191 @@
+"""One training at a time in a run directory.
+
+Rank 0 holds a lock on RUN/.lock for as long as the run lasts, and writes into the file who it is. The lock is the
+kernel's (fcntl, POSIX): it ends with the process, whatever ends it, and loader workers do not inherit it. What a killed
+training on this host leaves in the file is therefore no hindrance. On a file system that several hosts share a lock
+may reach no further than its host, so a name of another host's process counts until that process has taken it back, or
+a person says that it is gone.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import distributed
+from ..config import ConfigError
+from ..files import parse_json, printable
+
+FILE = ".lock"
+HELD = (errno.EACCES, errno.EAGAIN)
+UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has no locks
+MOST = 4096  # bytes of the file
+FLOCK = "hhqqi"  # struct flock: type, whence, start, length, process
+HOLDER = {"host": str, "boot": str, "pid": int, "job": str, "since": str, "inode": int}
+
+
+class InUse(ConfigError):
+    """Another training holds the run directory; the text says which one, and what to do."""
+
+
+class Lock:
+    """`acquire` takes the lock; leaving the `with` block gives it back."""
+
+    def __init__(self, run: Path, take_over: bool = False) -> None:
+        """take_over: the holder on another host is gone, says a person."""
+        self.run, self.path = run, run / FILE
+        self.take_over = take_over
+        self._descriptor = -1
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            try:
+                os.ftruncate(self._descriptor, 0)
+            except OSError as error:
+                print(f"{self.path} still names this process ({error.strerror}): remove the file", flush=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def acquire(self) -> None:
+        """Make the run directory, and lock it. Collective. Raises InUse, or ConfigError if it cannot be made or
+        written, on all ranks."""
+
+        def take() -> None:
+            self.run.mkdir(parents=True, exist_ok=True)
+            while self._descriptor < 0:
+                self._descriptor = self._taken()
+
+        on_rank_0(self.run, take)
+
+    def _taken(self) -> int:
+        """The file's descriptor; -1 if the file has been exchanged meanwhile. Raises InUse and OSError."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            kept = self._keep(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if not kept:
+            os.close(descriptor)
+            return -1
+        return descriptor
+
+    def _keep(self, descriptor: int) -> bool:
+        held = locks = True
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = False
+        except OSError as error:
+            if error.errno not in HELD + UNKNOWN:
+                raise
+            locks = error.errno in HELD
+        holder = read(descriptor)
+        here = bool(holder) and (holder["boot"] == _boot() or holder["host"] == socket.gethostname())
+        if locks and held:
+            if not here and self.take_over:
+                self.path.unlink()  # whoever holds its lock holds that of no file
+                return False
+            raise InUse(self._refusal(holder, here))
+        if not locks:
+            held = here and Path(f"/proc/{holder['pid']}").exists()
+            print(f"{self.run} is on a file system without locks: start no second training in it", flush=True)
+        requeued = bool(holder) and holder["job"] != "" and holder["job"] == os.environ.get("SLURM_JOB_ID")
+        gone = self.take_over or requeued or (here and not held)
+        if holder and not gone:
+            raise InUse(self._refusal(holder, here))
+        if self.path.stat().st_ino != os.fstat(descriptor).st_ino:
+            return False
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_self(descriptor)).encode() + b"\n", 0)
+        return True
+
+    def _refusal(self, holder: dict[str, Any], here: bool) -> str:
+        who = described(holder)
+        if here or not holder:
+            stop = f"let it end, or stop it with `touch {self.run / 'STOP'}`, or give another run=…"
+            return f"{self.run} is in use by another training, {who}: {stop}"
+        return (
+            f"{self.run} is in use by another training, or was left so by one that was killed, {who}: if that one no "
+            f"longer runs, start again with --take-over, or remove {self.path}"
+        )
+
+
+def held(run: Path) -> str:
+    """Who holds the lock, in words; "" if nobody does. Not for the process that does: it would lose the lock."""
+    try:
+        descriptor = os.open(run / FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        if struct.unpack(FLOCK, answer)[0] == fcntl.F_UNLCK:
+            return ""
+        return described(read(descriptor))
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
+
+
+def read(descriptor: int) -> dict[str, Any]:
+    """Who has written down that it holds the lock on this very file; {} if nobody has. A copy names nobody."""
+    try:
+        found = parse_json(os.pread(descriptor, MOST, 0))
+    except ValueError:
+        return {}
+    sound = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in HOLDER.items())
+    return found if sound and found["inode"] == os.fstat(descriptor).st_ino else {}
+
+
+def described(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "which is only just starting"
+    job = f", SLURM job {holder['job']}" if holder["job"] else ""
+    return printable(f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}", 300)
+
+
+def on_rank_0(run: Path, act: Callable[[], object]) -> None:
+    """Rank 0 does something in the run directory, and all hear how it went. Collective.
+
+    Raises ConfigError on all ranks where it raises that there, InUse likewise, or OSError, which becomes a sentence.
+    """
+    error, used = "", False
+    if distributed.rank() == 0:
+        try:
+            act()
+        except ConfigError as wrong:
+            error, used = str(wrong), isinstance(wrong, InUse)
+        except OSError as wrong:
+            where = f"{wrong.filename}: " if wrong.filename and str(wrong.filename) != str(run) else ""
+            error = (
+                f"{run} cannot be used as the run directory ({where}{wrong.strerror or wrong}): make it writable, make "
+                f"room, or give another run=…"
+            )
+    error, used = distributed.tell([error, used])
+    if error:
+        raise InUse(error) if used else ConfigError(error)
+
+
+def _self(descriptor: int) -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "since": time.strftime("%F %T %Z"),
+        "inode": os.fstat(descriptor).st_ino,
+    }
+
+
+def _boot() -> str:
+    """What tells one running kernel from another: containers on one host share it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
