@@ -79,6 +79,46 @@ def test_a_damaged_line_ends_nothing(tmp_path: Path, damage: str) -> None:
     assert path.read_bytes() == before
 
 
+def test_a_step_has_one_line(tmp_path: Path) -> None:
+    """What is said of it later joins it, in a later process, too; not what would say a thing twice."""
+    board = Board(tmp_path, 0)
+    board.scalars({"train/loss": 1.0}, 1)
+    board.scalars({"val/psnr": 30.0}, 1)
+    board.scalars({"train/loss": 2.0}, 2)
+    board.close()
+    board = Board(tmp_path, 2)
+    board.scalars({"val/psnr": float("nan")}, 2)
+    board.scalars({"val/psnr": 31.0}, 2)
+    board.scalars({"train/loss": 3.0}, 3)
+    board.close()
+    wanted = [
+        {"step": 1, "train/loss": 1.0, "val/psnr": 30.0},
+        {"step": 2, "train/loss": 2.0, "val/psnr": None},
+        {"step": 2, "val/psnr": 31.0},
+        {"step": 3, "train/loss": 3.0},
+    ]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == wanted
+    assert [values for _, values in read_lines(tmp_path / "metrics.jsonl")] == wanted
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread gives up
+def test_what_finds_no_room_in_a_line_leaves_it_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    board = Board(tmp_path, 0)
+    board.scalars({"train/loss": 1.0}, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))
+        board.scalars({"val/a_long_name": 1.0}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "curves have a gap" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    (tmp_path / "metrics.jsonl").unlink()  # by a user
+    board.scalars({"val/psnr": 1.0}, 1)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "val/psnr": 1.0}
+
+
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": "x", "b": [1], "c": true, "d": {}, "e": 2}\n')
     assert [values for _, values in read_lines(tmp_path / "metrics.jsonl")] == [{"step": 1, "e": 2}]

@@ -19,6 +19,7 @@ from ..files import parse_json
 from .pictures import Picture
 
 METRICS = "metrics.jsonl"
+END = b"}\n"  # of a line
 LONGEST = 1 << 20  # bytes of a line
 
 
@@ -32,12 +33,16 @@ class Board:
         self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)  # None: there is no room
         self._lines = run / METRICS
         partial = self._lines.with_suffix(".partial")
+        self._last: dict[str, Any] = {}  # what the last line says
         with partial.open("wb") as file:
-            file.writelines(line for line, values in read_lines(self._lines) if values["step"] <= step)
+            for line, values in read_lines(self._lines):
+                if values["step"] <= step:
+                    file.write(line)
+                    self._last = values
         partial.replace(self._lines)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Names carry their group: "train/loss". One JSONL line a call."""
+        """Names carry their group: "train/loss". One JSONL line a step: what is said of a step later joins its line."""
         # JSON knows no NaN: what is not finite becomes null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
 
@@ -46,7 +51,7 @@ class Board:
                 writer.add_scalar(name, value, step)
             writer.flush()
 
-        self._write(write, json.dumps({"step": step, **finite}) + "\n")
+        self._write(write, {"step": step, **finite})
 
     def picture(self, name: str, picture: Picture, step: int) -> None:
         def write(writer: SummaryWriter) -> None:
@@ -66,10 +71,10 @@ class Board:
     def close(self) -> None:
         self._write(SummaryWriter.close)
 
-    def _write(self, write: Callable[[SummaryWriter], None], line: str = "") -> None:
+    def _write(self, write: Callable[[SummaryWriter], None], line: dict[str, Any] | None = None) -> None:
         try:
             if line:
-                _append(self._lines, line)
+                self._add(line)
                 if not self._writer and shutil.disk_usage(self._folder).free:
                     self._writer = SummaryWriter(self._folder)
             if self._writer:
@@ -79,15 +84,25 @@ class Board:
                 print(f"{self._folder} cannot be written ({error.strerror or error}): curves have a gap", flush=True)
             self._writer = None  # its thread has ended, and what follows half a record in a file is not read
 
-
-def _append(path: Path, line: str) -> None:
-    """All of it or nothing: half a line would spoil the next."""
-    data = line.encode()
-    with path.open("ab", buffering=0) as file:
-        begin = file.tell()
-        if file.write(data) < len(data):
-            file.truncate(begin)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def _add(self, line: dict[str, Any]) -> None:
+        """All of it or nothing: half a line would spoil the next."""
+        joins = self._last.keys() & line.keys() == {"step"} and self._last["step"] == line["step"]
+        file = os.open(self._lines, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            begin = os.lseek(file, 0, os.SEEK_END)
+            joins = joins and begin > len(END) and os.pread(file, len(END), begin - len(END)) == END
+            data = json.dumps(line).encode() + b"\n"
+            if joins:
+                begin -= len(END)
+                rest = json.dumps({name: value for name, value in line.items() if name != "step"})
+                data = f", {rest[1:]}\n".encode()
+            if os.pwrite(file, data, begin) < len(data):
+                os.ftruncate(file, begin)
+                os.pwrite(file, END if joins else b"", begin)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(file)
+        self._last = {**self._last, **line} if joins else line
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
