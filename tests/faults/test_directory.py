@@ -33,7 +33,7 @@ def borne(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     (folder / "runs").mkdir()
     (folder / "runs" / "file").touch()
-    parts = (again, other_settings, in_use, impossible, stops, ends, states, measured)
+    parts = (again, other_settings, others, in_use, impossible, stops, ends, states, measured)
     with Lock(folder / "runs" / "held") as lock:
         lock.acquire()  # by this process
         forked(folder, [one for part in parts for one in part(make, folder)])
@@ -100,6 +100,25 @@ def test_what_may_change_is_said_and_kept(borne: Path) -> None:
     assert "lr: 0.001" in (run / "config.yaml").read_text()
     state = json.loads((run / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert (state["version"], state["since"]) == (2, {"batch": 12, "step": 0, "images": 0})
+
+
+FSQ = [f"model.quantizer.{given}" for given in ("kind=fsq", "codes=60", "levels=[5,4,3]", "project=3")]
+LFQ = [f"model.quantizer.{given}" for given in ("kind=lfq", "codes=16")]
+
+
+def others(make: Make, folder: Path) -> Jobs:
+    return [
+        make(f"{name}-{steps}", *given, f"steps={steps}", run=name)
+        for name, given in (("fsq", FSQ), ("lfq", LFQ))
+        for steps in (2, STEPS)
+    ]
+
+
+@pytest.mark.parametrize("name", ["fsq", "lfq"])
+def test_quantisers_without_a_codebook_go_on(borne: Path, name: str) -> None:
+    codes, output = end(borne / f"{name}-{STEPS}")
+    assert codes == [0], output
+    assert "resumes at step 2:" in output
 
 
 def in_use(make: Make, folder: Path) -> Jobs:
@@ -200,7 +219,7 @@ def ends(make: Make, folder: Path) -> Jobs:
         make(
             "mute-stop", faults=[["block", 0, 2, str(run / "mute-stop" / "run_status.json")], ["ask", 0, 2, "SIGTERM"]]
         ),
-        make("stuck", faults=[["block", 0, STEPS, str(run / "stuck" / "STOP")]]),
+        make("stuck", faults=[[what, 0, STEPS, str(run / "stuck" / "STOP")] for what in ("touch unseen", "block")]),
     ]
 
 

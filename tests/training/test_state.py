@@ -108,6 +108,13 @@ def test_a_position_knows_how_its_images_came(tmp_path: Path) -> None:
     assert json.loads(json.dumps(fresh.since)) == {"batch": 8, "step": 3, "images": 44}
 
 
+def test_buffers_that_older_versions_saved_are_left_out(tmp_path: Path) -> None:
+    """Those of FSQ and LFQ, which the settings give; none of them could go on."""
+    wanted = nn.Linear(3, 1).state_dict()
+    saved = checkpoint.save(tmp_path, 4, {"model": {**wanted, "inner.radix": torch.ones(2)}}, NEW, keep=1)
+    assert checkpoint.read_fitting(saved, "model", wanted).keys() == wanted.keys()
+
+
 SPOILT = {
     "int8": (lambda value: value.to(torch.int8), r"weight is 1×3 \(I8\) instead of 1×3"),
     "complex": (lambda value: value.to(torch.complex64), r"weight is 1×3 \(C64\) instead of 1×3"),

@@ -38,6 +38,7 @@ STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 NAMED = 3  # tensors that do not fit, in an error
 FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # what a checkpoint may hold
 LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # what a killed save may leave
+FORMER = ("levels", "radix")  # buffers that older versions saved, though the settings give them
 DTYPES = {  # as safetensors names them
     torch.float64: "F64",
     torch.float32: "F32",
@@ -270,6 +271,7 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
             given = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
     except (OSError, SafetensorError) as error:
         raise Unreadable(f"{path} cannot be read ({error})") from None
+    given = {key: value for key, value in given.items() if key in wanted or key.rpartition(".")[2] not in FORMER}
     needed = {key: (tuple(value.shape), DTYPES[value.dtype]) for key, value in wanted.items()}
     wrong = [f"it has no {key}" for key in needed if key not in given]
     wrong += [f"the model has no {printable(key, 60)}" for key in given if key not in needed]
@@ -285,7 +287,8 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
         raise CheckpointError(
             f"{whose}: {', '.join(wrong[:NAMED])}{more}; set model and data as they were, or take another run"
         )
-    return read_tensors(checkpoint, name)
+    tensors = read_tensors(checkpoint, name)
+    return {key: tensors[key] for key in wanted}
 
 
 def load_averaged(model: torch.nn.Module, run: Path) -> Found:

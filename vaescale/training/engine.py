@@ -188,14 +188,14 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """Parameters in fp32 and buffers as they are, by name. Collective."""
         full = {name: self._master(p).detach() for name, p in self.parameters.items()}
-        return full | dict(self.model.named_buffers())
+        return full | self._buffers()
 
     def saved(self, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What `weights` and `moments` give after so many steps of the optimiser, but without data."""
         with torch.device("meta"):
             full = {name: torch.empty(p.shape, dtype=torch.float32) for name, p in self.parameters.items()}
         moments = {f"{name}/{key}": p for name, p in full.items() for key in MOMENTS} if steps else {}
-        return full | dict(self.model.named_buffers()), moments
+        return full | self._buffers(), moments
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         self.model.load_state_dict(weights)
@@ -262,6 +262,11 @@ class Engine:
         """None where losses are not scaled."""
         state = self.scaler()
         return state.get("scale", state.get("cur_scale"))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Without those that the settings give, which are not persistent and cannot be loaded."""
+        kept = self.model.state_dict()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter) if self.sharded else parameter
