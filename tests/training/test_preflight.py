@@ -9,8 +9,10 @@ import torch
 
 from tests.integration.conftest import TINY
 from tests.training.test_checkpoint import flip
+from tests.training.test_lock import child
 from vaescale.data.index import Index
 from vaescale.training import preflight, settings
+from vaescale.training.lock import Lock
 from vaescale.training.preflight import FAIL, OK, WARN
 
 
@@ -21,7 +23,7 @@ def config(pictures: Path, tmp_path: Path) -> settings.Config:
 
 def test_what_is_in_order_is_ok(config: settings.Config) -> None:
     found = list(preflight.alone(config, 1))
-    assert [one.level for one in found] == [OK] * 6, found
+    assert [one.level for one in found] == [OK] * 7, found
     assert str(found[0]).startswith("ok: Python 3.")
 
 
@@ -30,6 +32,15 @@ def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.metadata, "version", lambda name: "0.1" if name == "einops" else whole(name))
     found = preflight.versions()
     assert (found.level, found.what) == (FAIL, "einops>=0.8 (installed: 0.1)")
+
+
+def test_a_run_directory_in_use_is_named(tmp_path: Path) -> None:
+    assert preflight.lock(tmp_path / "none").level == OK
+    with child(Lock(tmp_path).acquire) as pid:
+        found = preflight.lock(tmp_path)
+    assert found.level == WARN
+    assert f"in use by another training, process {pid} on" in found.what
+    assert preflight.lock(tmp_path).level == OK
 
 
 def test_more_ranks_than_cores(config: settings.Config) -> None:
@@ -75,7 +86,7 @@ def test_samples_that_cannot_be_read(config: settings.Config, pictures: Path, tm
     found = preflight.index(replace(config, data=replace(config.data, root=str(root))))
     words = {
         "none": "90 training and 11 validation images",
-        "index": "val: samples.npy is not what was written",
+        "index": "val: samples.npy is not the file that was indexed",
         "shard": "val: changed since it was indexed",
         "gone": "there are no shards in",
     }
