@@ -353,6 +353,12 @@ def test_paths_are_those_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             with pytest.raises(ConfigError, match=f"^{key}=.*: write .* out$") as error:
                 given([f"{key}={wrong}"])
             assert "s3cret" not in str(error.value)
+    monkeypatch.delenv("USER")
+    with pytest.raises(ConfigError, match="the variable USER is not set"):
+        given(["run=/scratch/$USER/r"])
+    with pytest.raises(ConfigError) as error:
+        given(["model.kind=\x1b[31m"])
+    assert str(error.value).isprintable()
     assert given(["data.attributes=[~/x, $HOME]"]).data.attributes == ["~/x", "$HOME"]
 
 

@@ -32,9 +32,15 @@ TAGS = (TEXT, "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 
 class ConfigError(ValueError):
-    """The user's settings are wrong; the text is one sentence: what, where, what to do."""
+    """The user's settings are wrong; the text is one sentence: what, where, what to do.
+
+    It may quote files from others: it is made printable here.
+    """
 
     exit_code = 2
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class Plain(str):
@@ -125,6 +131,8 @@ def expanded(key: str, text: str) -> str:
     if "USER" in os.environ:
         text = re.sub(r"\$USER(?!\w)", lambda _: os.environ["USER"], text)
     if other := re.search(r"\$[A-Za-z_]\w*", text):
+        if other[0] == "$USER":
+            raise ConfigError(f"{key}={printable(text)}: the variable USER is not set: write the path out")
         raise ConfigError(
             f"{key}={printable(text)}: {other[0]} is not replaced there, only $USER is, and in front a variable that "
             f"names a folder: write the path out"

@@ -67,6 +67,7 @@ def test_a_hostile_shard(made: Path, field: int, value: object, message: str) ->
     refused(made, message)
 
 
+FILES = ["samples.npy", "attributes.npy"]
 HEAD: list[tuple[str, object, str]] = [
     *(("root", root, "root") for root in (5, None, "", ["."], f"a{ESCAPE}")),
     *(("root", root, "refused|protocols|credentials") for root in ("pipe:touch x", "file:///etc", "http://a:b@c/d")),
@@ -76,7 +77,7 @@ HEAD: list[tuple[str, object, str]] = [
     ("attributes", [f"a{i}" for i in range(257)], "attributes"),
     ("attributes", ["a", "b"], "belong together"),
     ("attributes", [], "hashes"),
-    *(("hashes", hashes, "hash|kind") for hashes in (None, [], {}, "samples.npy", {"samples.npy": HASH})),
+    *(("hashes", hashes, "hash|kind") for hashes in (None, [], {}, "samples.npy", {"samples.npy": HASH}, FILES)),
     ("hashes", {"samples.npy": HASH, "attributes.npy": HASH, "../../etc/passwd": HASH}, "hashes"),
     ("hashes", {"samples.npy": "../x", "attributes.npy": HASH}, "hash"),
     ("hashes", {"samples.npy": HASH, "attributes.npy": HASH}, "samples.npy is not the file that was indexed"),

@@ -265,6 +265,21 @@ def test_latest_is_not_waited_for(tmp_path: Path) -> None:
     assert "cannot be read (it is not a regular file)" in found.remarks[0]
 
 
+@pytest.mark.parametrize("field", ["bytes", "xxh3", "dtype"])
+def test_what_a_checkpoint_says_of_itself_is_made_printable(tmp_path: Path, field: str) -> None:
+    (saved,) = save(tmp_path, 5)
+    if field == "dtype":
+        head = json.dumps({"w": {"dtype": "\x1b[31m", "shape": [2], "data_offsets": [0, 8]}}).encode()
+        forge(saved, "model.safetensors", len(head).to_bytes(8, "little") + head + bytes(8))
+    else:
+        manifest = json.loads((saved / "manifest.json").read_text())
+        manifest["model.safetensors"][field] = "\x1b[31m"
+        (saved / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (wrong,) = verify(saved)
+    assert r"\x1b[31m" in wrong
+    assert wrong.isprintable()
+
+
 @pytest.mark.parametrize(
     "name", ["/dev/zero", "../x.json", "a/b.json", "..", "", ".json", "manifest.json", "x.pt", "\x1b"]
 )

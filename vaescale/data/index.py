@@ -326,7 +326,10 @@ def _check_head(head: dict[str, Any]) -> None:
         _require(plain, f"{names} is no list of printable names")
     attributes = head["attributes"]
     _require(len(set(attributes)) == len(attributes) <= MOST_ATTRIBUTES, "attributes are too many, or one twice")
-    _require(set(head["hashes"]) == files, f"hashes are not of {' and '.join(sorted(files))}")
+    _require(
+        isinstance(head["hashes"], dict) and set(head["hashes"]) == files,
+        f"hashes are not of {' and '.join(sorted(files))}",
+    )
     _require(all(map(_is_hash, head["hashes"].values())), "a hash of a file is not 16 hexadecimal digits")
     _check_shards(*zip(*head["shards"], strict=True))
 

@@ -52,9 +52,15 @@ DTYPES = {  # as safetensors names them
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used or written; the text says which, why and what to do. The same on all ranks."""
+    """A checkpoint cannot be used or written; the text says which, why and what to do. The same on all ranks.
+
+    It may quote a checkpoint from others: it is made printable here.
+    """
 
     exit_code = 2
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class Unreadable(CheckpointError):
@@ -134,7 +140,7 @@ def verify(checkpoint: Path) -> list[str]:
         return [f"{MANIFEST} lists {printable(strange[0], 60)!r}, which is no file of a checkpoint"]
     if STATE not in listed:
         return [f"{MANIFEST} does not list {STATE}"]
-    return [wrong for name, size, digest in files if (wrong := _wrong(checkpoint / name, size, digest))]
+    return [printable(wrong) for name, size, digest in files if (wrong := _wrong(checkpoint / name, size, digest))]
 
 
 def _regular(path: Path) -> Path:
