@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from vaescale.config import ConfigError
+from vaescale.distributed import Unjoined
 from vaescale.training import lock
 from vaescale.training.lock import InUse, Lock, held
+from vaescale.training.status import Status
 
 
 @contextmanager
@@ -214,3 +216,14 @@ def test_a_directory_that_cannot_be_one_is_one_sentence(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(ConfigError, match=re.escape(f"({tmp_path / '.lock'}: Read-only file system)")):
         Lock(tmp_path).acquire()
+
+
+def test_one_that_fails_before_it_has_the_lock_leaves_the_others_status_alone(tmp_path: Path) -> None:
+    """Such as a second start with the first one's port."""
+    Status(tmp_path, 0).begin(7)
+    with child(Lock(tmp_path).acquire), pytest.raises(Unjoined), Status(tmp_path, 1).recording(lambda: 0):
+        raise Unjoined("no port")
+    assert Status(tmp_path, 0).read()["status"] == "running"
+    with pytest.raises(Unjoined), Status(tmp_path, 1).recording(lambda: 0):
+        raise Unjoined("no port")
+    assert Status(tmp_path, 0).read()["status"] == "failed"

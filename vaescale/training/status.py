@@ -14,10 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from ..config import ConfigError
 from ..files import read_json
 from ..process import INTERRUPTED_CODE, STOPPED_CODE
-from .lock import InUse
+from .lock import InUse, held
 
 FILE = "run_status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED, NO_PROGRESS = "running", "finished", "preempted", "failed", "no-progress"
@@ -68,9 +70,10 @@ class Status:
         place of what has ended it there the last times, too."""
         try:
             yield
-        except InUse:
-            raise  # the file is that of the other training
         except BaseException as error:
+            # The file is that of another training. Before the ranks have met none of this one's can hold the lock.
+            if isinstance(error, InUse) or (not dist.is_initialized() and held(self.path.parent)):
+                raise
             said = f"{type(error).__name__}: {error}"
             at, same = step(), False
             with suppress(OSError):  # a full disk, say, shall not hide what it is about
