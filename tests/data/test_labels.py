@@ -100,6 +100,11 @@ WRONG = {
     "no class, by spaces": ("0.jpg cat\n1.jpg\n22.05.jpg cat\nmy photo.jpg cat\n", r"give 1\.jpg no class"),
     "-1": (lines(" ", [-1, 0, 1, 2]), r"give 0\.jpg no class \(-1\).*--unlabelled"),
     "nan": (lines(",", [0, "nan", 1, 2]), r"give 1\.jpg no class \(nan\)"),
+    "None among numbers": (lines(",", [0, "None", 1, 2]), r"give 1\.jpg no class \(None\)"),
+    "an odd delimiter": (
+        "0.jpg|cat\n1.jpg|dog\n22.05.jpg|cat\nmy_photo.jpg|dog\n",
+        r"by none of commas.*\(0\.jpg\|cat\)",
+    ),
     "-2": (lines(",", [0, -2, 1, 2]), "hold -2, which is no class number"),
     "a measure": (lines(",", [0, 1.5, 1, 2]), r"hold 1\.5, which is no class number"),
     "full width": (lines(",", [0, "１２", 1, 2]), "hold １２, which is no class number"),

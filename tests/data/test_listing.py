@@ -128,7 +128,9 @@ def test_links_to_a_folder_above_are_not_followed(tmp_path: Path) -> None:
     source = tree(tmp_path / "d", "a/x.jpg", "b/x.jpg")
     (source / "a" / "loop").symlink_to(source)
     (source / "b" / "self").symlink_to(".")
-    assert keys(listing(source, None, [])) == {"a/x": 0, "b/x": 1}
+    (source / "a" / "to").symlink_to("../b")  # and back again
+    (source / "b" / "to").symlink_to("../a")
+    assert keys(listing(source, None, [])) == {"a/x": 0, "a/to/x": 0, "b/x": 1, "b/to/x": 1}
 
 
 @pytest.mark.parametrize("out", ["d/shards", "d/shards/train", "d/a/shards", "d"])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ HEADINGS = (
 )
 BOXES = "predictionstring"  # of Kaggle's ImageNet: a WordNet id and a box, as often as there are objects
 UNKNOWN = {"", "-1", "-1.0", "nan"}
+NOTHING = {"none", "null", "na", "n/a", "#n/a", "<na>", "-", "?"}  # the same, among numbers; else it may be a class
+FRONT = re.compile(r"[\w./\\-]+")  # of a word, up to what may separate a name from a class
 AMBIGUOUS = -1  # in place of a picture's number
 SAMPLED = 1000  # lines by which a file's delimiter is found
 # Endings that a name in a file of labels may have, whatever the picture's own is.
@@ -42,7 +45,7 @@ def read_labels(path: Path, pictures: Sequence[str], notes: list[str]) -> list[s
     known = _Names(pictures)
     rows, name, label = _table(path, text, known)
     if not rows:
-        return _in_order(path, text, pictures)
+        return _in_order(path, text, pictures, known)
     given: dict[int, str] = {}
     others = 0
     for row in rows:
@@ -238,7 +241,7 @@ def _is_columns(row: Sequence[str]) -> bool:
     return len(words) > 1 and all(map(_is_float, words))
 
 
-def _in_order(path: Path, text: str, pictures: Sequence[str]) -> list[str] | list[int]:
+def _in_order(path: Path, text: str, pictures: Sequence[str], known: "_Names") -> list[str] | list[int]:
     """One word, number or quoted name a line, in the order of the pictures."""
     lines = [fields for row in csv.reader(text.splitlines()) if any(fields := [field.strip() for field in row])]
     quoted = text.lstrip().startswith('"')
@@ -247,6 +250,12 @@ def _in_order(path: Path, text: str, pictures: Sequence[str]) -> list[str] | lis
             f"the labels {path} do not name {clean(pictures[0])} nor any other picture: write lines of `name class`"
         )
     words = [fields[0] for fields in lines]
+    fronts = [found[0] for word in words if (found := FRONT.match(word)) and found[0] != word]
+    if 2 * sum(known.find(front) is not None for front in fronts) > len(words):  # `a.jpg|cat` is no class
+        raise DataError(
+            f"the labels {path} separate names and classes by none of commas, semicolons, tabs and spaces "
+            f"({clean(words[0])}): write lines of `name,class`"
+        )
     if len(words) == len(pictures) + 1 and words[0].lower() in HEADINGS:
         del words[0]
     if len(words) != len(pictures):
@@ -258,8 +267,11 @@ def _in_order(path: Path, text: str, pictures: Sequence[str]) -> list[str] | lis
 
 def _numbers(path: Path, given: list[str], pictures: Sequence[str]) -> list[str] | list[int]:
     """The labels as numbers, if all are. Raises DataError for one that says that the class is unknown."""
+    unknown = UNKNOWN
+    if any(map(_is_label, given)) and all(_is_label(label) or label.lower() in NOTHING for label in given):
+        unknown = UNKNOWN | NOTHING
     for label, picture in zip(given, pictures, strict=True):
-        if label.lower() in UNKNOWN:
+        if label.lower() in unknown:
             raise DataError(
                 f"the labels {path} give {clean(picture)} no class ({clean(label) or 'an empty field'}): leave such "
                 f"pictures out of the source, or prepare all of them with --unlabelled"

@@ -201,9 +201,12 @@ def _holds_shards(folder: Path, out: Path | None) -> bool:
 
 
 def _loops(folder: str, name: str) -> bool:
-    """Whether an entry is a link to a folder above it."""
+    """Whether an entry is a link to a folder above it, or above where a link on the way to it leads."""
     path = Path(folder, name)
-    return path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve())
+    if not path.is_symlink():
+        return False
+    real = path.resolve()
+    return any(one.resolve().is_relative_to(real) for one in (path.parent, *path.parent.parents))
 
 
 def _unreadable(error: OSError) -> None:
