@@ -12,13 +12,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from vaescale import distributed
+from vaescale import distributed, process
 from vaescale.config import ConfigError
 from vaescale.training import postmortem, preflight, settings
 from vaescale.training.preflight import FAIL, OK, Finding
 
 
 def main() -> int:
+    process.forgive_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config")

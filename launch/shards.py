@@ -17,6 +17,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from vaescale import process
 from vaescale.data import DataError, decode, demo, digits, names, places, prepare, shards, stream, tar
 from vaescale.data.order import VERSIONS
 from vaescale.data.parallel import processors
@@ -24,9 +25,12 @@ from vaescale.files import printable
 
 
 def main() -> int:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `order … | head` ends quietly
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parse()
+    if arguments.command == "order":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `order … | head` ends quietly
+    else:
+        process.forgive_output()  # what is made or found is worth more than the words about it
     try:
         return COMMANDS[arguments.command](arguments)
     except DataError as error:

@@ -17,6 +17,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+from vaescale import process
 from vaescale.config import ConfigError
 from vaescale.training import settings
 
@@ -25,6 +26,7 @@ BETWEEN = r",(?![^\[{]*[\]}])"  # the values of a sweep; a comma within a list i
 
 
 def main() -> int:
+    process.forgive_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--nodes", type=int, default=1)

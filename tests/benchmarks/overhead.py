@@ -78,7 +78,7 @@ def stepping(trainer: Trainer) -> Work:
 
 def watching(trainer: Trainer) -> Work:
     stop = Stop(trainer.run, 0.0)
-    watch = Watch(trainer.run, 300.0, 0, stop, Status(trainer.run, 0), 0)
+    watch = Watch(trainer.run, 300.0, 0, stop, Status(trainer.run, 0), 0, lambda: None)
 
     def work() -> None:
         watch.beat(trainer.position.step)

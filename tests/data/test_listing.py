@@ -164,6 +164,7 @@ def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None
     stray = tree(tmp_path / "stray", "a/1.jpg", "b/1.jpg", "logo.jpg")
     same = tree(tmp_path / "same", "a\u00a0b/1.jpg", "a b/1.jpg")
     splits = [(f"d/{split}/a/1.jpg", jpeg(0)) for split in ("train", "val")]
+    capital = tree(tmp_path / "capital", "Training/a/1.jpg", "Testing/a/2.jpg")
     for source, message in (
         (flat, "has no class folders: give .* --labels, or --unlabelled"),
         (packed(flat, tmp_path / "flat.tar"), "has no class folders: give .* --labels, or --unlabelled"),
@@ -174,10 +175,23 @@ def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None
         (tar(tmp_path / "splits.tar", *splits), "holds the splits train, val: extract it"),
         (tar(tmp_path / "twice.tar", ("a/1.jpg", jpeg(0)), ("./a/1.jpg", jpeg(1))), "holds a/1.jpg twice"),
         (same, "would have one name: rename one"),
+        (capital, "holds the splits Testing, Training: prepare one at a time"),
         (tree(tmp_path / "tifs", "a.tif"), "holds no pictures .*, only 1 tif: give"),
     ):
         with pytest.raises(DataError, match=message):
             listing(source, None, [])
+
+
+def test_a_folder_around_the_class_folders_is_said(tmp_path: Path) -> None:
+    """It may be the one class that there is, whose pictures are sorted into folders."""
+    around = listing(tree(tmp_path / "d", "images/a/1.jpg", "images/b/2.jpg"), None, [])
+    assert around.classes == ["images"]
+    assert (
+        f"its pictures lie in 2 folders (a, b): if these are the classes, prepare {tmp_path}/d/images"
+        in around.notes[-1]
+    )
+    for paths in (("a/x/1.jpg", "b/x/2.jpg", "b/y/2.jpg"), ("a/1.jpg", "a/x/2.jpg", "a/y/2.jpg"), ("a/x/1.jpg",)):
+        assert len(listing(tree(tmp_path / paths[0].replace("/", "-"), *paths), None, []).notes) == 1
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -203,7 +217,7 @@ def test_keys_are_distinct_and_printable(tmp_path: Path) -> None:
     }
     assert made.classes == ["St. Bernard", "a", "q"]
     (note,) = made.notes[1:]
-    assert note.startswith("5 keys differ from the file's name")
+    assert note.startswith("5 keys cannot be the file's name")
     assert note.isprintable()
     prepared = prepare(source, tmp_path / "out", None, [], Settings(), 1)
     assert samples(prepared) == keys(made)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,9 @@ def test_workers_do_not_heed_what_is_meant_for_their_rank(pictures: Path) -> Non
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             child.send_signal(number)
     assert same([one.batch, *(two.batch for two in islice(loader, STEPS - 1))], take(pictures))
+
+
+def test_a_thread_may_load(pictures: Path) -> None:
+    """Only the main thread may set handlers of signals."""
+    with ThreadPoolExecutor(1) as pool:
+        assert same(pool.submit(take, pictures, workers=1).result(), take(pictures))

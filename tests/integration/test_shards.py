@@ -169,3 +169,12 @@ def test_a_hostile_tar_from_outside(start: Start, tmp_path: Path) -> None:
     assert f"error: {len(HOSTILE)} of {len(HOSTILE)} shards cannot be indexed: " in output
     assert sorted(path.name for path in tmp_path.rglob("*.json")) == []
     assert not (tmp_path / "k.jpg").exists()
+
+
+def test_output_that_is_full_costs_no_shards(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "d/a").mkdir(parents=True)
+    (tmp_path / "d/a/1.jpg").write_bytes(jpeg(0))
+    words = ["prepare", str(tmp_path / "d"), "--out", str(tmp_path / "out"), "--processes", "1"]
+    full = ["bash", "-c", '"$0" launch/shards.py "$@" > /dev/full 2>&1', sys.executable, *words]
+    assert finish(start(full))[0] == 0
+    assert len(Index(tmp_path / "out")) == 1

@@ -227,3 +227,18 @@ def test_one_that_fails_before_it_has_the_lock_leaves_the_others_status_alone(tm
     with pytest.raises(Unjoined), Status(tmp_path, 1).recording(lambda: 0):
         raise Unjoined("no port")
     assert Status(tmp_path, 0).read()["status"] == "failed"
+
+
+def test_one_that_leaves_at_once_hinders_no_other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a hang, or a second ^C: it names nobody any more, and holds the lock until it is gone."""
+
+    def act() -> None:
+        one = Lock(tmp_path)
+        one.acquire()
+        one.release()
+
+    with child(act), pytest.raises(InUse):
+        Lock(tmp_path).acquire()
+    monkeypatch.setattr(lock, "_boot", lambda: "another kernel")
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    take(tmp_path)

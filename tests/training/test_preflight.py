@@ -11,6 +11,7 @@ from tests.integration.conftest import TINY
 from tests.training.test_checkpoint import flip
 from tests.training.test_lock import child
 from vaescale.data.index import Index
+from vaescale.distributed import Misplaced
 from vaescale.training import preflight, settings
 from vaescale.training.lock import Lock
 from vaescale.training.preflight import FAIL, OK, WARN
@@ -101,3 +102,13 @@ def test_clocks_and_versions_that_differ(config: settings.Config, monkeypatch: p
     monkeypatch.setattr(preflight.distributed, "each", each)
     assert str(preflight.clocks()) == "warn: the ranks' clocks are 7.0 s apart: set them by NTP, or logs do not match"
     assert preflight.agreement(config).what == "rank 2 has other settings than rank 0"
+
+
+def test_the_ranks_of_a_node_are_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert preflight.ranks_here(8) == 4
+    for odd in ("x", "0", "-1", "2.0", "\uff12"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", odd)
+        with pytest.raises(Misplaced, match=r"LOCAL_WORLD_SIZE=.* is not a number of ranks"):
+            preflight.ranks_here(8)

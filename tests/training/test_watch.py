@@ -23,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def watching(run: Path) -> Watch:
-    return Watch(run, 30.0, 0, Stop(run, 0.0), Status(run, 0), 0)
+    return Watch(run, 30.0, 0, Stop(run, 0.0), Status(run, 0), 0, lambda: None)
 
 
 def test_the_timeout_follows_the_longest_gap_of_late(tmp_path: Path, clock: list[float]) -> None:
@@ -145,6 +145,12 @@ def test_a_clock_that_is_set_back_hides_no_stop(
     stop = Stop(tmp_path, 100.0)
     wall[0] = 1e9 - 99
     assert stop.agreed() == "the end of the SLURM job"
+
+
+def test_an_end_that_is_no_time_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for odd in ("soon", "nan", "-1", "", "Unknown", "1_0", "inf"):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", odd)
+        assert Stop(tmp_path, 100.0).until == float("inf")
 
 
 def test_only_what_a_launcher_began_has_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from .names import EXTENSIONS, PICTURES, by_ending, clean, counted, ending, is_h
 from .parallel import progress
 from .tar import files
 
-SPLITS = {"train", "val", "valid", "validation", "test"}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 EXAMPLES = 3  # names in one message
 
 
@@ -79,7 +79,7 @@ def listing(
     if labels:
         given = read_labels(labels, [one.name for _, one in keyed], notes)
     else:
-        given = _class_folders(source, [one.name for _, one in keyed], passed)
+        given = _class_folders(source, [one.name for _, one in keyed], passed, notes)
     names, numbers = class_of(given, classes, str(labels or source))
     pictures = [_picture(key, one, label) for (key, one), label in zip(keyed, numbers, strict=True)]
     return Listing(pictures, names, notes)
@@ -110,13 +110,13 @@ def _keyed(source: Path, found: Sequence[Found], notes: list[str]) -> list[tuple
     if changed:
         more = ", …" if len(changed) > EXAMPLES else ""
         notes.append(
-            f"{len(changed)} keys differ from the file's name, which is taken or holds characters that a key may not "
-            f"have: {', '.join(changed[:EXAMPLES])}{more}"
+            f"{counted(len(changed), 'key')} cannot be the file's name, which is taken or holds characters that no key "
+            f"may have: {', '.join(changed[:EXAMPLES])}{more}"
         )
     return keyed
 
 
-def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str]) -> list[str]:
+def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str], notes: list[str]) -> list[str]:
     """The class of each picture: the first folder of its path. Raises DataError unless each has one."""
     folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
     names = set(folders) - {""}
@@ -133,7 +133,7 @@ def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str]) -> 
             f"beside them ({clean(paths[folders.index('')])}): move what is beside them away, or give --labels or "
             f"--unlabelled"
         )
-    if not source.is_dir() and names <= SPLITS and len(names) > 1:
+    if not source.is_dir() and _are_splits(names) and len(names) > 1:
         raise DataError(
             f"{source} holds the splits {', '.join(sorted(names))}: extract it, and prepare one of them at a time"
         )
@@ -141,6 +141,14 @@ def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str]) -> 
     for name in sorted(names):
         if (other := known.setdefault(clean(name), name)) != name:
             raise DataError(f"the class folders {name!a} and {other!a} of {source} would have one name: rename one")
+    inside = {path.split("/")[1] for path in paths if path.count("/") > 1}
+    if len(names) == 1 and len(inside) > 1 and all(path.count("/") > 1 for path in paths):
+        (name,) = names
+        notes.append(
+            f"there is one class, {clean(name)}, and its pictures lie in {len(inside)} folders "
+            f"({', '.join(map(clean, sorted(inside)[:EXAMPLES]))}{', …' if len(inside) > EXAMPLES else ''}): if these "
+            f"are the classes, prepare {clean(str(source / name))}"
+        )
     return [clean(folder) for folder in folders]
 
 
@@ -155,7 +163,7 @@ def _in_folder(source: Path, out: Path | None, passed: Counter[str]) -> Iterator
             holds.pop(top, None)  # a folder of shards is no class, and neither is a folder of such folders
         folders[:] = [one for one in folders if not is_hidden(one) and one not in shards and not _loops(folder, one)]
         if not inside:
-            if folders and set(folders) <= SPLITS:
+            if folders and _are_splits(folders):
                 raise DataError(f"{source} holds the splits {', '.join(sorted(folders))}: prepare one at a time")
             holds = {one: Counter() for one in folders}
         for name in names:
@@ -175,6 +183,10 @@ def _in_folder(source: Path, out: Path | None, passed: Counter[str]) -> Iterator
             f"{clean(str(source / first))} holds no pictures{others}, and the classes after it would be numbered "
             f"otherwise: fill or remove it"
         )
+
+
+def _are_splits(folders: Iterable[str]) -> bool:
+    return {folder.casefold() for folder in folders} <= SPLITS
 
 
 def _examine(path: Path) -> tuple[str, int]:
@@ -251,7 +263,7 @@ def _unwrapped(source: Path, found: list[Found], flat: bool) -> tuple[list[Found
     if not folders or "" in folders:
         return found, ""
     wrapper = os.path.commonpath(folders)
-    if folders == {wrapper} and not flat and Path(wrapper).name not in SPLITS:
+    if folders == {wrapper} and not flat and not _are_splits([Path(wrapper).name]):
         wrapper = wrapper.rpartition("/")[0]
     if not wrapper:
         return found, ""

@@ -73,7 +73,8 @@ def prepare(
 def sibling_classes(out: Path) -> Path | None:
     """The classes.json of the training shards that stand next to the validation or test shards `out`."""
     path = out.absolute().parent / "train" / "classes.json"
-    return path if out.absolute().name in SPLITS - {"train"} and path.is_file() and shards.read_classes(path) else None
+    held_out = out.absolute().name in SPLITS - {"train", "training"}
+    return path if held_out and path.is_file() and shards.read_classes(path) else None
 
 
 def _say(reports: Iterator[Report]) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from multiprocessing import queues
 from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -69,7 +69,8 @@ class Loader(DataLoader[Any]):
             yield from DataLoader(self.dataset, sampler=self.sampler, batch_size=None, collate_fn=_hand_over)
             return
         finally:
-            signal.signal(signal.SIGCHLD, handler)
+            if handler and current_thread() is main_thread():  # elsewhere torch has set none
+                signal.signal(signal.SIGCHLD, handler)
         _running.add(iterator)
         try:
             for item in iterator:

@@ -108,7 +108,8 @@ def save(
         _write(pointer, f"{final.name}\n".encode())  # as soon as the others: what follows needs no room
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        pointer.unlink(missing_ok=True)
+        with suppress(OSError):  # what has gone wrong is said, not this
+            pointer.unlink(missing_ok=True)
         raise
     if final.exists():  # left by a life that went on from an older one
         _remove(final)

@@ -47,13 +47,18 @@ class Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def release(self) -> None:
+        """Name nobody any more, from any thread. The kernel's lock stays until this process closes the file or ends."""
         if self._descriptor >= 0:
             try:
                 os.ftruncate(self._descriptor, 0)
             except OSError as error:
                 print(f"{self.path} still names this process ({error.strerror}): remove the file", flush=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
 
     def acquire(self) -> None:
         """Make the run directory, and lock it. Collective. Raises InUse, or ConfigError if it cannot be made or

@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import re
 import resource
 import shutil
 import time
@@ -58,8 +59,13 @@ def alone(config: Config, world: int) -> Iterator[Finding]:
 
 
 def ranks_here(world: int) -> int:
-    """Ranks on this node, as torchrun and DeepSpeed's launcher say; else as if there were no other."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    """Ranks on this node, as torchrun and DeepSpeed's launcher say, or `world`. Raises Misplaced."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if given := os.environ.get(name):
+            if not re.fullmatch("[1-9][0-9]{0,8}", given):
+                raise distributed.Misplaced(f"{name}={given!r} is not a number of ranks: unset it")
+            return int(given)
+    return world
 
 
 def together(config: Config) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.decode import CAUSES
 from ..files import printable
 from .checkpoint import STATE, CheckpointError, read_state
 from .guard import PARTS
@@ -33,12 +34,16 @@ def counts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(whole, value.values()))
 
 
+def causes(value: Any) -> bool:
+    return counts(value) and value.keys() <= set(CAUSES)
+
+
 def names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def since(value: Any) -> bool:
-    return value is None or (counts(value) and value.keys() == {"batch", "step", "images"})
+    return value is None or (counts(value) and value.keys() == {"batch", "step", "images"} and value["batch"] > 0)
 
 
 def scaler(value: Any) -> bool:
@@ -66,7 +71,7 @@ KEYS = {
     "step": Key(whole, "a whole number, 0 or more"),
     "images": Key(whole, "a whole number, 0 or more"),
     "since": Key(since, "counts of batch, step and images", None),
-    "damaged": Key(counts, "counts by cause", {}),
+    "damaged": Key(causes, "counts by cause", {}),
     "alarms": Key(names, "a list of names", []),
     "owed": Key(lambda value: isinstance(value, bool), "true or false", False),
     "order": Key(order, "numbers and words by name"),

@@ -8,6 +8,7 @@ the same step. A validation that was cut short is done again by the next life.
 
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -33,8 +34,8 @@ class Stop:
     def __init__(self, run: Path, margin: float) -> None:
         """margin: seconds before the SLURM job's end. Collective."""
         self.file = run / "STOP"
-        ends = os.environ.get("SLURM_JOB_END_TIME")  # seconds since 1970
-        self.until = float(ends) - margin if ends else float("inf")
+        ends = os.environ.get("SLURM_JOB_END_TIME", "")  # seconds since 1970
+        self.until = float(ends) - margin if re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", ends) else math.inf
         self.said = ""  # what was agreed on last
         self.parting: Callable[[], None] = lambda: None  # what is done before a second ^C ends the process
         self._asked = ""

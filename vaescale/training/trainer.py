@@ -6,7 +6,7 @@ run the same command.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,8 +67,10 @@ class Trainer:
         self.run = Path(config.run)
         self.rank, self.world = distributed.rank(), distributed.world()
         self.micro = micro_batch(config, self.world)
+        self.release: Callable[[], None] = lambda: None
         if lock:
             lock.acquire()
+            self.release = lock.release
         # The data are opened first: of all that can be wrong they are the most likely, and the cheapest to find.
         self.slices = stream.TrainSlices(config.data, config.seed)
         self.validation = stream.ValidationSlices(config.data)
@@ -134,7 +136,7 @@ class Trainer:
             with (
                 status.recording(lambda: position.step),
                 stop,
-                Watch(self.run, timeout, self.launcher, stop, status, position.step) as watch,
+                Watch(self.run, timeout, self.launcher, stop, status, position.step, self.release) as watch,
             ):
                 why = self.loop(stop, watch)
         finally:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,12 +35,22 @@ class Watch:
     """While it is entered, it watches. `beat` after each step; what is not a step is done within `doing`, by all ranks:
     each has the same time for it, and waits within it for the one that takes longest."""
 
-    def __init__(self, run: Path, timeout: float, launcher: int, stop: Stop, status: Status, step: int) -> None:
-        """timeout: seconds without a step that are a hang at the least; 0: none is. step: so many have been taken."""
+    def __init__(
+        self,
+        run: Path,
+        timeout: float,
+        launcher: int,
+        stop: Stop,
+        status: Status,
+        step: int,
+        release: Callable[[], None],
+    ) -> None:
+        """timeout: seconds without a step that are a hang at the least; 0: none is. step: so many have been taken.
+        release: gives the run directory back before this process ends at once."""
         self.folder = run / FOLDER
         self.timeout = timeout
         self.launcher = launcher
-        self.stop, self.status = stop, status
+        self.stop, self.status, self.release = stop, status, release
         self.rank, self.world = distributed.rank(), distributed.world()
         self.step = step
         self._what = "the first step"
@@ -55,13 +65,17 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)  # an earlier life's
-        self.stop.parting = lambda: self.status.interrupted(TWICE_INTERRUPTED, self.step)
+        self.stop.parting = self._part
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+
+    def _part(self) -> None:
+        self.status.interrupted(TWICE_INTERRUPTED, self.step)
+        self.release()
 
     def beat(self, step: int) -> None:
         """So many steps have been taken."""
@@ -129,6 +143,7 @@ class Watch:
             process.say(f"error: {head}; all stacks are in {self.folder}")
             time.sleep(LINGER)
             self._name_missing()
+            self.release()
         finally:
             os._exit(code)
 
