@@ -70,8 +70,24 @@ class Listener:
             self._tick()
 
 
-# A forked process would write what it hears into its parent's pipe.
-os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+_masks: list[set[int | signal.Signals]] = []  # of the thread that forks
+
+
+def _before_fork() -> None:
+    _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
+
+
+def _forked() -> None:
+    """What the child hears, it would otherwise write into its parent's pipe."""
+    signal.set_wakeup_fd(-1)
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forked)
 
 
 class _Start:
