@@ -1,5 +1,6 @@
 """The blocks that the models share, and the networks between images and vectors."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,6 +121,16 @@ def beside(features: Tensor, condition: Tensor | None) -> Tensor:
     if condition is None:
         return features
     return torch.cat([features, condition.to(features.dtype)], dim=1)
+
+
+def he_(net: nn.Module, last: bool) -> None:
+    """Draw the linear layers of a net with variance 2 / fan-in (He et al. 2015, "Delving deep into rectifiers",
+    equation 10), so that a signal keeps its size through a ReLU; by torch's default it shrinks 2.4 times a layer.
+    last: the last of them, too, since a ReLU follows it."""
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
+    for layer in layers if last else layers[:-1]:
+        nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
+        nn.init.zeros_(layer.bias)
 
 
 def least_size(shape: Shape, halvings: int) -> int:
