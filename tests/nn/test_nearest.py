@@ -33,10 +33,10 @@ FAR = {
 
 @pytest.mark.parametrize("far", FAR)
 @pytest.mark.parametrize("codes", [1, 2, 512, 5000])
-@pytest.mark.parametrize("dead", [0.0, 0.3])
+@pytest.mark.parametrize("dead", [0.0, 0.3, 0.9])
 def test_rows_and_codes_far_from_the_origin_keep_their_nearest(far: str, codes: int, dead: float) -> None:
-    """A thousand times their spread, where ‖e‖² and z·e round by as much as distances differ; dead codes are left at
-    the origin, where training began."""
+    """A thousand times their spread, where ‖e‖² and z·e round by as much as distances differ; dead codes are left where
+    training began."""
     generator = torch.Generator().manual_seed(codes)
     z, codebook = torch.randn(700, 8, generator=generator), torch.randn(codes, 8, generator=generator)
     offset = FAR[far]
@@ -48,9 +48,19 @@ def test_rows_and_codes_far_from_the_origin_keep_their_nearest(far: str, codes: 
     assert (found == exact.argmin(1)).float().mean() > 0.995
 
 
+def test_most_codes_far_away_do_not_blur_the_others() -> None:
+    """Dead ones, and all of a codebook that was never placed."""
+    generator = torch.Generator().manual_seed(0)
+    z, codebook = torch.randn(700, 8, generator=generator), torch.randn(500, 8, generator=generator)
+    codebook[50:] += 1000.0
+    for rows, codes in ((z, codebook), (z + 1000, torch.rand(500, 8, generator=generator) / 500)):
+        exact = torch.cdist(rows.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        assert (nearest(rows, codes) == exact.argmin(1)).float().mean() > 0.995
+
+
 def test_a_codebook_around_the_origin_is_not_moved() -> None:
-    assert not centre(torch.randn(512, 64)).any()
-    assert torch.equal(centre(torch.full((3, 2), 7.3)), torch.full((2,), 7.3))
+    assert not centre(torch.randn(900, 64), torch.randn(512, 64)).any()
+    assert torch.equal(centre(torch.randn(9, 2), torch.full((3, 2), 70.3)), torch.full((2,), 70.3))
 
 
 @pytest.mark.parametrize("codes", [5, 100, 2 * module.COLUMNS + 7])

@@ -28,7 +28,9 @@ def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, 
     of the N rows given, one rank's micro-batch, as in the published code. Extra memory: four tiles of 4 MiB,
     4 N + 2 K numbers and the centred copies of both, beside the gradients.
     """
-    c = centre(codebook.detach())  # distances stay as they are, and their rounding gets smaller far from the origin
+    c = centre(
+        z.detach(), codebook.detach()
+    )  # distances stay as they are, and their rounding gets smaller far from the origin
     sure, varied = _Entropies.apply(z - c, codebook - c, temperature)
     return sure, varied
 

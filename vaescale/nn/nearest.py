@@ -11,7 +11,7 @@ from torch import Tensor
 TILE = 2**20  # numbers at a time: 4 MiB, which a CPU's cache holds between the product and the minimum
 COLUMNS = 4096  # codes at a time at most; fewer leave room for more rows
 BLOCK = 64  # codes whose minimum is taken without its place
-SAMPLED = 32  # codes whose median is the centre: their sort is a small part of a search
+SAMPLED = 32  # rows whose median is taken: their sort is a small part of a search
 TRITON = find_spec("triton") is not None  # CUDA builds of torch bring it along
 
 
@@ -22,11 +22,13 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     z: fp32 [N, D], codebook: fp32 [K, D] → int64 [N]; ties go to the lowest index, and a row that is not finite gets
     some code. Minimises ‖e − c‖²/2 − (z − c)·(e − c), which orders the codes as ‖z − e‖² does for any c, in fp32
     whatever precision is allowed for other products. `centre` chooses c: far from the origin the products would round
-    away the differences between codes. Extra memory: 12 MiB, N numbers and 4096 codes, whatever N·K. On CUDA with
-    Triton one kernel does it all, with K numbers more.
+    away the differences between codes. Extra memory: 12 MiB, N + K numbers and 4096 codes, whatever N·K. On CUDA with
+    Triton one kernel does it all.
     """
+    if not len(z):
+        return torch.empty(0, dtype=torch.int64, device=z.device)
     with exact(z.device):
-        c = centre(codebook)
+        c = centre(z, codebook)
         if z.is_cuda and TRITON:
             from .nearest_triton import search  # Triton's import takes a second and is needed nowhere else
 
@@ -35,16 +37,18 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
         return _tiled(z, codebook, c)
 
 
-def centre(codebook: Tensor) -> Tensor:
-    """[K, D] → c [D]: in each channel a median of up to SAMPLED codes; 0 where it is not far from 0 for their spread.
+def centre(z: Tensor, codebook: Tensor) -> Tensor:
+    """[N, D], [K, D] → c [D]: the code nearest to the median of some rows; 0 in channels where that is not far from 0
+    for the rows' spread.
 
-    It depends on the codes alone, so that a row's code does not depend on the other rows. It is the value of a code, so
-    that whole numbers stay exact. And it is a median, since some dead codes far away must not move it.
+    Near the rows, since their codes are to be told apart, and a code, since others may be far away: most of them where
+    they are dead, all of them at the beginning. As the value of a code it also keeps whole numbers exact.
     """
-    some = codebook[:: -(-len(codebook) // SAMPLED)].sort(0).values
+    some = z[:: -(-len(z) // SAMPLED)].sort(0).values
     low, middle, high = (some[len(some) * quarter // 4] for quarter in (1, 2, 3))
-    spread = torch.minimum(middle - low, high - middle)
-    return torch.where(middle.abs() > 4 * spread, middle, 0.0)
+    squares = torch.cat([(part - middle).square().sum(1) for part in codebook.split(COLUMNS)])
+    c = codebook.index_select(0, squares.argmin(keepdim=True)).squeeze(0)
+    return torch.where(c.abs() > 16 * torch.minimum(middle - low, high - middle), c, 0.0)
 
 
 def _tiled(z: Tensor, codebook: Tensor, c: Tensor) -> Tensor:
