@@ -174,7 +174,7 @@ def test_a_run_comes_back_from_ninety_percent_dead_codes(
     """A real run of which 36 of 40 codes are lost after its first step: within 200 steps more than 95 % are used in a
     window of 20 steps. Without resets less than 20 % ever are."""
     changes = ["steps=200", "every.report=20", "every.validate=200", "every.checkpoint=200"]
-    changes += ["model.quantizer.codes=40", "model.quantizer.dead_after=10"]
+    changes += ["model.quantizer.codes=40", "model.quantizer.dead_after=20"]
     jobs = {}
     for count, learning, every in [
         (1, "ema", 10),
