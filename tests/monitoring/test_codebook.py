@@ -142,7 +142,7 @@ def test_of_many_codes_evenly_spread_ones_are_shown() -> None:
     [
         Config(codes=20, dim=6, depth=2),
         Config(codes=20, dim=6, groups=2),
-        Config(kind="fsq", codes=30, dim=6, levels=[5, 3, 2], project=3),
+        Config(kind="fsq", codes=60, dim=6, levels=[5, 4, 3], project=3),
         Config(kind="lfq", codes=64, dim=6),
     ],
     ids=str,
