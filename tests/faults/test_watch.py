@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import ROOT, Start, finish, free_port
 from tests.faults.test_checkpoints import end, job, names, train
 from tests.faults.test_stops import status
-from tests.integration.conftest import forked
+from tests.integration.conftest import TINY, forked
 from vaescale.training import postmortem
 from vaescale.training.checkpoint import verify
 from vaescale.training.status import HUNG_CODE
@@ -282,7 +282,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
 run = Path(sys.argv[3].removeprefix("run="))
 run.mkdir()
-if sys.argv[4] == "begun":
+if sys.argv[-1] == "begun":
     Status(run, 0).begin(3)
 print(subprocess.Popen(["sleep", "1000"], start_new_session=True).pid, flush=True)
 time.sleep(1000)
@@ -292,10 +292,9 @@ time.sleep(1000)
 @pytest.mark.parametrize("how", ["begun", "starting"])
 def test_the_wrapper_ends_all_at_once_at_the_second_interrupt(tmp_path: Path, start: Start, how: str) -> None:
     """At the first one, if training has not begun."""
-    script, run, config = (tmp_path / name for name in ("train.py", "run", "config.yaml"))
+    script, run = tmp_path / "train.py", tmp_path / "run"
     script.write_text(STUBBORN)
-    config.write_text("run: none\n")
-    command = [*RUN, sys.executable, str(script), "--config", str(config), f"run={run}", how]
+    command = [*RUN, sys.executable, str(script), "--config", str(TINY), f"run={run}", "data.root=none", how]
     process = start(command, PYTHONPATH=str(ROOT))
     assert process.stdout is not None
     pid = int(process.stdout.readline())
