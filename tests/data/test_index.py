@@ -218,8 +218,8 @@ print(json.dumps([len(index), opened, memory() - before]))
 
 
 def test_a_hundred_million_samples_open_at_once(tmp_path: Path, start: Start) -> None:
-    """In a process of its own, under 200 MB with a batch of 4096 located at g = 10⁹. It takes 0.7 s of CPU, 1.3 on a busy
-    machine; reading all the records would take 4."""
+    """In a process of its own, under 200 MB with a batch of 4096 located at g = 10⁹. It takes 0.7 s of CPU, 1.3 on a
+    busy machine; reading all the records would take 4."""
     count, per_shard = 100_000_000, 1000
     rows = [[f"{i:06d}.tar", per_shard, 10_000_000, "0123456789abcdef"] for i in range(count // per_shard)]
     head = {"format": index.FORMAT, "root": ".", "classes": [], "attributes": [], "hashes": {"samples.npy": "0" * 16}}
