@@ -53,6 +53,16 @@ def test_parameters_are_the_published_ones(name: str, published: int) -> None:
     assert millions == pytest.approx(published, rel=0.02)
 
 
+def test_a_scaled_input_is_what_a_larger_first_convolution_gives() -> None:
+    one, four, seen = model(), model(scale=4.0), batch()
+    with torch.no_grad():
+        one.net.encoder.first.weight.mul_(4)
+    for found, expected in zip(four.encode(seen), one.encode(seen), strict=True):
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(settings.ConfigError, match=r"model\.scale=0"):
+        settings.load(ROOT / "configs" / "hvae_photos32.yaml", ["model.scale=0"])
+
+
 def test_it_begins_where_prior_and_posterior_are_near() -> None:
     """Each prior N(0, I), and h as it was but for what z adds."""
     vae, seen = model().eval(), batch()
