@@ -82,7 +82,7 @@ def test_training_is_that_of_one_process_on_the_joined_batch(trained: Path, case
     curve, expected = losses(trained / case.name / "run"), losses(trained / alone.name / "run")
     assert curve == pytest.approx(expected, rel={"fp32": 1e-5, "bf16": 1e-2, "fp16": 5e-2}[case.precision])
     assert np.mean(curve) == pytest.approx(np.mean(expected), rel=1e-2)
-    assert curve[-1] < curve[0] - 0.1
+    assert np.mean(curve[-3:]) < np.mean(curve[:3]) - 0.1  # the images of one step move its loss by 0.05
     rates = load_file(trained / alone.name / "rank-0.safetensors")["rates"]
     for rank in range(case.world):
         found = load_file(trained / case.name / f"rank-{rank}.safetensors")["rates"]
@@ -94,8 +94,9 @@ def test_training_is_that_of_one_process_on_the_joined_batch(trained: Path, case
 def test_free_bits_and_warm_up_were_at_work(trained: Path) -> None:
     """Else the test above would compare nothing of them."""
     rates = load_file(trained / Case(1).name / "rank-0.safetensors")["rates"]
-    assert (rates < 0.01).any()
-    assert (rates > 0.01).any()
+    free = 0.003  # tiny_vae.yaml
+    assert (rates < free).any()
+    assert (rates > free).any()
 
 
 def test_the_attributes_were_at_work(trained: Path) -> None:
