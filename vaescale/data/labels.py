@@ -5,7 +5,7 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,7 +238,7 @@ def _by_spaces(line: str, known: _Names) -> list[str]:
 def _is_columns(row: Sequence[str]) -> bool:
     """Whether a line by spaces holds several numbers after the name, which is no class."""
     words = row[1].split()
-    return len(words) > 1 and all(map(_is_float, words))
+    return len(words) > 1 and all(_reads(float, word) for word in words)
 
 
 def _in_order(path: Path, text: str, pictures: Sequence[str], known: "_Names") -> list[str] | list[int]:
@@ -268,7 +268,8 @@ def _in_order(path: Path, text: str, pictures: Sequence[str], known: "_Names") -
 def _numbers(path: Path, given: list[str], pictures: Sequence[str]) -> list[str] | list[int]:
     """The labels as numbers, if all are. Raises DataError for one that says that the class is unknown."""
     unknown = UNKNOWN
-    if any(map(_is_label, given)) and all(_is_label(label) or label.lower() in NOTHING for label in given):
+    numbers = [_reads(label_of, label) for label in given]
+    if any(numbers) and all(number or label.lower() in NOTHING for number, label in zip(numbers, given, strict=True)):
         unknown = UNKNOWN | NOTHING
     for label, picture in zip(given, pictures, strict=True):
         if label.lower() in unknown:
@@ -279,23 +280,16 @@ def _numbers(path: Path, given: list[str], pictures: Sequence[str]) -> list[str]
     try:
         return [label_of(label) for label in given]
     except ValueError:
-        if all(map(_is_float, given)):
-            odd = next(label for label in given if not _is_label(label))
+        if all(_reads(float, label) for label in given):
+            odd = next(label for label in given if not _reads(label_of, label))
             raise DataError(f"the labels {path} hold {clean(odd)}, which is no class number") from None
         return [clean(label) for label in given]
 
 
-def _is_label(text: str) -> bool:
+def _reads(kind: Callable[[str], object], text: str) -> bool:
+    """Whether `kind` takes this text: `float` or `label_of`."""
     try:
-        label_of(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
+        kind(text)
     except ValueError:
         return False
     return True
