@@ -74,11 +74,11 @@ class Trainer:
         # The data are opened first: of all that can be wrong they are the most likely, and the cheapest to find.
         self.slices = stream.TrainSlices(config.data, config.seed)
         self.validation = stream.ValidationSlices(config.data)
-        indexes = (self.slices.samples.index, self.validation.samples.index)
-        check_indexes(*indexes)
-        for index in indexes:
+        self.indexes = (self.slices.samples.index, self.validation.samples.index)
+        check_indexes(*self.indexes)
+        for index in self.indexes:
             check_labels(config, index)
-        check_classes(config, *indexes)
+        check_classes(config, *self.indexes)
 
         self.before: history.Values | None = None  # the settings of an earlier process; known to rank 0
         on_rank_0(self.run, self.compare)
@@ -153,8 +153,7 @@ class Trainer:
         self.console.say(where)
         if self.board:
             self.board.text("topology", where, position.step)
-        indexes = (self.slices.samples.index, self.validation.samples.index)
-        for advice in filter(None, (self.slices.advice(), absent_classes(config, *indexes))):
+        for advice in filter(None, (self.slices.advice(), absent_classes(config, *self.indexes))):
             self.console.say(advice)
         if self.changes:
             self.console.say(f"settings that have changed: {history.described(self.changes)}")
