@@ -218,8 +218,11 @@ def test_a_directory_that_cannot_be_one_is_one_sentence(tmp_path: Path, monkeypa
         Lock(tmp_path).acquire()
 
 
-def test_one_that_fails_before_it_has_the_lock_leaves_the_others_status_alone(tmp_path: Path) -> None:
+def test_one_that_fails_before_it_has_the_lock_leaves_the_others_status_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such as a second start with the first one's port."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # other tests of this process have joined
     Status(tmp_path, 0).begin(7)
     with child(Lock(tmp_path).acquire), pytest.raises(Unjoined), Status(tmp_path, 1).recording(lambda: 0):
         raise Unjoined("no port")
