@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from vaescale import distributed, process
+from vaescale import distributed, process, settings
+from vaescale.advice import postmortem, preflight
+from vaescale.advice.preflight import FAIL, OK, Finding
 from vaescale.config import ConfigError
-from vaescale.training import postmortem, preflight, settings
-from vaescale.training.preflight import FAIL, OK, Finding
 
 
 def main() -> int:

@@ -16,14 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vaescale import distributed, process
+from vaescale import distributed, process, settings, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
 from vaescale.evaluation.evaluate import PROTOCOL, evaluate, reconstruct
+from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import codebook, pictures
-from vaescale.training import settings, trained
-from vaescale.training.checkpoint import CheckpointError
 
 BATCH = 32  # images at a time on one rank
 

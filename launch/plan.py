@@ -5,15 +5,15 @@
 
 --step-time: seconds of a step on one accelerator with its share of the batch (batch=SHARE; perf/seconds_per_step,
 where data/wait_share is small). --inside, --between: GB/s, as nccl-tests' busbw tells them, or the first lines of a
-training. The formulas stand in vaescale/training/plan.py.
+training. The formulas stand in vaescale/advice/plan.py.
 """
 
 import argparse
 import sys
 
+from vaescale import settings
+from vaescale.advice.plan import Cluster, plan
 from vaescale.config import ConfigError
-from vaescale.training import settings
-from vaescale.training.plan import Cluster, plan
 
 
 def main() -> int:

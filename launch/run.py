@@ -34,12 +34,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vaescale import settings
 from vaescale.config import ConfigError
-from vaescale.training import settings
-from vaescale.training.guard import Diverged
-from vaescale.training.lock import held
-from vaescale.training.status import FAILED, PREEMPTED, RUNNING, Status
-from vaescale.training.stops import FILE, TWICE, TWICE_INTERRUPTED
+from vaescale.lifecycle.lock import held
+from vaescale.lifecycle.status import FAILED, PREEMPTED, RUNNING, Diverged, Status
+from vaescale.lifecycle.stops import FILE, TWICE, TWICE_INTERRUPTED
 
 PATIENCE = 120.0  # seconds in which ranks whose launcher has ended must have saved and left
 AT_ONCE = 2.0  # seconds in which a launcher may end its ranks on other hosts, before all on this one are killed

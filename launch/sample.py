@@ -21,14 +21,13 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from vaescale import distributed, process
+from vaescale import distributed, process, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation.sample import MODES, Subject, Unable
 from vaescale.interfaces import Batch
+from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import board, pictures
-from vaescale.training import trained
-from vaescale.training.checkpoint import CheckpointError
 
 BATCH = 32
 SEEN = 32  # batches from which the spread of the latents is measured

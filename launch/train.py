@@ -25,14 +25,12 @@ import sys
 import traceback
 from pathlib import Path
 
-from vaescale import distributed
+from vaescale import distributed, settings
 from vaescale.config import ConfigError
 from vaescale.data import DataError
-from vaescale.training import settings
-from vaescale.training.checkpoint import CheckpointError, Unreadable
-from vaescale.training.guard import Diverged
-from vaescale.training.lock import Lock
-from vaescale.training.status import PREEMPTED_CODE, NoProgress, Status
+from vaescale.lifecycle.checkpoint import CheckpointError, Unreadable
+from vaescale.lifecycle.lock import Lock
+from vaescale.lifecycle.status import PREEMPTED_CODE, Diverged, NoProgress, Status
 
 FORESEEN = (ConfigError, DataError, CheckpointError, Diverged, distributed.Unjoined)
 
@@ -53,12 +51,12 @@ def main() -> int:
         settings.check(config, world)
         # Imported only now, so that a typo is answered before DeepSpeed's import or a process group cost time.
         if arguments.dry_run:
-            from vaescale.training.dry_run import describe
+            from vaescale.advice.dry_run import describe
 
             if distributed.place().rank == 0:
                 print(describe(config, distributed.place().world))
             return 0
-        from vaescale.training import preflight
+        from vaescale.advice import preflight
         from vaescale.training.trainer import Trainer
 
         _, local_rank, world = distributed.place()

@@ -6,11 +6,11 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from vaescale import settings
 from vaescale.config import ConfigError, to_yaml
 from vaescale.data import DataError, stream
 from vaescale.models import MODELS
 from vaescale.ranges import KEY, Range, require
-from vaescale.training import settings
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

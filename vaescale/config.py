@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .files import MOST_DEPTH, is_plain, printable
+from .files import MOST_DEPTH, atomically, is_plain, printable
 from .ranges import require
 
 T = TypeVar("T")
@@ -159,9 +159,8 @@ def save(config: Any, path: Path) -> None:
     data = to_yaml(config).encode()
     if path.is_file() and path.read_bytes() == data:
         return
-    partial = path.with_name(f".{path.name}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with atomically(path) as partial:
+        partial.write_bytes(data)
 
 
 def to_yaml(config: Any) -> str:

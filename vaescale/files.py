@@ -1,4 +1,5 @@
-"""Reading files that others may have written or damaged: JSON within bounds, and text that is safe to print."""
+"""Files: JSON within bounds that others may have written or damaged, hashes, sizes in words, and text that is safe to
+print."""
 
 import json
 import math
@@ -6,8 +7,12 @@ import os
 import re
 import stat
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+import xxhash
 
 MOST_BYTES = 1 << 24  # of one JSON file, unless the caller says otherwise
 PART = 1 << 20  # bytes read at once
@@ -77,6 +82,31 @@ def printable(text: object, most: int = 1000) -> str:
 def is_plain(text: str) -> bool:
     """Whether it is printed as it is; names of classes, samples and files must be."""
     return text.isprintable() or all(map(_harmless, text))
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` at the end: whoever finds `path` finds all of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    partial.replace(path)
+
+
+def file_hash(path: Path) -> str:
+    """xxh3 of its bytes, in hexadecimal. Raises OSError."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def readable_size(count: float) -> str:
+    """Of bytes, for people: "1.50 GiB"."""
+    for power, unit in ((3, "GiB"), (2, "MiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.{power - 1}f} {unit}"
+    return f"{count / 1024:.1f} KiB"
 
 
 def _harmless(character: str) -> bool:

@@ -17,9 +17,8 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-from vaescale import process
+from vaescale import process, settings
 from vaescale.config import ConfigError
-from vaescale.training import settings
 
 TRAIN = "launch/slurm/train.sbatch"
 BETWEEN = r",(?![^\[{]*[\]}])"  # the values of a sweep; a comma within a list is the list's

@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 from paired import Work, clock_of, paired
 
-from vaescale import distributed
+from vaescale import distributed, settings
 from vaescale.interfaces import Batch, Model
 from vaescale.models import vdvae
-from vaescale.training import settings
+from vaescale.settings import Config
 from vaescale.training.ema import WeightEMA
 from vaescale.training.learner import Descent
-from vaescale.training.settings import Config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "hvae_cifar10.yaml"
 

@@ -20,15 +20,15 @@ from hvae import by_hand, images
 from paired import Work, clock_of, paired
 from safetensors.torch import save as to_bytes
 
-from vaescale import distributed
+from vaescale import distributed, settings
 from vaescale.data.stream import Decoded
-from vaescale.training import checkpoint, settings
-from vaescale.training.checkpoint import amount
+from vaescale.files import readable_size
+from vaescale.lifecycle import checkpoint
+from vaescale.lifecycle.status import Status
+from vaescale.lifecycle.stops import Stop
+from vaescale.lifecycle.watch import Watch
 from vaescale.training.learner import Descent
-from vaescale.training.status import Status
-from vaescale.training.stops import Stop
 from vaescale.training.trainer import Trainer, Window
-from vaescale.training.watch import Watch
 
 ROOT = Path(__file__).parents[2]
 MANY = 100  # times that a part is done, to be timed at all
@@ -119,7 +119,14 @@ def saves(trainer: Trainer, folder: Path, rounds: int) -> None:
             xxhash.xxh3_64_hexdigest(data), xxhash.xxh3_64_hexdigest(data)
 
     whole, alone, ratio = paired(save, many(hashing), 1, rounds, time.perf_counter)
-    row("hashing, alone", alone / MANY, f"a save of {amount(sum(map(len, files)))}", whole, 1 / ratio / MANY, 0.05)
+    row(
+        "hashing, alone",
+        alone / MANY,
+        f"a save of {readable_size(sum(map(len, files)))}",
+        whole,
+        1 / ratio / MANY,
+        0.05,
+    )
 
 
 def many(part: Work) -> Work:

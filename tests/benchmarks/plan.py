@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vaescale.training import settings
-from vaescale.training.plan import Cluster, step_seconds, summed_bytes, sums
+from vaescale import settings
+from vaescale.advice.plan import Cluster, step_seconds, summed_bytes, sums
 
 ROOT = Path(__file__).parents[2]
 CASES = {

@@ -15,8 +15,8 @@ from tests.faults.test_stops import status
 from tests.faults.test_watch import last_step
 from tests.integration.conftest import TINY
 from tests.integration.test_resume import same_bits
-from vaescale.training import postmortem
-from vaescale.training.checkpoint import verify
+from vaescale.advice import postmortem
+from vaescale.lifecycle.checkpoint import verify
 
 pytestmark = pytest.mark.timeout(900)
 

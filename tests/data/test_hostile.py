@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import samples
 from tests.data.test_tar import PICTURE, tar
-from vaescale.data import DataError, index, places, shards, stream
+from vaescale import files
+from vaescale.data import DataError, index, shards, stream
 from vaescale.data.index import Index
 from vaescale.data.tar import Fields
 from vaescale.files import is_plain
@@ -142,7 +143,7 @@ def edited(folder: Path, name: str, edit: Callable[[Array], Array], forge: bool)
     np.save(folder / name, array, allow_pickle=True)
     if forge:
         head = json.loads((folder / "index.json").read_text())
-        head["hashes"][name] = places.file_hash(folder / name)
+        head["hashes"][name] = files.file_hash(folder / name)
         (folder / "index.json").write_text(json.dumps(head))
 
 

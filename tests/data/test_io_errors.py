@@ -134,7 +134,7 @@ def test_a_shard_that_is_another_thing(root: Path, what: str) -> None:
             shards.index(str(root / "train"), root / "again", "*.tar", Fields(), 1)
 
 
-INDEX_CALLS = [(files.os, "open"), (files.os, "read"), (index, "open_memmap"), (places, "file_hash"), (index, "_parts")]
+INDEX_CALLS = [(files.os, "open"), (files.os, "read"), (index, "open_memmap"), (index, "file_hash"), (index, "_parts")]
 
 
 @pytest.mark.parametrize(("module", "call"), INDEX_CALLS, ids=[call for _, call in INDEX_CALLS])

@@ -21,15 +21,16 @@ import psutil
 import torch
 import torch._dynamo  # the commands check shapes with it: once for all forks, not 2 s in each
 
-from tests.training.test_checkpoint import flip, forge
+from tests.lifecycle.test_checkpoint import flip, forge
 from vaescale import distributed
 from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
-from vaescale.training import stops, trainer
-from vaescale.training.checkpoint import verify
+from vaescale.lifecycle import stops
+from vaescale.lifecycle.checkpoint import verify
+from vaescale.lifecycle.writer import Writer
+from vaescale.training import trainer
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import Engine
 from vaescale.training.learner import Descent
-from vaescale.training.writer import Writer
 
 
 def launch(job: dict[str, Any]) -> None:

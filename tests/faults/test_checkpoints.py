@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.integration.conftest import TINY, Case, forked, overrides
 from tests.integration.test_resume import same_bits
-from tests.training.test_checkpoint import POINTERS, Poison, flip, forge
+from tests.lifecycle.test_checkpoint import POINTERS, Poison, flip, forge
 
 TRAIN, EVALUATE, SAMPLE = (str(ROOT / "launch" / f"{name}.py") for name in ("train", "evaluate", "sample"))
 POINTS = [

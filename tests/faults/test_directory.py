@@ -15,7 +15,7 @@ import pytest
 from tests.faults.test_checkpoints import EVALUATE, Jobs, end, job, names, train
 from tests.integration.conftest import forked
 from tests.integration.test_resume import same_bits
-from vaescale.training.lock import Lock
+from vaescale.lifecycle.lock import Lock
 
 STEPS = 4
 Make = Callable[..., dict[str, Any]]

@@ -24,7 +24,7 @@ from tests.faults.test_checkpoints import job, train
 from tests.faults.test_stops import status
 from tests.integration.conftest import forked
 from tests.integration.test_resume import same_bits
-from vaescale.training.postmortem import read_metrics
+from vaescale.advice.postmortem import read_metrics
 
 FAULTS, STEPS, INTERVAL = 40, 1500, 20
 GIVEN = (f"steps={STEPS}", "zero=1", f"every.checkpoint={INTERVAL}", "every.validate=100")

@@ -10,7 +10,7 @@ import pytest
 from tests.faults.test_checkpoints import end, job, names, train, twins  # noqa: F401
 from tests.integration.conftest import forked
 from tests.integration.test_resume import same_bits
-from vaescale.training.postmortem import read_metrics
+from vaescale.advice.postmortem import read_metrics
 
 
 class Asked(NamedTuple):

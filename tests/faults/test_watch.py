@@ -18,9 +18,9 @@ from tests.conftest import ROOT, Start, finish, free_port
 from tests.faults.test_checkpoints import end, job, names, train
 from tests.faults.test_stops import status
 from tests.integration.conftest import TINY, forked
-from vaescale.training import postmortem
-from vaescale.training.checkpoint import verify
-from vaescale.training.status import HUNG_CODE
+from vaescale.advice import postmortem
+from vaescale.lifecycle.checkpoint import verify
+from vaescale.lifecycle.status import HUNG_CODE
 
 TIMEOUT = 3.0
 RUN = [sys.executable, str(ROOT / "launch" / "run.py")]
@@ -231,7 +231,7 @@ def test_the_wrapper_wants_to_know_the_run(start: Start) -> None:
 LAUNCHER = """
 import subprocess, sys
 from pathlib import Path
-from vaescale.training.status import Status
+from vaescale.lifecycle.status import Status
 run, how, code = Path(sys.argv[3].removeprefix("run=")), sys.argv[4], int(sys.argv[5])
 status = Status(run, 0)
 if how != "never begun":
@@ -277,7 +277,7 @@ def test_the_wrapper_returns_what_the_run_says(
 STUBBORN = """
 import signal, subprocess, sys, time
 from pathlib import Path
-from vaescale.training.status import Status
+from vaescale.lifecycle.status import Status
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
 run = Path(sys.argv[3].removeprefix("run="))

@@ -28,9 +28,8 @@ from torch import Tensor
 
 from tests.faults import inject
 from tests.integration import probe
-from vaescale import distributed
+from vaescale import distributed, settings
 from vaescale.interfaces import Batch
-from vaescale.training import settings
 from vaescale.training.guard import MEMORY
 from vaescale.training.trainer import Trainer
 

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vaescale import distributed
+from vaescale import distributed, settings
 from vaescale.interfaces import Batch, Model, Output
+from vaescale.lifecycle import checkpoint
 from vaescale.nn.quantize import Config, VectorQuantizer, build
 from vaescale.nn.quantizer import Grouped
-from vaescale.training import checkpoint, settings
 from vaescale.training.learner import Descent, learning_rate
 
 STEPS, IMAGES, ROWS, DIM = 200, 16, 4, 6  # steps, images a step, rows an image, channels a row

@@ -12,12 +12,12 @@ from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
 from tests.integration.conftest import forked
+from vaescale import trained
 from vaescale.data import stream
 from vaescale.data.digits import write_digits
 from vaescale.evaluation.sample import from_prior
 from vaescale.interfaces import Batch, Condition, Model
 from vaescale.monitoring.pictures import to_bytes
-from vaescale.training import trained
 
 SAMPLES = 1000
 SMALLER = [

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.integration.conftest import BATCH, CASES, SEED, STEPS, TINY, Case, losses, overrides
+from vaescale import settings
 from vaescale.data.order import Order
 from vaescale.data.stream import Samples
 from vaescale.interfaces import Batch
-from vaescale.training import checkpoint, settings
+from vaescale.lifecycle import checkpoint
 
 
 def tensors(trained: Path, case: Case, rank: int = 0) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tests.conftest import ROOT
 from tests.models.test_vae import COLOUR, batch, whole
+from vaescale import settings
 from vaescale.interfaces import Bounded, Condition, Shape
 from vaescale.models.variational import Variational
 from vaescale.models.vdvae import Config, Stage, build
 from vaescale.nn import likelihood
-from vaescale.training import settings
 
 DOWN = [Stage(8, 2), Stage(4, 1), Stage(1, 1)]
 UP = [Stage(1, 1), Stage(4, 2), Stage(8, 2)]

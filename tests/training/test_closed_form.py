@@ -8,12 +8,12 @@ import torch
 from sklearn.decomposition import PCA as Reference
 
 from tests.models.test_pca import batch, digits, textures
+from vaescale import settings
+from vaescale.advice.dry_run import describe
 from vaescale.config import ConfigError
 from vaescale.interfaces import Shape
 from vaescale.models.pca import PCA, Config
-from vaescale.training import settings
 from vaescale.training.closed_form import ClosedForm, one_epoch
-from vaescale.training.dry_run import describe
 from vaescale.training.ema import WeightEMA
 from vaescale.training.learner import Descent
 

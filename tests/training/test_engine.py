@@ -8,9 +8,9 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.integration.probe import broken
+from vaescale import settings
 from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
-from vaescale.training import settings
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import deepspeed_config
 from vaescale.training.guard import NOT_FINITE, OVERFLOW, SPIKE, WHY

@@ -7,7 +7,8 @@ import torch
 
 from vaescale.data import DataError
 from vaescale.data.stream import Config, TrainSlices
-from vaescale.training import checkpoint, resume
+from vaescale.lifecycle import checkpoint
+from vaescale.training import resume
 
 
 class Kept:

@@ -24,10 +24,10 @@ import xxhash
 from numpy.lib.format import open_memmap
 
 from .. import distributed
-from ..files import is_plain, printable, read_json
+from ..files import atomically, file_hash, is_plain, printable, read_json
 from . import DataError, places
 from .names import by_ending
-from .parallel import atomically, each
+from .parallel import each
 from .places import Shard
 from .tar import MOST_BYTES, MOST_HEAD, Entry, Fields, scan
 
@@ -106,7 +106,7 @@ class Index:
     def _damage(self) -> str:
         """What is wrong with the files; "" if nothing."""
         for name, xxh3 in self.hashes.items():
-            if places.file_hash(self.folder / name) != xxh3:
+            if file_hash(self.folder / name) != xxh3:
                 return f"{name} is not the file that was indexed"
         first, sizes = 0, np.array([shard.bytes for shard in self.shards])
         for records in _parts(self.folder / "samples.npy", self.records):
@@ -198,7 +198,7 @@ def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
                         f"{name} has more than {MOST_ATTRIBUTES} different numbers in its JSON: name those to keep "
                         f"with --attributes"
                     )
-            digest = places.file_hash(path)
+            digest = file_hash(path)
     except OSError as error:
         return f"{root}/{name} cannot be read ({error.strerror})"
     except DataError as error:
@@ -283,10 +283,10 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
                 values[rows, np.searchsorted(columns, part["names"])] = part["values"]
         first += shard.samples
     records.flush()
-    hashes = {"samples.npy": places.file_hash(folder / "samples.npy")}
+    hashes = {"samples.npy": file_hash(folder / "samples.npy")}
     if values is not None:
         values.flush()
-        hashes["attributes.npy"] = places.file_hash(folder / "attributes.npy")
+        hashes["attributes.npy"] = file_hash(folder / "attributes.npy")
     head = {"format": FORMAT, "root": root, "classes": list(classes), "attributes": columns, "hashes": hashes}
     with atomically(folder / "index.json") as partial:
         partial.write_text(json.dumps({**head, "shards": shards}))

@@ -46,14 +46,6 @@ def progress(items: Iterable[Result], doing: str, unit: str, total: int | None =
 
 
 @contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end: whoever finds `path` finds all of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    partial.replace(path)
-
-
-@contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Raises DataError if another process is writing into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
-import xxhash
 from braceexpand import braceexpand
 
-from ..files import is_plain
+from ..files import file_hash, is_plain
 from . import DataError
 from .names import is_hidden
 
@@ -335,11 +334,3 @@ def _listed(root: str, pattern: str) -> list[str]:
         raise DataError(
             f"{root} cannot be listed ({why}): name the shards with braces, --pattern 'x-{{000..127}}.tar'"
         ) from None
-
-
-def file_hash(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from ..files import read_json
+from ..files import atomically, read_json
 from . import DataError, decode, names, shards
 from .index import PARTS, Index, build, describe, part_of
 from .listing import EXAMPLES, SPLITS, Picture, listing
 from .order import permutation
-from .parallel import alone, atomically, each
+from .parallel import alone, each
 from .tar import BLOCK, Fields
 
 SAMPLED = 64  # pictures re-encoded to know how many fill a shard

@@ -15,10 +15,10 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from ..files import is_plain, read_json
+from ..files import atomically, file_hash, is_plain, read_json
 from . import DataError, decode, places
 from .index import Index, build
-from .parallel import alone, atomically, each
+from .parallel import alone, each
 from .tar import Fields, checksum, scan
 
 
@@ -114,7 +114,7 @@ def examine(folder: Path, number: int, most_megapixels: int) -> Finding | None:
     shard = index.shards[number]
     try:
         with places.local(index.root, shard.name) as path:
-            intact = path.stat().st_size == shard.bytes and places.file_hash(path) == shard.xxh3
+            intact = path.stat().st_size == shard.bytes and file_hash(path) == shard.xxh3
             if intact and not most_megapixels:
                 return None
             first = int(index.first[number])

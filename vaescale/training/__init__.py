@@ -1,1 +1,1 @@
-"""The trainer and what it stands on. `engine` is the only importer of deepspeed."""
+"""The loop and one step of it. `engine` is the only importer of deepspeed."""

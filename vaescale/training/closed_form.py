@@ -12,8 +12,8 @@ from .. import distributed
 from ..config import ConfigError
 from ..interfaces import Batch
 from ..models.pca import PCA
+from ..settings import Config
 from .guard import Skip
-from .settings import Config
 
 Tensors = dict[str, Tensor]
 

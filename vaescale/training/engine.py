@@ -37,8 +37,8 @@ from deepspeed.utils import (
 from .. import distributed
 from ..config import ConfigError
 from ..interfaces import Batch, Model, Output
+from ..settings import Config, micro_batch
 from .guard import Guard
-from .settings import Config, micro_batch
 
 logger.setLevel(logging.WARNING)
 # Only inference_all_reduce uses this kernel, and it would be compiled for 39 s on every new machine.

@@ -10,20 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..lifecycle.state import GUARD
+
 # Steps that are remembered, and as many must have been taken before one can be a spike: the first hundred, as many as
 # learning rates usually rise for, are those in which norms change by themselves.
 MEMORY = 100
 DEVIATIONS = 6  # chance does not reach so far; a loss that is always noisy widens the limit by itself
 MOST = 0.25  # share of the steps that may be skipped, averaged over MEMORY of them
 TAKEN, NOT_FINITE, SPIKE, OVERFLOW = range(4)
-PARTS = ("count", "mean", "variance", "run", "share")  # of its state
 WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
-
-
-class Diverged(RuntimeError):
-    """Training cannot go on; the text says why and what to do. The same on all ranks."""
-
-    exit_code = 3
 
 
 class Skip(NamedTuple):
@@ -91,7 +86,7 @@ class Guard:
         return (why != TAKEN) & ((why != OVERFLOW) | (self.count >= MEMORY))
 
     def state(self) -> dict[str, float]:
-        return {name: float(getattr(self, name)) for name in PARTS}
+        return {name: float(getattr(self, name)) for name in GUARD}
 
     def load(self, state: dict[str, float]) -> None:
         for name, value in state.items():

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import distributed
 from ..interfaces import Batch, Model
+from ..settings import Config, Optimizer
 from .engine import MOMENTS, Engine, Masters
 from .guard import TAKEN, WHY, Skip
-from .settings import Config, Optimizer
 
 Tensors = dict[str, Tensor]
 # A file's tensors, which must have the names, shapes and types of those that are given.

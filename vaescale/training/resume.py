@@ -9,11 +9,11 @@ from .. import distributed
 from ..config import ConfigError
 from ..data.stream import TrainSlices
 from ..interfaces import Model
-from . import checkpoint
-from . import state as states
-from .checkpoint import CheckpointError
+from ..lifecycle import checkpoint
+from ..lifecycle import state as states
+from ..lifecycle.checkpoint import CheckpointError
+from ..settings import Config
 from .learner import Learner
-from .settings import Config
 
 
 @dataclass

@@ -22,22 +22,23 @@ from ..data.index import check as check_indexes
 from ..evaluation.evaluate import evaluate
 from ..evaluation.show import show
 from ..interfaces import Batch, Usage
+from ..lifecycle import checkpoint, history, topology
+from ..lifecycle.lock import Lock, on_rank_0
+from ..lifecycle.pace import Pace
+from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
+from ..lifecycle.stops import Stop
+from ..lifecycle.watch import Watch
+from ..lifecycle.writer import Writer
 from ..models.pca import PCA
 from ..monitoring import alarm, codebook, pictures
 from ..monitoring.board import Board, validated
 from ..monitoring.console import Console
-from . import checkpoint, history, resume, topology
+from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch
+from . import resume
 from .closed_form import ClosedForm, one_epoch
 from .ema import WeightEMA
-from .guard import Diverged, Skip, diagnosis, explained, too_many
+from .guard import Skip, diagnosis, explained, too_many
 from .learner import Descent, Learner
-from .lock import Lock, on_rank_0
-from .pace import Pace
-from .settings import Config, absent_classes, build, check_classes, check_labels, micro_batch
-from .status import FINISHED, PREEMPTED, Status
-from .stops import Stop
-from .watch import Watch
-from .writer import Writer
 
 NAMED = 8  # samples of a skipped step, in the log
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from vaescale import config as mechanics
+from vaescale import settings, trained
 from vaescale.config import ConfigError
-from vaescale.training import history, settings, trained
+from vaescale.lifecycle import history
 
 TINY = "tests/integration/tiny.yaml"
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from tests.integration.conftest import TINY
-from tests.training.test_checkpoint import flip
-from tests.training.test_lock import child
+from tests.lifecycle.test_checkpoint import flip
+from tests.lifecycle.test_lock import child
+from vaescale import settings
+from vaescale.advice import preflight
+from vaescale.advice.preflight import FAIL, OK, WARN
 from vaescale.data.index import Index
 from vaescale.distributed import Misplaced
-from vaescale.training import preflight, settings
-from vaescale.training.lock import Lock
-from vaescale.training.preflight import FAIL, OK, WARN
+from vaescale.lifecycle.lock import Lock
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .. import distributed
-from .checkpoint import amount
+from ..files import readable_size
 
 BYTES, ROUNDS = 2**24, 3  # summed so often, after one that sets up the connections
 NAME = 64  # bytes of a name that are told
@@ -26,8 +26,8 @@ def describe(device: torch.device) -> str:
     seconds = all_reduce_seconds(device)
     speed = 2 * (world - 1) / world * BYTES / seconds
     return (
-        f"topology: {world} ranks, {hosts}, {backend}; {amount(BYTES)} are summed in {1000 * seconds:.1f} ms, "
-        f"{amount(speed)}/s through each rank"
+        f"topology: {world} ranks, {hosts}, {backend}; {readable_size(BYTES)} are summed in {1000 * seconds:.1f} ms, "
+        f"{readable_size(speed)}/s through each rank"
     )
 
 

@@ -10,13 +10,13 @@ from statistics import median
 from typing import Any
 
 from ..files import printable
+from ..lifecycle import checkpoint
+from ..lifecycle.checkpoint import CheckpointError
+from ..lifecycle.pace import SLOW
+from ..lifecycle.status import FAILED, FINISHED, NO_PROGRESS, PREEMPTED, RUNNING, Status
+from ..lifecycle.watch import FOLDER
 from ..monitoring.board import METRICS, read_lines
-from . import checkpoint
-from .checkpoint import CheckpointError
-from .pace import SLOW
 from .preflight import FAIL, OK, WARN, Finding
-from .status import FAILED, FINISHED, NO_PROGRESS, PREEMPTED, RUNNING, Status
-from .watch import FOLDER
 
 LATE = 10  # times as long as reports usually take without one: nothing runs there any more, or it hangs
 PATIENT = 600.0  # seconds that are no sign in any case, for validation gives no report

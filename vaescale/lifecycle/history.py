@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import config as mechanics
+from .. import settings
 from ..config import ConfigError
 from ..files import printable
-from . import settings
-from .settings import Config
+from ..settings import Config
 
 FILE = "config_history.jsonl"
 FIXED = ("model", "data.size", "data.channels", "data.attributes")  # what the weights mean depends on them

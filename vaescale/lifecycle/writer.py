@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..files import readable_size
 from ..monitoring.console import Console
 from . import checkpoint
-from .checkpoint import CheckpointError, amount
-from .guard import Diverged
+from .checkpoint import CheckpointError
+from .status import Diverged
 
 PATIENCE = 2  # saves in a row that may fail before the run stops; this one is told
 
@@ -49,10 +50,10 @@ class Writer:
                 error = f"checkpoints cannot be saved in {self.folder}, since {there} is no folder that can be written"
             elif free + held < count * size:
                 error = (
-                    f"{count} checkpoints of {amount(size)} (keep={self.keep}, one being written"
+                    f"{count} checkpoints of {readable_size(size)} (keep={self.keep}, one being written"
                     f"{f', and those of keep_every={self.keep_every}' if self.keep_every else ''}) do not fit into "
-                    f"{self.folder}: {amount(free)} are free, and {amount(held)} taken by those that are there: make "
-                    f"room, lower keep, or give another run=…"
+                    f"{self.folder}: {readable_size(free)} are free, and {readable_size(held)} taken by those that are "
+                    f"there: make room, lower keep, or give another run=…"
                 )
         if error := distributed.tell(error):
             raise CheckpointError(error)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from .. import config as mechanics
 from ..data.index import Index
+from ..files import readable_size
 from ..models.pca import PCA
-from .checkpoint import amount
-from .closed_form import moment_bytes, one_epoch
-from .settings import Config, blank, build, micro_batch
+from ..settings import Config, blank, build, micro_batch
+from ..training.closed_form import moment_bytes, one_epoch
 
 
 def describe(config: Config, world: int) -> str:
@@ -38,8 +38,8 @@ def describe(config: Config, world: int) -> str:
         f"batch       {micro} (micro) × {config.accumulation} (accumulation) × {world} (world) = {config.batch} images",
         f"run         {run}",
         f"parameters  {parameters / 1e6:.3f} M",
-        f"memory      {amount(total)} a rank, estimated: "
-        + ", ".join(f"{name} {amount(value)}" for name, value in memory.items()),
+        f"memory      {readable_size(total)} a rank, estimated: "
+        + ", ".join(f"{name} {readable_size(value)}" for name, value in memory.items()),
     ]
     return "\n".join(lines)
 

@@ -17,9 +17,9 @@ import pytest
 
 from vaescale.config import ConfigError
 from vaescale.distributed import Unjoined
-from vaescale.training import lock
-from vaescale.training.lock import InUse, Lock, held
-from vaescale.training.status import Status
+from vaescale.lifecycle import lock
+from vaescale.lifecycle.lock import InUse, Lock, held
+from vaescale.lifecycle.status import Status
 
 
 @contextmanager

@@ -29,6 +29,12 @@ CODES = {RUNNING: None, FINISHED: 0, PREEMPTED: PREEMPTED_CODE, NO_PROGRESS: NO_
 SAME = 3  # failures in a row, alike and at one step, after which another life would end likewise
 
 
+class Diverged(RuntimeError):
+    """Training cannot go on; the text says why and what to do. The same on all ranks."""
+
+    exit_code = 3
+
+
 class NoProgress(RuntimeError):
     """The same failure at the same step, time and again; the text says which."""
 

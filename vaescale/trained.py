@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from .. import distributed
-from ..config import FILE, ConfigError
-from ..files import printable
-from ..interfaces import Model
-from . import checkpoint, settings
-from . import state as states
+from . import distributed, settings
+from .config import FILE, ConfigError
+from .files import printable
+from .interfaces import Model
+from .lifecycle import checkpoint
+from .lifecycle import state as states
 from .settings import Config
 
 

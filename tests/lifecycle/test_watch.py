@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from vaescale import process
-from vaescale.training import pace, stops, watch
-from vaescale.training.pace import Pace, Work, slowest
-from vaescale.training.status import Status
-from vaescale.training.stops import Stop
-from vaescale.training.watch import Watch
+from vaescale.lifecycle import pace, stops, watch
+from vaescale.lifecycle.pace import Pace, Work, slowest
+from vaescale.lifecycle.status import Status
+from vaescale.lifecycle.stops import Stop
+from vaescale.lifecycle.watch import Watch
 
 
 @pytest.fixture

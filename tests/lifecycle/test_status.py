@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vaescale.config import ConfigError
-from vaescale.training.status import NoProgress, Status
+from vaescale.lifecycle.status import NoProgress, Status
 
 
 def said(run: Path) -> tuple[str, int, int, str]:

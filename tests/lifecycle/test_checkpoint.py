@@ -14,10 +14,11 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from vaescale import settings, trained
 from vaescale.config import ConfigError
-from vaescale.training import checkpoint, settings, trained
-from vaescale.training.checkpoint import CheckpointError, agreed, newest, verify
-from vaescale.training.writer import unsound
+from vaescale.lifecycle import checkpoint
+from vaescale.lifecycle.checkpoint import CheckpointError, agreed, newest, verify
+from vaescale.lifecycle.writer import unsound
 
 TINY = "tests/integration/tiny.yaml"
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from vaescale.training.plan import Cluster, step_seconds, sums
+from vaescale.advice.plan import Cluster, step_seconds, sums
 
 
 def ring(ranks: int, size: float, speed: float) -> float:

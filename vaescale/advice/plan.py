@@ -24,8 +24,8 @@ from torch import nn
 
 from ..data import DataError
 from ..data.index import Index
-from .checkpoint import amount
-from .settings import Config, build, micro_batch
+from ..files import readable_size
+from ..settings import Config, build, micro_batch
 
 IMAGE = 110_000  # bytes of an image of ImageNet, on average
 DECODE = 2.2e-3  # seconds of a core for each, decoded and cropped to 128 px: README, Speed
@@ -84,11 +84,12 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
         f"{micro} × {config.accumulation} images each a step",
         f"step        {seconds:.4g} s = {compute:.4g} compute + {cluster.latency:.4g} latency + "
         f"{seconds - compute - cluster.latency - exposed:.4g} straggler + "
-        f"{exposed:.4g} exposed sums of {amount(size)}",
+        f"{exposed:.4g} exposed sums of {readable_size(size)}",
         f"speed       {speed:.1f} images/s, efficiency {compute / seconds:.1%}",
-        f"loading     {node:.1f} images/s a node: {node * DECODE:.1f} cores, {amount(node * image)}/s from storage, "
-        f"{amount(speed * image)}/s in all (images of {amount(image)}, from {source})",
+        f"loading     {node:.1f} images/s a node: {node * DECODE:.1f} cores, "
+        f"{readable_size(node * image)}/s from storage, {readable_size(speed * image)}/s in all "
+        f"(images of {readable_size(image)}, from {source})",
         f"length      {hours:.3g} hours, {hours * cluster.world:.3g} device-hours, for {config.steps} steps, "
         f"{config.steps * config.batch} images",
-        f"checkpoint  {amount(saved)}: weights, their average, AdamW's two moments, buffers",
+        f"checkpoint  {readable_size(saved)}: weights, their average, AdamW's two moments, buffers",
     ]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vaescale.training import checkpoint, state
-from vaescale.training.checkpoint import CheckpointError
+from vaescale.lifecycle import checkpoint, state
+from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.training.guard import Guard
 from vaescale.training.resume import Position
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from vaescale.training import settings
-from vaescale.training.dry_run import activation_bytes, describe
+from vaescale import settings
+from vaescale.advice.dry_run import activation_bytes, describe
+from vaescale.settings import Optimizer
 from vaescale.training.ema import WeightEMA
 from vaescale.training.learner import learning_rate
-from vaescale.training.settings import Optimizer
 
 QUICKSTART = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
 

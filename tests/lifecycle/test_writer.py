@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vaescale.lifecycle import checkpoint
+from vaescale.lifecycle.checkpoint import CheckpointError
+from vaescale.lifecycle.status import Diverged
+from vaescale.lifecycle.writer import Writer
 from vaescale.monitoring.console import Console
-from vaescale.training import checkpoint
-from vaescale.training.checkpoint import CheckpointError
-from vaescale.training.guard import Diverged
-from vaescale.training.writer import Writer
 
 
 @pytest.fixture

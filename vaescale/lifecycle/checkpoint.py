@@ -31,8 +31,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .. import distributed
-from ..data.places import file_hash
-from ..files import parse_json, printable, read_bytes, read_json
+from ..files import file_hash, parse_json, printable, read_bytes, read_json
 
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 NAMED = 3  # tensors that do not fit, in an error
@@ -305,14 +304,6 @@ def load_averaged(model: torch.nn.Module, run: Path) -> Found:
         raise CheckpointError(f"{run} has no checkpoint: train it first, or give another --run")
     model.load_state_dict(read_fitting(found.path, "ema", model.state_dict()))
     return found
-
-
-def amount(count: float) -> str:
-    """Of bytes, for people."""
-    for power, unit in ((3, "GiB"), (2, "MiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.{power - 1}f} {unit}"
-    return f"{count / 1024:.1f} KiB"
 
 
 def _step(path: Path) -> int:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from ..data.decode import CAUSES
 from ..files import printable
 from .checkpoint import STATE, CheckpointError, read_state
-from .guard import PARTS
 
 VERSION = 2  # 1, which was not written down: without "since" and, at first, without "owed"
 MOST = 2**60  # of steps and images
+GUARD = ("count", "mean", "variance", "run", "share")  # what the guard remembers of gradient norms
 
 
 class Key(NamedTuple):
@@ -57,7 +57,7 @@ def scaler(value: Any) -> bool:
 def norms(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() <= set(PARTS)
+        and value.keys() <= set(GUARD)
         and all(number(part) and (part >= 0 or key == "mean") for key, part in value.items())
     )
 
@@ -79,7 +79,7 @@ KEYS = {
     "optimizer_steps": Key(whole, "a whole number, 0 or more"),
     "scaler": Key(scaler, "finite numbers by name, scales positive", {}),
     "skipped": Key(counts, "counts by cause", {}),
-    "gradient_norms": Key(norms, f"finite numbers by name: {', '.join(PARTS)}", {}),
+    "gradient_norms": Key(norms, f"finite numbers by name: {', '.join(GUARD)}", {}),
 }
 
 

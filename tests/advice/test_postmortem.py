@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.test_checkpoint import flip
-from vaescale.training import checkpoint, postmortem
-from vaescale.training.postmortem import Metrics
-from vaescale.training.status import Status
+from tests.lifecycle.test_checkpoint import flip
+from vaescale.advice import postmortem
+from vaescale.advice.postmortem import Metrics
+from vaescale.lifecycle import checkpoint
+from vaescale.lifecycle.status import Status
 
 
 def reports(count: int, **values: Any) -> Metrics:

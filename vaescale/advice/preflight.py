@@ -22,12 +22,13 @@ from packaging.requirements import Requirement
 from .. import config as mechanics
 from .. import distributed
 from ..data import DataError, decode, stream, workers
+from ..files import readable_size
 from ..interfaces import Batch
-from .checkpoint import amount, newest
-from .lock import held
-from .settings import Config, micro_batch
-from .trainer import Trainer
-from .writer import Writer
+from ..lifecycle.checkpoint import newest
+from ..lifecycle.lock import held
+from ..lifecycle.writer import Writer
+from ..settings import Config, micro_batch
+from ..training.trainer import Trainer
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 WRITTEN = 64 * 2**20  # bytes, to measure the disk
@@ -112,7 +113,7 @@ def shared_memory(config: Config, world: int, here: int, folder: Path = workers.
     """Through which workers hand over their batches, as long as there is room."""
     need = here * stream.in_flight(config.data, micro_batch(config, world))
     free = workers.free_shared_memory(folder)
-    what = f"{amount(free)} of shared memory are free, and batches on their way take up to {amount(need)}"
+    what = f"{readable_size(free)} of shared memory are free, and batches on their way take up to {readable_size(need)}"
     if free < need:
         cure = "lower data.prefetch or data.workers, or give a container more (--shm-size, --ipc)"
         return Finding(WARN, f"{what}: some will go through pipes, which is slower", cure)
@@ -143,7 +144,9 @@ def disk(run: Path) -> Finding:
         return Finding(FAIL, f"{folder} cannot be written ({error.strerror})", "give another run=…, or make room")
     finally:
         file.unlink(missing_ok=True)
-    what = f"{folder} takes {amount(speed)} a second and has {amount(shutil.disk_usage(folder).free)} left"
+    what = (
+        f"{folder} takes {readable_size(speed)} a second and has {readable_size(shutil.disk_usage(folder).free)} left"
+    )
     if speed < SLOW_DISK:
         return Finding(WARN, what, "raise every.checkpoint if saves last as long as the time between them")
     return Finding(OK, what)
@@ -227,7 +230,7 @@ def one_step(config: Config) -> Finding:
         if distributed.rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
     steps = trainer.position.step
-    return Finding(OK, f"{steps} step(s) taken and a checkpoint of {amount(size)} saved, all in {seconds:.1f} s")
+    return Finding(OK, f"{steps} step(s) taken and a checkpoint of {readable_size(size)} saved, all in {seconds:.1f} s")
 
 
 def _installed(name: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import samples
 from vaescale.config import ConfigError
 from vaescale.data import shards
-from vaescale.training.settings import Config, absent_classes, check_classes
+from vaescale.settings import Config, absent_classes, check_classes
 
 ABC = ["a", "b", "c"]
 

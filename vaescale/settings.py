@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 
-from .. import config as mechanics
-from ..config import ConfigError
-from ..data import places, stream
-from ..data.index import Index
-from ..interfaces import Batch, Model, Shape
-from ..models import MODELS
-from ..ranges import ranged, require
+from . import config as mechanics
+from .config import ConfigError
+from .data import places, stream
+from .data.index import Index
+from .interfaces import Batch, Model, Shape
+from .models import MODELS
+from .ranges import ranged, require
 
 
 @dataclass(frozen=True)
