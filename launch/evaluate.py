@@ -21,6 +21,7 @@ from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
 from vaescale.evaluation.evaluate import PROTOCOL, evaluate, reconstruct
+from vaescale.interfaces import Codebooks, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import codebook, pictures
 
@@ -87,10 +88,11 @@ def evaluate_run(run: Path, config: settings.Config, draws: int) -> tuple[dict[s
     model, step = trained.read_model(run, config, device)
     slices = stream.ValidationSlices(config.data)
     index.check(*slices.indexes)
-    usage = model.usage(clear=False)
-    sizes = {name: len(one.window) for name, one in usage.items()}
+    assert isinstance(model, Codec)
+    usage = model.usage(clear=False) if isinstance(model, Codebooks) else {}
+    sizes = [len(one.window) for one in usage.values()]
     watched = distributed.rank() == 0 and sys.stderr.isatty()
-    metrics = evaluate(model, slices, sizes, device, BATCH, draws, watched)
+    metrics = evaluate(model, slices, device, BATCH, draws, watched)
     for name, one in usage.items():
         metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(codebook.used(one.ever))
     shown = stream.fixed_images(slices).to(device)
@@ -103,7 +105,7 @@ def evaluate_run(run: Path, config: settings.Config, draws: int) -> tuple[dict[s
         "model": config.model.kind,
         "likelihood": likelihood.kind if likelihood else None,
         "parameters": parameters,
-        "latents": tables.describe(latents, list(sizes.values())),
+        "latents": tables.describe(latents, sizes),
         **metrics,
         "draws": draws,
         "step": step,

@@ -25,7 +25,7 @@ from vaescale import distributed, process, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation.sample import MODES, Subject, Unable
-from vaescale.interfaces import Batch
+from vaescale.interfaces import Batch, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import board, pictures
 
@@ -57,6 +57,7 @@ def load(arguments: argparse.Namespace) -> tuple[Subject, int]:
         raise ConfigError(f"--images {wrong[0]}: the validation images are 0 to {total - 1}")
     device = distributed.init()
     model, step = trained.read_model(arguments.run, config, device)
+    assert isinstance(model, Codec)
 
     def several() -> Iterator[Batch]:
         loader = stream.validation_loader(slices, BATCH, 0, 1, device.type == "cuda")

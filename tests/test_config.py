@@ -236,8 +236,8 @@ def schemas() -> dict[str, Any]:
                 if is_dataclass(inner):
                     walk(inner(1, 1), f"{where}.{one.name}")
 
-    for kind, (schema, _) in MODELS.items():
-        walk(schema(), f"{kind}: model")
+    for kind, family in MODELS.items():
+        walk(family.config(), f"{kind}: model")
     walk(settings.Config(model=None), "")
     return found
 

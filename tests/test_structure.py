@@ -22,7 +22,7 @@ LAYERS = {  # package or file → those it may import beside itself
     "settings": {"interfaces", "config", "ranges", "models", "data"},
     "monitoring": {"files", "interfaces"},
     "evaluation": {"files", "interfaces", "distributed", "data", "monitoring"},
-    "lifecycle": {"files", "distributed", "process", "config", "settings", "data", "monitoring"},
+    "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
     "trained": {"files", "interfaces", "distributed", "config", "settings", "lifecycle"},
     "training": {*BELOW, "evaluation"},
     "advice": {*BELOW, "training"},
@@ -60,6 +60,40 @@ def test_imports_point_one_way(path: Path) -> None:
             assert rest.split(".")[0] in LAYERS[layer] | {layer}, f"{path} must not import {name}"
         if top in ONLY:
             assert str(path.relative_to(PACKAGE)) == ONLY[top], f"only {ONLY[top]} imports {top}"
+
+
+def classes(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+
+
+def asked_for(path: Path) -> set[str]:
+    """Last names of the classes that a file's isinstance calls and class patterns name."""
+    parts: list[ast.AST] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            parts += ast.walk(node.args[1])
+        elif isinstance(node, ast.MatchClass):
+            parts.append(node.cls)
+    return {getattr(part, "attr", getattr(part, "id", "")) for part in parts}
+
+
+def test_nobody_asks_for_a_model_or_learner_by_its_class() -> None:
+    """What a model can do it says by capabilities, see interfaces.py."""
+    special = {
+        name: path
+        for path in (*(PACKAGE / "models").glob("*.py"), *(PACKAGE / "training").glob("*.py"))
+        for name in classes(path)
+        if path.parent.name == "models" or path.stem in ("descent", "closed_form")
+    }
+    assert {"PCA", "VQVAE", "Descent", "ClosedForm"} <= special.keys()
+    for path in [*FILES, *(PACKAGE.parent / "launch").rglob("*.py")]:
+        for name in asked_for(path) & special.keys():
+            assert special[name] == path, f"{path} asks whether something is a {name}"
+
+
+def test_isinstance_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("if isinstance(x, (pca.PCA, int)): pass\nmatch x:\n    case VAE(): pass\n")
+    assert {"PCA", "int", "VAE"} <= asked_for(tmp_path / "x.py")
 
 
 def test_files_are_short() -> None:

@@ -6,7 +6,7 @@ Images are uint8 [B, C, H, W], C = 3 or 1, until they are on the device, and flo
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Bound(NamedTuple):
 
 
 T = TypeVar("T")
+Tensors = dict[str, Tensor]
 
 
 def by_level(name: str, values: Sequence[T]) -> dict[str, T]:
@@ -86,7 +87,10 @@ class Usage(NamedTuple):
     steps: Tensor  # int64 [] since the last report
 
 
+@runtime_checkable
 class Codec(Protocol):
+    """Images to latents and back. Evaluation needs no more than this."""
+
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """Latents, coarse to fine; int64 codes where they are discrete. Where they have a distribution q(z|x): its
         mean, and around it a draw whose standard deviation is multiplied by `temperature`."""
@@ -113,29 +117,35 @@ class Bounded(Protocol):
         ...
 
 
+@runtime_checkable
+class Codebooks(Protocol):
+    """A codec whose latents are codes: level i of `encode` holds codes of codebook i."""
+
+    def usage(self, clear: bool) -> dict[str, Usage]:
+        """Per codebook by name, coarse to fine; `clear` begins a new window."""
+        ...
+
+    def quantizers(self) -> dict[str, Any]:
+        """The settings of the quantiser that each codebook belongs to, by the same names."""
+        ...
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """A codec with a linear decoder."""
+
+    def basis(self) -> Tensor:
+        """The mean image and the first directions, as deviations from 0.5 of at most 0.5; fp32 [K, C, H, W] in
+        [0, 1]."""
+        ...
+
+
 class Model(nn.Module, ABC):
-    """What is trained: a Codec that is a torch module and knows its own loss."""
+    """What is trained: a torch module that knows its own loss. What else it can do it says by having the methods of
+    Codec, Bounded, Codebooks or Basis; whoever needs one of these asks for it, never for a class."""
 
     @abstractmethod
     def forward(self, batch: Batch, step: int) -> Output: ...
 
-    @abstractmethod
-    def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]: ...
-
-    @abstractmethod
-    def decode(
-        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
-    ) -> Tensor: ...
-
     def update(self, step: int, lr: float) -> None:
         """Called once after each optimiser step, on all ranks: learn what is not learned by the optimiser."""
-
-    def usage(self, clear: bool) -> dict[str, Usage]:
-        """Per codebook by name, coarse to fine; `clear` begins a new window."""
-        del clear
-        return {}
-
-    def basis(self) -> Tensor | None:
-        """What can be seen of a linear decoder: the mean image and the first directions, as deviations from 0.5 of at
-        most 0.5; fp32 [K, C, H, W] in [0, 1]. None where there is no such thing."""
-        return None

@@ -12,7 +12,7 @@ from . import config as mechanics
 from .config import ConfigError
 from .data import places, stream
 from .data.index import Index
-from .interfaces import Batch, Model, Shape
+from .interfaces import Batch, Codec, Model, Shape
 from .models import MODELS
 from .ranges import ranged, require
 
@@ -95,8 +95,7 @@ def _checked(raw: Any, path: str | Path) -> Config:
     kind = mechanics.as_written(raw, "model", "kind")
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
-    schema, _ = MODELS[kind]
-    config = mechanics.check(Config(model=schema()), raw, path)
+    config = mechanics.check(Config(model=MODELS[kind].config()), raw, path)
     _require(config)
     return _located(config)
 
@@ -107,7 +106,7 @@ def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
     raw = mechanics.read(path, overrides)
     kind = mechanics.as_written(raw, "model", "kind")
     given = [override.partition("=")[0] for override in overrides]
-    unknown = mechanics.prune(Config(model=MODELS[kind][0]()), raw, given) if kind in MODELS else []
+    unknown = mechanics.prune(Config(model=MODELS[kind].config()), raw, given) if kind in MODELS else []
     return _checked(raw, path), unknown
 
 
@@ -116,8 +115,7 @@ def build(config: Config) -> Model:
     be made in code, for a value outside its range or its Literal."""
     try:
         require(config)
-        _, model = MODELS[config.model.kind]
-        return model(config.model, shape(config), config.seed)
+        return MODELS[config.model.kind].build(config.model, shape(config), config.seed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -141,6 +139,8 @@ def check(config: Config, world: int) -> None:
     with FakeTensorMode(), torch.no_grad():  # shapes only: nothing is computed
         model = build(config).eval()
         batch = blank(config, 1)
+        if not isinstance(model, Codec):
+            return
         try:
             decoded = model.decode(model.encode(batch), batch.condition).shape[-1]
         except RuntimeError as error:

@@ -30,7 +30,7 @@ from vaescale.models.vqvae import VQVAE, Config
 from vaescale.monitoring import codebook
 from vaescale.nn import quantize
 from vaescale.settings import Optimizer
-from vaescale.training.learner import learning_rate
+from vaescale.training.descent import learning_rate
 
 CODES = (512, 2048, 8192, 16384)
 SIZE = 64  # pixels a side: 16 × 16 latents

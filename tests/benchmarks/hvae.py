@@ -21,8 +21,7 @@ from vaescale import distributed, settings
 from vaescale.interfaces import Batch, Model
 from vaescale.models import vdvae
 from vaescale.settings import Config
-from vaescale.training.ema import WeightEMA
-from vaescale.training.learner import Descent
+from vaescale.training.descent import Descent
 
 CONFIG = Path(__file__).parents[2] / "configs" / "hvae_cifar10.yaml"
 
@@ -59,12 +58,11 @@ def main() -> None:
 
 def trained(model: Model, config: Config) -> Work:
     """The trainer's step, the first time with everything that is made then."""
-    learner, ema = Descent(model, config), WeightEMA(model, config.ema)
+    learner = Descent(model, config)
     batch = images(config, next(model.parameters()).device)
 
     def work() -> None:
-        metrics = learner.step([batch], 0)
-        ema.update(model, 0, metrics["skipped"])
+        learner.step([batch], 0)
 
     return work
 

@@ -27,7 +27,7 @@ from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle.status import Status
 from vaescale.lifecycle.stops import Stop
 from vaescale.lifecycle.watch import Watch
-from vaescale.training.learner import Descent
+from vaescale.training.descent import Descent
 from vaescale.training.trainer import Trainer, Window
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def guarding(trainer: Trainer) -> Work:
 
 
 def saves(trainer: Trainer, folder: Path, rounds: int) -> None:
-    tensors = {**trainer.learner.tensors(), "ema": trainer.ema.model.state_dict()}
+    tensors = trainer.learner.tensors()
     files = [to_bytes(values) for values in tensors.values()]
     number = count()
 

@@ -110,7 +110,7 @@ def test_the_importance_weighted_bound_lies_between_elbo_and_likelihood_and_rise
 
 
 def test_a_rerun_and_another_batch_size_give_the_same_numbers(slices: stream.ValidationSlices) -> None:
-    results = [evaluate(Linear(0.5), slices, {}, torch.device("cpu"), micro, draws=5) for micro in (11, 11, 1, 4)]
+    results = [evaluate(Linear(0.5), slices, torch.device("cpu"), micro, draws=5) for micro in (11, 11, 1, 4)]
     assert results[0] == results[1]
     for result in results[2:]:
         assert result == pytest.approx(results[0], rel=1e-12)
@@ -119,7 +119,7 @@ def test_a_rerun_and_another_batch_size_give_the_same_numbers(slices: stream.Val
 def test_active_units_are_numpys(slices: stream.ValidationSlices, batch: Batch) -> None:
     codec = Linear(0.5)
     variance = codec.encode(batch)[0].numpy().var(0)
-    found = evaluate(codec, slices, {}, torch.device("cpu"), 4)["active_units"]
+    found = evaluate(codec, slices, torch.device("cpu"), 4)["active_units"]
     assert found == (variance > 0.01).sum()
     assert 0 < found < LATENTS
 
@@ -145,7 +145,7 @@ def test_images_too_small_for_ssim_have_the_rest(pictures: Path) -> None:
             return torch.full(latents[0].shape, 0.5)
 
     slices = stream.ValidationSlices(stream.Config(root=str(pictures), size=8, workers=0))
-    assert evaluate(Grey(), slices, {}, torch.device("cpu")).keys() == {"images", "psnr", "mse"}
+    assert evaluate(Grey(), slices, torch.device("cpu")).keys() == {"images", "psnr", "mse"}
 
 
 def test_ranks_measure_what_one_process_does(pictures: Path, tmp_path: Path, start: Start) -> None:
@@ -162,7 +162,7 @@ def test_ranks_measure_what_one_process_does(pictures: Path, tmp_path: Path, sta
 
 def measured(root: str) -> dict[str, float]:
     slices = stream.ValidationSlices(stream.Config(root=root, size=SIZE, workers=0))
-    return evaluate(Linear(0.5), slices, {}, torch.device("cpu"), micro=4, draws=3)
+    return evaluate(Linear(0.5), slices, torch.device("cpu"), micro=4, draws=3)
 
 
 if __name__ == "__main__":  # a rank of the test above

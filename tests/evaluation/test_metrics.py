@@ -6,7 +6,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from vaescale.data import stream
 from vaescale.evaluation import metrics
 from vaescale.evaluation.evaluate import evaluate
-from vaescale.interfaces import Batch
+from vaescale.interfaces import Batch, Usage
 
 
 @pytest.fixture
@@ -49,11 +49,17 @@ class Halves:
     def decode(self, latents: list[torch.Tensor], label: object = None, temperature: float = 1.0) -> torch.Tensor:
         return (2 * latents[0] / 255)[:, None].expand(-1, 3, 16, 16)
 
+    def usage(self, clear: bool) -> dict[str, Usage]:
+        return {"codebook": Usage(*torch.zeros(len(Usage._fields), 128).long())}
+
+    def quantizers(self) -> dict[str, None]:
+        return {"codebook": None}
+
 
 def test_evaluate_is_a_mean_over_images(pictures: object) -> None:
     """Whatever the batch size, the last one short."""
     slices = stream.ValidationSlices(stream.Config(root=str(pictures), size=16, workers=0))
-    results = [evaluate(Halves(), slices, {"codebook": 128}, torch.device("cpu"), micro) for micro in (1, 4, 100)]
+    results = [evaluate(Halves(), slices, torch.device("cpu"), micro) for micro in (1, 4, 100)]
     x = slices[range(11)].batch.x.numpy().astype(np.float64)
     codes = np.round(x.mean((1, 2, 3)) / 2).astype(int)
     y = np.clip(2 * codes, 0, 255)[:, None, None, None]

@@ -28,9 +28,9 @@ from vaescale.lifecycle import stops
 from vaescale.lifecycle.checkpoint import verify
 from vaescale.lifecycle.writer import Writer
 from vaescale.training import trainer
+from vaescale.training.descent import Descent
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import Engine
-from vaescale.training.learner import Descent
 
 
 def launch(job: dict[str, Any]) -> None:

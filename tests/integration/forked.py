@@ -139,7 +139,7 @@ def train(job: dict[str, Any]) -> None:
     for fault, rank, *where in job.get("broken", []):
         if rank == distributed.rank():
             trainer.model.forward = probe.broken(trainer.model, fault, *where)
-    for name, tensors in {**trainer.learner.tensors(), "ema": trainer.ema.model.state_dict()}.items():
+    for name, tensors in trainer.learner.tensors().items():
         if distributed.rank() == 0:
             save_file({key: value.contiguous() for key, value in tensors.items()}, out / f"taken-{name}.safetensors")
     seen: list[int] = []

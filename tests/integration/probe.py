@@ -23,7 +23,7 @@ from vaescale.interfaces import Batch, Model, Output
 from vaescale.lifecycle import checkpoint
 from vaescale.nn.quantize import Config, VectorQuantizer, build
 from vaescale.nn.quantizer import Grouped
-from vaescale.training.learner import Descent, learning_rate
+from vaescale.training.descent import Descent, learning_rate
 
 STEPS, IMAGES, ROWS, DIM = 200, 16, 4, 6  # steps, images a step, rows an image, channels a row
 SEED = 18000  # of the images: with it no row is as near to two codes as rounding reaches, see test_codebooks.py

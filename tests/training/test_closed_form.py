@@ -13,15 +13,15 @@ from vaescale.advice.dry_run import describe
 from vaescale.config import ConfigError
 from vaescale.interfaces import Shape
 from vaescale.models.pca import PCA, Config
-from vaescale.training.closed_form import ClosedForm, one_epoch
-from vaescale.training.ema import WeightEMA
-from vaescale.training.learner import Descent
+from vaescale.training.closed_form import ClosedForm
+from vaescale.training.descent import Descent
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
 def learner(samples: int) -> ClosedForm:
-    return ClosedForm(PCA(Config(latents=4), Shape(3, 8)), samples)
+    config = settings.load(CONFIGS / "pca_digits.yaml", [])
+    return ClosedForm(PCA(Config(latents=4), Shape(3, 8)), config, samples)
 
 
 def test_what_lies_beyond_the_epoch_does_not_count() -> None:
@@ -77,24 +77,20 @@ def test_the_training_loss_is_that_of_the_last_solution() -> None:
 )
 def test_a_run_has_as_many_steps_as_one_epoch(position: tuple[int, int], steps: int) -> None:
     config = settings.load(CONFIGS / "pca_digits.yaml", ["batch=128", "steps=3"])
-    assert one_epoch(config, 1500, *position).steps == steps
+    assert ClosedForm.planned(config, lambda: 1500, *position) == steps
 
 
 def test_nothing_is_averaged() -> None:
-    """Neither a copy nor work: the model itself is validated and saved."""
+    """The model itself is validated and saved."""
     learned = learner(200)
-    ema = WeightEMA(learned.model, 0.9)
-    learned.step([batch(textures())], 0)
-    learned.settle()
-    ema.update(learned.model, 0)
-    assert ema.model is learned.model
+    assert learned.averaged is learned.model
 
 
 def test_a_dry_run_says_the_steps_and_the_moments(pictures: Path) -> None:
     overrides = [f"data.root={pictures}", "data.channels=3", "batch=20"]
     text = describe(settings.load(CONFIGS / "pca_digits.yaml", overrides), world=2)
     assert "10 (micro) × 1 (accumulation) × 2 (world) = 20 images" in text
-    assert "5 steps, 90 images, each once" in text
+    assert "5 steps of 20 images" in text
     assert "steps: 5" in text
     assert "moments 4.5 MiB" in text  # (3 · 16 · 16)² · 8 bytes
 

@@ -11,10 +11,10 @@ from tests.integration.probe import broken
 from vaescale import settings
 from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
+from vaescale.training.descent import Descent, learning_rate
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import deepspeed_config
 from vaescale.training.guard import NOT_FINITE, OVERFLOW, SPIKE, WHY
-from vaescale.training.learner import Descent, learning_rate
 
 CONFIG = "tests/integration/tiny.yaml"
 VAE = "tests/integration/tiny_vae.yaml"
@@ -144,10 +144,9 @@ def test_a_step_waits_for_nothing_at_zero_0(group: None, precision: str) -> None
     learner = Descent(model, config)
     learner.step([batch()], 0)
     model.forward = broken(model, "nan", [2])
-    ema = WeightEMA(settings.build(config), decay=0.9)
     with Waiting():
         for step in range(1, 6):  # a NaN and a reset are among them
-            ema.update(model, step, learner.step([batch()], step)["skipped"])
+            learner.step([batch()], step)
     with pytest.raises(AssertionError, match=r"_local_scalar_dense|nonzero"), Waiting():
         learner.skips()
 
@@ -196,23 +195,20 @@ def test_half_weights_are_averaged_as_their_masters(group: None, monkeypatch: py
     """In fp32, skipped steps left out; half weights round away what a small step moves. And taken up from a
     checkpoint, the averages go on with the same bits."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-    config = load("precision=fp16", f"zero={zero}", "steps=100", "optimizer.lr=1e-5", "optimizer.warmup=0")
+    config = load("precision=fp16", f"zero={zero}", "steps=100", "optimizer.lr=1e-5", "optimizer.warmup=0", "ema=0.9")
     torch.manual_seed(0)
     model = settings.build(config)
-    ema = WeightEMA(model, decay=0.9)
     learner = Descent(model, config)
-    ema.follow(learner.masters())
-    expected = {name: p.double().clone() for name, p in ema.model.named_parameters()}
+    expected = {name: p.double().clone() for name, p in learner.averaged.named_parameters()}
     taken = 0
     for step in range(40):
         skipped = learner.step([batch()], step)["skipped"]
-        ema.update(model, step, skipped)
         taken += int(skipped == 0)
         if step == 30:
-            ema.settle()
+            learner.settle()
             again = WeightEMA(settings.build(config), decay=0.9)
-            again.model.load_state_dict(ema.model.state_dict())
-            again.follow(learner.masters())
+            again.model.load_state_dict(learner.averaged.state_dict())
+            again.follow(learner.engine.masters())
         if step > 30:
             again.update(model, step, skipped)
         if not skipped:
@@ -221,11 +217,11 @@ def test_half_weights_are_averaged_as_their_masters(group: None, monkeypatch: py
                 if name in expected:
                     expected[name] += weight * (master.double() - expected[name])
     assert 5 < taken < 40
-    for one in (ema, again):
+    for one in (learner, again):
         one.settle()
     assert model.dtype == torch.float16
     off = 0.0
-    for name, average in ema.model.named_parameters():
+    for name, average in learner.averaged.named_parameters():
         torch.testing.assert_close(average.double(), expected[name], rtol=1e-6, atol=1e-8, msg=name)
         assert torch.equal(average, dict(again.model.named_parameters())[name])
         off += float((average - average.half()).abs().sum())

@@ -23,31 +23,30 @@ class Kept:
 @pytest.mark.parametrize(("written", "followed"), [({}, 1), ({"version": 1}, 1), ({"version": 2}, 2)])
 def test_a_begun_run_keeps_its_order(pictures: Path, tmp_path: Path, written: dict[str, int], followed: int) -> None:
     """A checkpoint of before there were versions names none: its run goes on in version 1."""
-    slices, model, config = begun(pictures, tmp_path, written)
-    assert resume.resume(config, Kept(), model, slices).images == 32  # type: ignore[arg-type]
+    slices, config = begun(pictures, tmp_path, written)
+    assert resume.resume(config, Kept(), slices).images == 32  # type: ignore[arg-type]
     assert slices.order.version == followed
     assert resume.order(config, slices)["version"] == followed
 
 
 def test_a_new_run_takes_the_newest_order(pictures: Path, tmp_path: Path) -> None:
-    slices, model, config = begun(pictures, tmp_path, {})
+    slices, config = begun(pictures, tmp_path, {})
     config.run = str(tmp_path / "other")
-    resume.resume(config, Kept(), model, slices)  # type: ignore[arg-type]
+    resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
     assert resume.order(config, slices)["version"] == 2
 
 
 def test_an_order_of_a_later_version_is_refused(pictures: Path, tmp_path: Path) -> None:
-    slices, model, config = begun(pictures, tmp_path, {"version": 3})
+    slices, config = begun(pictures, tmp_path, {"version": 3})
     with pytest.raises(DataError, match="in version 3 of the order"):
-        resume.resume(config, Kept(), model, slices)  # type: ignore[arg-type]
+        resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
 
 
-def begun(pictures: Path, run: Path, version: dict[str, int]) -> tuple[TrainSlices, Any, Any]:
-    """(slices, model, config) and a checkpoint of theirs in `run`, with `version` in what it says of the order."""
+def begun(pictures: Path, run: Path, version: dict[str, int]) -> tuple[TrainSlices, Any]:
+    """(slices, config) and a checkpoint of theirs in `run`, with `version` in what it says of the order."""
     data = Config(root=str(pictures), size=16, columns=8, workers=0)
-    slices, model = TrainSlices(data, seed=7), torch.nn.Linear(1, 1)
+    slices = TrainSlices(data, seed=7)
     order = {"seed": 7, "data.columns": 8, "data": slices.samples.index.fingerprint(), **version}
     state = {"step": 2, "images": 32, "damaged": {}, "alarms": [], "owed": False, "order": order}
-    tensors = {"model": model.state_dict(), "ema": model.state_dict()}
-    checkpoint.save(run / "checkpoints", 2, tensors, state, keep=1)
-    return slices, model, SimpleNamespace(run=str(run), init_from="", seed=7, data=data)
+    checkpoint.save(run / "checkpoints", 2, {"model": {"weight": torch.ones(1)}}, state, keep=1)
+    return slices, SimpleNamespace(run=str(run), init_from="", seed=7, data=data)

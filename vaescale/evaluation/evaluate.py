@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data import stream
-from ..interfaces import Batch, Bounded, Codec, by_level
+from ..interfaces import Batch, Bounded, Codebooks, Codec, by_level
 from ..monitoring import codebook
 from ..monitoring.pictures import to_bytes
 from . import metrics
@@ -43,14 +43,13 @@ PROTOCOL = {
 def evaluate(
     codec: Codec,
     slices: stream.ValidationSlices,
-    sizes: dict[str, int],
     device: torch.device,
     micro: int = 32,
     draws: int = 1,
     watched: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, Any]:
-    """mse, psnr, ssim; usage and perplexity for each codebook of `sizes` (name → K, coarse to fine); for what is
+    """mse, psnr, ssim; usage and perplexity for each codebook, coarse to fine; for what is
     Bounded the bits a subpixel, `draws` latents being drawn for each image. `micro`: images at a time on one rank.
 
     Collective; the same result on all ranks. Memory does not grow with `draws`, time does. `stopped` is asked after
@@ -62,7 +61,8 @@ def evaluate(
     first, latents = _measure(codec, slices[range(1)].batch.to(device), min(draws, 2))
     names = list(first)
     totals = torch.zeros(len(names), dtype=torch.float64, device=device)
-    counts = {name: torch.zeros(size, dtype=torch.int64, device=device) for name, size in sizes.items()}
+    usages = codec.usage(clear=False) if isinstance(codec, Codebooks) else {}
+    counts = {name: torch.zeros_like(usage.window) for name, usage in usages.items()}
     moments = Moments(device)
     images = len(slices.samples.index)
     batches = range(math.ceil(math.ceil(images / world) / micro))  # of the rank that has most
@@ -70,7 +70,7 @@ def evaluate(
         if decoded:
             values, latents = _measure(codec, decoded.batch.to(device), draws)
             totals += torch.stack([value.sum() for value in values.values()])
-            for name, codes in zip(counts, latents, strict=False):
+            for name, codes in zip(counts, latents, strict=False):  # no counts where latents are not codes
                 counts[name].index_add_(0, codes.flatten(), torch.ones_like(codes.flatten()))
             if isinstance(codec, Bounded):
                 moments.add(latents)

@@ -1,32 +1,60 @@
-"""The pictures of a validation: the fixed images, samples, codes, and what each codebook or linear decoder holds."""
+"""The pictures of a validation. To add one, write its function and name the capability that it needs in PICTURES."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..interfaces import Batch, Bounded, Model
+from ..interfaces import Basis, Batch, Bounded, Codebooks, Codec
 from ..monitoring import codebook, pictures
 from ..monitoring.pictures import Picture
 from . import sample
 from .evaluate import reconstruct
 
+Pictures = Iterator[tuple[str, Picture]]  # (name on the board, picture), one at a time
+
 
 @torch.no_grad()
-def show(model: Model, shown: Batch) -> Iterator[tuple[str, Picture]]:
-    """(name on the board, picture), one at a time, of what the model can do. shown: the fixed images, on the device."""
-    y, latents = reconstruct(model, shown)
+def show(codec: Codec, shown: Batch) -> Pictures:
+    """What this codec can do. shown: the fixed images, on the device."""
+    y, latents = reconstruct(codec, shown)
     yield "val/reconstructions", pictures.reconstructions(shown.x, y)
+    for capability, draw in PICTURES:
+        if isinstance(codec, capability):
+            yield from draw(codec, shown, latents)
+
+
+def samples(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:
+    del latents
     with suppress(sample.Unable):
-        yield "val/samples", sample.at_temperatures(model, shown.condition)
-    if isinstance(model, Bounded) and len(latents) > 1:
-        yield "val/progressive", sample.progressive(model, shown)
-    averages = {name: usage.average for name, usage in model.usage(clear=False).items()}
-    decoded = codebook.decoded(model, list(averages.values()), [level.shape[1:] for level in latents])
-    for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=False):
+        yield "val/samples", sample.at_temperatures(codec, shown.condition)
+
+
+def progressive(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:
+    if len(latents) > 1:
+        yield "val/progressive", sample.progressive(codec, shown)
+
+
+def codebooks(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:
+    averages = {name: usage.average for name, usage in codec.usage(clear=False).items()}
+    decoded = codebook.decoded(codec, list(averages.values()), [level.shape[1:] for level in latents])
+    for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=True):
         yield f"{name}/map", pictures.code_map(shown.x, level, len(average))
         yield f"{name}/decoded", pictures.codebook(tiles, codes, codebook.in_use(average))
-    basis = model.basis()
-    if basis is not None:
-        captions = ["mean", *map(str, range(1, len(basis)))]
-        yield "val/basis", pictures.grid(pictures.to_bytes(basis), len(basis), captions)
+
+
+def basis(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:
+    del shown, latents
+    tiles = codec.basis()
+    captions = ["mean", *map(str, range(1, len(tiles)))]
+    yield "val/basis", pictures.grid(pictures.to_bytes(tiles), len(tiles), captions)
+
+
+PICTURES: list[tuple[type, Callable[[Any, Batch, list[Tensor]], Pictures]]] = [
+    (Codec, samples),
+    (Bounded, progressive),
+    (Codebooks, codebooks),
+    (Basis, basis),
+]

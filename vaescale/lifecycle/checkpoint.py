@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,10 @@ from torch import Tensor
 
 from .. import distributed
 from ..files import file_hash, parse_json, printable, read_bytes, read_json
+from ..interfaces import Tensors
+
+# A file's tensors, which must have the names, shapes and types of those that are given.
+Read = Callable[[str, Tensors], Tensors]
 
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 NAMED = 3  # tensors that do not fit, in an error

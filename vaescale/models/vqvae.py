@@ -96,6 +96,9 @@ class VQVAE(Model):
     def usage(self, clear: bool) -> dict[str, Usage]:
         return dict(zip(self.codebooks, self.quantizer.usages(clear), strict=True))
 
+    def quantizers(self) -> dict[str, quantize.Config]:
+        return dict.fromkeys(self.codebooks, self.config.quantizer)
+
     @property
     def codebooks(self) -> list[str]:
         """Their names, coarse to fine."""

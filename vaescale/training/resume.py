@@ -8,7 +8,6 @@ from typing import Any
 from .. import distributed
 from ..config import ConfigError
 from ..data.stream import TrainSlices
-from ..interfaces import Model
 from ..lifecycle import checkpoint
 from ..lifecycle import state as states
 from ..lifecycle.checkpoint import CheckpointError
@@ -54,14 +53,14 @@ def order(config: Config, slices: TrainSlices) -> dict[str, int | str]:
     }
 
 
-def resume(config: Config, learner: Learner, averaged: Model, slices: TrainSlices) -> Position:
+def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
     """What is taken, in this order: the newest valid checkpoint of the run directory; else the weights of
     `init_from`, at step 0 with a fresh optimiser; else scratch. A begun run reads on in the order's version that it
     began with. Collective."""
     found = find(Path(config.run))
     if found is None:
         if config.init_from:
-            begin(config, learner, averaged)
+            begin(config, learner)
         return Position()
     parts = [part.name for part in fields(Position)]
     state = states.read(found, ["version", *parts, "order", *learner.state()])
@@ -75,22 +74,15 @@ def resume(config: Config, learner: Learner, averaged: Model, slices: TrainSlice
                 f"{config.run} was begun with {key}={begun.get(key)}, now it is {value}: the order of samples "
                 f"would break; set it back, or give another run=…"
             )
-    averages = checkpoint.read_fitting(found, "ema", averaged.state_dict())
     learner.load(partial(checkpoint.read_fitting, found), state)
-    averaged.load_state_dict(averages)
     return Position(**{part: state[part] for part in parts})
 
 
-def begin(config: Config, learner: Learner, averaged: Model) -> None:
+def begin(config: Config, learner: Learner) -> None:
     found = find(Path(config.init_from))
     if found is None:
         raise CheckpointError(f"init_from={config.init_from} is neither a checkpoint nor a run directory that has one")
-    weights = checkpoint.read_fitting(
-        found, "model", averaged.state_dict()
-    )  # a model and its average have the same tensors
-    averages = checkpoint.read_fitting(found, "ema", averaged.state_dict())
-    learner.begin(weights)
-    averaged.load_state_dict(averages)
+    learner.begin(partial(checkpoint.read_fitting, found))
     if distributed.rank() == 0:
         print(f"{config.run} begins with the weights of {found}", flush=True)
 

@@ -7,8 +7,9 @@ run the same command.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from ..data.decode import CAUSES
 from ..data.index import check as check_indexes
 from ..evaluation.evaluate import evaluate
 from ..evaluation.show import show
-from ..interfaces import Batch, Usage
+from ..interfaces import Batch, Codebooks, Codec, Usage
 from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.pace import Pace
@@ -29,16 +30,14 @@ from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
 from ..lifecycle.stops import Stop
 from ..lifecycle.watch import Watch
 from ..lifecycle.writer import Writer
-from ..models.pca import PCA
+from ..models import MODELS
 from ..monitoring import alarm, codebook, pictures
 from ..monitoring.board import Board, validated
 from ..monitoring.console import Console
 from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch
 from . import resume
-from .closed_form import ClosedForm, one_epoch
-from .ema import WeightEMA
 from .guard import Skip, diagnosis, explained, too_many
-from .learner import Descent, Learner
+from .learner import LEARNERS
 
 NAMED = 8  # samples of a skipped step, in the log
 
@@ -86,27 +85,22 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model = build(config).to(self.device)
-        self.ema = WeightEMA(self.model, config.ema)
         samples = len(self.slices.samples.index)
-        self.learner: Learner = (
-            ClosedForm(self.model, samples) if isinstance(self.model, PCA) else Descent(self.model, config)
-        )
+        self.learner = LEARNERS[MODELS[config.model.kind].learner](self.model, config, samples)
         self.pace = Pace(self.model, self.device)
-        self.position = resume.resume(config, self.learner, self.ema.model, self.slices)
-        self.ema.follow(self.learner.masters())
+        self.position = resume.resume(config, self.learner, self.slices)
         self.order = resume.order(config, self.slices)
         if self.position.owed:  # unless an earlier process has made up for it
             self.position.owed = not distributed.tell(validated(self.run, self.position.step))
-        if isinstance(self.learner, ClosedForm):
-            config = self.config = one_epoch(config, samples, self.position.step, self.position.images)
+        steps = self.learner.planned(config, lambda: samples, self.position.step, self.position.images)
+        config = self.config = replace(config, steps=steps)
 
         self.console = Console(self.position.step, config.steps, loud=self.rank == 0)
         self.writer = Writer(self.run / "checkpoints", config.keep, config.keep_every, self.console)
-        averaged = sum(value.nbytes for value in self.ema.model.state_dict().values())
         self.board: Board | None = None
         self.changes = history.changes(self.before, config)
         if self.left():
-            self.writer.check_room(self.learner.size() + averaged, config.steps)
+            self.writer.check_room(self.learner.size(), config.steps)
             on_rank_0(self.run, self.open_board)
 
     def compare(self) -> None:
@@ -177,7 +171,6 @@ class Trainer:
             if position.owed or save or asked:
                 with watch.doing("the solution"):
                     self.learner.settle()
-                    self.ema.settle()
             if report:
                 self.report(window)
                 window = Window()
@@ -208,7 +201,6 @@ class Trainer:
     def step(self, batches: Iterator[stream.Decoded], window: Window) -> None:
         position = self.position
         metrics = self.learner.step(self.next_batches(batches, window), position.step)
-        self.ema.update(self.model, position.step, metrics.get("skipped"))
         window.add(metrics)
         position.advance(self.config.batch)
         self.console.advance()
@@ -237,8 +229,11 @@ class Trainer:
 
         means = {name: total / self.world for name, total in zip(names, totals, strict=True)}
         values = self.learner.report(means, position.step)
-        for name, usage in self.model.usage(clear=True).items():
-            values |= self.watch_codebook(name, Usage(*(part.cpu() for part in usage)), values[f"{name}/commitment"])
+        if isinstance(self.model, Codebooks):
+            quantizers = self.model.quantizers()
+            for name, usage in self.model.usage(clear=True).items():
+                usage = Usage(*(part.cpu() for part in usage))
+                values |= self.watch_codebook(name, usage, values[f"{name}/commitment"], quantizers[name])
         values["perf/images_per_second"] = window.steps * config.batch / seconds
         values["perf/seconds_per_step"] = seconds / window.steps
         if self.device.type == "cuda":
@@ -253,11 +248,11 @@ class Trainer:
             self.board.scalars(values, position.step)
         self.console.report(position.step, values)
 
-    def watch_codebook(self, name: str, usage: Usage, commitment: float) -> dict[str, float]:
+    def watch_codebook(self, name: str, usage: Usage, commitment: float, quantizer: Any) -> dict[str, float]:
         """One codebook's scalars, and its histogram; a sentence when it collapses, and one when it has recovered."""
         step, on, config = self.position.step, self.position.alarms, self.config
         reading = alarm.read(usage, commitment, step)
-        said = alarm.watch(name, reading, config.model.quantizer, config.optimizer.warmup, on)
+        said = alarm.watch(name, reading, quantizer, config.optimizer.warmup, on)
         if said:
             self.console.say(said)
         if self.board:
@@ -303,10 +298,10 @@ class Trainer:
         """The averaged weights on the whole validation set, and the fixed images as pictures. Returns for what it was
         cut short; the next life makes up for it."""
         step = self.position.step
-        averaged = self.ema.model
-        sizes = {name: len(usage.window) for name, usage in averaged.usage(clear=False).items()}
+        averaged = self.learner.averaged
+        assert isinstance(averaged, Codec)
         with watch.doing("validation"):
-            measured = evaluate(averaged, self.validation, sizes, self.device, self.micro, stopped=stop.agreed)
+            measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stop.agreed)
             if not measured:
                 return stop.said
             values = {f"val/{name}": value for name, value in measured.items()}
@@ -325,9 +320,8 @@ class Trainer:
     def save(self) -> None:
         """Collective: every rank takes part in gathering, rank 0 writes."""
         position = self.position
-        tensors = {**self.learner.tensors(), "ema": self.ema.model.state_dict()}
         state = resume.state(position, self.learner, self.order)
-        self.writer.save(position.step, tensors, state, dict(self.model.named_buffers()))
+        self.writer.save(position.step, self.learner.tensors(), state, dict(self.model.named_buffers()))
 
     def banner(self) -> str:
         config, index = self.config, self.slices.samples.index

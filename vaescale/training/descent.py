@@ -1,0 +1,207 @@
+"""Learning by gradient descent: one model, one engine, AdamW, averaged weights."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+from ..interfaces import Batch, Model, Tensors
+from ..lifecycle.checkpoint import Read
+from ..settings import Config, Optimizer, blank, micro_batch
+from .ema import WeightEMA
+from .engine import MOMENTS, Engine
+from .guard import TAKEN, WHY, Skip
+
+
+class Descent:
+    """A Learner for whatever has parameters."""
+
+    def __init__(self, model: Model, config: Config, samples: int = 0) -> None:
+        del samples  # a run ends after so many steps, however many epochs those are
+        self.model = model
+        self.ema = WeightEMA(model, config.ema)  # before an engine makes half weights of the model's
+        self.averaged = self.ema.model
+        self.engine = Engine(model, config)
+        self.ema.follow(self.engine.masters())
+        self.config = config
+        self.skipped = dict.fromkeys(WHY.values(), 0)  # steps since the run began
+        # Of each step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, their share of the
+        # last ones, and for each micro-batch of this rank whether its loss is not finite.
+        self._first = 0
+        self._records: list[Tensor] = []
+
+    @staticmethod
+    def planned(config: Config, samples: Callable[[], int], step: int = 0, images: int = 0) -> int:
+        del samples, step, images
+        return config.steps
+
+    @staticmethod
+    def memory(model: Model, config: Config, world: int) -> dict[str, float]:
+        parameters = sum(p.numel() for p in model.parameters())
+        buffers = sum(b.nbytes for b in model.buffers())
+        return state_bytes(parameters, config, world) | {
+            "buffers": 2 * buffers,  # the model's and the averaged copy's
+            "activations": activation_bytes(model, config) * micro_batch(config, world),
+        }
+
+    def step(self, batches: Iterable[Batch], step: int) -> Tensors:
+        """ "skipped" is 1 where the optimiser did not move. Nothing of ours waits for the device here; DeepSpeed does,
+        once a step, at ZeRO 1 and 2.
+        """
+        lr = learning_rate(self.config.optimizer, step, self.config.steps)
+        count = self.config.accumulation
+        total: Tensors = {}
+        finite: list[Tensor] = []
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        for number, batch in enumerate(batches, start=1):
+            loss, metrics = self.engine.forward(batch, step)[:2]  # what else there is makes room for the backward pass
+            self.engine.backward(loss)
+            finite.append(loss.detach().isfinite())
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                total[name] = total.get(name, 0) + value.float() / count
+            if number < count:
+                self.engine.micro_step()
+        guard = self.engine.guard
+        losses, usual = torch.stack(finite), guard.usual()
+        norm, why = self.engine.step(lr, losses.all())
+        self.model.update(step, lr)
+        self.take_back(before, guard.spoilt(why))
+        if not self._records:
+            self._first = step
+        self._records.append(torch.stack([why, norm, usual, guard.run, guard.share, *~losses]).float())
+        skipped = (why != TAKEN).float()
+        self.ema.update(self.model, step, skipped)
+        return {**total, "gradient_norm": torch.where(why != TAKEN, 0.0, norm), "skipped": skipped}
+
+    def take_back(self, before: list[Tensor], spoilt: Tensor) -> None:
+        """What was learned without the optimiser; its collectives have taken place on all ranks in any case."""
+        for buffer, old in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(torch.where(spoilt, old, buffer))
+
+    def settle(self) -> None:
+        self.ema.settle()
+
+    def skips(self) -> list[Skip]:
+        if not self._records:
+            return []
+        records = torch.stack(self._records)
+        self._records = []
+        (places,) = records[:, 0].cpu().nonzero(as_tuple=True)  # the same on all ranks
+        if not len(places):
+            return []
+        mine = records[places.to(records.device)]
+        failed = mine.new_zeros(distributed.world(), *mine[:, 5:].shape)
+        failed[distributed.rank()] = mine[:, 5:]
+        failures = distributed.sum_(failed).transpose(0, 1).flatten(1).cpu()
+        found = []
+        for place, (why, norm, usual, run, share), failure in zip(
+            places.tolist(), mine[:, :5].tolist(), failures, strict=True
+        ):
+            micros = failure.nonzero().flatten().tolist()
+            found.append(Skip(self._first + place, int(why), norm, usual, int(run), share, micros))
+            self.skipped[WHY[int(why)]] += 1
+        return found
+
+    def report(self, means: dict[str, float], step: int) -> dict[str, float]:
+        skipped, norm = means.pop("skipped"), means.pop("gradient_norm")
+        values = {grouped(name): value for name, value in means.items()}
+        values["optim/skipped"] = skipped  # share of the window's steps
+        values["optim/gradient_norm"] = norm / max(1 - skipped, 1e-9)  # mean of the others
+        if math.isfinite(limit := float(self.engine.guard.limit())):
+            values["optim/norm_limit"] = limit
+        values |= {f"optim/skipped_{why.replace(' ', '_')}": float(count) for why, count in self.skipped.items()}
+        values["optim/lr"] = learning_rate(self.config.optimizer, step - 1, self.config.steps)
+        if scale := self.engine.loss_scale():
+            values["optim/loss_scale"] = scale
+        return values
+
+    def tensors(self) -> dict[str, Tensors]:
+        averages = self.averaged.state_dict()
+        return {"model": self.engine.weights(), "optimizer": self.engine.moments(), "ema": averages}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "optimizer_steps": self.engine.optimizer_steps(),
+            "scaler": self.engine.scaler(),
+            "skipped": self.skipped,
+            "gradient_norms": self.engine.guard.state(),
+        }
+
+    def load(self, read: Read, state: dict[str, Any]) -> None:
+        weights, moments = self.engine.saved(state["optimizer_steps"])
+        averages = read("ema", self.averaged.state_dict())
+        weights, moments = read("model", weights), read("optimizer", moments)
+        self.engine.load_weights(weights)
+        self.engine.load_moments(moments, state["optimizer_steps"])
+        self.engine.load_scaler(state["scaler"])
+        self.engine.guard.load(state["gradient_norms"])
+        self.skipped = {why: state["skipped"].get(why, 0) for why in self.skipped}
+        self._average(averages)
+
+    def begin(self, read: Read) -> None:
+        wanted = self.averaged.state_dict()  # a model and its average have the same tensors
+        weights, averages = read("model", wanted), read("ema", wanted)
+        self.engine.load_weights(weights)
+        self._average(averages)
+
+    def _average(self, averages: Tensors) -> None:
+        """Go on from these averages."""
+        self.averaged.load_state_dict(averages)
+        self.ema.follow(self.engine.masters())
+
+    def size(self) -> int:
+        weights = sum(p.numel() for p in self.model.parameters())
+        buffers = sum(buffer.nbytes for buffer in self.model.buffers())
+        averages = sum(value.nbytes for value in self.averaged.state_dict().values())
+        return 4 * weights * (1 + len(MOMENTS)) + buffers + averages
+
+    def summary(self) -> str:
+        weights = sum(p.numel() for p in self.model.parameters())
+        return f"{weights / 1e6:.2f} M parameters, {self.config.precision}, ZeRO {self.config.zero}"
+
+
+def grouped(name: str) -> str:
+    """A metric says its group, or is one of training."""
+    return name if "/" in name else f"train/{name}"
+
+
+def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine from `lr` to `final`·`lr` (Loshchilov, Hutter 2017, equation 5)."""
+    warm = min(1.0, (step + 1) / max(1, optimizer.warmup))
+    progress = min(1.0, max(0, step - optimizer.warmup) / max(1, steps - optimizer.warmup))
+    cosine = optimizer.final + (1 - optimizer.final) * (1 + math.cos(math.pi * progress)) / 2
+    return optimizer.lr * warm * cosine
+
+
+def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]:
+    """fp32 weights, gradients, AdamW's two moments and the averaged weights; ZeRO divides the moments (1) and the
+    gradients (2) by the world size and adds a sharded fp32 master copy. The fp16 engine halves weights and gradients.
+    """
+    shards = world if config.zero else 1
+    width = 2 if config.precision == "fp16" and config.zero else 4
+    return {
+        "weights": width * parameters,
+        "gradients": width * parameters / (world if config.zero == 2 else 1),
+        "moments": 8 * parameters / shards,
+        "masters": 4 * parameters / shards if config.zero else 0,
+        "EMA": 4 * parameters,
+    }
+
+
+def activation_bytes(model: nn.Module, config: Config) -> int:
+    """Bytes that one image keeps for the backward pass: counted in a real forward pass on the CPU."""
+    held: dict[int, int] = {}
+
+    def hold(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.eval()  # a training forward would wait for an update that never comes
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        model(blank(config, 1), 0)
+    return sum(held.values()) // (1 if config.precision == "fp32" else 2)
