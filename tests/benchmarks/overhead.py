@@ -91,7 +91,7 @@ def guarding(trainer: Trainer) -> Work:
     """What a step does for the guard's sake."""
     learner = trainer.learner
     assert isinstance(learner, Descent)
-    guard = learner.engine.guard
+    guard = learner.guard
     norm = torch.ones((), device=trainer.device)
     finite = norm.bool()
 

@@ -152,9 +152,11 @@ def train(job: dict[str, Any]) -> None:
         held = list(batches)
         seen.extend(int(g) for batch in held for g in batch.sample)
         if number in job.get("omitted", []):
+            # The averages rest; their copies of the buffers follow what a report has cleared.
+            trainer.learner.ema.update(trainer.model, number, metrics["skipped"].new_ones(()))
             return {**metrics, "skipped": metrics["skipped"].new_ones(())}
         if number == job.get("settled"):
-            trainer.learner.engine.guard.count.fill_(MEMORY)
+            trainer.learner.guard.count.fill_(MEMORY)
         metrics = step(held, number)
         if number == 0 and "stranded" in job:
             probe.strand(trainer.model, slice(*job["stranded"]))

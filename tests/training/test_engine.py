@@ -1,10 +1,18 @@
 """The DeepSpeed engine on one process, in this process."""
 
+import inspect
 import math
+import multiprocessing.queues
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import torch_autocast
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.integration.probe import broken
@@ -13,7 +21,7 @@ from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
 from vaescale.training.descent import Descent, learning_rate
 from vaescale.training.ema import WeightEMA
-from vaescale.training.engine import deepspeed_config
+from vaescale.training.engine import Engine, deepspeed_config
 from vaescale.training.guard import NOT_FINITE, OVERFLOW, SPIKE, WHY
 
 CONFIG = "tests/integration/tiny.yaml"
@@ -30,21 +38,20 @@ def batch() -> Batch:
 
 
 def test_what_deepspeed_is_told(group: None) -> None:
-    told = deepspeed_config(
-        load(
-            "zero=2", "optimizer.clip=0.7", "deepspeed.zero_optimization.overlap_comm=true", "deepspeed.dump_state=true"
-        )
-    )
+    passed = {"zero_optimization": {"overlap_comm": True}, "dump_state": True}
+    told = deepspeed_config("bf16", 2, 0.7, 3, 4, passed)
     assert told["dump_state"]
     assert told["zero_optimization"] == {"overlap_comm": True, "stage": 2}
     assert told["gradient_clipping"] == 0.7
-    assert deepspeed_config(load("deepspeed.zero_optimization=null"))["zero_optimization"] == {"stage": 0}
+    sizes = [told[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    assert sizes == [12, 3, 4]
+    assert deepspeed_config("fp32", 0, 1.0, 1, 1, {"zero_optimization": None})["zero_optimization"] == {"stage": 0}
 
 
 def test_fp16_weights_without_hardware_are_one_sentence(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(ConfigError, match="precision=fp16 with zero=1 needs hardware with fp16: take zero=0"):
-        deepspeed_config(load("precision=fp16", "zero=1"))
+        deepspeed_config("fp16", 1, 1.0, 1, 1, {})
 
 
 def test_one_step_is_that_of_plain_torch(group: None) -> None:
@@ -66,6 +73,77 @@ def test_one_step_is_that_of_plain_torch(group: None) -> None:
         torch.testing.assert_close(norm, expected)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_two_engines_share_a_step_and_a_verdict(group: None, zero: int) -> None:
+    """A critic and what it judges, of two micro-batches, against plain torch, bit for bit. In the first one's pass the
+    critic is called without its engine and frozen. In the third step the critic's gradient is not finite: neither
+    moves."""
+    optimizer = settings.Optimizer(lr=1e-2, clip=0.5, weight_decay=0.1)
+
+    def nets() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)), nn.Sequential(
+            nn.Linear(6, 4), nn.Linear(4, 1)
+        )
+
+    def losses(
+        maker: Any, judge: nn.Module, call: Any, x: torch.Tensor, bad: bool
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        judge.requires_grad_(False)
+        y = maker(x)
+        yield "maker", (y - x).square().mean() - judge(y).mean()
+        judge.requires_grad_(True)
+        yield "judge", (call(y.detach()) - call(x)).mean() * (float("nan") if bad else 1.0)
+
+    data = torch.randn(6, 2, 5, 6, generator=torch.Generator().manual_seed(1))
+    maker, judge = nets()
+    engines = {
+        "maker": Engine(maker, optimizer, "fp32", zero, 5, 2),
+        "judge": Engine(judge, optimizer, "fp32", zero, 5, 2),
+    }
+    plain = dict(zip(engines, nets(), strict=True))
+    adams = {
+        name: torch.optim.AdamW(net.parameters(), 1e-2, optimizer.betas, weight_decay=0.1, fused=True)
+        for name, net in plain.items()
+    }
+    no = torch.tensor(False)
+    for step, micros in enumerate(data):
+        for number, x in enumerate(micros):
+            for name, loss in losses(engines["maker"].forward, judge, engines["judge"].forward, x, step == 2):
+                engines[name].backward(loss)
+            for _, loss in losses(plain["maker"], plain["judge"], plain["judge"], x, step == 2):
+                (loss / 2).backward()
+            if number == 0:
+                for engine in engines.values():
+                    engine.micro_step()
+        norms = {name: engine.norm() for name, engine in engines.items()}
+        refused = ~torch.stack(list(norms.values())).isfinite().all()
+        assert bool(refused) == (step == 2)
+        for name, engine in engines.items():
+            engine.apply(1e-2, refused, no)
+            norm = torch.nn.utils.clip_grad_norm_(plain[name].parameters(), 0.5)
+            if step != 2:
+                torch.testing.assert_close(norms[name], norm)
+                adams[name].step()
+            adams[name].zero_grad()
+            for ours, theirs in zip(engine.module.parameters(), plain[name].parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_replaced_or_read_of_others_private_parts_is_there() -> None:
+    """A replaced method that nobody calls any more would be no error."""
+    zero = ["scaled_global_norm", "_update_scale", "_wait_for_offload_copies", "_lazy_init_hp_params_optimizer_state"]
+    assert all(hasattr(DeepSpeedZeroOptimizer, name) for name in zero)
+    called = inspect.getsource(DeepSpeedZeroOptimizer.step)
+    assert "self.scaled_global_norm()" in called
+    assert "self._update_scale(self.overflow)" in called
+    assert hasattr(torch_autocast, "TORCH_AUTOCAST_INITIALIZED")
+    assert "torch_autocast_z0_gradscaler" in inspect.getsource(DeepSpeedEngine)
+    assert "self.enable_backward_allreduce" in inspect.getsource(DeepSpeedEngine)
+    assert hasattr(torch.amp.GradScaler, "_found_inf_per_device")
+    assert hasattr(multiprocessing.queues.Queue, "_on_queue_feeder_error")
 
 
 def test_a_nan_gradient_moves_nothing(group: None) -> None:
@@ -115,7 +193,7 @@ def test_a_skipped_step_leaves_no_trace(group: None, overrides: list[str], fault
                 if not bad:
                     continue
                 model.forward = broken(model, fault, [4])
-                learner.engine.guard.load({"count": 100.0, "mean": math.log(norms[-1]), "variance": 0.0, "run": 0.0})
+                learner.guard.load({"count": 100.0, "mean": math.log(norms[-1]), "variance": 0.0, "run": 0.0})
             norms.append(float(learner.step([batch()], step)["gradient_norm"]))
         if bad:
             (skip,) = learner.skips()
@@ -171,9 +249,9 @@ def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest
     learned, scale = engine.optimizer_steps(), engine.loss_scale()
     model.forward = broken(model, "nan", range(12, 32))
     assert steps(20, 12) == [NOT_FINITE] * 20
-    engine.guard.load({"count": 100.0, "mean": -10.0, "variance": 0.0, "run": 20.0})
+    learner.guard.load({"count": 100.0, "mean": -10.0, "variance": 0.0, "run": 20.0})
     assert steps(2, 32) == [SPIKE] * 2
-    assert engine.guard.run == 22
+    assert learner.guard.run == 22
     assert engine.loss_scale() == scale
 
     hook = model.decoder[0].bias.register_hook(lambda gradient: gradient * torch.inf)
@@ -181,13 +259,13 @@ def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest
     halvings = int(math.log2(scale)) + forgiven
     assert steps(halvings + 3, 34) == [OVERFLOW] * halvings + [NOT_FINITE] * 3
     assert engine.loss_scale() == 1
-    assert engine.guard.run == 25
+    assert learner.guard.run == 25
     assert engine.optimizer_steps() == learned
     hook.remove()
-    engine.guard.load({"count": 0.0, "mean": 0.0, "variance": 0.0, "run": 25.0})
+    learner.guard.load({"count": 0.0, "mean": 0.0, "variance": 0.0, "run": 25.0})
     assert steps(1, 80) == []
     assert engine.optimizer_steps() == learned + 1
-    assert engine.guard.run == 0
+    assert learner.guard.run == 0
 
 
 @pytest.mark.parametrize("zero", [1, 2])

@@ -13,7 +13,7 @@ from ..lifecycle.checkpoint import Read
 from ..settings import Config, Optimizer, blank, micro_batch
 from .ema import WeightEMA
 from .engine import MOMENTS, Engine
-from .guard import TAKEN, WHY, Skip
+from .guard import TAKEN, WHY, Guard, Skip
 
 
 class Descent:
@@ -24,8 +24,12 @@ class Descent:
         self.model = model
         self.ema = WeightEMA(model, config.ema)  # before an engine makes half weights of the model's
         self.averaged = self.ema.model
-        self.engine = Engine(model, config)
+        micro = micro_batch(config, distributed.world())
+        self.engine = Engine(
+            model, config.optimizer, config.precision, config.zero, micro, config.accumulation, config.deepspeed
+        )
         self.ema.follow(self.engine.masters())
+        self.guard = Guard(config.optimizer.spike, self.engine.device)
         self.config = config
         self.skipped = dict.fromkeys(WHY.values(), 0)  # steps since the run began
         # Of each step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, their share of the
@@ -64,9 +68,11 @@ class Descent:
                 total[name] = total.get(name, 0) + value.float() / count
             if number < count:
                 self.engine.micro_step()
-        guard = self.engine.guard
+        engine, guard = self.engine, self.guard
         losses, usual = torch.stack(finite), guard.usual()
-        norm, why = self.engine.step(lr, losses.all())
+        excused, norm = engine.scaled(losses.all()), engine.norm()
+        engine.apply(lr, guard.refuses(norm), excused & ~norm.isfinite())
+        why = guard.judge(norm, excused)
         self.model.update(step, lr)
         self.take_back(before, guard.spoilt(why))
         if not self._records:
@@ -110,7 +116,7 @@ class Descent:
         values = {grouped(name): value for name, value in means.items()}
         values["optim/skipped"] = skipped  # share of the window's steps
         values["optim/gradient_norm"] = norm / max(1 - skipped, 1e-9)  # mean of the others
-        if math.isfinite(limit := float(self.engine.guard.limit())):
+        if math.isfinite(limit := float(self.guard.limit())):
             values["optim/norm_limit"] = limit
         values |= {f"optim/skipped_{why.replace(' ', '_')}": float(count) for why, count in self.skipped.items()}
         values["optim/lr"] = learning_rate(self.config.optimizer, step - 1, self.config.steps)
@@ -127,7 +133,7 @@ class Descent:
             "optimizer_steps": self.engine.optimizer_steps(),
             "scaler": self.engine.scaler(),
             "skipped": self.skipped,
-            "gradient_norms": self.engine.guard.state(),
+            "gradient_norms": self.guard.state(),
         }
 
     def load(self, read: Read, state: dict[str, Any]) -> None:
@@ -137,7 +143,7 @@ class Descent:
         self.engine.load_weights(weights)
         self.engine.load_moments(moments, state["optimizer_steps"])
         self.engine.load_scaler(state["scaler"])
-        self.engine.guard.load(state["gradient_norms"])
+        self.guard.load(state["gradient_norms"])
         self.skipped = {why: state["skipped"].get(why, 0) for why in self.skipped}
         self._average(averages)
 

@@ -8,8 +8,9 @@
   while they are still scaled, so there it is the `fp16` engine: half weights, fp32 masters.
 - A JSON optimizer compiles FusedAdam for a minute and a half: torch's own fused AdamW is passed in instead.
 - Initialisation broadcasts parameters, not buffers: codebooks are broadcast here.
-- ZeRO 1 and 2 skip a step whose norm is not finite: a norm that the guard refuses is told them as infinite. Their loss
-  scale would then fall, and DeepSpeed raise where it cannot; so it hears of overflows alone.
+- ZeRO 1 and 2 take the norm within the step, and skip a step whose norm is not finite: it is taken before, and told
+  them as infinite where the step is refused. Their loss scale would then fall, and DeepSpeed raise where it cannot; so
+  it hears of overflows alone.
 - That an engine has `torch_autocast` is remembered for all later ones of the process: it is forgotten before each.
 """
 
@@ -36,9 +37,7 @@ from deepspeed.utils import (
 
 from .. import distributed
 from ..config import ConfigError
-from ..interfaces import Batch, Model, Output
-from ..settings import Config, micro_batch
-from .guard import Guard
+from ..settings import Optimizer
 
 logger.setLevel(logging.WARNING)
 # Only inference_all_reduce uses this kernel, and it would be compiled for 39 s on every new machine.
@@ -82,44 +81,54 @@ class Masters:
 
 
 class Engine:
-    """One model under one DeepSpeed engine with one AdamW.
+    """One module under one DeepSpeed engine with one AdamW; several may stand in one process.
+
+    A step is `forward` and `backward` of each micro-batch, `micro_step` between them, then `norm`, and `apply` with the
+    verdict on it.
 
     State is read and written a parameter at a time, in full and in fp32, so a checkpoint depends neither on the
     world size nor on the ZeRO stage. Nothing of it passes through pickle.
     """
 
-    def __init__(self, model: Model, config: Config) -> None:
-        self.model = model
-        self.clip = config.optimizer.clip
-        self.sharded = config.zero > 0
-        self.parameters = dict(model.named_parameters())
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        precision: str,
+        zero: int,
+        micro: int = 1,
+        accumulation: int = 1,
+        passed: dict[str, Any] | None = None,
+    ) -> None:
+        """micro: images of a micro-batch on this rank; accumulation: micro-batches a step; passed: what else
+        DeepSpeed is told. Raises ConfigError for fp16 weights on hardware without fp16."""
+        self.module = module
+        self.clip = optimizer.clip
+        self.sharded = zero > 0
+        self.parameters = dict(module.named_parameters())
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            config.optimizer.lr,
-            config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
+            module.parameters(), optimizer.lr, optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
+        told = deepspeed_config(precision, zero, optimizer.clip, micro, accumulation, passed or {})
         # DeepSpeed looks at the environment for a launcher unless a process group stands already.
         deepspeed.init_distributed(dist_init_required=False)
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
+            model=module, optimizer=self.optimizer, config=told, dist_init_required=False
         )
         if distributed.world() == 1 and not self.sharded:
             # There is nobody to sum over, and all gradients would be copied into a bucket and back.
             self.deepspeed.enable_backward_allreduce = False
-        for buffer in model.buffers():
+        for buffer in module.buffers():
             distributed.broadcast_(buffer)
         self.device = next(iter(self.parameters.values())).device
-        self.guard = Guard(config.optimizer.spike, self.device)
         if self.sharded:
-            zero = self.deepspeed.optimizer
-            self._scaled_norm, zero.scaled_global_norm = zero.scaled_global_norm, self._guarded_norm
-            self._rescale, zero._update_scale = zero._update_scale, self._guarded_rescale
+            zero_optimizer = self.deepspeed.optimizer
+            self._scaled_norm, zero_optimizer.scaled_global_norm = zero_optimizer.scaled_global_norm, self._judged_norm
+            self._rescale, zero_optimizer._update_scale = zero_optimizer._update_scale, self._judged_rescale
 
-    def forward(self, batch: Batch, step: int) -> Output:
-        return self.deepspeed(batch, step)
+    def forward(self, *inputs: Any) -> Any:
+        return self.deepspeed(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss)
@@ -128,44 +137,10 @@ class Engine:
         """After each accumulated backward pass but the last."""
         self.deepspeed.step()
 
-    def step(self, lr: float, finite: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip and move the weights once, unless the guard refuses; returns (the global gradient norm before clipping,
-        fp32 []; the guard's judgement). finite: bool [], whether this rank's losses are."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self._excused = self._excuse(finite)
-        if self.sharded:
-            self._norm = torch.full((), torch.inf, device=self.device)
-            self.deepspeed.step()
-        else:
-            self._norm = self._clip_and_step()
-        return self._norm, self.guard.judge(self._norm, self._excused)
-
-    def _clip_and_step(self) -> Tensor:
-        scaler = self.deepspeed.torch_autocast_z0_gradscaler
-        if scaler:
-            scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or float("inf"), foreach=True)
-        # What a GradScaler does on overflow, without its host synchronisation: the fused optimiser leaves weights,
-        # averages and step count alone. One NaN would otherwise stay in the weights for ever.
-        refused = self.guard.refuses(norm).float()
-        if not scaler:
-            self.optimizer.found_inf = refused  # type: ignore[attr-defined]
-            self.deepspeed.step()
-            return norm
-        for found in scaler._found_inf_per_device(self.optimizer).values():
-            found.copy_(refused)
-        state = (scaler._scale, scaler._growth_tracker)
-        before = [tensor.clone() for tensor in state]
-        self.deepspeed.step()
-        overflow = self._excused & ~norm.isfinite()
-        for tensor, old in zip(state, before, strict=True):
-            tensor.copy_(torch.where((refused > 0) & ~overflow, old, tensor))
-        return norm
-
-    def _excuse(self, finite: Tensor) -> Tensor:
+    def scaled(self, finite: Tensor) -> Tensor:
         """bool [], the same on all ranks: a gradient that is not finite would be the loss scale's doing. It is not if
-        a loss is not finite itself, or if nothing is scaled: 1 is DeepSpeed's lowest scale."""
+        a loss is not finite itself, or if nothing is scaled: 1 is DeepSpeed's lowest scale. Collective with fp16; to be
+        asked before `apply`. finite: bool [], whether this rank's losses are."""
         if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
             scaled = scaler._scale > 1
         elif self.deepspeed.fp16_enabled():
@@ -174,15 +149,55 @@ class Engine:
             return torch.zeros((), dtype=torch.bool, device=self.device)
         return scaled & (distributed.sum_((~finite).float()) == 0)
 
-    def _guarded_norm(self, *arguments: Any) -> Tensor:
-        """In place of DeepSpeed's own, which is multiplied by the loss scale, too."""
-        scaled = self._scaled_norm(*arguments)
-        self._norm = (scaled / self.deepspeed.optimizer.loss_scale).float()
-        return torch.where(self.guard.refuses(self._norm), torch.inf, scaled)
+    def norm(self) -> Tensor:
+        """fp32 []: the norm of the gradient over all ranks, before clipping and without the loss scale. To be asked
+        once, after the last backward pass. Collective."""
+        if self.sharded:
+            zero = self.deepspeed.optimizer
+            zero._wait_for_offload_copies()
+            self._norm = self._scaled_norm()
+            return (self._norm / zero.loss_scale).float()
+        if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
+            scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self._norm = nn.utils.get_total_norm(gradients, foreach=True)
+        return self._norm
 
-    def _guarded_rescale(self, skipped: bool) -> None:
+    def apply(self, lr: float, refused: Tensor, overflow: Tensor) -> None:
+        """Clip, and move the weights once unless the step is refused; the gradients are gone afterwards.
+
+        refused, overflow: bool [], the same on all ranks: the weights stay; and the loss scale is to fall, too.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.sharded:
+            self._refused, self._overflow = refused, overflow
+            self.deepspeed.step()
+            return
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, self._norm, foreach=True)
+        # What a GradScaler does on overflow, without its host synchronisation: the fused optimiser leaves weights,
+        # averages and step count alone. One NaN would otherwise stay in the weights for ever.
+        scaler = self.deepspeed.torch_autocast_z0_gradscaler
+        if not scaler:
+            self.optimizer.found_inf = refused.float()  # type: ignore[attr-defined]
+            self.deepspeed.step()
+            return
+        for found in scaler._found_inf_per_device(self.optimizer).values():
+            found.copy_(refused.float())
+        state = (scaler._scale, scaler._growth_tracker)
+        before = [tensor.clone() for tensor in state]
+        self.deepspeed.step()
+        for tensor, old in zip(state, before, strict=True):
+            tensor.copy_(torch.where(refused & ~overflow, old, tensor))
+
+    def _judged_norm(self, *arguments: Any) -> Tensor:
+        """In place of DeepSpeed's own, with the loss scale: it skips a step whose norm is not finite."""
+        return torch.where(self._refused, torch.inf, self._norm)
+
+    def _judged_rescale(self, skipped: bool) -> None:
         """In place of DeepSpeed's own, which takes every step that is skipped for an overflow."""
-        if not skipped or bool(self._excused & ~self._norm.isfinite()):
+        if not skipped or bool(self._overflow):
             self._rescale(skipped)
 
     def weights(self) -> dict[str, Tensor]:
@@ -198,7 +213,7 @@ class Engine:
         return full | self._buffers(), moments
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(weights)
+        self.module.load_state_dict(weights)
         if self.sharded:
             for name, parameter in self.parameters.items():
                 safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
@@ -265,8 +280,8 @@ class Engine:
 
     def _buffers(self) -> dict[str, Tensor]:
         """Without those that the settings give, which are not persistent and cannot be loaded."""
-        kept = self.model.state_dict()
-        return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
+        kept = self.module.state_dict()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter) if self.sharded else parameter
@@ -277,27 +292,28 @@ class Engine:
         return self.optimizer.state[parameter][key]
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
+def deepspeed_config(
+    precision: str, zero: int, clip: float, micro: int, accumulation: int, passed: dict[str, Any]
+) -> dict[str, Any]:
     """What deepspeed.initialize is told. Raises ConfigError for fp16 weights on hardware without fp16."""
-    half_weights = config.precision == "fp16" and config.zero > 0
+    half_weights = precision == "fp16" and zero > 0
     if half_weights and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f"precision=fp16 with zero={config.zero} needs hardware with fp16: take zero=0, or precision=bf16 or fp32"
+            f"precision=fp16 with zero={zero} needs hardware with fp16: take zero=0, or precision=bf16 or fp32"
         )
-    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.precision]
     autocast = {
-        "enabled": config.precision != "fp32" and not half_weights,
-        "dtype": dtype,
+        "enabled": precision != "fp32" and not half_weights,
+        "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision],
         "lower_precision_safe_modules": [],
     }
     return {
         "steps_per_print": 2**62,  # we report ourselves
-        **config.deepspeed,
-        "train_batch_size": config.batch,
-        "train_micro_batch_size_per_gpu": micro_batch(config, distributed.world()),
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.optimizer.clip if config.zero else 0.0,
-        "zero_optimization": {**(config.deepspeed.get("zero_optimization") or {}), "stage": config.zero},
+        **passed,
+        "train_batch_size": micro * accumulation * distributed.world(),
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip if zero else 0.0,
+        "zero_optimization": {**(passed.get("zero_optimization") or {}), "stage": zero},
         "torch_autocast": autocast,
         "fp16": {"enabled": half_weights},
     }
