@@ -2,7 +2,7 @@
 
     python launch/shards.py demo data/photos                    the demo photographs, as training and validation shards
     python launch/shards.py digits data/digits                  the handwritten digits of scikit-learn, likewise
-    python launch/shards.py prepare SRC --out DIR               shuffled shards from ImageNet as it is published
+    python launch/shards.py prepare SRC --out DIR --val 0.1     shards for training and validation from your pictures
     python launch/shards.py index SRC --out DIR                 an index for webdataset shards that others made
     python launch/shards.py verify DIR                          read everything back
     python launch/shards.py order DIR --batch B --steps N       which rank and worker decodes which sample, step by step
@@ -60,6 +60,11 @@ def digits_(arguments: argparse.Namespace) -> int:
 def prepare_(arguments: argparse.Namespace) -> int:
     if arguments.unlabelled and (arguments.labels or arguments.classes):
         raise DataError("--unlabelled says that there are no classes: leave out --labels and --classes")
+    name = arguments.out.absolute().name
+    if arguments.val and name in ("train", "val"):
+        raise DataError(
+            f"--val makes train and val inside of --out: give --out {arguments.out.parent}, or leave out --val"
+        )
     known = arguments.classes
     if not known and not arguments.unlabelled and (known := prepare.sibling_classes(arguments.out)):
         print(f"classes are numbered as in {known}: give --classes to use another file")
@@ -73,11 +78,19 @@ def prepare_(arguments: argparse.Namespace) -> int:
         arguments.seed,
         arguments.most_megapixels,
         arguments.check,
+        arguments.convert,
+        arguments.val,
     )
-    made = prepare.prepare(
+    for made in prepare.prepare(
         arguments.source, arguments.out, arguments.labels, classes, settings, arguments.processes, arguments.unlabelled
-    )
-    print(f"{printable(arguments.out)}: {len(made)} samples in {len(made.shards)} shards, {len(made.classes)} classes")
+    ):
+        named = f", {len(made.classes)} class{'' if len(made.classes) == 1 else 'es'}" if made.classes else ""
+        held = f"{names.counted(len(made), 'sample')} in {names.counted(len(made.shards), 'shard')}{named}"
+        print(f"{printable(made.folder)}: {held}")
+    if arguments.val:
+        print(f"train on them with data.root={printable(arguments.out)}")
+    elif name not in names.SPLITS:
+        print("a training needs a folder with train and val in it: --val 0.1 makes both")
     return 0
 
 
@@ -168,7 +181,22 @@ def parse() -> argparse.Namespace:
         type=Path,
         help="a tree or a tar of class folders, ILSVRC2012_img_train.tar, or pictures without class folders",
     )
-    command.add_argument("--out", type=Path, required=True, help="folder of the shards and their index")
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder of the shards and their index; with --val of train/ and val/"
+    )
+    command.add_argument(
+        "--val",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="put this share of the pictures, such as 0.1, into OUT/val and the others into OUT/train; "
+        "default: all of them into OUT. A picture's name decides, so it is always in the same of the two",
+    )
+    command.add_argument(
+        "--convert",
+        action="store_true",
+        help="take TIFF, BMP and GIF (the first frame), too, and write them as PNG; HEIC as JPEG, with pillow-heif",
+    )
     command.add_argument("--labels", type=Path, help="file of labels, for pictures that are in no class folders")
     command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
     command.add_argument(
@@ -183,10 +211,10 @@ def parse() -> argparse.Namespace:
         choices=range(1, 101),
         metavar="1…100",
         default=95,
-        help="JPEG quality with --short-side (95)",
+        help="JPEG quality with --short-side, and of HEIC with --convert (95)",
     )
     command.add_argument("--shard-mib", type=amount, default=128, help="size of a shard (128)")
-    command.add_argument("--seed", type=natural, default=0, help="of the shuffle (0)")
+    command.add_argument("--seed", type=natural, default=0, help="of the shuffle and of --val (0)")
 
     command = commands.add_parser("index", help="index shards that others made", parents=[several, checking])
     command.add_argument("source", help="folder, or URL: http(s)://, s3://, gs://, hf://")
@@ -235,6 +263,13 @@ def positive(text: str) -> int:
     if number := natural(text):
         return number
     raise argparse.ArgumentTypeError("it must be at least 1")
+
+
+def share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number between 0 and 1, such as 0.1")
 
 
 def amount(text: str) -> float:

@@ -109,7 +109,8 @@ def test_what_is_passed_over_is_counted_by_ending(tmp_path: Path) -> None:
     }
     assert made.notes == [
         f"{source}: 14 files: 5 pictures, 9 passed over: 3 without an ending, 2 tiff, 1 bmp, 1 csv, 1 heic, "
-        f"1 jpg (broken link)"
+        f"1 jpg (broken link)",
+        "add --convert to take the 2 tiff, 1 bmp, 1 heic (for heic and heif also pip install pillow-heif)",
     ]
 
 
@@ -120,7 +121,9 @@ def test_a_summary_is_bounded() -> None:
 
 def test_a_class_folder_of_other_formats_says_what_it_holds(tmp_path: Path) -> None:
     tree(tmp_path, "a/x.jpg", "b/x.tif", "b/y.tif", "b/.hidden.jpg")
-    with pytest.raises(DataError, match=r"b holds no pictures \(2 tif\), and the classes after it"):
+    with pytest.raises(
+        DataError, match=r"b holds no pictures \(2 tif\), and the .* or add --convert to take the 2 tif$"
+    ):
         listing(tmp_path, None, [])
 
 
@@ -138,7 +141,7 @@ def test_shards_inside_the_source_are_no_data(tmp_path: Path, out: str) -> None:
     """The same call twice, then one with another --out."""
     source = tree(tmp_path / "d", "a/x.jpg", "b/x.jpg", "c/x.jpg")
     for place in (out, out, f"{out}/more" if out == "d" else f"{out}2"):
-        made = prepare(source, tmp_path / place, None, [], Settings(), 1)
+        (made,) = prepare(source, tmp_path / place, None, [], Settings(), 1)
         assert samples(made) == {"a/x": 0, "b/x": 1, "c/x": 2}
         assert made.classes == ["a", "b", "c"]
 
@@ -176,7 +179,10 @@ def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None
         (tar(tmp_path / "twice.tar", ("a/1.jpg", jpeg(0)), ("./a/1.jpg", jpeg(1))), "holds a/1.jpg twice"),
         (same, "would have one name: rename one"),
         (capital, "holds the splits Testing, Training: prepare one at a time"),
-        (tree(tmp_path / "tifs", "a.tif"), "holds no pictures .*, only 1 tif: give"),
+        (
+            tree(tmp_path / "tifs", "a.tif"),
+            "holds no pictures .*, only 1 tif: add --convert to take the 1 tif, or give",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             listing(source, None, [])
@@ -199,7 +205,7 @@ def test_unlabelled_pictures(tmp_path: Path, kind: str) -> None:
     source = tree(tmp_path / "d", "1.jpg", "2.jpg", "sub/1.jpg", "train/x.jpg")
     if kind == "tar":
         source = packed(source, tmp_path / "d.tar")
-    made = prepare(source, tmp_path / "out", None, [], Settings(), 1, unlabelled=True)
+    (made,) = prepare(source, tmp_path / "out", None, [], Settings(), 1, unlabelled=True)
     assert samples(made) == {"1": 0, "2": 0, "sub/1": 0, "train/x": 0}
     assert made.classes == []
 
@@ -219,7 +225,7 @@ def test_keys_are_distinct_and_printable(tmp_path: Path) -> None:
     (note,) = made.notes[1:]
     assert note.startswith("5 keys cannot be the file's name")
     assert note.isprintable()
-    prepared = prepare(source, tmp_path / "out", None, [], Settings(), 1)
+    (prepared,) = prepare(source, tmp_path / "out", None, [], Settings(), 1)
     assert samples(prepared) == keys(made)
 
 
@@ -258,12 +264,12 @@ def test_what_cannot_be_read_is_left_out_and_named(
         return opened(path, *rest, **named)  # type: ignore[call-overload]
 
     monkeypatch.setattr(Path, "open", forbid)
-    made = prepare(source, tmp_path / "out", None, [], Settings(), 1)
+    (made,) = prepare(source, tmp_path / "out", None, [], Settings(), 1)
     assert sorted(samples(made)) == ["a/0", "a/3", "a/5"]
     output = capsys.readouterr().out
     for line in ("a/1 (not a picture)", "a/2 (empty)", "a/4 (permission denied)"):
         assert f"left out: {line}\n" in output
-    made = prepare(source, tmp_path / "checked", None, [], Settings(check=True), 1)
+    (made,) = prepare(source, tmp_path / "checked", None, [], Settings(check=True), 1)
     assert sorted(samples(made)) == ["a/0", "a/5"]
     assert "left out: a/3 (cut or corrupt)\n" in capsys.readouterr().out
 

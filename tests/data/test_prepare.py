@@ -68,7 +68,8 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(
     source: Path, out: Path, settings: Settings = SMALL, labels: Path | None = None, **given: Sequence[str]
 ) -> Index:
-    return prepare.prepare(source, out, labels, given.get("classes", []), settings, 1)
+    (made,) = prepare.prepare(source, out, labels, given.get("classes", []), settings, 1)
+    return made
 
 
 def contents(index: Index) -> dict[str, tuple[bytes, int]]:
@@ -169,8 +170,8 @@ def test_prepared_pictures_have_the_asked_short_side(tmp_path: Path, tree: Path)
 
 def test_several_processes_write_the_same_bytes(tmp_path: Path, tree: Path) -> None:
     settings = Settings(short_side=24, shard_mib=0.01)
-    one = prepare.prepare(tree, tmp_path / "a", None, [], settings, 1)
-    two = prepare.prepare(tree, tmp_path / "b", None, [], settings, 2)
+    (one,) = prepare.prepare(tree, tmp_path / "a", None, [], settings, 1)
+    (two,) = prepare.prepare(tree, tmp_path / "b", None, [], settings, 2)
     assert one.shards == two.shards
 
 

@@ -1,5 +1,6 @@
 """Compressed bytes → uint8 [size, size, 3]; all of it pure functions of the bytes and of (seed, g)."""
 
+import importlib
 import importlib.util
 import io
 import math
@@ -13,12 +14,13 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
-from . import DataError
+from . import DataError, names
 from .order import uniforms
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+CONVERTIBLE = ("TIFF", "BMP", "GIF")  # what `converted` reads, and HEIF with the package pillow-heif
 MOST_MEGAPIXELS = 100  # the largest ImageNet picture has 40 megapixels; a decompression bomb claims far more
 # (scale, headroom): the JPEG decoder divides the sides by `scale` if they stay `headroom` times the wanted size or
 # more. Each is the smallest step of 0.1 at which every demo photograph keeps 36 dB against full decoding: the decoder
@@ -42,11 +44,12 @@ TURNS = {o: (o > 4, o in (2, 3, 6, 7), o in (3, 4, 7, 8)) for o in range(1, 9)}
 
 
 TOO_LARGE = "too many pixels"
+DEPTH = "values of neither 8 nor 16 bits"
 CAUSES = ("not a picture", TOO_LARGE, "cut or corrupt", "changed since it was indexed")
 
 
 class Damaged(ValueError):
-    """These bytes are no picture that may be decoded; the text is one of CAUSES."""
+    """These bytes are no picture that may be decoded; the text is one of CAUSES; of `converted`, also DEPTH."""
 
 
 def require(decoder: Decoder) -> None:
@@ -114,9 +117,34 @@ def prepared(data: bytes, short_side: int, quality: int, most_megapixels: int = 
     _decode(image)
     factor = min(1.0, short_side / min(image.size))
     size = (round(image.width * factor), round(image.height * factor))
-    pixels = _turned(np.asarray(_rgb(image).resize(size, Image.Resampling.LANCZOS)), turn)
+    return _jpeg(_turned(np.asarray(_rgb(image).resize(size, Image.Resampling.LANCZOS)), turn), quality)
+
+
+def converted(data: bytes, quality: int, most_megapixels: int = MOST_MEGAPIXELS) -> bytes:
+    """TIFF, BMP, GIF and HEIF → the first picture of the file, upright, in 8 bits or 16-bit grey, without metadata.
+
+    It is a PNG, which loses nothing; HEIF, which is lossy itself, becomes a JPEG of this quality, or a PNG if it is 0.
+    Bytes of FORMATS are returned as they are. Raises Damaged.
+    """
+    try:
+        _header(data, most_megapixels)
+        return data
+    except Damaged as error:
+        if str(error) == TOO_LARGE:
+            raise
+    image = _header(data, most_megapixels, _convertible())
+    lossy = image.format == "HEIF"
+    with _damaged("cut or corrupt", (Exception,)):  # these decoders raise whatever they stumble over
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in ("I", "F"):
+            pixels = np.asarray(_of_8_or_16_bits(image))
+    if image.mode in ("I", "F"):  # nothing says which value is white
+        raise Damaged(DEPTH)
+    if lossy and quality:
+        return _jpeg(pixels, quality)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling="4:4:4")
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
@@ -141,31 +169,55 @@ def grey(pixels: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
+# What some 200,000 cut and changed files gave; TypeError is from PNG text that calls itself EXIF or transparency.
+RAISED = (OSError, SyntaxError, ValueError, TypeError)
+
+
 @contextmanager
-def _damaged(cause: str) -> Iterator[None]:
+def _damaged(cause: str, raised: tuple[type[Exception], ...] = RAISED) -> Iterator[None]:
     """What Pillow raises for hostile bytes becomes Damaged, and what it warns of does not reach the user."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    # What some 200,000 cut and changed files gave; TypeError is from PNG text that calls itself EXIF or transparency.
-    except (OSError, SyntaxError, ValueError, TypeError):
+    except raised:
         raise Damaged(cause) from None
 
 
-def _header(data: bytes, most_megapixels: int) -> Image.Image:
+def _header(data: bytes, most_megapixels: int, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The picture, not decoded yet: a size that is refused allocates nothing. Raises Damaged."""
     most = most_megapixels * 1_000_000
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice as many
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
         with _damaged("not a picture"):
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError:
         raise Damaged(TOO_LARGE) from None
     if image.width * image.height > most or max(image.size) > LONGEST_SIDE:
         raise Damaged(TOO_LARGE)
     return image
+
+
+@lru_cache(1)
+def _convertible() -> tuple[str, ...]:
+    if not names.has_heif():
+        return CONVERTIBLE
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return (*CONVERTIBLE, "HEIF")
+
+
+def _of_8_or_16_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as it is, in the machine's byte order; other grey in 8 bits; everything else in RGB on white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    return image.convert("L") if image.mode in ("1", "L") and "transparency" not in image.info else _rgb(image)
+
+
+def _jpeg(pixels: Pixels, quality: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling="4:4:4")
+    return file.getvalue()
 
 
 def _open(data: bytes, most_megapixels: int) -> tuple[Image.Image, Turn, tuple[int, int]]:

@@ -28,7 +28,7 @@ FRONT = re.compile(r"[\w./\\-]+")  # of a word, up to what may separate a name f
 AMBIGUOUS = -1  # in place of a picture's number
 SAMPLED = 1000  # lines by which a file's delimiter is found
 # Endings that a name in a file of labels may have, whatever the picture's own is.
-ENDINGS = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff"}
+ENDINGS = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "heic", "heif"}
 
 Rows = list[list[str]]
 

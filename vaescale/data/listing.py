@@ -5,7 +5,7 @@ tar (which holds one tar for each class), or pictures without class folders. Not
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from tarfile import TarInfo
@@ -13,11 +13,22 @@ from typing import NamedTuple
 
 from . import DataError
 from .labels import class_of, read_labels
-from .names import EXTENSIONS, PICTURES, by_ending, clean, counted, ending, is_hidden, key_of, summary
+from .names import (
+    SPLITS,
+    STORED,
+    by_ending,
+    clean,
+    counted,
+    ending,
+    extensions,
+    is_hidden,
+    key_of,
+    offer,
+    summary,
+)
 from .parallel import progress
 from .tar import files
 
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 EXAMPLES = 3  # names in one message
 
 
@@ -30,6 +41,7 @@ class Picture(NamedTuple):
     offset: int
     length: int
     label: int
+    plain_key: str  # `key` before a number was added to tell it from others
 
 
 class Listing(NamedTuple):
@@ -48,12 +60,18 @@ class Found(NamedTuple):
 
 
 def listing(
-    source: Path, labels: Path | None, classes: Sequence[str], unlabelled: bool = False, out: Path | None = None
+    source: Path,
+    labels: Path | None,
+    classes: Sequence[str],
+    unlabelled: bool = False,
+    out: Path | None = None,
+    convert: bool = False,
 ) -> Listing:
     """List all pictures of `source`. Shards in `out`, which may lie inside `source`, are no pictures of it.
 
     `labels`: a file of labels, for pictures that are not in class folders; `classes`: class names in the order of
-    their labels, empty for those of the source, sorted; `unlabelled`: every label is 0 and no class has a name.
+    their labels, empty for those of the source, sorted; `unlabelled`: every label is 0 and no class has a name;
+    `convert`: formats that can be converted count as pictures.
     Raises DataError for what cannot be read or is ambiguous.
     """
     if not source.exists():
@@ -62,17 +80,21 @@ def listing(
     flat = unlabelled or labels is not None
     notes: list[str] = []
     if source.is_dir():
-        found = list(_in_folder(source, out, passed))
+        found = list(_in_folder(source, out, passed, convert))
     else:
-        found, wrapper = _unwrapped(source, list(_in_tar(source, passed)), flat)
+        found, wrapper = _unwrapped(source, list(_in_tar(source, passed, convert)), flat)
         notes += [f"the class folders are those in {clean(wrapper)}/ of the tar"] if wrapper and not flat else []
     if not found:
         other = f", only {by_ending(passed)}" if passed else ""
+        way = offer(passed, convert)
         raise DataError(
-            f"{source} holds no pictures ({', '.join(PICTURES)}){other}: give a tree of class folders, a tar of them, "
-            f"the ILSVRC2012 training tar, or pictures without class folders together with --labels or --unlabelled"
+            f"{source} holds no pictures ({', '.join(extensions(convert))}){other}: {way}{', or ' if way else ''}give "
+            f"a tree of class folders, a tar of them, the ILSVRC2012 training tar, or pictures without class folders "
+            f"together with --labels or --unlabelled"
         )
     notes.insert(0, f"{source}: {summary(len(found), passed)}")
+    if way := offer(passed, convert):
+        notes.insert(1, way)
     keyed = _keyed(source, found, notes)
     if unlabelled:
         return Listing([_picture(key, one, 0) for key, one in keyed], [], notes)
@@ -86,7 +108,9 @@ def listing(
 
 
 def _picture(key: str, one: Found, label: int) -> Picture:
-    return Picture(key, EXTENSIONS[ending(one.name)], one.path, one.offset, one.length, label)
+    plain = key_of(one.name)
+    plain = key if key == plain else plain  # mostly they are equal, and one text is kept instead of two
+    return Picture(key, STORED[ending(one.name)], one.path, one.offset, one.length, label, plain)
 
 
 def _keyed(source: Path, found: Sequence[Found], notes: list[str]) -> list[tuple[str, Found]]:
@@ -152,8 +176,9 @@ def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str], not
     return [clean(folder) for folder in folders]
 
 
-def _in_folder(source: Path, out: Path | None, passed: Counter[str]) -> Iterator[Found]:
+def _in_folder(source: Path, out: Path | None, passed: Counter[str], convert: bool) -> Iterator[Found]:
     """The pictures of a tree, however deep. Raises DataError for a class folder without pictures."""
+    kinds = extensions(convert)
     holds: dict[str, Counter[str]] = {}  # class folder without a picture so far → what else it holds
     for folder, folders, names in progress(os.walk(source, True, _unreadable, True), f"list {source}", "folder"):
         inside = "" if folder == str(source) else f"{Path(folder).relative_to(source).as_posix()}/"
@@ -169,7 +194,7 @@ def _in_folder(source: Path, out: Path | None, passed: Counter[str]) -> Iterator
         for name in names:
             if is_hidden(name):
                 continue
-            fault, length = _examine(Path(folder, name))
+            fault, length = _examine(Path(folder, name), kinds)
             if fault:
                 passed[fault] += 1
                 holds.get(top, Counter())[fault] += 1
@@ -179,9 +204,10 @@ def _in_folder(source: Path, out: Path | None, passed: Counter[str]) -> Iterator
     if holds:
         first = min(holds)
         others = f" ({by_ending(holds[first])})" if holds[first] else ""
+        way = offer(holds[first], convert)
         raise DataError(
             f"{clean(str(source / first))} holds no pictures{others}, and the classes after it would be numbered "
-            f"otherwise: fill or remove it"
+            f"otherwise: fill or remove it{f', or {way}' if way else ''}"
         )
 
 
@@ -189,10 +215,10 @@ def _are_splits(folders: Iterable[str]) -> bool:
     return {folder.casefold() for folder in folders} <= SPLITS
 
 
-def _examine(path: Path) -> tuple[str, int]:
+def _examine(path: Path, kinds: Container[str]) -> tuple[str, int]:
     """(why a file is passed over, its bytes): its ending, with a reason if that is a picture's; "" for a picture."""
     kind = ending(path.name)
-    if kind not in EXTENSIONS:
+    if kind not in kinds:
         return kind, 0
     try:
         state = path.stat()
@@ -225,23 +251,26 @@ def _unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read ({error.strerror})")
 
 
-def _in_tar(source: Path, passed: Counter[str]) -> Iterator[Found]:
+def _in_tar(source: Path, passed: Counter[str], convert: bool) -> Iterator[Found]:
     """The pictures of a tar; those of a tar inside it are in a folder of that tar's name."""
+    kinds = extensions(convert)
     with source.open("rb") as outer, source.open("rb") as within:
         for member in progress(files(outer, source), f"list {source}", "member"):
             if not is_hidden(member.name) and member.isfile() and ending(member.name) == "tar":
                 inner = files(within, source, member.offset_data)
-                yield from _pictures(source, inner, f"{Path(member.name).stem}/", passed)
+                yield from _pictures(source, inner, f"{Path(member.name).stem}/", passed, kinds)
             else:
-                yield from _pictures(source, [member], "", passed)
+                yield from _pictures(source, [member], "", passed, kinds)
 
 
-def _pictures(source: Path, members: Iterable[TarInfo], folder: str, passed: Counter[str]) -> Iterator[Found]:
+def _pictures(
+    source: Path, members: Iterable[TarInfo], folder: str, passed: Counter[str], kinds: Container[str]
+) -> Iterator[Found]:
     for member in members:
         if is_hidden(member.name):
             continue
         kind = ending(member.name)
-        if kind not in EXTENSIONS:
+        if kind not in kinds:
             passed[kind] += 1
         elif not member.isfile() or member.issparse():
             passed[f"{kind} (not a regular file)"] += 1

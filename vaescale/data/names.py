@@ -4,6 +4,7 @@ Hidden files and folders, and those that operating systems and editors leave beh
 else is not a picture is passed over, counted by ending and reported.
 """
 
+import importlib.util
 import unicodedata
 from collections import Counter
 from pathlib import PurePosixPath
@@ -11,6 +12,11 @@ from pathlib import PurePosixPath
 # Ending → the extension under which a shard stores it.
 EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp"}
 PICTURES = tuple(EXTENSIONS)
+# The same for what `prepare --convert` accepts as well: lossless formats become PNG, HEIF becomes JPEG.
+CONVERTIBLE = {"tif": "png", "tiff": "png", "bmp": "png", "gif": "png"}
+HEIF = {"heic": "jpg", "heif": "jpg"}  # with the package pillow-heif
+STORED = {**EXTENSIONS, **CONVERTIBLE, **HEIF}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 LEFT_BEHIND = {
     *("__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found"),
     *("@eadir", "$recycle.bin", "system volume information"),
@@ -31,6 +37,27 @@ def ending(path: str) -> str:
     """The lower-case extension of a file's name without its dot, or NO_ENDING."""
     suffix = PurePosixPath(path).suffix[1:]
     return suffix.lower() if suffix.isalnum() and len(suffix) <= LONGEST_ENDING else NO_ENDING
+
+
+def extensions(convert: bool) -> dict[str, str]:
+    """The endings that `prepare` accepts, each with the extension under which a shard stores the picture."""
+    if not convert:
+        return EXTENSIONS
+    return {**EXTENSIONS, **CONVERTIBLE, **(HEIF if has_heif() else {})}
+
+
+def has_heif() -> bool:
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def offer(passed: Counter[str], convert: bool) -> str:
+    """`add --convert to take the 3 tiff` for files that were passed over; "" if --convert would take none of them."""
+    heif = Counter({one: count for one, count in passed.items() if one in HEIF})
+    if convert:
+        return f"pip install pillow-heif to take the {by_ending(heif)}" if heif else ""
+    taken = heif + Counter({one: count for one, count in passed.items() if one in CONVERTIBLE})
+    first = " (for heic and heif also pip install pillow-heif)" if heif and not has_heif() else ""
+    return f"add --convert to take the {by_ending(taken)}{first}" if taken else ""
 
 
 def clean(text: str) -> str:

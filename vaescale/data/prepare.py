@@ -2,9 +2,10 @@
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ import xxhash
 from ..files import atomically, read_json
 from . import DataError, decode, names, shards
 from .index import PARTS, Index, build, describe, part_of
-from .listing import EXAMPLES, SPLITS, Picture, listing
+from .listing import EXAMPLES, Picture, listing
 from .order import permutation
 from .parallel import alone, each
 from .tar import BLOCK, Fields
 
+PLAN = "prepared.json"  # what the shards of a folder are made of
 SAMPLED = 64  # pictures re-encoded to know how many fill a shard
 
 
@@ -30,6 +32,18 @@ class Settings:
     seed: int = 0
     most_megapixels: int = decode.MOST_MEGAPIXELS  # larger pictures are left out
     check: bool = False  # decode every picture, not only its header
+    convert: bool = False  # take TIFF, BMP, GIF and HEIF, too
+    val: float = 0.0  # share of the pictures that goes into the validation split; 0: there is one split
+
+
+class Job(NamedTuple):
+    """The shards of one folder."""
+
+    out: Path
+    parts: list[list[Picture]]  # the pictures of each shard, shuffled
+    size: float  # bytes of a sample, estimated
+    settings: Settings
+    plan: dict[str, object]  # all that decides about the shards
 
 
 class Report(NamedTuple):
@@ -47,40 +61,119 @@ def prepare(
     settings: Settings,
     processes: int,
     unlabelled: bool = False,
-) -> Index:
-    """Write `source` as shuffled shards into `out`. Interrupted, the same call goes on with the first missing shard.
+) -> list[Index]:
+    """Write `source` as shuffled shards into `out`, or, if settings.val is above 0, into `out`/train and `out`/val.
+    Returns the index of each. Interrupted, the same call goes on with the first missing shard.
 
     `labels`, `classes` and `unlabelled` are those of `listing`.
     """
-    pictures, known, notes = listing(source, labels, classes, unlabelled, out)
+    pictures, known, notes = listing(source, labels, classes, unlabelled, out, settings.convert)
     print(*notes, sep="\n", flush=True)
-    order = permutation(len(pictures), settings.seed)
-    pictures = [pictures[i] for i in order]
-    per_shard, size = _shard_size(pictures, settings)
-    parts = [pictures[first : first + per_shard] for first in range(0, len(pictures), per_shard)]
-    jobs = [(out, number, part, settings) for number, part in enumerate(parts)]
-    with alone(out):
-        _begin(out, pictures, settings, per_shard)
-        if not _finished(out, len(parts)):
-            _require_space(out, len(pictures) * size - sum(path.stat().st_size for path in _written(out)))
-            shards.write_classes(out, known)
-            _say(each(_write, jobs, processes, f"prepare {out}", "shard"))
-            fields = Fields(most_megapixels=settings.most_megapixels)
-            build(out, str(out), [shards.name(number) for number in range(len(parts))], fields, known, processes)
-    return Index(out)
+    if not settings.val:
+        return _make([_job(out, pictures, settings)], known, processes)
+    training, validation = split(pictures, settings.val, settings.seed)
+    _check_split(source, training, validation, settings, known)
+    # One damaged validation picture ends a training, so all of these are decoded.
+    checked = replace(settings, check=True)
+    return _make([_job(out / "train", training, settings), _job(out / "val", validation, checked)], known, processes)
+
+
+def split(pictures: Sequence[Picture], val: float, seed: int) -> tuple[list[Picture], list[Picture]]:
+    """(training, validation), about `val` of the pictures in the latter.
+
+    A hash of the seed and of the picture's key decides, so a picture stays where it is when others come or go. Files
+    that differ only in their endings stay together: they are likely to show the same. Letters with accents are hashed
+    in one form (NFC), because file systems write them in two.
+    """
+    parts: tuple[list[Picture], list[Picture]] = ([], [])
+    for one in pictures:
+        key = unicodedata.normalize("NFC", one.plain_key)
+        parts[xxhash.xxh3_64_intdigest(key.encode(), seed) < val * 2**64].append(one)
+    return parts
+
+
+def _check_split(
+    source: Path,
+    training: Sequence[Picture],
+    validation: Sequence[Picture],
+    settings: Settings,
+    classes: Sequence[str],
+) -> None:
+    """Raises DataError if a part is empty; says which classes have no training picture."""
+    if not training or not validation:
+        empty, way = ("validation", "raise") if not validation else ("training", "lower")
+        found = names.counted(len(training) + len(validation), "picture")
+        raise DataError(
+            f"--val {settings.val:g} leaves none of the {found} in {source} for {empty}: {way} it, or give another "
+            f"--seed"
+        )
+    present = {one.label for one in training}
+    if absent := sorted({one.label for one in validation} - present):
+        shown = ", ".join(classes[label] for label in absent[:EXAMPLES])
+        print(
+            f"{len(absent)} of {len(classes)} classes have pictures in val only ({shown}"
+            f"{', …' if len(absent) > EXAMPLES else ''}): another --seed splits otherwise",
+            flush=True,
+        )
+
+
+def _job(out: Path, pictures: Sequence[Picture], settings: Settings) -> Job:
+    shuffled = [pictures[i] for i in permutation(len(pictures), settings.seed)]
+    per_shard, size = _shard_size(shuffled, settings)
+    parts = [shuffled[first : first + per_shard] for first in range(0, len(shuffled), per_shard)]
+    listed = xxhash.xxh3_64()
+    for one in shuffled:
+        listed.update(f"{one.key} {one.length} {one.label}\n".encode())
+    plan = {
+        **asdict(settings),
+        "per_shard": per_shard,
+        "pictures": len(shuffled),
+        "listing": listed.hexdigest(),
+    }
+    return Job(out, parts, size, settings, plan)
+
+
+def _make(jobs: Sequence[Job], classes: Sequence[str], processes: int) -> list[Index]:
+    """All jobs are checked before the first shard is written."""
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(alone(job.out))
+            _refuse_others(job)
+        for job in jobs:
+            with atomically(job.out / PLAN) as partial:
+                partial.write_text(json.dumps(job.plan, indent=1))
+        open_ = [job for job in jobs if not _finished(job)]
+        _require_space(open_)
+        for job in open_:
+            _make_one(job, classes, processes)
+    return [Index(job.out) for job in jobs]
+
+
+def _make_one(job: Job, classes: Sequence[str], processes: int) -> None:
+    out = job.out
+    shards.write_classes(out, classes)
+    calls = [(out, number, part, job.settings) for number, part in enumerate(job.parts)]
+    lost = _say(each(_write, calls, processes, f"prepare {out}", "shard"))
+    if lost == sum(map(len, job.parts)):
+        raise DataError(f"{out} would be empty: none of its {names.counted(lost, 'picture')} can be read")
+    fields = Fields(most_megapixels=job.settings.most_megapixels)
+    build(out, str(out), [shards.name(number) for number in range(len(calls))], fields, classes, processes)
 
 
 def sibling_classes(out: Path) -> Path | None:
     """The classes.json of the training shards that stand next to the validation or test shards `out`."""
     path = out.absolute().parent / "train" / "classes.json"
-    held_out = out.absolute().name in SPLITS - {"train", "training"}
+    held_out = out.absolute().name in names.SPLITS - {"train", "training"}
     return path if held_out and path.is_file() and shards.read_classes(path) else None
 
 
-def _say(reports: Iterator[Report]) -> None:
+def _say(reports: Iterator[Report]) -> int:
+    """Returns how many pictures were left out."""
     dark: list[str] = []
+    left_out = 0
     for report in reports:
         dark += report.dark
+        left_out += len(report.left_out)
         for line in report.left_out:
             print(f"left out: {line}", flush=True)
     if dark:
@@ -90,11 +183,12 @@ def _say(reports: Iterator[Report]) -> None:
             f"cameras by 16, or give the files an sBIT chunk",
             flush=True,
         )
+    return left_out
 
 
 def _shard_size(pictures: Sequence[Picture], settings: Settings) -> tuple[int, float]:
     """(samples a shard, bytes a sample with its headers); re-encoded sizes are estimated from the first pictures."""
-    if settings.short_side:
+    if settings.short_side or settings.convert:
         sizes = [len(data) for data, _ in (_bytes_of(one, settings) for one in pictures[:SAMPLED]) if data]
     else:
         sizes = [one.length for one in pictures]
@@ -102,41 +196,42 @@ def _shard_size(pictures: Sequence[Picture], settings: Settings) -> tuple[int, f
     return max(1, round(settings.shard_mib * 2**20 / mean)), mean
 
 
-def _begin(out: Path, pictures: Sequence[Picture], settings: Settings, per_shard: int) -> None:
-    """Write down what is being made; refuse to mix it with something else."""
-    listed = xxhash.xxh3_64()
-    for one in pictures:
-        listed.update(f"{one.key} {one.length} {one.label}\n".encode())
-    plan = {**asdict(settings), "per_shard": per_shard, "pictures": len(pictures), "listing": listed.hexdigest()}
-    path = out / "prepared.json"
-    if path.exists() or _written(out):
-        try:
-            before = {**asdict(Settings()), **read_json(path)}  # older versions had fewer settings
-        except (FileNotFoundError, ValueError, TypeError):
-            raise DataError(f"{out} already holds shards that were not made by prepare: give an empty --out") from None
-        if before != plan:
-            other = next(key for key in {**plan, **before} if before.get(key) != plan.get(key))
-            raise DataError(
-                f"{out} already holds other shards ({other} was {before.get(other)}, is now {plan.get(other)}): give "
-                f"an empty --out, or the same settings and source to go on"
-            )
-    with atomically(path) as partial:
-        partial.write_text(json.dumps(plan, indent=1))
+def _refuse_others(job: Job) -> None:
+    """Raises DataError if the folder holds shards of something else."""
+    out, plan = job.out, job.plan
+    if not (out / PLAN).exists() and not _written(out):
+        return
+    try:
+        before = {**asdict(Settings()), **read_json(out / PLAN)}  # older versions had fewer settings
+    except (FileNotFoundError, ValueError, TypeError):
+        raise DataError(f"{out} already holds shards that were not made by prepare: give an empty --out") from None
+    if before != plan:
+        other = next(key for key in {**plan, **before} if before.get(key) != plan.get(key))
+        raise DataError(
+            f"{out} already holds other shards ({other} was {before.get(other)}, is now {plan.get(other)}): give "
+            f"an empty --out, or the same settings and source to go on"
+        )
 
 
 def _written(out: Path) -> list[Path]:
     return [path for path in out.glob("*.tar") if not names.is_hidden(path.name)]
 
 
-def _finished(out: Path, parts: int) -> bool:
+def _finished(job: Job) -> bool:
     """Whether the index and every shard in it are there."""
     with suppress(DataError, OSError):
-        made = Index(out).shards
-        return len(made) == parts and all((out / shard.name).stat().st_size == shard.bytes for shard in made)
+        made = Index(job.out).shards
+        return len(made) == len(job.parts) and all((job.out / one.name).stat().st_size == one.bytes for one in made)
     return False
 
 
-def _require_space(out: Path, need: float) -> None:
+def _require_space(jobs: Sequence[Job]) -> None:
+    """The folders of all jobs are on one disk."""
+    if not jobs:
+        return
+    out = jobs[0].out
+    need = sum(sum(map(len, job.parts)) * job.size for job in jobs)
+    need -= sum(path.stat().st_size for job in jobs for path in _written(job.out))
     free = shutil.disk_usage(out).free
     if need > free:
         raise DataError(
@@ -183,6 +278,8 @@ def _bytes_of(picture: Picture, settings: Settings, dark: list[str] | None = Non
         return b"", "empty"
     most = settings.most_megapixels
     try:
+        if settings.convert:
+            data = decode.converted(data, 0 if settings.short_side else settings.quality, most)
         decode.check(data, most, settings.check)
         if dark is not None and decode.is_dark(data, most):
             dark.append(picture.key)
