@@ -105,7 +105,7 @@ def test_an_interrupted_index_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_missing_things_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"shards\.py demo"):
+    with pytest.raises(DataError, match=r"none: `python launch/shards\.py prepare"):
         Index(tmp_path / "none")
     shards.write(tmp_path, samples(2), 2, [])
     (tmp_path / "index.json").unlink()

@@ -51,7 +51,7 @@ def test_a_typo_stops_the_launcher_with_2_and_a_suggestion(start: Start) -> None
 def test_missing_data_are_one_sentence_that_tells_how(tmp_path: Path, start: Start) -> None:
     code, output = finish(start([sys.executable, *QUICKSTART, f"run={tmp_path / 'run'}", f"data.root={tmp_path}"]))
     assert code == 2
-    assert f"error: there are no shards in {tmp_path}/train: `python launch/shards.py demo" in output
+    assert f"error: there are no shards in {tmp_path}/train: `python launch/shards.py prepare PICTURES" in output
     assert "Traceback" not in output
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {".lock", "run_status.json"}  # the latter for run.py and schedulers

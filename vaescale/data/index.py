@@ -26,6 +26,7 @@ from numpy.lib.format import open_memmap
 from .. import distributed
 from ..files import atomically, file_hash, is_plain, printable, read_json
 from . import DataError, places
+from .missing import how_to_index, missing
 from .names import by_ending
 from .parallel import each
 from .places import Shard
@@ -243,11 +244,6 @@ def _is_known(part: Path, state: str) -> bool:
     return False
 
 
-def how_to_index(folder: Path) -> str:
-    place = str(folder) if _has_shards(folder) else f"SHARDS --out {folder}"
-    return f"`python launch/shards.py index {place}` makes it"
-
-
 def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]) -> None:
     """All parts → the index. index.json last: with it the index exists, without it there is none."""
     shards, attributes = [], set()
@@ -304,7 +300,7 @@ def _read_head(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
         if made_by == FORMAT:
             _check_head(head)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(_missing(folder)) from None
+        raise DataError(missing(folder)) from None
     except OSError as error:
         raise places.unreadable(path, error) from None
     except (ValueError, LookupError, TypeError) as error:
@@ -354,21 +350,6 @@ def _is_hash(text: object) -> bool:
 def _require(sound: bool, phrase: str) -> None:
     if not sound:
         raise ValueError(phrase)
-
-
-def _has_shards(folder: Path) -> bool:
-    with suppress(OSError):
-        return any(folder.glob("*.tar"))
-    return False
-
-
-def _missing(folder: Path) -> str:
-    if _has_shards(folder):
-        return f"{folder} holds shards but no index: {how_to_index(folder)}"
-    return (
-        f"there are no shards in {folder}: `python launch/shards.py demo data/photos` writes the demo photographs, "
-        f"or set data.root to a folder with your own (README, 'Your own ImageNet')"
-    )
 
 
 def _mapped(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

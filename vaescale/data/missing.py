@@ -1,0 +1,134 @@
+"""Says what is wrong where no index is found, and which command or setting helps, with the user's own paths."""
+
+import difflib
+import os
+import shlex
+from contextlib import suppress
+from pathlib import Path
+
+from .names import CONVERTIBLE, HEIF, SPLITS, STORED, ending, is_hidden
+
+COMMAND = "python launch/shards.py"
+DEMOS = {"data/photos": "demo", "data/digits": "digits"}  # data.root in the demos' configs → the command that fills it
+LOOKED = 10_000  # files that are looked at: a tree of pictures may be huge, and on a slow disk
+SHOWN = 3  # folders named in one sentence
+
+
+def how_to_index(folder: Path) -> str:
+    place = _quoted(folder) if _has_tars(folder) else f"SHARDS --out {_quoted(folder)}"
+    return f"`{COMMAND} index {place}` makes it"
+
+
+def missing(folder: Path) -> str:
+    """One sentence about the index that is not in `folder`, which is data.root/train, data.root/val or any other."""
+    if _has_tars(folder):
+        return f"{folder} holds shards but no index: {how_to_index(folder)}"
+    if folder.name in ("train", "val"):
+        return f"there are no shards in {folder}: {_in_root(folder.parent, folder)}"
+    inside = [folder / split for split in ("train", "val") if _has_index(folder / split)]
+    way = f"give {inside[0]}" if inside else f"`{COMMAND} prepare PICTURES --out {_quoted(folder)}` writes some"
+    return f"there are no shards in {folder}: {way}"
+
+
+def _in_root(root: Path, folder: Path) -> str:
+    """What to do about data.root=`root`, where `folder` holds no index."""
+    if _has_index(root / "train"):
+        return (
+            f"`{COMMAND} prepare PICTURES --out {_quoted(folder)}` makes them from validation pictures; to split one "
+            f"folder of pictures, `{COMMAND} prepare PICTURES --out DIR --val 0.1` makes DIR/train and DIR/val"
+        )
+    if _has_index(root):
+        if _is_root(root.parent):
+            return f"data.root={root} is one level too low, so set {_setting(root.parent)}"
+        return (
+            f"the shards in {root} itself are not split, and `{COMMAND} prepare PICTURES --out {_quoted(root)} "
+            f"--val 0.1` makes {root}/train and {root}/val"
+        )
+    if below := [one for one in _folders(root) if _is_root(one)]:
+        return f"data.root={root} is one level too high, so set {_settings(below)}"
+    if root.is_file():
+        return _prepare(root, ()) if root.suffix == ".tar" else f"{root} is no folder"
+    if found := _first_picture(root):
+        return _prepare(root, found)
+    if _has_tars(root):
+        return (
+            f"if the tars in {root} are webdataset shards, run `{COMMAND} index {_quoted(root)} --out DIR/train`, and "
+            f"the same for those of validation, and set data.root=DIR"
+        )
+    if demo := DEMOS.get("/".join(root.parts[-2:])):
+        return f"`{COMMAND} {demo} {_quoted(root)}` writes those of the demo"
+    near = {one.name: one for one in _folders(root.parent) if _is_root(one)}
+    if names := difflib.get_close_matches(root.name, near, SHOWN):
+        return f"did you mean {_settings([near[name] for name in names])}?"
+    return f"`{COMMAND} prepare PICTURES --out {_quoted(root)} --val 0.1` makes them from your pictures"
+
+
+def _prepare(root: Path, picture: tuple[str, ...]) -> str:
+    """The command for the pictures in `root`, a folder in which one has this path, or a tar."""
+    folders = _folders(root)
+    splits = folders if all(one.name.casefold() in SPLITS for one in folders) and len(picture) > 1 else []
+    source = next((one for one in splits if one.name.casefold().startswith("train")), splits[0] if splits else root)
+    base = root if root.name not in ("", "..") else root.resolve()
+    out = base.with_name(f"{base.stem}-shards")
+    command = f"{COMMAND} prepare {_quoted(source)}{_options(picture[1:] if splits else picture)} --out"
+    begin = f"{root} holds pictures, not shards" if picture else f"{root} is a tar"
+    if len(splits) > 1:
+        return (
+            f"{begin}, so prepare each split, one by `{command} {_quoted(out / 'train')}` and the other likewise with "
+            f"--out {_quoted(out / 'val')}, and set {_setting(out)}"
+        )
+    return f"{begin}, so run `{command} {_quoted(out)} --val 0.1` and set {_setting(out)}"
+
+
+def _options(picture: tuple[str, ...]) -> str:
+    flat = " --unlabelled" if len(picture) == 1 else ""
+    return f"{flat} --convert" if picture and ending(picture[-1]) in {**CONVERTIBLE, **HEIF} else flat
+
+
+def _first_picture(root: Path) -> tuple[str, ...]:
+    """The parts of a picture's path below `root`; () if none is found. One in `root` itself comes first."""
+    looked = 0
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(one for one in folders if not is_hidden(one) and not _has_index(Path(folder, one)))
+        for name in files:
+            if ending(name) in STORED and not is_hidden(name):
+                return (*Path(folder).relative_to(root).parts, name)
+        looked += len(files) + 1
+        if looked > LOOKED:
+            break
+    return ()
+
+
+def _settings(roots: list[Path]) -> str:
+    more = ", …" if len(roots) > SHOWN else ""
+    return " or ".join(map(_setting, sorted(roots)[:SHOWN])) + more
+
+
+def _setting(root: Path) -> str:
+    return shlex.quote(f"data.root={root}")
+
+
+def _is_root(folder: Path) -> bool:
+    return _has_index(folder / "train") or _has_index(folder / "val")
+
+
+def _has_index(folder: Path) -> bool:
+    with suppress(OSError):
+        return (folder / "index.json").is_file()
+    return False
+
+
+def _has_tars(folder: Path) -> bool:
+    with suppress(OSError):
+        return any(folder.glob("*.tar"))
+    return False
+
+
+def _folders(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return sorted(one for one in folder.iterdir() if not is_hidden(one.name) and one.is_dir())
+    return []
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
