@@ -28,7 +28,7 @@ from vaescale.lifecycle.status import Status
 from vaescale.lifecycle.stops import Stop
 from vaescale.lifecycle.watch import Watch
 from vaescale.training.descent import Descent
-from vaescale.training.trainer import Trainer, Window
+from vaescale.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 MANY = 100  # times that a part is done, to be timed at all
@@ -67,10 +67,10 @@ def step_by_hand(trainer: Trainer, rounds: int) -> tuple[float, float, float]:
 
 def stepping(trainer: Trainer) -> Work:
     batches = repeat(Decoded(images(trainer.config, trainer.device), []))
-    window, watch = Window(), watching(trainer)
+    watch = watching(trainer)
 
     def work() -> None:
-        trainer.step(batches, window)
+        trainer.step(batches)
         watch()
 
     return work

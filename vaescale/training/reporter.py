@@ -1,0 +1,143 @@
+"""What people see of a training: the log, TensorBoard and metrics.jsonl."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import config as mechanics
+from .. import distributed
+from ..evaluation.show import show
+from ..interfaces import Batch, Codebooks, Codec, Model, Tensors, Usage
+from ..lifecycle.pace import Pace
+from ..monitoring import alarm, codebook, pictures
+from ..monitoring.board import Board
+from ..monitoring.console import Console
+from ..settings import Config
+from .learner import Learner
+from .resume import Position
+
+
+@dataclass
+class Window:
+    """What is gathered between two reports: sums on the device, seconds on the host."""
+
+    steps: int = 0
+    waited: float = 0.0  # for data
+    paused: float = 0.0  # for validation and saving
+    begun: float = field(default_factory=time.monotonic)
+    sums: Tensors = field(default_factory=dict)
+
+    def add(self, metrics: Tensors) -> None:
+        self.steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    @property
+    def seconds(self) -> float:
+        """Of training."""
+        return time.monotonic() - self.begun - self.paused
+
+
+class Reporter:
+    """On all ranks; rank 0 alone speaks and writes."""
+
+    def __init__(
+        self, config: Config, model: Model, learner: Learner, position: Position, device: torch.device
+    ) -> None:
+        self.config, self.model, self.learner, self.position, self.device = config, model, learner, position, device
+        self.console = Console(position.step, config.steps, loud=distributed.rank() == 0)
+        self.pace = Pace(model, device)
+        self.board: Board | None = None
+        self.window = Window()
+
+    def open(self) -> None:
+        """On rank 0. Raises OSError if the board's files cannot be made."""
+        self.board = Board(Path(self.config.run), self.position.step)
+        self.board.text("config", _verbatim(mechanics.to_yaml(self.config)), self.position.step)
+
+    def begin(self, banner: str, topology: str, remarks: Iterable[str]) -> None:
+        """What is said before the first step."""
+        self.console.say(banner)
+        self.console.say(topology)
+        if self.board:
+            self.board.text("topology", topology, self.position.step)
+        for remark in filter(None, remarks):
+            self.console.say(remark)
+        self.window = Window()
+
+    def report(self, epoch: float) -> None:
+        """Means over the window and over all ranks; the only place between checkpoints that waits for the device."""
+        window, position = self.window, self.position
+        names = sorted(window.sums)
+        sums = torch.stack([window.sums[name].to(self.device) / window.steps for name in names])
+        totals = distributed.sum_(sums.double()).tolist()
+        seconds = window.seconds
+        means = {name: total / distributed.world() for name, total in zip(names, totals, strict=True)}
+        values = self.learner.report(means, position.step)
+        if isinstance(self.model, Codebooks):
+            quantizers = self.model.quantizers()
+            for name, usage in self.model.usage(clear=True).items():
+                on_host = Usage(*(part.cpu() for part in usage))
+                values |= self._codebook(name, on_host, values[f"{name}/commitment"], quantizers[name])
+        values |= self._speed(seconds)
+        values["data/epoch"] = epoch
+        values |= {f"data/damaged_{cause.replace(' ', '_')}": float(count) for cause, count in position.damaged.items()}
+        if self.board:
+            self.board.scalars(values, position.step)
+        self.console.report(position.step, values)
+        self.window = Window()
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        window = self.window
+        values = {
+            "perf/images_per_second": window.steps * self.config.batch / seconds,
+            "perf/seconds_per_step": seconds / window.steps,
+        }
+        if self.device.type == "cuda":
+            values["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if said := self.pace.report(window.waited, window.steps, seconds):
+            self.console.say(said)
+        return {**values, "perf/slowest_rank": self.pace.times, "data/wait_share": window.waited / seconds}
+
+    def _codebook(self, name: str, usage: Usage, commitment: float, quantizer: Any) -> dict[str, float]:
+        """One codebook's scalars, and its histogram; a sentence when it collapses, and one when it has recovered."""
+        step, on = self.position.step, self.position.alarms
+        reading = alarm.read(usage, commitment, step)
+        said = alarm.watch(name, reading, quantizer, self.config.optimizer.warmup, on)
+        if said:
+            self.console.say(said)
+        if self.board:
+            self.board.code_counts(f"{name}/counts", usage.window, step)
+            if said:
+                self.board.text(f"{name}/alarm", said, step)
+        values = {**codebook.scalars(usage), "alarm": float(name in on)}
+        return {f"{name}/{key}": value for key, value in values.items()}
+
+    def validation(self, measured: dict[str, float], codec: Codec, shown: Callable[[], Batch]) -> None:
+        """What was measured on the validation set, and pictures. shown: gives the fixed images, on the device."""
+        step = self.position.step
+        values = {f"val/{name}": value for name, value in measured.items()}
+        self.console.validation(step, values)
+        if not self.board:
+            return
+        for name, picture in show(codec, shown()):
+            self.board.picture(name, picture, step)
+        if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
+            title = "bits/dim that each level of latents costs, coarse to fine"
+            self.board.picture("val/rates", pictures.bars(rates, title), step)
+        self.board.scalars(values, step)  # at last: by its line a later process knows that all is written
+
+    def close(self, ended: str) -> None:
+        self.console.close()
+        self.console.say(ended)
+        if self.board:
+            self.board.close()
+
+
+def _verbatim(text: str) -> str:
+    """Indented, Markdown leaves it as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
