@@ -20,7 +20,7 @@ from vaescale import distributed, process, settings, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
-from vaescale.evaluation.evaluate import PROTOCOL, evaluate, reconstruct
+from vaescale.evaluation.evaluate import evaluate, protocol, reconstruct
 from vaescale.interfaces import Codebooks, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import codebook, pictures
@@ -114,7 +114,7 @@ def evaluate_run(run: Path, config: settings.Config, draws: int) -> tuple[dict[s
         "fingerprint": slices.samples.index.fingerprint(),
         "size": config.data.size,
         "channels": config.data.channels,
-        "protocol": PROTOCOL,
+        "protocol": protocol(),
     }
     return result, pictures.reconstructions(shown.x, reconstruction)
 

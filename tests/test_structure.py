@@ -32,7 +32,7 @@ ONLY = {
     "omegaconf": "config.py",
     "webdataset": "data/shards.py",
     "fsspec": "data/places.py",
-    "torchmetrics": "evaluation/metrics.py",
+    "torchmetrics": "evaluation/metrics/reconstruction.py",
 }
 
 

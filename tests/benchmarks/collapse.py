@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from vaescale.data import DataError, stream
-from vaescale.evaluation import metrics
 from vaescale.evaluation.evaluate import reconstruct
+from vaescale.evaluation.metrics import reconstruction
 from vaescale.interfaces import Shape
 from vaescale.models.vqvae import VQVAE, Config
 from vaescale.monitoring import codebook
@@ -142,7 +142,7 @@ def measure(remedy: str, codes: int, seed: int, images: Images, steps: int) -> L
         for batch, _ in images.validation:
             y, latents = reconstruct(vqvae, batch)
             counts += occurrences(latents, len(counts))
-            psnr += metrics.psnr(batch.x, y).tolist()
+            psnr += reconstruction.psnr(batch.x, y).tolist()
     return {
         "latents": int(counts.sum()),
         "usage": float(codebook.used(counts)),

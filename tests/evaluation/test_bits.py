@@ -14,7 +14,8 @@ from tests.conftest import Start, finish, ranks, samples
 from vaescale import distributed
 from vaescale.data import stream
 from vaescale.data.shards import write
-from vaescale.evaluation.evaluate import bits, evaluate
+from vaescale.evaluation.evaluate import evaluate
+from vaescale.evaluation.metrics.bits import bits
 from vaescale.interfaces import Batch, Bound
 
 SIZE, LATENTS, NOISE = 16, 5, 0.2

@@ -1,11 +1,15 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vaescale.data import stream
-from vaescale.evaluation import metrics
-from vaescale.evaluation.evaluate import evaluate
+from vaescale.evaluation import metrics, tables
+from vaescale.evaluation.evaluate import evaluate, protocol
+from vaescale.evaluation.metrics.metric import Metric, Number, Seen
+from vaescale.evaluation.metrics.reconstruction import psnr, ssim
 from vaescale.interfaces import Batch, Usage
 
 
@@ -18,13 +22,13 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_psnr_is_scikit_images(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-    for x, y, ours in zip(*pair, metrics.psnr(*pair), strict=True):
+    for x, y, ours in zip(*pair, psnr(*pair), strict=True):
         assert float(ours) == pytest.approx(peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=255), abs=1e-9)
 
 
 def test_ssim_is_scikit_images(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     """With the settings of Wang et al.: Gaussian window, σ 1.5, population covariance, borders left out."""
-    for x, y, ours in zip(*pair, metrics.ssim(*pair), strict=True):
+    for x, y, ours in zip(*pair, ssim(*pair), strict=True):
         theirs = structural_similarity(
             x.numpy() / 255, y.numpy() / 255, channel_axis=0, data_range=1.0,
             gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
@@ -34,10 +38,10 @@ def test_ssim_is_scikit_images(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 def test_equal_images_have_a_finite_psnr() -> None:
     x = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    assert metrics.psnr(x, x).isfinite().all()
+    assert psnr(x, x).isfinite().all()
     y = x.clone()
     y[0, 0, 0, 0] = 1
-    assert metrics.psnr(x, y)[0] == metrics.psnr(x, x)[0]
+    assert psnr(x, y)[0] == psnr(x, x)[0]
 
 
 class Halves:
@@ -77,3 +81,63 @@ def test_evaluate_is_a_mean_over_images(pictures: object) -> None:
         for name, value in expected.items():
             assert result[name] == pytest.approx(value, rel=1e-6), name
         assert result["ssim"] == pytest.approx(results[0]["ssim"], rel=1e-5)
+
+
+def colours(seen: Seen) -> dict[str, torch.Tensor]:
+    if not isinstance(seen.codec, Halves):
+        return {}
+    means = seen.batch.x.double().mean((2, 3))
+    return {"means": means.sum(0), "products": means.T @ means}
+
+
+def spread(sums: dict[str, torch.Tensor], images: int) -> dict[str, float]:
+    mean = sums["means"] / images
+    return {"colour_spread": float((sums["products"] / images - mean.outer(mean)).trace().sqrt())}
+
+
+# A metric that nobody has: the covariance of the colours' means over images, whose sums are a matrix.
+SPREAD = Metric(
+    numbers={
+        "colour_spread": Number("spread of colours", ".3f", "colours"),
+        "colour_skew": Number("skew of colours", ".3f", absent="left out: nobody has written it"),
+    },
+    protocol={"colour_spread": "square root of the trace of the covariance of the colours' means"},
+    sums=colours,
+    result=spread,
+)
+
+
+def test_a_metric_is_added_in_one_place(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is in the results, the listing, the comparison, the log's line and the protocol."""
+    monkeypatch.setattr(metrics, "METRICS", [*metrics.METRICS, SPREAD])
+    slices = stream.ValidationSlices(stream.Config(root=str(pictures), size=16, workers=0))
+    means = slices[range(11)].batch.x.double().mean((2, 3)).numpy()
+    expected = np.sqrt(np.trace(np.cov(means.T, bias=True)))
+    for micro in (4, 100):
+        measured = evaluate(Halves(), slices, torch.device("cpu"), micro)
+        assert measured["colour_spread"] == pytest.approx(expected, rel=1e-9)
+    about = {
+        "run": "runs/x", "model": "halves", "parameters": 0, "latents": "1", "likelihood": None, "draws": 1, "step": 1,
+        "data": "x/val", "fingerprint": "0", "size": 16, "channels": 3,
+    }  # fmt: skip
+    result = {**about, **measured}
+    rows = [line.split("  ") for line in tables.listing(result).splitlines()]
+    assert ["spread of colours", f"{expected:.4g}"] in [[part.strip() for part in row if part] for row in rows]
+    assert "left out: nobody has written it" in tables.listing(result)
+    names, _, row = (line.strip("|").split("|") for line in tables.comparison([result]).splitlines()[:3])
+    found = {name.strip(): cell.strip() for name, cell in zip(names, row, strict=True)}
+    assert found["colours"] == f"{expected:.3f}"
+    assert tables.line(measured).endswith(f"  colours {expected:.3f}")
+    assert (
+        protocol().items() >= {**SPREAD.protocol, "usage": "share of codes used at least once over all images"}.items()
+    )
+
+
+def test_the_protocol_names_every_number_and_no_number_has_two_metrics() -> None:
+    names = [name for metric in metrics.METRICS for name in metric.numbers]
+    assert len(names) == len(set(names))
+    said = protocol()
+    assert len(said) == 1 + sum(len(metric.protocol) for metric in metrics.METRICS)
+    for metric in metrics.METRICS:
+        text = " ".join([*metric.protocol, *metric.protocol.values()])
+        assert all(name in text for name in metric.numbers)

@@ -8,8 +8,9 @@ VAE = {
     "images": 50000, "draws": 64, "step": 7, "data": "data/digits/val", "fingerprint": "0123456789abcdef", "size": 16,
     "channels": 1, "likelihood": "gaussian",
 }  # fmt: skip
+BITS = ("bits_per_dim", "bits_per_dim_iw", "rate", "distortion")
 VQVAE = {
-    **{key: value for key, value in VAE.items() if key not in ("bits_per_dim", "bits_per_dim_iw", "active_units")},
+    **{key: value for key, value in VAE.items() if key not in (*BITS, "active_units")},
     "run": "runs/vq", "model": "vqvae", "codebook0/usage": 0.5, "codebook1/usage": 0.75, "codebook0/perplexity": 9.0,
     "codebook1/perplexity": 30.0,
 }  # fmt: skip
@@ -31,6 +32,24 @@ def test_runs_stand_side_by_side_and_a_dash_says_that_a_family_has_none() -> Non
     assert (second["usage"], second["perplexity"]) == ("0.500 … 0.750", "9.0 … 30.0")
 
 
+def test_a_column_that_no_run_has_is_left_out() -> None:
+    names = cells(tables.comparison([VAE, VAE]).splitlines()[0])
+    assert "bits/dim, IW-64" in names
+    assert not {"usage", "perplexity"} & set(names)
+    text = tables.comparison([VQVAE, VQVAE])
+    assert "bits" not in text
+
+
+def test_bits_of_one_draw_are_said_to_be_the_elbo() -> None:
+    one = {key: value for key, value in VAE.items() if key != "bits_per_dim_iw"} | {"draws": 1}
+    word = "--iw K draws K latents an image for this bound, which is tighter than the ELBO"
+    for text in (tables.listing(one), tables.comparison([one, {**VQVAE, "draws": 1}])):
+        assert text.count(word) == 1
+        assert "IW-1" not in text
+    for text in (tables.listing(VAE), tables.comparison([VAE, VQVAE]), tables.listing({**VQVAE, "draws": 1})):
+        assert "--iw" not in text
+
+
 def test_rows_that_do_not_compare_are_said_to() -> None:
     for other in ({"fingerprint": "fedcba9876543210"}, {"size": 32}, {"channels": 3}):
         text = tables.comparison([VAE, {**VQVAE, **other}])
@@ -48,6 +67,14 @@ def test_a_listing_holds_every_number_once() -> None:
     assert found["rate (bits/dim), level1"] == "0.05"
     assert found["images"] == "50000"
     assert "left out" in tables.listing({key: value for key, value in VAE.items() if key != "ssim"})
+
+
+def test_the_line_of_a_validation_says_what_there_is() -> None:
+    measured = {"psnr": 30.0, "bits_per_dim": 1.25, "active_units": 7, "images": 11, "mse": 0.1, "rate/level0": 0.5}
+    assert tables.line(measured) == "bits/dim 1.2500  PSNR 30.00  active units 7"
+    usage = {f"codebook{level}/usage": share for level, share in enumerate([0.75, 0.5, 1.0])}
+    several = {**usage, "codebook0/perplexity": 9.0, "codebook1/perplexity": 9.0}
+    assert tables.line(several) == "usage 0.500–1.000  perplexity 9.0"
 
 
 def test_latents_are_described_by_their_shape() -> None:

@@ -225,9 +225,3 @@ def test_a_log_line_says_what_one_looks_at_first(capsys: pytest.CaptureFixture[s
     assert "step  60/200  usage 0.500  ETA" in capsys.readouterr().out
     Console(0, 200, loud=False).report(20, {"train/loss": 0.5})
     assert capsys.readouterr() == ("", "")
-
-
-def test_the_line_of_a_validation_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"val/psnr": 30.0, "val/bits_per_dim": 1.25, "val/active_units": 7, "val/images": 11, "val/mse": 0.1}
-    Console(0, 200, loud=True).validation(20, values)
-    assert capsys.readouterr().out == "validation at step 20:  PSNR 30.00  bits/dim 1.2500  active units 7\n"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.order import mix
 from ..interfaces import Batch, Codec, Condition
 from ..monitoring.pictures import Picture, grid, joined, to_bytes
-from .latents import Moments
+from .latents import moments, sums
 
 AT_ONCE = 64  # images decoded together
 PER_ROW = 8
@@ -37,13 +37,18 @@ class Unable(ValueError):
 class Spread:
     """What is known of each latent over images, the latents of all levels in one row: fp64 [M] each."""
 
-    def __init__(self, codec: Codec, batches: Iterable[Batch], device: torch.device) -> None:
-        means, draws = Moments(device), Moments(device)
+    def __init__(self, codec: Codec, batches: Iterable[Batch]) -> None:
+        means: Tensor | float = 0.0
+        draws: Tensor | float = 0.0
+        images = 0
         for batch in batches:
-            means.add(codec.encode(batch))
-            draws.add(codec.encode(batch, temperature=1.0))
-        _, self.activity = means.result()  # variance of the posterior mean
-        self.mean, variance = draws.result()
+            means = means + sums(codec.encode(batch))
+            draws = draws + sums(codec.encode(batch, temperature=1.0))
+            images += len(batch.x)
+        assert isinstance(means, Tensor)
+        assert isinstance(draws, Tensor)
+        _, self.activity = moments(means, images)  # variance of the posterior mean
+        self.mean, variance = moments(draws, images)
         self.deviation = variance.sqrt()
 
 
@@ -67,7 +72,7 @@ class Subject:
     @cached_property
     def spread(self) -> Spread:
         with seeded(self.seed, self.device):
-            return Spread(self.codec, self.several(), self.device)
+            return Spread(self.codec, self.several())
 
 
 @torch.no_grad()

@@ -24,13 +24,9 @@ class Console:
     def report(self, step: int, values: dict[str, float]) -> None:
         """The numbers one looks at first. Missing ones (a model without codebook) are left out; of several codebooks,
         the lowest and the highest are given."""
-        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", *_shown(COLUMNS, values)]
+        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", *_shown(values)]
         parts.append(f"ETA {self._left(step)}")
         self.say("  ".join(parts))
-
-    def validation(self, step: int, values: dict[str, float]) -> None:
-        """Likewise, of what was measured on the validation set."""
-        self.say("  ".join([f"validation at step {step}:", *_shown(VALIDATION, values)]))
 
     def say(self, line: str) -> None:
         if self._loud:
@@ -45,9 +41,9 @@ class Console:
         return timedelta(seconds=round(per_step * (self._steps - step)))
 
 
-def _shown(columns: dict[str, tuple[str, str]], values: dict[str, float]) -> list[str]:
+def _shown(values: dict[str, float]) -> list[str]:
     parts = []
-    for name, (key, form) in columns.items():
+    for name, (key, form) in COLUMNS.items():
         found = [value for tag, value in values.items() if fnmatchcase(tag, key)]
         ends = dict.fromkeys(f"{end:{form}}" for end in (min(found), max(found))) if found else {}
         if ends:
@@ -65,15 +61,4 @@ COLUMNS = {
     "lr": ("optim/lr", ".2e"),
     "img/s": ("perf/images_per_second", ".1f"),
     "data wait": ("data/wait_share", ".1%"),
-}
-
-VALIDATION = {
-    "PSNR": ("val/psnr", ".2f"),
-    "SSIM": ("val/ssim", ".4f"),
-    "bits/dim": ("val/bits_per_dim", ".4f"),
-    "rate": ("val/rate", ".4f"),
-    "distortion": ("val/distortion", ".4f"),
-    "active units": ("val/active_units", "d"),
-    "usage": ("val/*usage", ".3f"),
-    "perplexity": ("val/*perplexity", ".1f"),
 }

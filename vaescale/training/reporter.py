@@ -10,6 +10,7 @@ import torch
 
 from .. import config as mechanics
 from .. import distributed
+from ..evaluation import tables
 from ..evaluation.show import show
 from ..interfaces import Batch, Codebooks, Codec, Model, Tensors, Usage
 from ..lifecycle.pace import Pace
@@ -121,7 +122,7 @@ class Reporter:
         """What was measured on the validation set, and pictures. shown: gives the fixed images, on the device."""
         step = self.position.step
         values = {f"val/{name}": value for name, value in measured.items()}
-        self.console.validation(step, values)
+        self.console.say(f"validation at step {step}:  {tables.line(measured)}")
         if not self.board:
             return
         for name, picture in show(codec, shown()):

@@ -1,7 +1,11 @@
-"""Image metrics on uint8 pairs [B, 3, H, W]; one fp64 value an image, so that means are over images."""
+"""How near reconstructions are to their images, uint8 pairs [B, C, H, W]: one fp64 value an image, so that means are
+over images."""
 
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+from ...interfaces import Tensors
+from .metric import Metric, Number, Seen
 
 SIGMA = 1.5
 WINDOW = 11  # pixels a side
@@ -33,3 +37,25 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     )
     # The library also counts windows over a mirrored border, which moves the mean by up to .001.
     return similarity[..., BORDER:-BORDER, BORDER:-BORDER].double().mean(dim=(1, 2, 3))
+
+
+def sums(seen: Seen) -> Tensors:
+    x, y = seen.batch.x, seen.reconstruction
+    found = {"mse": mse(x, y).sum(), "psnr": psnr(x, y).sum()}
+    return {**found, "ssim": ssim(x, y).sum()} if x.shape[-1] >= WINDOW else found
+
+
+RECONSTRUCTION = Metric(
+    numbers={
+        "mse": Number("MSE", ".6f", "MSE", logged=False),
+        "psnr": Number("PSNR (dB)", ".2f", "PSNR"),
+        "ssim": Number("SSIM", ".4f", "SSIM", absent="left out: its window is wider than the images"),
+    },
+    protocol={
+        "rounding": "reconstructions rounded to 8 bits before mse, psnr and ssim",
+        "mse": "pixels in [0, 1], mean over images",
+        "psnr": "dB, peak 1, mean of the per-image values",
+        "ssim": "data range 1, Gaussian window 11, sigma 1.5, mean of the per-image values; not below 11 pixels a side",
+    },
+    sums=sums,
+)

@@ -1,0 +1,39 @@
+"""How many latents say something of images: Burda, Grosse, Salakhutdinov 2016, "Importance weighted autoencoders",
+section 5.2."""
+
+import torch
+
+from ...interfaces import Bounded, Tensors, by_level
+from .. import latents
+from .metric import Metric, Number, Seen
+
+ACTIVE = 0.01  # variance of a posterior mean
+
+
+def sums(seen: Seen) -> Tensors:
+    """Those of each level's latents."""
+    if not isinstance(seen.codec, Bounded):
+        return {}
+    return by_level("latents", [latents.sums([level]) for level in seen.latents])
+
+
+def result(sums: Tensors, images: int) -> dict[str, float]:
+    levels = [latents.moments(total, images)[1] > ACTIVE for total in sums.values()]
+    active = torch.cat(levels)
+    found = {"active_units": int(active.sum()), "active_share": float(active.double().mean())}
+    several = by_level("active_units", [int(level.sum()) for level in levels]) if len(levels) > 1 else {}
+    return {**found, **several}
+
+
+ACTIVE_UNITS = Metric(
+    numbers={
+        "active_units": Number("active units", "d", "active units"),
+        "active_share": Number("active units, share", ".3f"),
+    },
+    protocol={
+        "active_units": f"latents whose posterior mean (PCA: score) has a variance over images above {ACTIVE}, "
+        "Burda et al. 2016, 5.2, in finer levels also if it only follows the coarser ones; active_share: of all",
+    },
+    sums=sums,
+    result=result,
+)
