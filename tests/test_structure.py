@@ -24,6 +24,7 @@ LAYERS = {  # package or file → those it may import beside itself
     "evaluation": {"files", "interfaces", "distributed", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
     "trained": {"files", "interfaces", "distributed", "config", "settings", "lifecycle"},
+    "library": {"interfaces", "settings", "data", "monitoring", "evaluation", "trained"},
     "training": {*BELOW, "evaluation"},
     "advice": {*BELOW, "training"},
 }

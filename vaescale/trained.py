@@ -14,20 +14,36 @@ from .lifecycle import state as states
 from .settings import Config
 
 
-def read_config(run: Path, overrides: list[str]) -> Config:
-    path = run / FILE
-    if not path.exists():
-        raise ConfigError(f"{run} is no run directory: it has no {FILE}; give the run= of a training as --run")
+def run_of(place: Path) -> Path:
+    """The run directory that `place` is, or that it is a checkpoint of: RUN/checkpoints/step-…. Raises ConfigError."""
+    if (place / FILE).exists():
+        return place
+    folder = place.resolve().parent
+    if folder.name != "checkpoints" or not (folder.parent / FILE).exists():
+        raise ConfigError(
+            f"{place} is no run directory: it has no {FILE}; give the run= of a training, or one of its checkpoints, "
+            f"RUN/checkpoints/step-…"
+        )
+    if not (place / checkpoint.MANIFEST).exists():
+        valid = [path.name for path in checkpoint.there(folder) if (path / checkpoint.MANIFEST).exists()]
+        raise ConfigError(f"{place} is no checkpoint: {folder} has {', '.join(valid) or 'none'}")
+    return folder.parent
+
+
+def read_config(place: Path, overrides: list[str]) -> Config:
+    """place: a run directory or a checkpoint of one."""
+    path = run_of(place) / FILE
     config, unknown = settings.load_saved(path, overrides)
     if unknown and distributed.place().rank == 0:
         print(f"{path} has settings that this version does not know: {printable(', '.join(unknown))}", file=sys.stderr)
     return config
 
 
-def read_model(run: Path, config: Config, device: torch.device) -> tuple[Model, int]:
-    """(the model with the newest averaged weights, ready to encode and decode; their step). Collective."""
+def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model, int]:
+    """(the model with the averaged weights of a checkpoint, or the newest ones of a run directory, ready to encode and
+    decode; their step). Collective."""
     model = settings.build(config)
-    path, remarks = checkpoint.load_averaged(model, run)
+    path, remarks = checkpoint.load_averaged(model, place)
     assert path is not None
     if distributed.rank() == 0:
         for remark in remarks:

@@ -97,14 +97,27 @@ def validation_image(data: bytes, size: int, most_megapixels: int = MOST_MEGAPIX
     Raises Damaged.
     """
     image, turn, _ = _open(data, most_megapixels)
-    (width, height), side = image.size, min(image.size)
-    left, upper = (width - side) / 2, (height - side) / 2
-    scale = _reduction(image, side, size)
+    stored = image.size
+    scale = _reduction(image, min(stored), size)
     _decode(image, scale)
+    return _turned(_square(image, stored, scale, size), turn)
+
+
+def opened_image(image: Image.Image, size: int) -> Pixels:
+    """What `validation_image` makes of a picture, of one that Pillow has opened; but a JPEG is decoded in full, however
+    much smaller `size` is. Raises Damaged."""
+    _decode(image)
+    return _turned(_square(image, image.size, 1, size), _turn(image))
+
+
+def _square(image: Image.Image, stored: tuple[int, int], scale: int, size: int) -> Pixels:
+    """The centred square, which is the same one however the picture is turned. stored: the picture's size before the
+    decoder divided it by `scale`."""
+    (width, height), side = stored, min(stored)
+    left, upper = (width - side) / 2, (height - side) / 2
     # In fractions of a pixel, and by the exact scale: reduced sizes are rounded up, their quotient would be off.
     box = (left / scale, upper / scale, (left + side) / scale, (upper + side) / scale)
-    square = _rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return _turned(np.asarray(square), turn)  # the centred square is the same one however the picture is turned
+    return np.asarray(_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def prepared(data: bytes, short_side: int, quality: int, most_megapixels: int = MOST_MEGAPIXELS) -> bytes:

@@ -301,11 +301,12 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
     return {key: tensors[key] for key in wanted}
 
 
-def load_averaged(model: torch.nn.Module, run: Path) -> Found:
-    """Load a run's newest averaged weights into `model`; returns what was found. Collective."""
-    found = agreed(run)
+def load_averaged(model: torch.nn.Module, place: Path) -> Found:
+    """Load the averaged weights of a checkpoint, or a run's newest ones, into `model`; returns what was found.
+    Collective."""
+    found = agreed(place)
     if found.path is None:
-        raise CheckpointError(f"{run} has no checkpoint: train it first, or give another --run")
+        raise CheckpointError(f"{place} has no checkpoint: train it first, or give another --run")
     model.load_state_dict(read_fitting(found.path, "ema", model.state_dict()))
     return found
 

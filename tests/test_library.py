@@ -1,0 +1,224 @@
+"""vaescale.load against the validation pipeline, on checkpoints of untrained models."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vaescale
+from tests.conftest import ROOT, jpeg
+from vaescale import config as mechanics
+from vaescale import settings
+from vaescale.config import FILE, ConfigError
+from vaescale.data import stream
+from vaescale.data.shards import Sample, write
+from vaescale.evaluation.sample import from_prior
+from vaescale.interfaces import Condition
+from vaescale.library import Trained
+from vaescale.lifecycle import checkpoint
+from vaescale.lifecycle.checkpoint import CheckpointError
+from vaescale.monitoring.pictures import to_bytes
+
+TINY = ROOT / "tests" / "integration"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
+    """The quantised one reads colours, the conditional VAE grey and the HVAE has several levels; each has two
+    checkpoints with other weights."""
+    found = {}
+    for name in ("tiny", "tiny_vae", "tiny_hvae"):
+        run = found[name] = tmp_path_factory.mktemp(name)
+        config = settings.load(TINY / f"{name}.yaml", [f"run={run}", f"data.root={pictures}"])
+        (run / FILE).write_text(mechanics.to_yaml(config))
+        for step in (1, 2):
+            torch.manual_seed(step)
+            model = settings.build(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            checkpoint.save(
+                run / "checkpoints", step, {"ema": model.state_dict()}, {"step": step, "version": 2}, keep=2
+            )
+    return found
+
+
+@pytest.fixture(params=["tiny", "tiny_vae", "tiny_hvae"])
+def model(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Trained:
+    return vaescale.load(runs[request.param])
+
+
+def stored(root: Path) -> list[bytes]:
+    """The validation pictures, as the shards hold them."""
+    data = stream.Samples(root / "val")
+    return [data.read(number)[0] for number in range(len(data.index))]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+
+def test_pictures_become_what_validation_images_are(model: Trained, pictures: Path, tmp_path: Path) -> None:
+    """The same latents and reconstructions, given as paths, PIL images, arrays or tensors; 40 × 36 pixels become 16."""
+    batch = stream.ValidationSlices(model.config.data)[range(11)].batch
+    wanted = model.codec.encode(batch)
+    assert len(wanted[0].flatten(1).unique(dim=0)) > 5  # they tell pictures apart
+    label = batch.label if getattr(model.config.model, "classes", 0) else None
+    paths = [tmp_path / f"{number}.jpg" for number in range(11)]
+    for path, data in zip(paths, stored(pictures), strict=True):
+        path.write_bytes(data)
+    opened = [Image.open(path) for path in paths]
+    decoded = np.stack([np.asarray(Image.open(path)) for path in paths])
+    tensors = torch.from_numpy(decoded).permute(0, 3, 1, 2)
+    mixture = [*paths[:3], opened[3], *decoded[4:7], tensors[7], tensors[8:]]
+    for given in (paths, opened, decoded, list(decoded), tensors, tensors / 255, decoded / 255):
+        assert equal(model.encode(given, label), wanted)
+    assert equal(model.encode(mixture, label), wanted)
+    one = None if label is None else int(label[0])
+    assert equal(model.encode(opened[0], one), model.encode(paths[:1], one))
+    y = model.decode(wanted, label)
+    assert y.dtype == np.uint8
+    assert y.shape == (11, 16, 16, model.config.data.channels)
+    expected = to_bytes(model.codec.decode(wanted, batch.condition))
+    assert np.array_equal(y, expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_a_large_jpeg_by_its_path_and_opened(runs: dict[str, Path], tmp_path: Path) -> None:
+    """By its path it is decoded at a reduced size, as in the pipeline. EXIF turns pictures, transparency is white."""
+    model = vaescale.load(runs["tiny"])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.open(io.BytesIO(jpeg(3, 160, 120)))
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    large = Image.open(tmp_path / "a.jpg")
+    png = Image.new("RGBA", (20, 30), (255, 0, 0, 128))
+    png.save(tmp_path / "b.png")
+    paths = [tmp_path / "a.jpg", tmp_path / "b.png"]
+    write(tmp_path / "val", [Sample(path.stem, path.read_bytes(), 0, path.suffix[1:]) for path in paths], 2, [])
+    config = stream.Config(root=str(tmp_path), size=16, workers=0)
+    batch = stream.ValidationSlices(config)[range(2)].batch
+    assert equal(model.encode(paths), model.codec.encode(batch))
+    (squares,) = [list(model._squares([large, png, np.asarray(png)]))]
+    np.testing.assert_array_equal(squares[1], batch.x[1].permute(1, 2, 0))
+    np.testing.assert_array_equal(squares[2], squares[1])
+    assert np.abs(squares[0].astype(int) - batch.x[0].permute(1, 2, 0).numpy()).max() <= 4
+    assert large.size == (160, 120)  # as the caller has opened it
+
+
+def test_shapes_and_types(runs: dict[str, Path]) -> None:
+    model = vaescale.load(runs["tiny_vae"])
+    x = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    wanted = model.encode(x)
+    colours_first = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    for same in (
+        colours_first,
+        torch.from_numpy(x),
+        torch.from_numpy(colours_first).double() / 255,
+        x.astype(np.float16) / 255,
+    ):
+        assert equal(model.encode(same), wanted)
+    half = (torch.from_numpy(x) / 255).to(torch.bfloat16)  # 8 bits of mantissa: pixels up to a grey level off
+    assert model.encode(half)[0] == pytest.approx(wanted[0], abs=0.1)
+    grey = np.array(Image.fromarray(x[0]).convert("L"))
+    for same in (grey, grey[None], grey[..., None], torch.from_numpy(grey)[None], Image.fromarray(grey), grey / 255):
+        assert equal(model.encode(same), model.encode(np.repeat(grey[..., None], 3, -1)))
+    last = np.zeros((3, 5, 3), np.uint8)
+    last[..., 0] = 255  # red in an array; in a tensor, a picture 5 × 3 whose left column is white
+    assert not equal(model.encode(last), model.encode(torch.from_numpy(last)))
+    assert equal(model.encode(torch.from_numpy(last)), model.encode(last.transpose(1, 2, 0)))
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "0 to 255": (np.full((8, 8, 3), 255.0), r"floats must be in \[0, 1\]: found 255 to 255"),
+    "-1 to 1": (torch.linspace(-1, 1, 192).view(3, 8, 8), r"floats must be in \[0, 1\]: found -1 to 1"),
+    "NaN": (np.full((8, 8, 3), np.nan), r"floats must be in \[0, 1\]: found nan"),
+    "int64": (torch.zeros(3, 8, 8).long(), r"must be uint8, or floats in \[0, 1\], and not int64"),
+    "uint16": (np.zeros((8, 8), np.uint16), "not uint16"),
+    "bool": (np.zeros((8, 8), bool), "not bool"),
+    "complex": (np.zeros((8, 8), complex), "not complex128"),
+    "channels": (np.zeros((8, 8, 5), np.uint8), r"pixels of shape \(8, 8, 5\): give"),
+    "a row": (np.zeros(8, np.uint8), r"pixels of shape \(8,\): give"),
+    "no width": (np.zeros((8, 0, 3), np.uint8), r"pixels of shape \(8, 0, 3\): give"),
+    "none": ([], "there are no pictures to encode"),
+    "16 bits": (Image.new("I;16", (8, 8)), "a PIL image of mode I;16 does not have 8 bits a channel"),
+    "a number": (3, "a picture is a PIL image, a path, a numpy array or a tensor, and not int"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_picture_is_refused_in_a_sentence(runs: dict[str, Path], name: str) -> None:
+    given, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words):
+        vaescale.load(runs["tiny"]).encode(given)
+
+
+def test_labels_and_latents_are_checked(runs: dict[str, Path]) -> None:
+    quantised, vae = vaescale.load(runs["tiny"]), vaescale.load(runs["tiny_vae"])
+    x = np.zeros((2, 16, 16, 3), np.uint8)
+    codes, z = quantised.encode(x), vae.encode(x)
+    for call, words in {
+        lambda: quantised.encode(x, label=1): "takes no label",
+        lambda: vae.encode(x, label=7): "labels are whole numbers from 0 to 6, or -1 for none: found 7",
+        lambda: vae.encode(x, label=[0, 1, 2]): r"2 pictures need one label or 2",
+        lambda: vae.encode(x, label=[0.5, 1.0]): "labels are whole numbers",
+        lambda: vae.encode(x, attributes=[0.5]): "takes no attributes",
+        lambda: quantised.decode(z): r"latents of this model are whole numbers \[B, 4, 4\], coarse to fine; found",
+        lambda: quantised.decode([]): "the latents of this model are",
+        lambda: quantised.decode([codes[0].float()]): "whole numbers",
+        lambda: quantised.decode([codes[0] + 24]): "codes are from 0 to 23: found",
+        lambda: quantised.sample(2): "draws no samples by itself",
+        lambda: vae.sample(0): "at least 1",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert not np.array_equal(vae.decode(z, label=[0, 1]), vae.decode(z, label=[1, 0]))
+    assert np.array_equal(vae.decode(z[0], label=1), vae.decode([z[0].numpy()], label=torch.tensor([1, 1])))
+
+
+def test_samples_are_those_of_the_prior(runs: dict[str, Path]) -> None:
+    model = vaescale.load(runs["tiny_vae"])
+    images = model.sample(5, label=[0, 1, 2, 3, -1], seed=3, temperature=0.5)
+    condition = Condition(torch.tensor([0, 1, 2, 3, -1]), torch.zeros(5, 0))
+    wanted = from_prior(model.codec, condition, 3, 0.5)
+    assert np.array_equal(images, wanted.permute(0, 2, 3, 1).numpy())
+    levels = vaescale.load(runs["tiny_hvae"])
+    coarse = levels.encode(np.zeros((2, 16, 16, 3), np.uint8))[:1]
+    assert levels.decode(coarse).shape == (2, 16, 16, levels.config.data.channels)
+
+
+def test_a_run_and_its_checkpoints(runs: dict[str, Path]) -> None:
+    run = runs["tiny"]
+    newest, first = vaescale.load(str(run)), vaescale.load(run / "checkpoints" / "step-00000001", "cpu")
+    assert (newest.step, first.step) == (2, 1)
+    x = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    assert not np.array_equal(newest.decode(newest.encode(x)), first.decode(first.encode(x)))
+    with pytest.raises(ConfigError, match=r"step-00000003 is no checkpoint: .* has step-00000001, step-00000002"):
+        vaescale.load(run / "checkpoints" / "step-00000003")
+    with pytest.raises(ConfigError, match="checkpoints is no run directory"):
+        vaescale.load(run / "checkpoints")
+    with pytest.raises(ConfigError, match="none is no run directory"):
+        vaescale.load(run / "none")
+
+
+def test_a_damaged_checkpoint_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    (copy / FILE).write_bytes((runs["tiny"] / FILE).read_bytes())
+    step = copy / "checkpoints" / "step-00000001"
+    step.mkdir()
+    for file in (runs["tiny"] / "checkpoints" / step.name).iterdir():
+        (step / file.name).write_bytes(file.read_bytes()[: -1 if file.suffix == ".safetensors" else None])
+    with pytest.raises(CheckpointError, match=r"ema.safetensors has \d+ bytes instead of"):
+        vaescale.load(step)
+
+
+def test_the_package_is_imported_at_once() -> None:
+    """Without torch: `import vaescale` is also the first line of every command."""
+    code = "import sys, vaescale; assert callable(vaescale.load); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,216 @@
+"""A trained run in other programs: pictures → latents → pictures.
+
+import vaescale
+
+model = vaescale.load("runs/vae_digits")
+latents = model.encode(PIL.Image.open("seven.png"))
+pictures = model.decode(latents)            # uint8 [1, size, size, channels]
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from torch import Tensor
+
+from . import settings, trained
+from .data.decode import Pixels, grey, opened_image, validation_image
+from .evaluation.sample import from_prior
+from .interfaces import Batch, Codebooks, Codec, Condition
+from .monitoring.pictures import to_bytes
+
+AT_ONCE = 32  # pictures in one pass of the model, as in launch/evaluate.py
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+
+Picture = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str]
+Label = int | ArrayLike | Tensor | None
+
+
+def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> "Trained":
+    place, device = Path(run), torch.device(device)
+    config = trained.read_config(place, [])
+    model, step = trained.read_model(place, config, device)
+    assert isinstance(model, Codec)
+    return Trained(model, config, step, device)
+
+
+class Trained:
+    """A trained model. `codec` is the model itself, for what is not offered here; `step` is that of its weights.
+
+    Labels, of models with model.classes: one whole number for all pictures, or one for each; -1 or None: not given.
+    Attributes, of models with data.attributes: float [A] or [B, A], standardised over the training set; NaN or None:
+    not given.
+    """
+
+    def __init__(self, codec: Codec, config: settings.Config, step: int, device: torch.device) -> None:
+        self.codec, self.config, self.step, self.device = codec, config, step, device
+
+    @torch.no_grad()
+    def encode(
+        self, pictures: Picture | Sequence[Picture], label: Label = None, attributes: ArrayLike | Tensor | None = None
+    ) -> list[Tensor]:
+        """Latents [B, …] a level, coarse to fine, on the model's device: int64 codes where they are discrete, else the
+        mean of q(z|x).
+
+        pictures: one, or a list of any mixture and sizes. A picture is a PIL image, the path of a file, or pixels in a
+        numpy array or tensor: [H, W], [H, W, C], [C, H, W], or several of one size, [B, H, W, C] or [B, C, H, W]; C is
+        1, 3 or 4. If the shape leaves it open where the channels are, they come last in an array and first in a tensor.
+        Pixels are uint8, or floats in [0, 1]; ValueError refuses others.
+
+        Each picture is made what a validation image is: upright, transparency on white, the largest centred square,
+        resized to data.size (bicubic), grey if data.channels=1. Only a JPEG of several times that size may differ by a
+        few grey levels: the data pipeline decodes it at a reduced size. Its path gives the same pixels.
+        """
+        images = list(self._squares(pictures))
+        if not images:
+            raise ValueError("there are no pictures to encode")
+        images = images if self.config.data.channels == 3 else [grey(image) for image in images]
+        condition = self._condition(label, attributes, len(images))
+        parts = []
+        for start in range(0, len(images), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            x = torch.from_numpy(np.stack(images[part])).permute(0, 3, 1, 2)  # channels_last, as the data pipeline
+            numbers = torch.arange(start, start + len(x))
+            batch = Batch(x, condition.label[part], condition.attributes[part], numbers)
+            parts.append(self.codec.encode(batch.to(self.device)))
+        return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    @torch.no_grad()
+    def decode(
+        self, latents: Tensor | Sequence[Tensor], label: Label = None, attributes: ArrayLike | Tensor | None = None
+    ) -> NDArray[np.uint8]:
+        """The pictures of latents as `encode` gives them: uint8 [B, size, size, C], C = 3 or 1, the means of p(x|z).
+
+        Finer levels that are left out are drawn from the prior, by torch's generator. Raises ValueError for latents of
+        another model, and if there is no prior to draw from.
+        """
+        levels = self._latents([latents] if isinstance(latents, Tensor) else [torch.as_tensor(one) for one in latents])
+        count = len(levels[0])
+        condition = self._condition(label, attributes, count)
+        parts = []
+        for start in range(0, count, AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            given = Condition(*(tensor[part].to(self.device) for tensor in condition))
+            parts.append(to_bytes(self.codec.decode([level[part] for level in levels], given)))
+        return _channels_last(torch.cat(parts))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int,
+        label: Label = None,
+        attributes: ArrayLike | Tensor | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+    ) -> NDArray[np.uint8]:
+        """Pictures of latents from the prior: uint8 [count, size, size, C], the means of p(x|z), the same for the same
+        seed. Raises ValueError where there is no prior."""
+        if count < 1:
+            raise ValueError(f"the number of samples must be at least 1, and not {count}")
+        condition = self._condition(label, attributes, count)
+        given = Condition(*(tensor.to(self.device) for tensor in condition))
+        return _channels_last(from_prior(self.codec, given, seed, temperature))
+
+    def _squares(self, pictures: Any) -> Iterator[Pixels]:
+        """uint8 [size, size, 3] each."""
+        size, most = self.config.data.size, self.config.data.most_megapixels
+        match pictures:
+            case list() | tuple():
+                for one in pictures:
+                    yield from self._squares(one)
+            case Image.Image():
+                if pictures.mode in ("I", "F") or pictures.mode.startswith("I;"):
+                    raise ValueError(
+                        f"a PIL image of mode {pictures.mode} does not have 8 bits a channel: give the path of its "
+                        "file, or convert it to L or RGB"
+                    )
+                yield opened_image(pictures, size)
+            case str() | os.PathLike():
+                yield validation_image(Path(pictures).read_bytes(), size, most)
+            case Tensor() | np.ndarray():
+                for pixels in _pixels(pictures):
+                    yield opened_image(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), size)
+            case _:
+                raise ValueError(
+                    f"a picture is a PIL image, a path, a numpy array or a tensor, and not {type(pictures).__name__}"
+                )
+
+    def _condition(self, label: Label, attributes: ArrayLike | Tensor | None, count: int) -> Condition:
+        classes, names = getattr(self.config.model, "classes", 0), self.config.data.attributes
+        if label is not None and not classes:
+            raise ValueError("this model takes no label: it was trained with model.classes=0")
+        if attributes is not None and not names:
+            raise ValueError("this model takes no attributes: it was trained without data.attributes")
+        labels = torch.as_tensor(-1 if label is None else label).cpu()
+        if labels.is_floating_point() or not ((labels == -1) | ((labels >= 0) & (labels < classes))).all():
+            raise ValueError(
+                f"labels are whole numbers from 0 to {classes - 1}, or -1 for none: found {labels.tolist()}"
+            )
+        values = torch.as_tensor(float("nan") if attributes is None else attributes).float().cpu()
+        try:
+            return Condition(labels.long().expand(count), values.expand(count, len(names)))
+        except RuntimeError:
+            raise ValueError(
+                f"{count} pictures need one label or {count}, and attributes [{len(names)}] or "
+                f"[{count}, {len(names)}]: found {tuple(labels.shape)} and {tuple(values.shape)}"
+            ) from None
+
+    @cached_property
+    def _levels(self) -> list[Tensor]:
+        """The latents of an image that shows nothing."""
+        return self.codec.encode(settings.blank(self.config, 1).to(self.device))
+
+    def _latents(self, given: list[Tensor]) -> list[Tensor]:
+        """On the device and of the right type. Raises ValueError for what this model cannot decode."""
+        wanted = self._levels
+        found = [tuple(level.shape) for level in given]
+        alike = all(
+            level.ndim and level.shape[1:] == other.shape[1:] and level.is_floating_point() == other.is_floating_point()
+            for level, other in zip(given, wanted, strict=False)
+        )
+        if not given or len(given) > len(wanted) or not alike or len({shape[0] for shape in found} - {0}) != 1:
+            shapes = ", ".join(f"[B, {', '.join(map(str, level.shape[1:]))}]" for level in wanted)
+            kind = "floats" if wanted[0].is_floating_point() else "whole numbers"
+            raise ValueError(f"the latents of this model are {kind} {shapes}, coarse to fine; found {found}")
+        if isinstance(self.codec, Codebooks):
+            for level, usage in zip(given, self.codec.usage(clear=False).values(), strict=False):
+                if len(level) and not 0 <= int(level.min()) <= int(level.max()) < len(usage.window):
+                    raise ValueError(
+                        f"codes are from 0 to {len(usage.window) - 1}: found {level.min()} to {level.max()}"
+                    )
+        return [level.to(self.device, other.dtype) for level, other in zip(given, wanted, strict=False)]
+
+
+def _pixels(pictures: NDArray[Any] | Tensor) -> NDArray[np.uint8]:
+    """→ [B, H, W, C]. Raises ValueError for pixels neither uint8 nor floats in [0, 1], and for other shapes."""
+    shape, kind = tuple(pictures.shape), str(pictures.dtype).removeprefix("torch.")
+    first = isinstance(pictures, Tensor)
+    if isinstance(pictures, Tensor):
+        pictures = pictures.detach().cpu()
+        pictures = (pictures.double() if pictures.is_floating_point() else pictures).numpy()
+    if np.issubdtype(pictures.dtype, np.floating):
+        low, high = (float(end) for end in (pictures.min(), pictures.max())) if pictures.size else (0.0, 0.0)
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"pixels that are floats must be in [0, 1]: found {low:g} to {high:g}")
+        pictures = np.rint(pictures.astype(np.float64) * 255).astype(np.uint8)
+    if pictures.dtype != np.uint8:
+        raise ValueError(f"pixels must be uint8, or floats in [0, 1], and not {kind}")
+    if pictures.ndim == 2:
+        pictures = pictures[..., None]
+    places = [axis for axis in (-1, -3) if pictures.ndim in (3, 4) and pictures.shape[axis] in CHANNELS]
+    if not places or not pictures.size:
+        raise ValueError(
+            f"pixels of shape {shape}: give [H, W], [H, W, C], [C, H, W], [B, H, W, C] or [B, C, H, W] with C 1, 3 or 4"
+        )
+    pictures = np.moveaxis(pictures, places[-1] if first and len(shape) > 2 else places[0], -1)
+    return np.ascontiguousarray(pictures if pictures.ndim == 4 else pictures[None])
+
+
+def _channels_last(images: Tensor) -> NDArray[np.uint8]:
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
