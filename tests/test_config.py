@@ -48,6 +48,20 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("model.quantizer.codez=5", "unknown key model.quantizer.codez: did you mean model.quantizer.codes?"),
         ("stepz=5", "unknown key stepz: did you mean steps?"),
         ("zzz=5", "unknown key zzz: known are model, run"),
+        ("lr=1e-3", "unknown key lr: did you mean optimizer.lr?"),
+        ("workers=4", "unknown key workers: did you mean data.workers?"),
+        ("model.codes=512", "unknown key model.codes: did you mean model.quantizer.codes?"),
+        ("optimiser.lr=1", "unknown key optimiser.lr: did you mean optimizer.lr?"),
+        ("data.batch=4", "unknown key data.batch: did you mean batch?"),
+        ("batchsize=4", "unknown key batchsize: did you mean batch?"),
+        ("kind=vae", "unknown key kind: did you mean model.kind or model.quantizer.kind?"),
+        ("model.beta=1", "model.beta is a setting of model.kind=vae, hvae or vdvae, not of vqvae"),
+        ("--steps=10", "--steps is not an option: write steps=10"),
+        ("--lr=1e-3", "--lr is not an option: write optimizer.lr=1e-3"),
+        ("--data.root=a b", "--data.root is not an option: write data.root='a b'"),
+        ("--data.flip=", "--data.flip is not an option: write data.flip=…"),
+        ("--stpes=10", "--stpes is not an option: did you mean steps=10? -h lists the options"),
+        ("--zzz=10", "--zzz is not an option: -h lists the options, and settings are written key=value: model, run"),
         ("steps=soon", "steps=soon must be a whole number"),
         ("steps=1.5", "steps=1.5 must be a whole number"),
         ("steps=0", "steps=0 must be at least 1"),
@@ -100,6 +114,13 @@ def test_a_wrong_setting_is_one_sentence(override: str, sentence: str) -> None:
         ("model: {kind: vqvae}\ndata: 5", "data is a section, not a value"),
         ("model: {kind: vqvae}\ndeepspeed: 5", "deepspeed is a section, not a value"),
         ("--- {model: {kind: vqvae}}\n--- {}", "not valid YAML"),
+        ("model: {kind: vqvae}\noptimiser:\n  lr: 1e-3", "unknown key optimiser.lr: did you mean optimizer.lr?"),
+        ("model: {kind: vqvae}\noptimiser: {lr: 1, clip: 1}", "unknown key optimiser: did you mean optimizer?"),
+        ("model: {kind: vqvae, codes: 9}", "unknown key model.codes: did you mean model.quantizer.codes?"),
+        (
+            "model: {kind: vdvae, encoder: [{blockz: 1}]}",
+            "unknown key model.encoder.blockz: did you mean model.encoder.b",
+        ),
         ("", "must be a mapping"),
         ("[" * 100_000, "line 1: there are more than 32 levels"),
     ],
@@ -112,6 +133,45 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) 
         settings.load(path, [])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_key_of_another_version_is_left_out_and_a_wrong_override_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {kind: vqvae}\noptimizer: {old: 1}\nelder: {a: {b: 1}}")
+    config, unknown = settings.load_saved(path, ["steps=3"])
+    assert (config.steps, unknown) == (3, ["optimizer.old", "elder"])
+    for override in ("optimiser.lr=1", "--optimizer.lr=1", "lr=1", "optimizer.old=2", "elder.a=1", " elder.a.c =1"):
+        with pytest.raises(ConfigError, match=re.escape(override.partition("=")[0].split(".")[0].strip())):
+            settings.load_saved(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("quickstart", "configs/quickstart.yaml"),
+        ("quickstart.yaml", "configs/quickstart.yaml"),
+        ("config/quickstart.yml", "configs/quickstart.yaml"),
+        ("configs/quickstrat.yaml", "configs/quickstart.yaml"),
+        ("configs/vqvae", "configs/vqvae_digits.yaml"),
+        ("mine/first", "mine/first.yml"),
+        ("mine/frist.yml", "mine/first.yml"),
+        ("runs/a", "runs/a/config.yaml"),
+        ("configs/else.yaml", ""),
+        ("nowhere/else", ""),
+        ("configs", ""),
+    ],
+)
+def test_a_missing_file_names_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, meant: str
+) -> None:
+    for other in ("configs/quickstart.yaml", "configs/vqvae_digits.yaml", "mine/first.yml", "runs/a/config.yaml"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).touch()
+    monkeypatch.chdir(tmp_path)
+    hint = f"did you mean {meant}?" if meant else "the ready ones are in configs/"
+    with pytest.raises(ConfigError) as error:
+        settings.load(path, [])
+    assert str(error.value) == f"there is no config file {path}: {hint}"
 
 
 def given(overrides: list[str]) -> settings.Config:

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vaescale"
-BASE = {"files", "interfaces", "distributed", "process", "ranges", "config"}
+BASE = {"files", "hints", "interfaces", "distributed", "process", "ranges", "config"}
 BELOW = {*BASE, "nn", "models", "data", "settings", "monitoring", "lifecycle"}
 LAYERS = {  # package or file → those it may import beside itself
     "files": set(),
+    "hints": {"files"},
     "interfaces": set(),
     "distributed": set(),
     "process": set(),
     "ranges": {"files"},
-    "config": {"files", "ranges"},
+    "config": {"files", "hints", "ranges"},
     "nn": {"interfaces", "distributed", "ranges"},
     "models": {"interfaces", "distributed", "ranges", "nn"},
     "data": {"files", "interfaces", "distributed", "process", "ranges"},
-    "settings": {"interfaces", "config", "ranges", "models", "data"},
+    "settings": {"hints", "interfaces", "config", "ranges", "models", "data"},
     "monitoring": {"files", "interfaces"},
     "evaluation": {"files", "interfaces", "distributed", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},

@@ -5,10 +5,8 @@ names are kept as they are typed (007, on, 1e5, null), numbers are decimal (010 
 too), and what other readers of YAML make of 0x10, 1_000 or 1:30 is refused.
 """
 
-import difflib
 import os
 import re
-from collections.abc import Container
 from dataclasses import is_dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .files import MOST_DEPTH, atomically, is_plain, printable
+from .hints import known_keys, nearest_file, unknown_key
 from .ranges import require
 
 T = TypeVar("T")
@@ -43,6 +42,18 @@ class ConfigError(ValueError):
         super().__init__(printable(text))
 
 
+class UnknownKey(ConfigError):
+    """There is no such setting; `key` is its dotted name."""
+
+    def __init__(self, text: str, key: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+
+class _Unknown(Exception):
+    """args: the key of no setting, its value, the names in its section."""
+
+
 class Plain(str):
     """A text without quotes: it may be a name, a number, true or false, nothing, or in an override a list."""
 
@@ -59,8 +70,10 @@ def read(path: str | Path, overrides: list[str]) -> dict[str, Any]:
     """
     try:
         raw = _parsed(Path(path).read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {printable(path)}: the ready ones are in configs/") from None
+    except (FileNotFoundError, IsADirectoryError):
+        near = nearest_file(Path(path))
+        hint = f"did you mean {printable(near)}?" if near else "the ready ones are in configs/"
+        raise ConfigError(f"there is no config file {printable(path)}: {hint}") from None
     except OSError as error:
         raise ConfigError(f"{printable(path)} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -87,7 +100,7 @@ def as_written(raw: dict[str, Any], section: str, key: str) -> str | None:
 def check(schema: T, raw: dict[str, Any], source: str | Path) -> T:
     """`raw` over the defaults `schema` (a dataclass instance), as a frozen object of its type.
 
-    An unknown key, a value of another type or outside its range, or a missing one raises ConfigError.
+    An unknown key raises UnknownKey; a value of another type or outside its range, or a missing one, ConfigError.
     """
     try:
         typed = OmegaConf.structured(schema)
@@ -97,6 +110,11 @@ def check(schema: T, raw: dict[str, Any], source: str | Path) -> T:
         if missing:
             raise ConfigError(f"{source}: {', '.join(sorted(missing))} must be given, as in {min(missing)}=…")
         config: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except _Unknown as unknown:
+        key, value, siblings = unknown.args
+        where = key.rpartition(".")[0]
+        known = [*known_keys(schema), *(f"{where}.{name}" for name in siblings if where)]  # or it is in a list
+        raise UnknownKey(unknown_key(key, value, known, siblings), key) from None
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -138,20 +156,6 @@ def expanded(key: str, text: str) -> str:
             f"names a folder: write the path out"
         )
     return text
-
-
-def prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = "") -> list[str]:
-    """Remove the keys that `schema` (a dataclass instance) does not have, and return their names; but not `keep`."""
-    unknown: list[str] = []
-    for name, given in list(raw.items()):
-        key, value = f"{where}{name}", getattr(schema, name, None)
-        if name not in get_type_hints(type(schema)):
-            if key not in keep:
-                unknown.append(key)
-                del raw[name]
-        elif is_dataclass(value) and isinstance(given, dict):
-            unknown += prune(value, given, keep, f"{key}.")
-    return unknown
 
 
 def save(config: Any, path: Path) -> None:
@@ -277,14 +281,9 @@ def _section(given: Any, schema: Any, where: str) -> dict[str, Any]:
     for name, value in given.items():
         key = f"{where}.{name}" if where else name
         if name not in hints:
-            raise ConfigError(f"unknown key {printable(key)}: {_hint(where, name, list(hints))}")
+            raise _Unknown(key, value, list(hints))
         typed[name] = _typed(value, hints[name], getattr(schema, name, None), key)
     return typed
-
-
-def _hint(where: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {where}{'.' if where else ''}{near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def _typed(given: Any, hint: Any, default: Any, key: str) -> Any:

@@ -1,8 +1,9 @@
 """Everything a config file may say. Importing this file loads neither deepspeed nor a process group."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Container
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from . import config as mechanics
 from .config import ConfigError
 from .data import places, stream
 from .data.index import Index
+from .hints import either, known_keys
 from .interfaces import Batch, Codec, Model, Shape
 from .models import MODELS
 from .ranges import ranged, require
@@ -95,7 +97,13 @@ def _checked(raw: Any, path: str | Path) -> Config:
     kind = mechanics.as_written(raw, "model", "kind")
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
-    config = mechanics.check(Config(model=MODELS[kind].config()), raw, path)
+    try:
+        config = mechanics.check(Config(model=MODELS[kind].config()), raw, path)
+    except mechanics.UnknownKey as error:
+        others = [other for other, family in MODELS.items() if error.key in known_keys(Config(model=family.config()))]
+        if not others:
+            raise
+        raise ConfigError(f"{error.key} is a setting of model.kind={either(others)}, not of {kind}") from None
     _require(config)
     return _located(config)
 
@@ -105,9 +113,24 @@ def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
     has them). Keys of later versions have their defaults. Raises ConfigError."""
     raw = mechanics.read(path, overrides)
     kind = mechanics.as_written(raw, "model", "kind")
-    given = [override.partition("=")[0] for override in overrides]
-    unknown = mechanics.prune(Config(model=MODELS[kind].config()), raw, given) if kind in MODELS else []
+    names = [override.partition("=")[0].strip().split(".") for override in overrides]
+    given = {".".join(one[:depth]) for one in names for depth in range(1, len(one) + 1)}
+    unknown = _prune(Config(model=MODELS[kind].config()), raw, given) if kind in MODELS else []
     return _checked(raw, path), unknown
+
+
+def _prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = "") -> list[str]:
+    """Remove the keys that `schema` (a dataclass instance) does not have, and return their names; but not `keep`."""
+    unknown: list[str] = []
+    for name, given in list(raw.items()):
+        key, value = f"{where}{name}", getattr(schema, name, None)
+        if name not in get_type_hints(type(schema)):
+            if key not in keep:
+                unknown.append(key)
+                del raw[name]
+        elif is_dataclass(value) and isinstance(given, dict):
+            unknown += _prune(value, given, keep, f"{key}.")
+    return unknown
 
 
 def build(config: Config) -> Model:
