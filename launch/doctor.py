@@ -9,28 +9,38 @@ Each line says ok, warn or FAIL, what, and what to do. Exit code 1 if one says F
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-from vaescale import distributed, process, settings
-from vaescale.advice import postmortem, preflight
-from vaescale.advice.preflight import FAIL, OK, Finding
-from vaescale.config import ConfigError
+from vaescale import arguments, process
 
 
-def main() -> int:
-    process.forgive_output()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parser = arguments.command(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config")
     what.add_argument("--run", type=Path)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args()
-    if arguments.run:
-        return told(postmortem.read(arguments.run))
+    return arguments.parse(parser)
+
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    process.forgive_output()
+    given = parse()
+
+from collections.abc import Iterable
+
+from vaescale import distributed, settings
+from vaescale.advice import postmortem, preflight
+from vaescale.advice.preflight import FAIL, OK, Finding
+from vaescale.config import ConfigError
+
+
+def main(given: argparse.Namespace) -> int:
+    if given.run:
+        return told(postmortem.read(given.run))
     try:
-        return before(arguments.config, arguments.overrides)
+        return before(given.config, given.overrides)
     except distributed.Misplaced as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -65,4 +75,4 @@ def told(findings: Iterable[Finding]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(given))

@@ -11,12 +11,31 @@ code 2: a run cannot be measured, or what was measured cannot be written; the nu
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from vaescale import arguments, process
+
+
+def parse() -> argparse.Namespace:
+    parser = arguments.command(__doc__)
+    parser.add_argument("--run", nargs="+", required=True, metavar="RUN")
+    parser.add_argument(
+        "--iw", type=int, default=64, metavar="K", help="latents drawn for each image; the time grows with it (64)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, for a run that is read-only")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return arguments.parse(parser)
+
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    process.forgive_output()  # what is measured or drawn is worth more than the log
+    given = parse()
+
+import json
 from typing import Any
 
-from vaescale import distributed, process, settings, trained
+from vaescale import distributed, settings, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
@@ -28,37 +47,28 @@ from vaescale.monitoring import codebook, pictures
 BATCH = 32  # images at a time on one rank
 
 
-def main() -> int:
-    process.forgive_output()  # what is measured or drawn is worth more than the log
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs="+", required=True, metavar="RUN")
-    parser.add_argument(
-        "--iw", type=int, default=64, metavar="K", help="latents drawn for each image; the time grows with it (64)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, for a run that is read-only")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args()
+def main(given: argparse.Namespace) -> int:
     # --run takes all that follows it.
-    runs = [Path(one) for one in arguments.run if "=" not in one or Path(one).is_dir()]
-    overrides = arguments.overrides + [one for one in arguments.run if Path(one) not in runs]
+    runs = [Path(one) for one in given.run if "=" not in one or Path(one).is_dir()]
+    overrides = given.overrides + [one for one in given.run if Path(one) not in runs]
     results: list[dict[str, Any]] = []
     wrong: list[str] = []
     try:
-        if arguments.iw < 1:
-            raise ConfigError(f"--iw {arguments.iw} must be at least 1")
+        if given.iw < 1:
+            raise ConfigError(f"--iw {given.iw} must be at least 1")
         # All of them are read before hours are spent on the first.
         configs = [trained.read_config(run, overrides) for run in runs]
         for run, config in zip(runs, configs, strict=True):
-            result, picture = evaluate_run(run, config, arguments.iw)
+            result, picture = evaluate_run(run, config, given.iw)
             results.append(result)
-            wrong += write(run, results, picture, arguments.out)
+            wrong += write(run, results, picture, given.out)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
         wrong.append(str(error))
     finally:
         distributed.finish()
     if distributed.place().rank == 0 and results:
         print(tables.listing(results[0]) if len(results) == 1 else tables.comparison(results))
-        if not wrong and not arguments.out and len(results) == 1:
+        if not wrong and not given.out and len(results) == 1:
             print(f"  picture: {runs[0] / 'reconstructions.png'}")
         sys.stdout.flush()
     for one in wrong:
@@ -120,4 +130,4 @@ def evaluate_run(run: Path, config: settings.Config, draws: int) -> tuple[dict[s
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(given))

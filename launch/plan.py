@@ -11,13 +11,11 @@ training. The formulas stand in vaescale/advice/plan.py.
 import argparse
 import sys
 
-from vaescale import settings
-from vaescale.advice.plan import Cluster, plan
-from vaescale.config import ConfigError
+from vaescale import arguments
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parser = arguments.command(__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--accelerators", type=int, default=8, help="a node (default: 8)")
@@ -27,18 +25,29 @@ def main() -> int:
     parser.add_argument("--jitter", type=float, default=0.02, help="of step times, as a share (default: 0.02, assumed)")
     parser.add_argument("--latency", type=float, default=0.0, help="ms a step, however little is summed (default: 0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args()
+    return arguments.parse(parser)
+
+
+if __name__ == "__main__":
+    given = parse()  # before the other imports, which take seconds
+
+from vaescale import settings
+from vaescale.advice.plan import Cluster, plan
+from vaescale.config import ConfigError
+
+
+def main(given: argparse.Namespace) -> int:
     cluster = Cluster(
-        arguments.nodes,
-        arguments.accelerators,
-        1e9 * arguments.inside,
-        1e9 * arguments.between,
-        arguments.jitter,
-        arguments.latency / 1000,
+        given.nodes,
+        given.accelerators,
+        1e9 * given.inside,
+        1e9 * given.between,
+        given.jitter,
+        given.latency / 1000,
     )
     try:
-        config = settings.load(arguments.config, arguments.overrides)
-        print("\n".join(plan(config, cluster, arguments.step_time)))
+        config = settings.load(given.config, given.overrides)
+        print("\n".join(plan(config, cluster, given.step_time)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -46,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(given))

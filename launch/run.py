@@ -18,16 +18,27 @@ job's end, or has failed of what it need not fail of again. Not if it was cancel
 or has diverged, or makes no progress. A job whose node fails SLURM requeues itself.
 """
 
-from vaescale import process
+import argparse
+import sys
 
-if __name__ == "__main__":
-    process.start()  # before the imports, which take seconds
+from vaescale import arguments, process
+
+
+def parse() -> argparse.Namespace:
+    parser = arguments.command(__doc__)
+    parser.add_argument("--requeue", action="store_true", help="put the SLURM job back into the queue")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="LAUNCHER … launch/train.py --config C …")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    process.start()
+    given = parse()
 
 import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -80,9 +91,7 @@ class Asked:
                 self.stop.unlink(missing_ok=True)
 
 
-def main() -> int:
-    requeue = sys.argv[1:2] == ["--requeue"]
-    command = sys.argv[2:] if requeue else sys.argv[1:]
+def main(command: list[str], requeue: bool) -> int:
     try:
         run = run_directory(command)
     except ConfigError as error:
@@ -153,10 +162,10 @@ def run_directory(command: list[str]) -> Path:
     """That of `… train.py --config C key=value …`. Raises ConfigError."""
     script = next((place for place, word in enumerate(command) if word.endswith(".py")), len(command))
     words = command[script + 1 :]
-    if "--config" not in words[:-1]:
+    if not any(word.startswith("--config") for word in words):
         raise ConfigError("write launch/run.py LAUNCHER … launch/train.py --config C [key=value …]")
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
-    return Path(settings.load(words[words.index("--config") + 1], overrides).run)
+    train = arguments.parse(arguments.training(None), words)
+    return Path(settings.load(train.config, [one for one in train.overrides if "=" in one]).run)
 
 
 def worth_another_life(code: int, status: dict[str, Any]) -> bool:
@@ -177,4 +186,4 @@ def meant(code: int, status: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(given.command, given.requeue))

@@ -15,13 +15,40 @@ there is no such run, its model has no such pictures, or they cannot be written.
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
-from vaescale import distributed, process, trained
+from vaescale import arguments, process
+
+
+def parse() -> argparse.Namespace:
+    parser = arguments.command(__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("modes", nargs="*", metavar="MODE", help="one of the above; default: all of them")
+    parser.add_argument("--count", type=int, default=64, help="images that generate draws (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=[1.0], help="of the prior that generate draws from (1)"
+    )
+    parser.add_argument("--images", type=int, nargs="+", metavar="N", help="validation images to begin from, from 0 on")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pictures there, not into the run")
+    parser.add_argument("--board", action="store_true", help="show the pictures in TensorBoard, too")
+    # Taken out first, or options of several values would swallow them.
+    overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]
+    given = arguments.parse(parser, [word for word in sys.argv[1:] if word not in overrides])
+    given.overrides = [*overrides, *given.overrides]
+    return given
+
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    process.forgive_output()  # what is measured or drawn is worth more than the log
+    given = parse()
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+
+from vaescale import distributed, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation.sample import MODES, Subject, Unable
@@ -33,13 +60,11 @@ BATCH = 32
 SEEN = 32  # batches from which the spread of the latents is measured
 
 
-def main() -> int:
-    process.forgive_output()  # what is measured or drawn is worth more than the log
-    arguments = parse()
+def main(given: argparse.Namespace) -> int:
     try:
-        check(arguments)
-        subject, step = load(arguments)
-        return write(arguments.run, subject, step, arguments.modes, arguments.board, arguments.out or arguments.run)
+        check(given)
+        subject, step = load(given)
+        return write(given.run, subject, step, given.modes, given.board, given.out or given.run)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced, Unable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,23 +72,23 @@ def main() -> int:
         distributed.finish()
 
 
-def load(arguments: argparse.Namespace) -> tuple[Subject, int]:
+def load(given: argparse.Namespace) -> tuple[Subject, int]:
     """(the model and what it is shown on, the step of its weights)."""
-    config = trained.read_config(arguments.run, arguments.overrides)
+    config = trained.read_config(given.run, given.overrides)
     slices = stream.ValidationSlices(config.data)
     index.check(*slices.indexes)
     total = len(slices.samples.index)
-    if wrong := [number for number in arguments.images or () if not 0 <= number < total]:
+    if wrong := [number for number in given.images or () if not 0 <= number < total]:
         raise ConfigError(f"--images {wrong[0]}: the validation images are 0 to {total - 1}")
     device = distributed.init()
-    model, step = trained.read_model(arguments.run, config, device)
+    model, step = trained.read_model(given.run, config, device)
     assert isinstance(model, Codec)
 
     def several() -> Iterator[Batch]:
         loader = stream.validation_loader(slices, BATCH, 0, 1, device.type == "cuda")
         return (decoded.batch.to(device) for decoded in islice(loader, SEEN))
 
-    shown = stream.chosen_images(slices, arguments.images) if arguments.images else stream.fixed_images(slices)
+    shown = stream.chosen_images(slices, given.images) if given.images else stream.fixed_images(slices)
     classes, names = getattr(config.model, "classes", 0), slices.samples.index.classes
     subject = Subject(
         codec=model,
@@ -71,9 +96,9 @@ def load(arguments: argparse.Namespace) -> tuple[Subject, int]:
         several=several,
         classes=[names[label] if label < len(names) else str(label) for label in range(classes)],
         attributes=config.data.attributes,
-        seed=arguments.seed,
-        count=arguments.count,
-        temperatures=arguments.temperature,
+        seed=given.seed,
+        count=given.count,
+        temperatures=given.temperature,
     )
     return subject, step
 
@@ -104,36 +129,17 @@ def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bo
     return 0
 
 
-def check(arguments: argparse.Namespace) -> None:
-    if unknown := set(arguments.modes) - set(MODES):
+def check(given: argparse.Namespace) -> None:
+    if unknown := set(given.modes) - set(MODES):
         raise ConfigError(f"{min(unknown)} is none of the modes: {', '.join(MODES)}")
-    if arguments.count < 1:
-        raise ConfigError(f"--count {arguments.count} must be at least 1")
-    if not 0 <= arguments.seed < 2**48:
-        raise ConfigError(f"--seed {arguments.seed} must be at least 0 and below 2^48")
-    for temperature in arguments.temperature:
+    if given.count < 1:
+        raise ConfigError(f"--count {given.count} must be at least 1")
+    if not 0 <= given.seed < 2**48:
+        raise ConfigError(f"--seed {given.seed} must be at least 0 and below 2^48")
+    for temperature in given.temperature:
         if not 0 <= temperature < math.inf:
             raise ConfigError(f"--temperature {temperature:g} must be a number, 0 or more")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("modes", nargs="*", metavar="MODE", help=f"{', '.join(MODES)}; default: all of them")
-    parser.add_argument("--count", type=int, default=64, help="images that generate draws (64)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
-    parser.add_argument(
-        "--temperature", type=float, nargs="+", default=[1.0], help="of the prior that generate draws from (1)"
-    )
-    parser.add_argument("--images", type=int, nargs="+", metavar="N", help="validation images to begin from, from 0 on")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pictures there, not into the run")
-    parser.add_argument("--board", action="store_true", help="show the pictures in TensorBoard, too")
-    # Taken out first, or options of several values would swallow them.
-    overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]
-    arguments = parser.parse_intermixed_args([word for word in sys.argv[1:] if word not in overrides])
-    arguments.overrides = overrides
-    return arguments
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(given))

@@ -12,27 +12,154 @@ Each can be interrupted and run again, and goes on where it stopped. Exit codes:
 """
 
 import argparse
-import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from vaescale import process
-from vaescale.data import DataError, decode, demo, digits, names, places, prepare, shards, stream, tar
 from vaescale.data.order import VERSIONS
 from vaescale.data.parallel import processors
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    several = argparse.ArgumentParser(add_help=False)
+    several.add_argument("--processes", type=positive, default=processors(), help="default: all cores")
+    several.add_argument(
+        "--most-megapixels",
+        type=positive,
+        default=100,
+        help="of a picture; larger ones are left out (100); set data.most_megapixels alike",
+    )
+    checking = argparse.ArgumentParser(add_help=False)
+    checking.add_argument("--check", action="store_true", help="decode every picture, not only its header")
+
+    command = commands.add_parser("demo", help="write the demo photographs")
+    command.add_argument("root", type=Path)
+
+    command = commands.add_parser("digits", help="write the demo digits")
+    command.add_argument("root", type=Path)
+
+    command = commands.add_parser("prepare", help="shuffled shards from pictures", parents=[several, checking])
+    command.add_argument(
+        "source",
+        type=Path,
+        help="a tree or a tar of class folders, ILSVRC2012_img_train.tar, or pictures without class folders",
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder of the shards and their index; with --val of train/ and val/"
+    )
+    command.add_argument(
+        "--val",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="put this share of the pictures, such as 0.1, into OUT/val and the others into OUT/train; "
+        "default: all of them into OUT. A picture's name decides, so it is always in the same of the two",
+    )
+    command.add_argument(
+        "--convert",
+        action="store_true",
+        help="take TIFF, BMP and GIF (the first frame), too, and write them as PNG; HEIC as JPEG, with pillow-heif",
+    )
+    command.add_argument("--labels", type=Path, help="file of labels, for pictures that are in no class folders")
+    command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
+    command.add_argument(
+        "--classes",
+        type=Path,
+        help="classes.json of the training shards, to number classes alike; default: that of train/ next to --out",
+    )
+    command.add_argument("--short-side", type=natural, default=0, help="pixels; default: the original bytes, untouched")
+    command.add_argument(
+        "--quality",
+        type=int,
+        choices=range(1, 101),
+        metavar="1…100",
+        default=95,
+        help="JPEG quality with --short-side, and of HEIC with --convert (95)",
+    )
+    command.add_argument("--shard-mib", type=amount, default=128, help="size of a shard (128)")
+    command.add_argument("--seed", type=natural, default=0, help="of the shuffle and of --val (0)")
+
+    command = commands.add_parser("index", help="index shards that others made", parents=[several, checking])
+    command.add_argument("source", help="folder, or URL: http(s)://, s3://, gs://, hf://")
+    command.add_argument("--out", type=Path, help="folder of the index; default: SOURCE")
+    command.add_argument("--pattern", default="*.tar", help="which shards: 'train-*.tar', 'train-{0000..1023}.tar'")
+    command.add_argument("--picture", help="extension of the picture, where a sample has several")
+    command.add_argument("--label-field", default="", help="field of the sample's JSON that holds the class number")
+    command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
+    command.add_argument("--attributes", nargs="*", help="numbers of the JSON to keep; default: all")
+
+    command = commands.add_parser("verify", help="read every shard back", parents=[several])
+    command.add_argument("folder", type=Path, help="folder of the index")
+    command.add_argument("--decode", action="store_true", help="decode every picture, too: hours for ImageNet")
+
+    command = commands.add_parser("order", help="print what a run reads: step rank worker key")
+    command.add_argument("folder", type=Path, help="folder of the index")
+    command.add_argument("--seed", type=natural, default=0)
+    command.add_argument("--batch", type=positive, required=True, help="images a step, over all ranks")
+    command.add_argument("--columns", type=positive, default=256, help="data.columns of the run (256)")
+    command.add_argument("--accumulation", type=positive, default=1)
+    command.add_argument("--world", type=positive, default=1, help="ranks")
+    command.add_argument("--workers", type=natural, default=2, help="a rank (2)")
+    command.add_argument("--from", dest="first", type=natural, default=0, metavar="STEP")
+    command.add_argument("--steps", type=positive, default=1)
+    command.add_argument(
+        "--order-version",
+        type=int,
+        choices=VERSIONS,
+        default=VERSIONS[-1],
+        help="order.version in state.json of the run's checkpoints, 1 where there is none (default: that of new runs)",
+    )
+    command.add_argument("--cache", default="~/.cache/vaescale", help="data.cache, for shards behind a URL")
+    command.add_argument("--cache-gib", type=amount, default=100.0, help="data.cache_gib (100)")
+    return parser.parse_args()
+
+
+def natural(text: str) -> int:
+    if text.isdecimal() and int(text) < 2**48:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is no whole number, 0 or more")
+
+
+def positive(text: str) -> int:
+    if number := natural(text):
+        return number
+    raise argparse.ArgumentTypeError("it must be at least 1")
+
+
+def share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number between 0 and 1, such as 0.1")
+
+
+def amount(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < 2**30:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+
+
+if __name__ == "__main__":
+    given = parse()  # before the other imports, which take seconds
+
+import signal
+
+from vaescale import process
+from vaescale.data import DataError, demo, digits, names, places, prepare, shards, stream, tar
 from vaescale.files import printable
 
 
-def main() -> int:
+def main(given: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    arguments = parse()
-    if arguments.command == "order":
+    if given.command == "order":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `order … | head` ends quietly
     else:
         process.forgive_output()  # what is made or found is worth more than the words about it
     try:
-        return COMMANDS[arguments.command](arguments)
+        return COMMANDS[given.command](given)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -155,129 +282,5 @@ COMMANDS = {
 }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    several = argparse.ArgumentParser(add_help=False)
-    several.add_argument("--processes", type=positive, default=processors(), help="default: all cores")
-    several.add_argument(
-        "--most-megapixels",
-        type=positive,
-        default=decode.MOST_MEGAPIXELS,
-        help="of a picture; larger ones are left out (100); set data.most_megapixels alike",
-    )
-    checking = argparse.ArgumentParser(add_help=False)
-    checking.add_argument("--check", action="store_true", help="decode every picture, not only its header")
-
-    command = commands.add_parser("demo", help="write the demo photographs")
-    command.add_argument("root", type=Path)
-
-    command = commands.add_parser("digits", help="write the demo digits")
-    command.add_argument("root", type=Path)
-
-    command = commands.add_parser("prepare", help="shuffled shards from pictures", parents=[several, checking])
-    command.add_argument(
-        "source",
-        type=Path,
-        help="a tree or a tar of class folders, ILSVRC2012_img_train.tar, or pictures without class folders",
-    )
-    command.add_argument(
-        "--out", type=Path, required=True, help="folder of the shards and their index; with --val of train/ and val/"
-    )
-    command.add_argument(
-        "--val",
-        type=share,
-        default=0.0,
-        metavar="SHARE",
-        help="put this share of the pictures, such as 0.1, into OUT/val and the others into OUT/train; "
-        "default: all of them into OUT. A picture's name decides, so it is always in the same of the two",
-    )
-    command.add_argument(
-        "--convert",
-        action="store_true",
-        help="take TIFF, BMP and GIF (the first frame), too, and write them as PNG; HEIC as JPEG, with pillow-heif",
-    )
-    command.add_argument("--labels", type=Path, help="file of labels, for pictures that are in no class folders")
-    command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
-    command.add_argument(
-        "--classes",
-        type=Path,
-        help="classes.json of the training shards, to number classes alike; default: that of train/ next to --out",
-    )
-    command.add_argument("--short-side", type=natural, default=0, help="pixels; default: the original bytes, untouched")
-    command.add_argument(
-        "--quality",
-        type=int,
-        choices=range(1, 101),
-        metavar="1…100",
-        default=95,
-        help="JPEG quality with --short-side, and of HEIC with --convert (95)",
-    )
-    command.add_argument("--shard-mib", type=amount, default=128, help="size of a shard (128)")
-    command.add_argument("--seed", type=natural, default=0, help="of the shuffle and of --val (0)")
-
-    command = commands.add_parser("index", help="index shards that others made", parents=[several, checking])
-    command.add_argument("source", help="folder, or URL: http(s)://, s3://, gs://, hf://")
-    command.add_argument("--out", type=Path, help="folder of the index; default: SOURCE")
-    command.add_argument("--pattern", default="*.tar", help="which shards: 'train-*.tar', 'train-{0000..1023}.tar'")
-    command.add_argument("--picture", help="extension of the picture, where a sample has several")
-    command.add_argument("--label-field", default="", help="field of the sample's JSON that holds the class number")
-    command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
-    command.add_argument("--attributes", nargs="*", help="numbers of the JSON to keep; default: all")
-
-    command = commands.add_parser("verify", help="read every shard back", parents=[several])
-    command.add_argument("folder", type=Path, help="folder of the index")
-    command.add_argument("--decode", action="store_true", help="decode every picture, too: hours for ImageNet")
-
-    command = commands.add_parser("order", help="print what a run reads: step rank worker key")
-    command.add_argument("folder", type=Path, help="folder of the index")
-    command.add_argument("--seed", type=natural, default=0)
-    command.add_argument("--batch", type=positive, required=True, help="images a step, over all ranks")
-    command.add_argument(
-        "--columns", type=positive, default=stream.Config.columns, help="data.columns of the run (256)"
-    )
-    command.add_argument("--accumulation", type=positive, default=1)
-    command.add_argument("--world", type=positive, default=1, help="ranks")
-    command.add_argument("--workers", type=natural, default=stream.Config.workers, help="a rank (2)")
-    command.add_argument("--from", dest="first", type=natural, default=0, metavar="STEP")
-    command.add_argument("--steps", type=positive, default=1)
-    command.add_argument(
-        "--order-version",
-        type=int,
-        choices=VERSIONS,
-        default=VERSIONS[-1],
-        help="order.version in state.json of the run's checkpoints, 1 where there is none (default: that of new runs)",
-    )
-    command.add_argument("--cache", default=stream.Config.cache, help="data.cache, for shards behind a URL")
-    command.add_argument("--cache-gib", type=amount, default=stream.Config.cache_gib)
-    return parser.parse_args()
-
-
-def natural(text: str) -> int:
-    if text.isdecimal() and int(text) < 2**48:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text} is no whole number, 0 or more")
-
-
-def positive(text: str) -> int:
-    if number := natural(text):
-        return number
-    raise argparse.ArgumentTypeError("it must be at least 1")
-
-
-def share(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is no number between 0 and 1, such as 0.1")
-
-
-def amount(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) < 2**30:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(given))

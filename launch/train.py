@@ -15,13 +15,15 @@ run_status.json says the same, and why. Not every launcher returns its ranks' co
 launch/train.py …` does.
 """
 
-from vaescale import process
-
-if __name__ == "__main__":
-    process.start()  # before the imports, which take seconds
-
 import argparse
 import sys
+
+from vaescale import arguments, process
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    process.start()
+    given = arguments.parse(arguments.training(__doc__))
+
 import traceback
 from pathlib import Path
 
@@ -35,22 +37,13 @@ from vaescale.lifecycle.status import PREEMPTED_CODE, Diverged, NoProgress, Stat
 FORESEEN = (ConfigError, DataError, CheckpointError, Diverged, distributed.Unjoined)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and exit")
-    parser.add_argument(
-        "--take-over", action="store_true", help="the training on another host that holds the run directory is gone"
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; the environment tells
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args()
+def main(given: argparse.Namespace) -> int:
     try:
         world = distributed.place().world  # first of all: whatever else is wrong is said by rank
-        config = settings.load(arguments.config, arguments.overrides)
+        config = settings.load(given.config, given.overrides)
         settings.check(config, world)
         # Imported only now, so that a typo is answered before DeepSpeed's import or a process group cost time.
-        if arguments.dry_run:
+        if given.dry_run:
             from vaescale.advice.dry_run import describe
 
             if distributed.place().rank == 0:
@@ -64,7 +57,7 @@ def main() -> int:
         if local_rank == 0 and shared.level != preflight.OK:
             print(shared, flush=True)
         status = Status(Path(config.run), distributed.place().rank)
-        with Lock(Path(config.run), arguments.take_over) as lock:
+        with Lock(Path(config.run), given.take_over) as lock:
             with status.recording(lambda: status.read().get("step", 0)):
                 trainer = Trainer(config, lock)
             return PREEMPTED_CODE if trainer.train() else 0
@@ -92,4 +85,4 @@ def say(error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(given))

@@ -428,6 +428,10 @@ def test_the_launcher_means_the_same_run_directory(tmp_path: Path, monkeypatch: 
     for override in ("run=~/r", "run=007", "run=on", "run=r-${seed}", "run='a b'", "run=$HOME/x"):
         command = ["deepspeed", "launch/train.py", "--config", str(QUICKSTART), "steps=010", override]
         assert str(run_directory(command)) == given([override]).run
+    command = ["torchrun", "launch/train.py", f"--config={QUICKSTART}", "--take-over", "--local_rank=0", "run=x"]
+    assert str(run_directory(command)) == "x"
+    with pytest.raises(ConfigError, match="--steps is not an option: write steps=10"):
+        run_directory([*command, "--steps", "10"])
 
 
 def test_a_batch_that_does_not_divide_names_two_that_do() -> None:

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "vaescale"
 BASE = {"files", "hints", "interfaces", "distributed", "process", "ranges", "config"}
 BELOW = {*BASE, "nn", "models", "data", "settings", "monitoring", "lifecycle"}
 LAYERS = {  # package or file → those it may import beside itself
+    "arguments": set(),
     "files": set(),
     "hints": {"files"},
     "interfaces": set(),

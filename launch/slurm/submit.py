@@ -10,23 +10,13 @@ From the project's root, which all nodes must see. The settings are checked firs
 """
 
 import argparse
-import re
-import shlex
-import subprocess
 import sys
-from itertools import chain
-from pathlib import Path
 
-from vaescale import process, settings
-from vaescale.config import ConfigError
-
-TRAIN = "launch/slurm/train.sbatch"
-BETWEEN = r",(?![^\[{]*[\]}])"  # the values of a sweep; a comma within a list is the list's
+from vaescale import arguments, process
 
 
-def main() -> int:
-    process.forgive_output()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parser = arguments.command(__doc__)
     parser.add_argument("config")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--accelerators", type=int, default=8, help="a node, one rank each (default: 8)")
@@ -40,14 +30,34 @@ def main() -> int:
     )
     parser.add_argument("--print", action="store_true", help="print the commands and submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args()
+    return arguments.parse(parser)
+
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    process.forgive_output()
+    given = parse()
+
+import re
+import shlex
+import subprocess
+from itertools import chain
+from pathlib import Path
+
+from vaescale import settings
+from vaescale.config import ConfigError
+
+TRAIN = "launch/slurm/train.sbatch"
+BETWEEN = r",(?![^\[{]*[\]}])"  # the values of a sweep; a comma within a list is the list's
+
+
+def main(given: argparse.Namespace) -> int:
     try:
-        runs = trainings(arguments)
+        runs = trainings(given)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    command = train_command(arguments, runs)
-    if arguments.print:
+    command = train_command(given, runs)
+    if given.print:
         print(shlex.join(command))
         return 0
     tested = subprocess.run([*command[:1], "--test-only", *command[1:]], capture_output=True, text=True)
@@ -55,50 +65,50 @@ def main() -> int:
         print(f"error: SLURM does not take this: {tested.stderr.strip()}", file=sys.stderr)
         return 2
     job = submitted(command)
-    print(f"job {job}: {arguments.nodes} node(s) × {arguments.accelerators} rank(s), {tested.stderr.strip()}")
+    print(f"job {job}: {given.nodes} node(s) × {given.accelerators} rank(s), {tested.stderr.strip()}")
     follow(job, list(runs))
-    if arguments.evaluate:
-        after = submitted(evaluate_command(arguments, job, list(runs)))
+    if given.evaluate:
+        after = submitted(evaluate_command(given, job, list(runs)))
         print(f"job {after}: launch/evaluate.py, when job {job} has finished")
     return 0
 
 
-def trainings(arguments: argparse.Namespace) -> dict[str, list[str]]:
+def trainings(given: argparse.Namespace) -> dict[str, list[str]]:
     """Run directory → the overrides that this one has alone. Raises ConfigError for settings that cannot work."""
-    world = arguments.nodes * arguments.accelerators
-    config = settings.load(arguments.config, arguments.overrides)
-    if not arguments.sweep:
+    world = given.nodes * given.accelerators
+    config = settings.load(given.config, given.overrides)
+    if not given.sweep:
         settings.check(config, world)
         return {config.run: []}
-    key, _, values = arguments.sweep.partition("=")
+    key, _, values = given.sweep.partition("=")
     own = {}
     for value in re.split(BETWEEN, values):
         run = f"{config.run}/{key}={value}"
         own[run] = [f"{key}={value}", f"run={run}"]
-        settings.check(settings.load(arguments.config, [*arguments.overrides, *own[run]]), world)
+        settings.check(settings.load(given.config, [*given.overrides, *own[run]]), world)
     return own
 
 
-def options(arguments: argparse.Namespace, log: str) -> list[str]:
-    return [f"--output={log}", *(f"--{option}" for option in arguments.option)]
+def options(given: argparse.Namespace, log: str) -> list[str]:
+    return [f"--output={log}", *(f"--{option}" for option in given.option)]
 
 
-def train_command(arguments: argparse.Namespace, runs: dict[str, list[str]]) -> list[str]:
+def train_command(given: argparse.Namespace, runs: dict[str, list[str]]) -> list[str]:
     sweep = [own for own in runs.values() if own]
-    command = ["sbatch", "--parsable", f"--nodes={arguments.nodes}", f"--time={arguments.time}"]
-    command += [f"--ntasks-per-node={arguments.accelerators}", f"--cpus-per-task={arguments.cpus_per_task}"]
-    command += [] if arguments.cpu else [f"--gpus-per-node={arguments.accelerators}"]
+    command = ["sbatch", "--parsable", f"--nodes={given.nodes}", f"--time={given.time}"]
+    command += [f"--ntasks-per-node={given.accelerators}", f"--cpus-per-task={given.cpus_per_task}"]
+    command += [] if given.cpu else [f"--gpus-per-node={given.accelerators}"]
     command += [f"--array=0-{len(sweep) - 1}"] if sweep else []
-    command += options(arguments, "slurm-%A_%a.log" if sweep else "slurm-%j.log")
-    return [*command, TRAIN, "--config", arguments.config, *arguments.overrides, *chain(*sweep)]
+    command += options(given, "slurm-%A_%a.log" if sweep else "slurm-%j.log")
+    return [*command, TRAIN, "--config", given.config, *given.overrides, *chain(*sweep)]
 
 
-def evaluate_command(arguments: argparse.Namespace, job: str, runs: list[str]) -> list[str]:
+def evaluate_command(given: argparse.Namespace, job: str, runs: list[str]) -> list[str]:
     evaluate = shlex.join([sys.executable, "launch/evaluate.py", "--run", *runs])
     command = ["sbatch", "--parsable", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--ntasks=1"]
-    command += [f"--time={arguments.time}", f"--cpus-per-task={arguments.cpus_per_task}"]
-    command += [] if arguments.cpu else ["--gpus-per-node=1"]
-    return [*command, *options(arguments, "slurm-%j.log"), f"--wrap={evaluate}"]
+    command += [f"--time={given.time}", f"--cpus-per-task={given.cpus_per_task}"]
+    command += [] if given.cpu else ["--gpus-per-node=1"]
+    return [*command, *options(given, "slurm-%j.log"), f"--wrap={evaluate}"]
 
 
 def submitted(command: list[str]) -> str:
@@ -118,4 +128,4 @@ def follow(job: str, runs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(given))

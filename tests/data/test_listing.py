@@ -50,7 +50,7 @@ def command(*arguments: object, code: int = 0) -> bool:
         script = runpy.run_path("launch/shards.py")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGPIPE, signal.SIGTERM)}
         try:
-            return bool(script["main"]() == code)
+            return bool(script["main"](script["parse"]()) == code)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

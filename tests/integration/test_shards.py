@@ -17,6 +17,7 @@ import webdataset
 
 from tests.conftest import Start, finish, jpeg
 from tests.data.test_tar import HOSTILE, form_of, tar
+from vaescale.data import stream
 from vaescale.data.index import Index
 from vaescale.data.order import Order
 
@@ -125,6 +126,17 @@ def test_wrong_numbers_are_refused(arguments: list[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", ["shards.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path("launch/shards.py")["parse"]()
+
+
+def test_the_defaults_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are written out in the parser, which does not wait for the import of what they belong to."""
+    parse = runpy.run_path("launch/shards.py")["parse"]
+    monkeypatch.setattr(sys, "argv", ["shards.py", "order", "x", "--batch", "8"])
+    order, run = parse(), stream.Config()
+    for name in ("columns", "workers", "cache", "cache_gib"):
+        assert getattr(order, name) == getattr(run, name)
+    monkeypatch.setattr(sys, "argv", ["shards.py", "verify", "x"])
+    assert parse().most_megapixels == run.most_megapixels
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

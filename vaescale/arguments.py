@@ -1,0 +1,59 @@
+"""The words of a command line: options and settings in any order.
+
+It imports nothing that takes time: a command reads its arguments before the seconds of imports, so `-h` and a wrong
+option are answered at once.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+NEAR = 0.8  # share of letters that an option and a misspelt one have in common
+
+
+def command(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows the description as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def training(description: str | None) -> argparse.ArgumentParser:
+    """The parser of launch/train.py; launch/run.py reads the same words."""
+    parser = command(description)
+    parser.prog = "train.py"
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and exit")
+    parser.add_argument(
+        "--take-over", action="store_true", help="the training on another host that holds the run directory is gone"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; the environment tells
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments among `words` (default: those of this process). The settings are in `overrides`.
+
+    An option that the parser does not have is probably a setting, and its key needs the imports to be known. So
+    `--steps 10` becomes the override `--steps=10`, which vaescale.config refuses with the key that is meant. Exits
+    with code 2, as argparse does, for other wrong words.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    options = re.findall(r"--[\w-]+", parser.format_usage())
+    settings = []
+    for option in parser.parse_known_intermixed_args(words)[1]:
+        name, equals, _ = option.partition("=")
+        if not option.startswith("--"):
+            continue  # argparse refuses it below
+        if near := get_close_matches(name, options, n=1, cutoff=NEAR):
+            parser.error(f"unrecognized argument {name}: did you mean {near[0]}?")
+        place = words.index(option)
+        value = (
+            [] if equals else [word for word in words[place + 1 : place + 2] if word[:2] != "--" and "=" not in word]
+        )
+        settings.append(option if equals else f"{option}={''.join(value)}")
+        del words[place : place + 1 + len(value)]
+    arguments = parser.parse_intermixed_args(words)
+    arguments.overrides = [*getattr(arguments, "overrides", []), *settings]
+    return arguments
