@@ -6,6 +6,7 @@ import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -168,7 +169,10 @@ def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None
     same = tree(tmp_path / "same", "a\u00a0b/1.jpg", "a b/1.jpg")
     splits = [(f"d/{split}/a/1.jpg", jpeg(0)) for split in ("train", "val")]
     capital = tree(tmp_path / "capital", "Training/a/1.jpg", "Testing/a/2.jpg")
+    with ZipFile(tmp_path / "flat.zip", "w") as archive:
+        archive.writestr("1.jpg", jpeg(1))
     for source, message in (
+        (tmp_path / "flat.zip", "is a zip archive: unpack it, and give the folder"),
         (flat, "has no class folders: give .* --labels, or --unlabelled"),
         (packed(flat, tmp_path / "flat.tar"), "has no class folders: give .* --labels, or --unlabelled"),
         (tar(tmp_path / "val.tar", ("val/1.jpg", jpeg(0))), "has no class folders"),

@@ -109,6 +109,8 @@ def test_the_current_folder_and_the_one_above(here: Path, monkeypatch: pytest.Mo
 
 def test_files_in_place_of_a_folder(here: Path) -> None:
     tar(Path("pics.tar"), ("a/1.jpg", b""))
+    tree(Path("2025.07"), "1.jpg")
+    assert said(Path("2025.07")).endswith(" set data.root=2025.07-shards")
     Path("pics.zip").write_bytes(b"PK")
     assert said(Path("pics.tar")) == (
         f"pics.tar is a tar, so run {SHARDS} prepare pics.tar --out pics-shards --val 0.1` and set "

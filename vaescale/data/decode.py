@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin
 
 from . import DataError, names
 from .order import uniforms
@@ -148,8 +148,7 @@ def converted(data: bytes, quality: int, most_megapixels: int = MOST_MEGAPIXELS)
     image = _header(data, most_megapixels, _convertible())
     lossy = image.format == "HEIF"
     with _damaged("cut or corrupt", (Exception,)):  # these decoders raise whatever they stumble over
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        image.load()  # of TIFF and HEIF this also turns the picture upright
         if image.mode not in ("I", "F"):
             pixels = np.asarray(_of_8_or_16_bits(image))
     if image.mode in ("I", "F"):  # nothing says which value is white

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from tarfile import TarInfo
 from typing import NamedTuple
+from zipfile import is_zipfile
 
 from . import DataError
 from .labels import class_of, read_labels
@@ -81,6 +82,8 @@ def listing(
     notes: list[str] = []
     if source.is_dir():
         found = list(_in_folder(source, out, passed, convert))
+    elif is_zipfile(source):
+        raise DataError(f"{source} is a zip archive: unpack it, and give the folder")
     else:
         found, wrapper = _unwrapped(source, list(_in_tar(source, passed, convert)), flat)
         notes += [f"the class folders are those in {clean(wrapper)}/ of the tar"] if wrapper and not flat else []

@@ -4,6 +4,7 @@ import difflib
 import os
 import shlex
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from .names import CONVERTIBLE, HEIF, SPLITS, STORED, ending, is_hidden
@@ -69,7 +70,7 @@ def _prepare(root: Path, picture: tuple[str, ...]) -> str:
     splits = folders if all(one.name.casefold() in SPLITS for one in folders) and len(picture) > 1 else []
     source = next((one for one in splits if one.name.casefold().startswith("train")), splits[0] if splits else root)
     base = root if root.name not in ("", "..") else root.resolve()
-    out = base.with_name(f"{base.stem}-shards")
+    out = base.with_name(f"{base.name.removesuffix('.tar')}-shards")
     command = f"{COMMAND} prepare {_quoted(source)}{_options(picture[1:] if splits else picture)} --out"
     begin = f"{root} holds pictures, not shards" if picture else f"{root} is a tar"
     if len(splits) > 1:
@@ -125,8 +126,9 @@ def _has_tars(folder: Path) -> bool:
 
 
 def _folders(folder: Path) -> list[Path]:
-    with suppress(OSError):
-        return sorted(one for one in folder.iterdir() if not is_hidden(one.name) and one.is_dir())
+    with suppress(OSError), os.scandir(folder) as entries:
+        found = [one.name for one in islice(entries, LOOKED) if not is_hidden(one.name) and one.is_dir()]
+        return [folder / name for name in sorted(found)]
     return []
 
 
