@@ -2,12 +2,14 @@
 
     python launch/evaluate.py --run runs/quickstart [key=value …]
     python launch/evaluate.py --run runs/a runs/b … [--iw K] [key=value …]     one table of all
+    python launch/evaluate.py --run runs/a/checkpoints/step-00000500 --out FILE
     torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the -- torchrun takes --run for its own
 
 Writes evaluation.json (the numbers, and the protocol they were measured by) and reconstructions.png into each run
 directory; with --out FILE only the numbers, into that file: those of one run as evaluation.json has them, of several
-as a list. Each validation image counts exactly once, on any number of ranks. The overrides hold for all the runs. Exit
-code 2: a run cannot be measured, or what was measured cannot be written; the numbers are printed all the same.
+as a list. A run's evaluation.json is for its newest checkpoint, its own data and its own settings: everything else
+needs --out. Each validation image counts exactly once, on any number of ranks. The overrides hold for all the runs.
+Exit code 2: a run cannot be measured, or what was measured cannot be written; the numbers are printed all the same.
 """
 
 import argparse
@@ -21,9 +23,13 @@ def parse() -> argparse.Namespace:
     parser = arguments.command(__doc__)
     parser.add_argument("--run", nargs="+", required=True, metavar="RUN")
     parser.add_argument(
-        "--iw", type=int, default=64, metavar="K", help="latents drawn for each image; the time grows with it (64)"
+        "--iw",
+        type=int,
+        default=1,
+        metavar="K",
+        help="latents drawn for each image; more give a tighter bound of bits/dim, and take K times as long (1)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, for a run that is read-only")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, not into the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return arguments.parse(parser)
 
@@ -35,7 +41,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 import json
 from typing import Any
 
-from vaescale import distributed, settings, trained
+from vaescale import distributed, files, settings, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
@@ -45,6 +51,9 @@ from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import codebook, pictures
 
 BATCH = 32  # images at a time on one rank
+RECORD = "evaluation.json"
+# Settings that say how the images are read, and change no number.
+SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "most_megapixels")}
 
 
 def main(given: argparse.Namespace) -> int:
@@ -58,8 +67,10 @@ def main(given: argparse.Namespace) -> int:
             raise ConfigError(f"--iw {given.iw} must be at least 1")
         # All of them are read before hours are spent on the first.
         configs = [trained.read_config(run, overrides) for run in runs]
+        if not given.out:
+            check_own(runs, overrides)
         for run, config in zip(runs, configs, strict=True):
-            result, picture = evaluate_run(run, config, given.iw)
+            result, picture = evaluate_run(run, config, given.iw, replaces=not given.out)
             results.append(result)
             wrong += write(run, results, picture, given.out)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
@@ -85,19 +96,52 @@ def write(run: Path, results: list[dict[str, Any]], picture: pictures.Picture, o
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
         else:
-            (run / "evaluation.json").write_text(json.dumps(results[-1], indent=1) + "\n")
+            (run / RECORD).write_text(json.dumps(results[-1], indent=1) + "\n")
             pictures.save(picture, run / "reconstructions.png")
     except OSError as error:
         return [f"{error.filename or run} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
     return []
 
 
-def evaluate_run(run: Path, config: settings.Config, draws: int) -> tuple[dict[str, Any], pictures.Picture]:
-    """(what evaluation.json holds, the reconstructions). Collective."""
+def check_own(places: list[Path], overrides: list[str]) -> None:
+    """Raises ConfigError for what is not the newest checkpoint of a run with its own settings."""
+    changed = [one for one in overrides if one.partition("=")[0] not in SAME_NUMBERS]
+    for place in places:
+        run = trained.run_of(place)
+        if run != place:
+            raise not_own(run, place.resolve().name)
+        if changed:
+            raise not_own(run, changed[0])
+
+
+def check_record(run: Path, slices: stream.ValidationSlices, step: int, draws: int) -> None:
+    """Raises ConfigError if the run's record is of other data, or has bounds of more draws."""
+    try:
+        record = files.read_json(run / RECORD)
+        data, known, drawn = record["fingerprint"], record["step"], record["draws"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # there is none, or it is no record
+    if data != slices.samples.index.fingerprint():
+        raise not_own(run, f"other images than those it was measured on, {record.get('data')}")
+    if known == step and drawn > draws and "bits_per_dim_iw" in record:
+        raise not_own(run, f"--iw {draws}, since it has the tighter bound of --iw {drawn}")
+
+
+def not_own(run: Path, what: str) -> ConfigError:
+    return ConfigError(f"{run / RECORD} holds the run's own numbers, and is not for {what}: give --out FILE")
+
+
+def evaluate_run(
+    run: Path, config: settings.Config, draws: int, replaces: bool
+) -> tuple[dict[str, Any], pictures.Picture]:
+    """(what evaluation.json holds, the reconstructions). run: may be a checkpoint of one; replaces: whether the run's
+    record will be replaced. Collective."""
     device = distributed.init()
     model, step = trained.read_model(run, config, device)
     slices = stream.ValidationSlices(config.data)
     index.check(*slices.indexes)
+    if replaces:
+        check_record(run, slices, step, draws)
     assert isinstance(model, Codec)
     usage = model.usage(clear=False) if isinstance(model, Codebooks) else {}
     sizes = [len(one.window) for one in usage.values()]

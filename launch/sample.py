@@ -10,8 +10,9 @@
     traverse       one latent changed at a time, the most active first
     swap           the same latents under every class, and under other attributes
 
-Writes sample_MODE.png into the run directory, or into --out FOLDER; the same seed gives the same picture. Exit code 2:
-there is no such run, its model has no such pictures, or they cannot be written.
+Writes sample_MODE.png into the run directory, or into --out FOLDER; the same seed gives the same picture. --run may be
+a checkpoint, RUN/checkpoints/step-…, which needs --out. Exit code 2: there is no such run, its model has no such
+pictures, or they cannot be written.
 """
 
 import argparse
@@ -63,8 +64,13 @@ SEEN = 32  # batches from which the spread of the latents is measured
 def main(given: argparse.Namespace) -> int:
     try:
         check(given)
+        run = trained.run_of(given.run)
+        if run != given.run and not given.out:
+            raise ConfigError(
+                f"{run} holds pictures of its newest checkpoint: give --out FOLDER for those of {given.run}"
+            )
         subject, step = load(given)
-        return write(given.run, subject, step, given.modes, given.board, given.out or given.run)
+        return write(run, subject, step, given.modes, given.board, given.out or given.run)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced, Unable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,30 +26,33 @@ from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring.pictures import to_bytes
 
 TINY = ROOT / "tests" / "integration"
+NAMES = ("tiny", "tiny_vae", "tiny_hvae")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
     """The quantised one reads colours, the conditional VAE grey and the HVAE has several levels; each has two
     checkpoints with other weights."""
-    found = {}
-    for name in ("tiny", "tiny_vae", "tiny_hvae"):
-        run = found[name] = tmp_path_factory.mktemp(name)
-        config = settings.load(TINY / f"{name}.yaml", [f"run={run}", f"data.root={pictures}"])
-        (run / FILE).write_text(mechanics.to_yaml(config))
-        for step in (1, 2):
-            torch.manual_seed(step)
-            model = settings.build(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-            checkpoint.save(
-                run / "checkpoints", step, {"ema": model.state_dict()}, {"step": step, "version": 2}, keep=2
-            )
-    return found
+    return {name: untrained(tmp_path_factory.mktemp(name), name, pictures) for name in NAMES}
 
 
-@pytest.fixture(params=["tiny", "tiny_vae", "tiny_hvae"])
+def untrained(run: Path, name: str, pictures: Path) -> Path:
+    """A run directory with checkpoints of steps 1 and 2."""
+    run.mkdir(exist_ok=True)
+    config = settings.load(TINY / f"{name}.yaml", [f"run={run}", f"data.root={pictures}"])
+    (run / FILE).write_text(mechanics.to_yaml(config))
+    for step in (1, 2):
+        torch.manual_seed(step)
+        model = settings.build(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        state = {"step": step, "version": 2}
+        checkpoint.save(run / "checkpoints", step, {"ema": model.state_dict()}, state, keep=2)
+    return run
+
+
+@pytest.fixture(params=NAMES)
 def model(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Trained:
     return vaescale.load(runs[request.param])
 

@@ -1,0 +1,79 @@
+"""launch/evaluate.py and sample.py: which numbers and pictures a run directory keeps."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import evaluate, sample
+from tests.conftest import samples
+from tests.test_library import untrained
+from vaescale import distributed
+from vaescale.data.shards import write
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """command(module, words) → (exit code, output), in this process and without a process group."""
+    monkeypatch.setattr(distributed, "init", lambda: torch.device("cpu"))
+
+    def command(module: object, *words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        code = module.main(module.parse())  # type: ignore[attr-defined]
+        return code, "".join(capsys.readouterr())
+
+    return command
+
+
+def test_the_record_of_a_run_is_its_own(pictures: Path, tmp_path: Path, command: Command) -> None:
+    run, out = untrained(tmp_path, "tiny_vae", pictures), tmp_path / "out.json"
+    assert command(evaluate, "--run", run, "data.workers=0")[0] == 0
+    record = (run / "evaluation.json").read_bytes()
+    own = json.loads(record)
+    assert (own["step"], own["draws"]) == (2, 1)
+    assert "bits_per_dim_iw" not in own
+
+    older, other = run / "checkpoints" / "step-00000001", tmp_path / "other"
+    write(other / "val", samples(5, seed=2), 4, [])
+    cases = {
+        (older,): "step-00000001",
+        (run, f"data.root={other}"): "data.root=",
+        (run, "data.size=16"): "data.size=16",
+    }
+    for words, named in cases.items():
+        code, output = command(evaluate, "--run", *words)
+        assert code == 2
+        assert f"evaluation.json holds the run's own numbers, and is not for {named}" in output
+        assert "give --out FILE" in output
+        assert command(evaluate, "--run", *words, "--out", out)[0] == 0
+        assert json.loads(out.read_text())["step"] == (1 if words == (older,) else 2)
+        assert (run / "evaluation.json").read_bytes() == record
+    assert json.loads(out.read_text()) == own  # data.size as it was
+
+    assert command(evaluate, "--run", run, "--iw", 2)[0] == 0
+    code, output = command(evaluate, "--run", run)
+    assert (code, "is not for --iw 1, since it has the tighter bound of --iw 2: give --out FILE" in output) == (2, True)
+    changed = json.loads((run / "evaluation.json").read_text()) | {"fingerprint": "0", "data": "data/then/val"}
+    (run / "evaluation.json").write_text(json.dumps(changed))
+    code, output = command(evaluate, "--run", run, "--iw", 2)
+    assert code == 2
+    assert "is not for other images than those it was measured on, data/then/val" in output
+    (run / "evaluation.json").write_text("[]")
+    assert command(evaluate, "--run", run)[0] == 0
+    assert (run / "evaluation.json").read_bytes() == record
+
+
+def test_a_checkpoint_is_sampled_into_a_folder_of_its_own(pictures: Path, tmp_path: Path, command: Command) -> None:
+    run, out = untrained(tmp_path / "run", "tiny_vae", pictures), tmp_path / "out"
+    older = run / "checkpoints" / "step-00000001"
+    code, output = command(sample, "--run", older, "generate")
+    assert (code, "give --out FOLDER for those of" in output) == (2, True)
+    assert command(sample, "--run", older, "generate", "--count", 7, "--out", out)[0] == 0
+    assert command(sample, "--run", run, "generate", "--count", 7)[0] == 0
+    assert (out / "sample_generate.png").read_bytes() != (run / "sample_generate.png").read_bytes()
+    assert not list(older.glob("*.png"))
