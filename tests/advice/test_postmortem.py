@@ -14,6 +14,7 @@ from vaescale.advice import postmortem
 from vaescale.advice.postmortem import Metrics
 from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle.status import Status
+from vaescale.monitoring.board import Board
 
 
 def reports(count: int, **values: Any) -> Metrics:
@@ -103,6 +104,29 @@ def test_ills_are_read_off_the_metrics(healthy: Path, ill: str) -> None:
     write(healthy, metrics)
     assert words in said(healthy)
     assert sum(finding.level != "ok" for finding in postmortem.read(healthy)) == 1
+
+
+def test_an_alarm_is_repeated_as_the_run_said_it(healthy: Path) -> None:
+    """Until it is over, and also where the run was taken back to a step before it."""
+    write(healthy, reports(3, codebook__alarm=1.0, latents__alarm=1.0))
+    board = Board(healthy, 60)
+    board.alarm("codebook", "codebook has collapsed at step 60: so. Because: set this", True, 60)
+    board.alarm("latents", "latents have collapsed at step 60: \x1b[31m", True, 60)
+    warnings = [line for line in said(healthy).splitlines() if line.startswith("warn")]
+    assert warnings == [
+        "warn: codebook has collapsed at step 60: so. Because: set this",
+        "warn: latents have collapsed at step 60: \\x1b[31m",
+    ]
+    board.alarm("codebook", "codebook has recovered", False, 60)
+    board.close()
+    write(healthy, reports(3, codebook__alarm=0.0, latents__alarm=1.0))
+    assert "codebook" not in said(healthy)
+    Board(healthy, 40).close()
+    write(healthy, reports(2))
+    assert "collapsed" not in said(healthy)
+    for damage in ("", "[1]", '{"latents": 3}'):
+        (healthy / "alarms.json").write_text(damage)
+        assert "collapsed" not in said(healthy)
 
 
 def test_damaged_files_of_a_run_end_no_doctor(healthy: Path) -> None:

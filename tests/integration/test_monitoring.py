@@ -43,6 +43,7 @@ def test_a_collapse_is_in_the_log_once_whatever_happens(pictures: Path, tmp_path
         (tmp_path / "checkpoints" / "latest").write_text("step-00000215\n")
     (sentence,) = (line for line in outputs[0].splitlines() if "has collapsed" in line)
     assert sentence.startswith("codebook has collapsed at step 210: ")
+    assert json.loads((tmp_path / "alarms.json").read_text()) == {"codebook": sentence}
     assert "resumes at step 215" in outputs[1]
     assert "collapsed" not in outputs[1]
     assert json.loads((tmp_path / "checkpoints" / "step-00000215" / "state.json").read_text())["alarms"] == ["codebook"]

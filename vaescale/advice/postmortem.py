@@ -15,7 +15,7 @@ from ..lifecycle.checkpoint import CheckpointError
 from ..lifecycle.pace import SLOW
 from ..lifecycle.status import FAILED, FINISHED, NO_PROGRESS, PREEMPTED, RUNNING, Status
 from ..lifecycle.watch import FOLDER
-from ..monitoring.board import METRICS, read_lines
+from ..monitoring.board import METRICS, read_alarms, read_lines
 from .preflight import FAIL, OK, WARN, Finding
 
 LATE = 10  # times as long as reports usually take without one: nothing runs there any more, or it hangs
@@ -31,7 +31,7 @@ Metrics = list[dict[str, Any]]
 
 def read(run: Path) -> list[Finding]:
     metrics = read_metrics(run)
-    parts = [status(run, metrics), stacks(run), checkpoints(run), losses(metrics), codebooks(metrics), speed(metrics)]
+    parts = [status(run, metrics), stacks(run), checkpoints(run), losses(metrics), alarms(run, metrics), speed(metrics)]
     return [finding for part in parts for finding in part]
 
 
@@ -135,14 +135,17 @@ def losses(metrics: Metrics) -> list[Finding]:
     return found
 
 
-def codebooks(metrics: Metrics) -> list[Finding]:
-    """Those that have collapsed as of the last report. The log has the cause."""
+def alarms(run: Path, metrics: Metrics) -> list[Finding]:
+    """What has collapsed as of the last report, as the run said it: with the likeliest cause and the setting to change.
+    Runs of earlier versions have left numbers only."""
+    said = read_alarms(run)
     last: dict[str, Any] = next((line for line in reversed(metrics) if "train/loss" in line), {})
     names = [name.removesuffix("/alarm") for name, value in last.items() if name.endswith("/alarm") and value]
     cure = "the log and TensorBoard's Text say the likeliest cause and the setting to change"
-    return [
+    return [Finding(WARN, printable(sentence)) for sentence in said.values()] + [
         Finding(WARN, f"{name} has collapsed: {last.get(f'{name}/usage_ema') or 0:.1%} of its codes are in use", cure)
         for name in names
+        if name not in said
     ]
 
 

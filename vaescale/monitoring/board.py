@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -15,10 +15,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ..files import parse_json
+from ..files import atomically, parse_json, read_json
 from .pictures import Picture
 
 METRICS = "metrics.jsonl"
+ALARMS = "alarms.json"
 END = b"}\n"  # of a line
 LONGEST = 1 << 20  # bytes of a line
 
@@ -27,8 +28,8 @@ class Board:
     """One run's curves. `step` is where the run resumes: what an earlier life wrote beyond it is dropped, so that
     each curve stays one line. A disk that takes nothing any more costs a piece of the curves, not the run."""
 
-    def __init__(self, run: Path, step: int) -> None:
-        """Raises OSError if its files cannot be made."""
+    def __init__(self, run: Path, step: int, alarms: Collection[str] = ()) -> None:
+        """alarms: the names of those that are on at this step. Raises OSError if its files cannot be made."""
         self._folder = str(run / "tensorboard")
         self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)  # None: there is no room
         self._lines = run / METRICS
@@ -40,6 +41,10 @@ class Board:
                     file.write(line)
                     self._last = values
         partial.replace(self._lines)
+        self._alarms = read_alarms(run)
+        if self._alarms.keys() - alarms:
+            self._alarms = {name: said for name, said in self._alarms.items() if name in alarms}
+            self._write_alarms()
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Names carry their group: "train/loss". One JSONL line a step: what is said of a step later joins its line."""
@@ -68,6 +73,16 @@ class Board:
     def text(self, name: str, text: str, step: int) -> None:
         self._write(lambda writer: writer.add_text(name, text, step))
 
+    def alarm(self, name: str, sentence: str, on: bool, step: int) -> None:
+        """What is said when an alarm goes on or off: under Text, and in alarms.json for as long as it is on."""
+        self.text(f"{name}/alarm", sentence, step)
+        if on:
+            self._alarms[name] = sentence
+        else:
+            self._alarms.pop(name, None)
+        with suppress(OSError):  # a disk that is full; the log has the sentence
+            self._write_alarms()
+
     def close(self) -> None:
         self._write(SummaryWriter.close)
 
@@ -83,6 +98,10 @@ class Board:
             if self._writer:
                 print(f"{self._folder} cannot be written ({error.strerror or error}): curves have a gap", flush=True)
             self._writer = None  # its thread has ended, and what follows half a record in a file is not read
+
+    def _write_alarms(self) -> None:
+        with atomically(self._lines.with_name(ALARMS)) as partial:
+            partial.write_text(json.dumps(self._alarms, indent=1) + "\n")
 
     def _add(self, line: dict[str, Any]) -> None:
         """All of it or nothing: half a line would spoil the next."""
@@ -121,6 +140,15 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if isinstance(values, dict) and type(step := values.get("step")) is int and step >= 0:
                 numbers = {name: value for name, value in values.items() if type(value) in (int, float, NoneType)}
                 yield line.rstrip() + b"\n", numbers
+
+
+def read_alarms(run: Path) -> dict[str, str]:
+    """The sentences of the alarms that are on, by name; what cannot be read is left out."""
+    with suppress(OSError, ValueError):
+        found = read_json(run / ALARMS)
+        if isinstance(found, dict):
+            return {name: said for name, said in found.items() if isinstance(said, str)}
+    return {}
 
 
 def validated(run: Path, step: int) -> bool:

@@ -14,10 +14,10 @@ from ..evaluation import tables
 from ..evaluation.show import show
 from ..interfaces import Batch, Codebooks, Codec, Model, Tensors, Usage
 from ..lifecycle.pace import Pace
-from ..monitoring import alarm, codebook, pictures
+from ..monitoring import alarm, codebook, pictures, posterior
 from ..monitoring.board import Board
 from ..monitoring.console import Console
-from ..settings import Config
+from ..settings import Config, shape
 from .learner import Learner
 from .resume import Position
 
@@ -52,12 +52,13 @@ class Reporter:
         self.config, self.model, self.learner, self.position, self.device = config, model, learner, position, device
         self.console = Console(position.step, config.steps, loud=distributed.rank() == 0)
         self.pace = Pace(model, device)
+        self.posterior = posterior.Posterior(config.model, config.optimizer.warmup, position.alarms)
         self.board: Board | None = None
         self.window = Window()
 
     def open(self) -> None:
         """On rank 0. Raises OSError if the board's files cannot be made."""
-        self.board = Board(Path(self.config.run), self.position.step)
+        self.board = Board(Path(self.config.run), self.position.step, self.position.alarms)
         self.board.text("config", _verbatim(mechanics.to_yaml(self.config)), self.position.step)
 
     def begin(self, banner: str, topology: str, remarks: Iterable[str]) -> None:
@@ -84,6 +85,10 @@ class Reporter:
             for name, usage in self.model.usage(clear=True).items():
                 on_host = Usage(*(part.cpu() for part in usage))
                 values |= self._codebook(name, on_host, values[f"{name}/commitment"], quantizers[name])
+        channels, size, _ = shape(self.config)
+        if rates := posterior.rates(values, channels * size**2):
+            self._alarm(posterior.NAME, self.posterior.report(position.step, window.steps, rates))
+            values[f"{posterior.NAME}/alarm"] = float(posterior.NAME in position.alarms)
         values |= self._speed(seconds)
         values["data/epoch"] = epoch
         values |= {f"data/damaged_{cause.replace(' ', '_')}": float(count) for cause, count in position.damaged.items()}
@@ -108,21 +113,26 @@ class Reporter:
         """One codebook's scalars, and its histogram; a sentence when it collapses, and one when it has recovered."""
         step, on = self.position.step, self.position.alarms
         reading = alarm.read(usage, commitment, step)
-        said = alarm.watch(name, reading, quantizer, self.config.optimizer.warmup, on)
-        if said:
-            self.console.say(said)
+        self._alarm(name, alarm.watch(name, reading, quantizer, self.config.optimizer.warmup, on))
         if self.board:
             self.board.code_counts(f"{name}/counts", usage.window, step)
-            if said:
-                self.board.text(f"{name}/alarm", said, step)
         values = {**codebook.scalars(usage), "alarm": float(name in on)}
         return {f"{name}/{key}": value for key, value in values.items()}
+
+    def _alarm(self, name: str, said: str | None) -> None:
+        if said is None:
+            return
+        self.console.say(said)
+        if self.board:
+            self.board.alarm(name, said, name in self.position.alarms, self.position.step)
 
     def validation(self, measured: dict[str, float], codec: Codec, shown: Callable[[], Batch]) -> None:
         """What was measured on the validation set, and pictures. shown: gives the fixed images, on the device."""
         step = self.position.step
         values = {f"val/{name}": value for name, value in measured.items()}
         self.console.say(f"validation at step {step}:  {tables.line(measured)}")
+        if "active_units" in measured:
+            self._alarm(posterior.NAME, self.posterior.validation(step, int(measured["active_units"])))
         if not self.board:
             return
         for name, picture in show(codec, shown()):

@@ -22,7 +22,9 @@ class Position:
     step: int = 0
     images: int = 0  # consumed; the next batch begins with sample number g = images
     damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
-    alarms: list[str] = field(default_factory=list)  # the codebooks that had collapsed at the last report
+    alarms: list[str] = field(
+        default_factory=list
+    )  # names of what had collapsed at the last report: codebooks, latents
     owed: bool = False  # this step's validation, which a stop has cut short
     since: dict[str, int] | None = None  # the step and the images consumed from where on each step took this batch
 

@@ -1,0 +1,72 @@
+"""What people see of a training, with a model that really learns and a learner that is none of ours."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vaescale import settings
+from vaescale.advice import postmortem
+from vaescale.interfaces import Batch
+from vaescale.training.descent import grouped
+from vaescale.training.reporter import Reporter
+from vaescale.training.resume import Position
+
+CONFIGS = Path(__file__).parent.parent / "integration"
+BLIND = ["model.likelihood.learned=false", "model.likelihood.variance=100", "model.network.hidden=8"]
+
+
+class Descent:
+    """Just enough of a learner for a reporter."""
+
+    def report(self, means: dict[str, float], step: int) -> dict[str, float]:
+        del step
+        return {grouped(name): value for name, value in means.items()}
+
+
+def trained(run: Path, config: str, overrides: list[str], steps: range) -> tuple[Reporter, list[str]]:
+    """A reporter that has reported every 50 of these steps of Adam, on grey images, and what it said."""
+    given = [f"run={run}", "data.root=data", "every.report=50", f"steps={steps.stop}", *overrides]
+    loaded = settings.load(CONFIGS / config, given)
+    torch.manual_seed(0)
+    model = settings.build(loaded)
+    position = Position(steps.start)
+    learner: Any = Descent()
+    reporter = Reporter(loaded, model, learner, position, torch.device("cpu"))
+    said: list[str] = []
+    reporter.console.say = said.append  # type: ignore[method-assign]
+    reporter.open()
+    blank = settings.blank(loaded, 32)
+    x = torch.randint(0, 256, blank.x.shape[:2], dtype=torch.uint8)[..., None, None].expand(blank.x.shape)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in steps:
+        output = model(Batch(x.contiguous(), blank.label, blank.attributes, 32 * step + torch.arange(32)), step)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        model.update(step, 1e-2)
+        reporter.window.add({**output.metrics, "loss": output.loss.detach()})
+        position.advance(32)
+        if (step + 1) % 50 == 0:
+            reporter.report(0.0)
+    return reporter, said
+
+
+def test_a_collapse_is_said_once_and_kept_for_the_doctor(tmp_path: Path) -> None:
+    """Pixels that are nothing but noise leave nothing to encode."""
+    reporter, said = trained(tmp_path, "tiny_hvae.yaml", BLIND, range(400, 600))
+    (sentence,) = (line for line in said if "latents" in line)
+    assert sentence.startswith("latents have collapsed at step ")
+    assert "lower it, or set model.likelihood.learned=true" in sentence
+    assert reporter.position.alarms == ["latents"]
+    assert sentence in [finding.what for finding in postmortem.read(tmp_path)]
+    reporter.close("")
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    began = int(sentence.split("at step ")[1].partition(":")[0])
+    assert {event.step: event.value for event in events.Scalars("latents/alarm")} == {
+        step: float(step >= began) for step in (450, 500, 550, 600)
+    }
+    (text,) = events.Tensors("latents/alarm/text_summary")
+    assert sentence in text.tensor_proto.string_val[0].decode()

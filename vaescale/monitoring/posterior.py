@@ -1,0 +1,112 @@
+"""Whether the posterior has collapsed onto the prior, why most likely, and which setting to change. Numbers go in, a
+sentence comes out.
+
+The rate KL(q‖p), averaged over images, bounds the information that latents carry about their image (Hoffman, Johnson
+2016, "ELBO surgery"). The converse does not hold: under free bits a rate costs nothing, and may stay where it is while
+the latents say nothing. So latents have also collapsed if none is active (Burda, Grosse, Salakhutdinov 2016, 5.2).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+NAME = "latents"  # of the alarm
+# Nats an image below which a collapse begins, and above which it is over: apart, so that a model at the border is not
+# announced again and again. 0.1 nats tell e^0.1 = 1.1 images apart.
+CARRIES = 0.1, 0.5
+# Steps after the warm-ups, of the learning rate and of the KL, in which rates still rise: healthy ones often start near
+# 0 (configs/hvae2_digits.yaml: 1.6, 0.5, 5.3 and 13 nats at steps 50, 100, 150 and 200).
+SETTLE = 500
+WINDOW = 100  # steps for which rates must have been low
+
+
+class Posterior:
+    """The alarm of one run. on: the names of the alarms that are on, which is brought up to date."""
+
+    def __init__(self, settings: Any, warmup: int, on: list[str]) -> None:
+        """settings: the model's Config, a variational one if it reports rates; warmup: steps of the learning rate's."""
+        self.settings, self.warmup, self.on = settings, warmup, on
+        self.low: int | None = None  # the step from where on all rates have been low
+        self.rates: Sequence[float] = ()  # of the last report
+
+    def report(self, step: int, steps: int, rates: Sequence[float]) -> str | None:
+        """rates: of each level, coarse to fine, in nats an image: means over the last `steps` steps, of training.
+        Returns the sentence to say when a collapse begins."""
+        self.rates = rates
+        if not low(rates, CARRIES[0]):
+            self.low = None
+            return None
+        if self.low is None:
+            self.low = step - steps
+        if self._warming(step) or step - self.low < WINDOW or NAME in self.on:
+            return None
+        return self._begun(step, described(rates))
+
+    def validation(self, step: int, active: int) -> str | None:
+        """active: how many latents differ from image to image. Returns the sentence to say when a collapse begins, or
+        is over: then units are active and the last report's rates are well above the bound. Silent before a report."""
+        if not self.rates:
+            return None
+        if NAME not in self.on:
+            if active or self._warming(step):
+                return None
+            return self._begun(step, "none of them differs from image to image")
+        if not active or low(self.rates, CARRIES[1]):
+            return None
+        self.on.remove(NAME)
+        state = f"{NAME} have recovered at step {step}: they carry {sum(self.rates):.3g} nats an image"
+        return f"{state}, and {active} are active"
+
+    def _warming(self, step: int) -> bool:
+        return step < max(self.warmup, self.settings.warmup) + SETTLE
+
+    def _begun(self, step: int, state: str) -> str:
+        self.on.append(NAME)
+        return f"{NAME} have collapsed at step {step}: {state}. {cause(self.settings)}"
+
+
+def rates(values: dict[str, float], subpixels: int) -> list[float]:
+    """Of each level, coarse to fine, in nats an image, from a report's values; [] for a model without rates."""
+    levels = [values[name] * subpixels * math.log(2) for name in sorted(values) if name.startswith("rate/level")]
+    return levels or [values[name] for name in ("train/rate",) if name in values]
+
+
+def low(rates: Sequence[float], bound: float) -> bool:
+    """Whether all levels together carry less than `bound`, or of several levels no two carry as much: then there is
+    no hierarchy. Single levels without any information are common in deep ones, and no collapse. The rate of a level
+    whose prior knows what was drawn in it (bottom-up posteriors) may be below zero, which is not at its prior either.
+    """
+    if sum(rates) < bound:
+        return True
+    return len(rates) > 1 and sum(abs(rate) < bound for rate in rates) > len(rates) - 2
+
+
+def described(rates: Sequence[float]) -> str:
+    if max(rates) < CARRIES[0]:
+        return f"they carry {sum(rates):.2g} nats an image, and the decoder ignores them"
+    level = max(range(len(rates)), key=rates.__getitem__)
+    return f"of {len(rates)} levels only level {level} carries anything ({rates[level]:.3g} nats an image)"
+
+
+def cause(settings: Any) -> str:
+    """The likeliest one, with the setting to change."""
+    noise = settings.likelihood
+    if settings.beta > 1:
+        return f"The KL weighs more than the reconstruction: lower model.beta={settings.beta:g} to 1"
+    if "gaussian" in noise.kind and not noise.learned:  # Lucas et al. 2019, "Don't blame the ELBO!"
+        return (
+            f"model.likelihood.variance={noise.variance:g} says that pixels are so noisy that there is little to tell: "
+            f"lower it, or set model.likelihood.learned=true"
+        )
+    if not settings.warmup:
+        return (
+            "The KL costs its full price before the decoder has learned to use the latents: set model.warmup to about "
+            "a tenth of steps, or model.free_bits=0.1"
+        )
+    if not settings.free_bits:
+        return (
+            f"The decoder does not learn to use the latents while the KL is cheap: set model.free_bits=0.1, or raise "
+            f"model.warmup={settings.warmup}"
+        )
+    slower = "lower optimizer.lr or raise optimizer.warmup"
+    return f"KL warm-up and free bits are set, and the encoder still says nothing: {slower}"
