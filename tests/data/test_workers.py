@@ -138,3 +138,20 @@ def test_a_thread_may_load(pictures: Path) -> None:
     """Only the main thread may set handlers of signals."""
     with ThreadPoolExecutor(1) as pool:
         assert same(pool.submit(take, pictures, workers=1).result(), take(pictures))
+
+
+HANDLER = """
+import signal, sys
+from tests.data.test_workers import batches
+loader = batches(sys.argv[1], workers=1)
+next(loader)
+print(signal.getsignal(signal.SIGCHLD))
+"""
+
+
+def test_torch_leaves_no_handler_behind(pictures: Path) -> None:
+    """With its own a worker's death would raise in the midst of whatever the process is at. In a new process, since
+    torch sets the handler only once."""
+    command = [sys.executable, "-c", HANDLER, str(pictures)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0"], done.stderr  # SIG_DFL

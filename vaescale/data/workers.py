@@ -69,7 +69,8 @@ class Loader(DataLoader[Any]):
             yield from DataLoader(self.dataset, sampler=self.sampler, batch_size=None, collate_fn=_hand_over)
             return
         finally:
-            if handler and current_thread() is main_thread():  # elsewhere torch has set none
+            # Elsewhere torch has set none. SIG_DFL counts as false; None is a handler that Python cannot set again.
+            if handler is not None and current_thread() is main_thread():
                 signal.signal(signal.SIGCHLD, handler)
         _running.add(iterator)
         try:
