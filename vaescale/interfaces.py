@@ -28,7 +28,7 @@ class Condition(NamedTuple):
 
 
 class Batch(NamedTuple):
-    x: Tensor  # uint8 [B, C, H, W]
+    x: Tensor  # what the Reader gives; of pictures uint8 [B, C, H, W]
     label: Tensor  # int64 [B]
     attributes: Tensor  # fp32 [B, A]
     sample: Tensor  # int64 [B]: training: the place g in the endless sequence; validation: the place in the index

@@ -147,12 +147,10 @@ def shape(config: Config) -> Shape:
     return Shape(config.data.channels, config.data.size, len(config.data.attributes))
 
 
-def blank(config: Config, images: int) -> Batch:
-    """Images of the right shape that show nothing."""
-    channels, size, attributes = shape(config)
-    label = torch.zeros(images, dtype=torch.int64)
-    x = torch.zeros(images, channels, size, size, dtype=torch.uint8)
-    return Batch(x, label, torch.zeros(images, attributes), label)
+def blank(config: Config, count: int) -> Batch:
+    """So many samples of the right shape that show nothing."""
+    label = torch.zeros(count, dtype=torch.int64)
+    return Batch(stream.pictures(config.data).blank(count), label, torch.zeros(count, shape(config).attributes), label)
 
 
 def check(config: Config, world: int) -> None:

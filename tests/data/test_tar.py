@@ -183,7 +183,7 @@ def test_two_pictures_in_one_sample_ask_which(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.png", b"mask"), ("k.cls", b"0"))
     with pytest.raises(DataError, match=r"several pictures, k\.jpg and k\.png: choose one with --picture"):
         list(scan(path))
-    assert [one.length for one in scan(path, Fields(pictures=("png",)))] == [4]
+    assert [one.length for one in scan(path, Fields(extensions=("png",)))] == [4]
 
 
 def special(name: str, kind: bytes, target: str = "/etc/passwd") -> tarfile.TarInfo:

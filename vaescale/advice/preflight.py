@@ -27,7 +27,7 @@ from ..interfaces import Batch
 from ..lifecycle.checkpoint import newest
 from ..lifecycle.lock import held
 from ..lifecycle.writer import Writer
-from ..settings import Config, micro_batch
+from ..settings import Config, blank, micro_batch
 from ..training.trainer import Trainer
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -111,7 +111,7 @@ def devices(config: Config, here: int) -> Finding:
 
 def shared_memory(config: Config, world: int, here: int, folder: Path = workers.SHARED) -> Finding:
     """Through which workers hand over their batches, as long as there is room."""
-    need = here * stream.in_flight(config.data, micro_batch(config, world))
+    need = here * stream.in_flight(config.data, micro_batch(config, world) * blank(config, 1).x.nbytes)
     free = workers.free_shared_memory(folder)
     what = f"{readable_size(free)} of shared memory are free, and batches on their way take up to {readable_size(need)}"
     if free < need:

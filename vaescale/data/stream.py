@@ -1,9 +1,9 @@
-"""The training stream and the validation pass: uint8 batches in an order that is a function of g alone."""
+"""The training stream and the validation pass: batches in an order that is a function of g alone."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ..ranges import ranged, require
 from . import DataError, decode
 from .index import Index
 from .order import VERSIONS, Order, mix
+from .reader import Pictures, Reader
 from .store import Store
 from .tar import checksum, key_in
 from .workers import Loader
@@ -43,6 +44,19 @@ class Config:
     most_megapixels: int = ranged(decode.MOST_MEGAPIXELS, least=1, most=2**32)
     damaged_share: float = ranged(0.001, least=0, most=1)  # of the samples seen; more damaged ones stop the run
     damaged_free: int = ranged(10, least=0)  # this many are always forgiven, so that one bad sample in a short run is
+
+
+def pictures(config: Config) -> Reader:
+    """What reads the pictures that the config describes."""
+    return Pictures(
+        config.size,
+        config.channels,
+        config.least_area,
+        config.flip,
+        config.augment,
+        config.decoder,
+        config.most_megapixels,
+    )
 
 
 def _require(config: Config) -> None:
@@ -125,9 +139,11 @@ def _columns(index: Index, names: list[str]) -> list[int]:
 class TrainSlices(Dataset[Decoded]):
     """`slices[range of g]` → the decoded samples of that range."""
 
-    def __init__(self, config: Config, seed: int) -> None:
+    def __init__(self, config: Config, seed: int, reader: Reader | None = None) -> None:
+        """reader: that of pictures, unless another one is given."""
         _require(config)
-        decode.require(config.decoder)
+        self.reader = reader or pictures(config)
+        self.reader.require()
         self.config = config
         self.seed = seed
         self.samples = Samples(Path(config.root) / "train", config.cache, config.cache_gib)
@@ -166,22 +182,22 @@ class TrainSlices(Dataset[Decoded]):
         samples = self.order(places)
         if self.samples.store.remote:
             self.samples.store.prefetch(self.order.shards(places + self._ahead).tolist())
-        images, labels, shown, damage = [], [], [], []
+        read, labels, shown, damage = [], [], [], []
         for g, sample in zip(gs, samples.tolist(), strict=True):
-            image, label, sample, found = self._one(g, sample)
-            images.append(image)
+            one, label, sample, found = self._one(g, sample)
+            read.append(one)
             labels.append(label)
             shown.append(sample)
             damage += found
-        return Decoded(_batch(images, labels, self.attributes(shown), list(gs), self.config.channels), damage)
+        return Decoded(_batch(self.reader.stack(read), labels, self.attributes(shown), list(gs)), damage)
 
-    def _one(self, g: int, sample: int) -> tuple[decode.Pixels, int, int, list[Damage]]:
+    def _one(self, g: int, sample: int) -> tuple[Any, int, int, list[Damage]]:
         """A damaged sample is replaced by one that only (seed, g) and the try decide, at any world size."""
         damage: list[Damage] = []
         for attempt in range(IN_A_ROW):
             try:
                 data, label = self.samples.read(sample)
-                return self._image(data, g), label, sample, damage
+                return self.reader.training(data, self.seed, g), label, sample, damage
             except decode.Damaged as error:
                 damage.append(Damage(g, *self.samples.name(sample), str(error)))
                 sample = int(mix(self.seed, g, attempt)) % len(self.samples.index)
@@ -190,27 +206,14 @@ class TrainSlices(Dataset[Decoded]):
             f"({damage[-1].cause}): `python launch/shards.py verify {self.samples.index.folder}` names the shards"
         )
 
-    def _image(self, data: bytes, g: int) -> decode.Pixels:
-        config = self.config
-        if not config.augment:
-            return decode.validation_image(data, config.size, config.most_megapixels)
-        return decode.train_image(
-            data,
-            config.size,
-            config.least_area,
-            config.flip,
-            self.seed,
-            g,
-            config.decoder,
-            config.most_megapixels,
-        )
-
 
 class ValidationSlices(Dataset[Decoded]):
     """`slices[range of samples]` → those samples of the validation index."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reader: Reader | None = None) -> None:
+        """reader: that of pictures, unless another one is given."""
         _require(config)
+        self.reader = reader or pictures(config)
         self.config = config
         self.samples = Samples(Path(config.root) / "val", config.cache, config.cache_gib)
         training = Index(Path(config.root) / "train") if config.attributes else self.samples.index
@@ -221,19 +224,18 @@ class ValidationSlices(Dataset[Decoded]):
         if get_worker_info():  # a thread of the training process would be forked with the next workers
             following = self.samples.index.locate(numbers[-1]).shard + 1
             self.samples.store.prefetch(range(following, min(following + 1, len(self.samples.index.shards))))
-        images, labels = [], []
+        read, labels = [], []
         for number in numbers:
             try:
                 data, label = self.samples.read(number)
-                images.append(decode.validation_image(data, self.config.size, self.config.most_megapixels))
+                read.append(self.reader.validation(data))
             except decode.Damaged as error:
                 shard, key = self.samples.name(number)
                 # A validation number over fewer samples than it says would not compare with anybody's.
                 larger = ": raise data.most_megapixels" if str(error) == decode.TOO_LARGE else ""
                 raise DataError(f"validation sample {key} in {shard} is damaged: {error}{larger}") from None
             labels.append(label)
-        attributes = self.attributes(list(numbers))
-        return Decoded(_batch(images, labels, attributes, list(numbers), self.config.channels), [])
+        return Decoded(_batch(self.reader.stack(read), labels, self.attributes(list(numbers)), list(numbers)), [])
 
 
 def train_loader(
@@ -308,19 +310,14 @@ def chosen_images(slices: ValidationSlices, numbers: list[int]) -> Batch:
     return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
-def in_flight(config: Config, micro: int) -> int:
-    """Bytes of images that the workers of a rank have decoded ahead, at most. micro: images of a batch of one rank."""
-    return config.workers * config.prefetch * micro * config.channels * config.size**2
+def in_flight(config: Config, batch: int) -> int:
+    """Bytes of batches that the workers of a rank have decoded ahead, at most. batch: bytes of one of them."""
+    return config.workers * config.prefetch * batch
 
 
 def _loader(slices: Dataset[Decoded], ranges: Iterable[range], config: Config, pin: bool) -> Iterable[Decoded]:
     return Loader(slices, ranges, config.workers, config.prefetch, pin)
 
 
-def _batch(
-    images: list[decode.Pixels], labels: list[int], attributes: Tensor, numbers: list[int], channels: int
-) -> Batch:
-    images = images if channels == 3 else [decode.grey(image) for image in images]
-    # [B, H, W, C] seen as [B, C, H, W]: the very bytes of channels_last, which convolutions like best.
-    x: Tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+def _batch(x: Tensor, labels: list[int], attributes: Tensor, numbers: list[int]) -> Batch:
     return Batch(x, torch.tensor(labels), attributes, torch.tensor(numbers))

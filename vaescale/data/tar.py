@@ -42,7 +42,7 @@ Members = list[tuple[str, tarfile.TarInfo]]  # each with its extension
 class Fields:
     """What the index keeps of a sample."""
 
-    pictures: tuple[str, ...] = PICTURES  # extensions
+    extensions: tuple[str, ...] = PICTURES  # of what a model reads
     label_field: str = ""  # of the sample's JSON; "": the class number is in the .cls
     unlabelled: bool = False  # every label is 0
     attributes: tuple[str, ...] | None = None  # numbers of the JSON to keep; None: all
@@ -166,7 +166,7 @@ def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[Members]:
 
 def _samples(group: Members, fields: Fields) -> Iterator[tuple[str, Members]]:
     """(key, its members by extension) of each sample in a group that has a picture."""
-    if any(extension in fields.pictures for extension, _ in group):
+    if any(extension in fields.extensions for extension, _ in group):
         yield _split(group[0][1].name)[0], group
         return
     stems: dict[str, Members] = {}
@@ -174,16 +174,16 @@ def _samples(group: Members, fields: Fields) -> Iterator[tuple[str, Members]]:
         stem, _, extension = member.name.rpartition(".")
         stems.setdefault(stem, []).append((extension.lower(), member))
     for stem, members in stems.items():
-        if any(extension in fields.pictures for extension, _ in members):
+        if any(extension in fields.extensions for extension, _ in members):
             yield stem, members
 
 
 def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Fields) -> Entry:
-    pictures = [(extension, member) for extension, member in members if extension in fields.pictures]
+    pictures = [(extension, member) for extension, member in members if extension in fields.extensions]
     if len(pictures) > 1:
         names = " and ".join(member.name for _, member in pictures)
         raise DataError(f"{path}: the sample {key} has several pictures, {names}: choose one with --picture EXTENSION")
-    picture = pictures[0][1]
+    extension, picture = pictures[0]
     if picture.size > MOST_BYTES:
         raise DataError(f"{path}: {picture.name} claims {picture.size} bytes, which no picture has")
     if picture.offset_data - picture.offset > MOST_HEAD:
@@ -200,7 +200,7 @@ def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Field
         _label(file, path, key, texts, record, fields),
         checksum(data),
         {name: value for name, value in _numbers(record) if fields.attributes is None or name in fields.attributes},
-        _fault(data, fields),
+        _fault(data, fields) if extension in PICTURES else "",  # others are checked by their reader
     )
 
 

@@ -17,6 +17,7 @@ from .. import distributed, process
 from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check as check_indexes
+from ..data.reader import Reader
 from ..evaluation.evaluate import evaluate
 from ..interfaces import Batch, Codec
 from ..lifecycle import checkpoint, history, topology
@@ -37,8 +38,9 @@ NAMED = 8  # samples of a skipped step, in the log
 
 
 class Trainer:
-    def __init__(self, config: Config, lock: Lock | None = None) -> None:
-        """lock: of the run directory, to be taken; None where nobody else can know the directory."""
+    def __init__(self, config: Config, lock: Lock | None = None, reader: Reader | None = None) -> None:
+        """lock: of the run directory, to be taken; None where nobody else can know the directory. reader: of the
+        samples; None: that of pictures."""
         self.config = config
         self.launcher = process.launcher()
         self.device = distributed.init(config.hang_timeout)
@@ -50,8 +52,8 @@ class Trainer:
             lock.acquire()
             self.release = lock.release
         # The data are opened first: of all that can be wrong they are the most likely, and the cheapest to find.
-        self.slices = stream.TrainSlices(config.data, config.seed)
-        self.validation = stream.ValidationSlices(config.data)
+        self.slices = stream.TrainSlices(config.data, config.seed, reader)
+        self.validation = stream.ValidationSlices(config.data, reader)
         self.indexes = (self.slices.samples.index, self.validation.samples.index)
         check_indexes(*self.indexes)
         for index in self.indexes:
@@ -219,7 +221,9 @@ class Trainer:
         """The averaged weights on the whole validation set, and the fixed images as pictures. Returns for what it was
         cut short; the next life makes up for it."""
         averaged = self.learner.averaged
-        assert isinstance(averaged, Codec)
+        if not isinstance(averaged, Codec):
+            self.position.owed = False  # there is nothing to measure
+            return ""
         with watch.doing("validation"):
             measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stop.agreed)
             if not measured:
