@@ -171,6 +171,8 @@ def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None
     capital = tree(tmp_path / "capital", "Training/a/1.jpg", "Testing/a/2.jpg")
     with ZipFile(tmp_path / "flat.zip", "w") as archive:
         archive.writestr("1.jpg", jpeg(1))
+    with_zip = tar(tmp_path / "zip.tar", ("a/1.jpg", jpeg(1)), ("b.zip", (tmp_path / "flat.zip").read_bytes()))
+    assert keys(listing(with_zip, None, [])) == {"a/1": 0}
     for source, message in (
         (tmp_path / "flat.zip", "is a zip archive: unpack it, and give the folder"),
         (flat, "has no class folders: give .* --labels, or --unlabelled"),

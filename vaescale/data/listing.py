@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from tarfile import TarInfo
 from typing import NamedTuple
-from zipfile import is_zipfile
 
 from . import DataError
 from .labels import class_of, read_labels
@@ -82,7 +81,7 @@ def listing(
     notes: list[str] = []
     if source.is_dir():
         found = list(_in_folder(source, out, passed, convert))
-    elif is_zipfile(source):
+    elif _begins(source, b"PK\3\4"):  # not zipfile.is_zipfile, which is true of a tar with a zip at its end
         raise DataError(f"{source} is a zip archive: unpack it, and give the folder")
     else:
         found, wrapper = _unwrapped(source, list(_in_tar(source, passed, convert)), flat)
@@ -252,6 +251,11 @@ def _loops(folder: str, name: str) -> bool:
 
 def _unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read ({error.strerror})")
+
+
+def _begins(source: Path, magic: bytes) -> bool:
+    with source.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _in_tar(source: Path, passed: Counter[str], convert: bool) -> Iterator[Found]:
