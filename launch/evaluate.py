@@ -46,6 +46,7 @@ from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
 from vaescale.evaluation.evaluate import evaluate, protocol, reconstruct
+from vaescale.evaluation.show import reconstructions
 from vaescale.interfaces import Codebooks, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import codebook, pictures
@@ -170,7 +171,7 @@ def evaluate_run(
         "channels": config.data.channels,
         "protocol": protocol(),
     }
-    return result, pictures.reconstructions(shown.x, reconstruction)
+    return result, reconstructions(shown.x, reconstruction)
 
 
 if __name__ == "__main__":

@@ -87,13 +87,16 @@ def test_grids_and_codebook_scalars_are_there(tmp_path: Path, start: Start, brow
         return {card.text.replace("\n", "") for card in browser.find_elements(By.CSS_SELECTOR, "card-view .tag")}
 
     wanted = {
-        "codebook/usage_window",
-        "codebook/perplexity",
+        "codebook/Usage_window",
+        "codebook/Perplexity",
         "codebook/counts",
-        "codebook/decoded",
-        "train/loss",
-        "val/reconstructions",
+        "codebook/Decoded",
+        "Train/Loss",
+        "Val/Reconstructions",
     }
+    cards = "return [...document.querySelectorAll('card-view .tag')].map(card => card.innerText.replace(/\\s/g, ''))"
+    waiting.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "card-view .tag")) >= 2)
+    assert browser.execute_script(cards)[:2] == ["Train/Loss", "Val/Reconstructions"]  # the first screen
     waiting.until(lambda _: wanted <= tags())
     waiting.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "image-card img")) >= 2)
     drawn = "return arguments[0].complete && arguments[0].naturalWidth"

@@ -74,6 +74,7 @@ class Shown(NamedTuple):
     columns: Sequence[str] = ()
     rows: Sequence[str] = ()
     title: str = ""
+    text: int = 0
 
 
 @pytest.fixture

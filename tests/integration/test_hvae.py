@@ -93,7 +93,7 @@ def test_what_there_is_to_see(trained: Path, start: Start, model: str) -> None:
     """Per-level rates that sum to the rate, grids in TensorBoard; evaluation and samples by the usual commands."""
     run, levels = trained / Case(model).name / "run", range(LEVELS[model])
     board = EventAccumulator(str(run / "tensorboard")).Reload()
-    pictures = {"val/reconstructions", "val/samples", "val/progressive", "val/rates"}
+    pictures = {"Val/Reconstructions", "Val/Samples", "Val/progressive", "Val/rates"}
     assert pictures <= set(board.Tags()["images"])
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert sum(last[f"val/rate/level{level}"] for level in levels) == pytest.approx(last["val/rate"])

@@ -15,6 +15,7 @@ from vaescale.data.order import Order
 from vaescale.data.stream import Samples
 from vaescale.interfaces import Batch
 from vaescale.lifecycle import checkpoint
+from vaescale.monitoring.board import tag
 
 
 def tensors(trained: Path, case: Case, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -100,13 +101,15 @@ def test_the_board_of_a_real_run(trained: Path) -> None:
     """Every group of scalars, the pictures, the histogram and the config are there, at the steps they should be."""
     events = EventAccumulator(str(trained / Case(2).name / "run" / "tensorboard")).Reload()
     tags = events.Tags()
-    groups = {tag.split("/")[0] for tag in tags["scalars"]}
-    assert groups == {"train", "val", "codebook", "optim", "perf", "data"}
+    groups = {name.split("/")[0] for name in tags["scalars"]}
+    assert groups == {"Train", "Val", "codebook", "optim", "perf", "data"}
     wanted = "usage_window usage_ever usage_ema perplexity entropy entropy_share age_mean age_max resets_per_step "
     wanted += "commitment alarm"
-    assert {f"codebook/{name}" for name in wanted.split()} <= set(tags["scalars"])
-    assert {"val/reconstructions", "codebook/map", "codebook/decoded"} == set(tags["images"])
+    assert {tag(f"codebook/{name}") for name in wanted.split()} <= set(tags["scalars"])
+    assert {"Val/Reconstructions", "codebook/map", "codebook/Decoded"} == set(tags["images"])
     assert "codebook/counts" in tags["histograms"]
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
-    assert [event.step for event in events.Images("val/reconstructions")] == [6, 12]
+    assert [event.step for event in events.Scalars("Train/Loss")] == list(range(1, STEPS + 1))
+    assert [event.step for event in events.Images("Val/Reconstructions")] == [6, 12]
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    assert not any("damaged" in name for name in tags["scalars"])
     assert "codes: 24" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()

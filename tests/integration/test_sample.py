@@ -55,4 +55,4 @@ def test_the_same_command_gives_the_same_pictures(run: Path, start: Start) -> No
     assert [event.step for event in board.Images("generate")] == [8]
     assert (run / "metrics.jsonl").read_bytes() == before
     training = EventAccumulator(str(run / "tensorboard")).Reload()
-    assert [event.step for event in training.Images("val/samples")] == [3, 6, 8]
+    assert [event.step for event in training.Images("Val/Samples")] == [3, 6, 8]

@@ -169,7 +169,7 @@ def test_the_picture_strikes_out_what_is_not_in_use(channels: int) -> None:
     side = pictures.TILE
     for number, code in enumerate(codes.tolist()):
         row, place = divmod(number, 3)
-        top, left = pictures.CAPTION + row * (side + 2) + 2, place * (side + 2) + 2
+        top, left = pictures.line_height(pictures.TEXT) + row * (side + 2) + 2, place * (side + 2) + 2
         shown = sheet[top : top + side, left : left + side]
         assert (shown[2, 2] == 40 * number).all()
         assert (shown == 40 * number).all() == (code != 2)

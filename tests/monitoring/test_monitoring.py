@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from vaescale.monitoring import codebook, pictures
-from vaescale.monitoring.board import Board, read_lines
+from vaescale.monitoring.board import Board, read_lines, tag
 from vaescale.monitoring.console import Console
 
 
@@ -34,7 +35,42 @@ def test_a_resumed_board_is_one_monotone_curve(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["train/loss"]) for line in lines] == expected
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == expected
+    assert [(event.step, event.value) for event in events.Scalars("Train/Loss")] == expected
+
+
+def test_tensorboard_shows_first_what_people_look_for() -> None:
+    """It orders by name, capitals before small letters."""
+    names = (
+        "codebook/age_max codebook/counts codebook/perplexity codebook/usage_ema data/epoch optim/lr perf/memory_gib "
+    )
+    names += (
+        "train/bits_per_dim train/loss val/perplexity val/psnr val/reconstructions rate/level0 latents/alarm config"
+    )
+    assert sorted(map(tag, names.split())) == [
+        *("Train/Loss", "Train/bits_per_dim", "Val/Reconstructions", "Val/perplexity", "Val/psnr"),
+        *("codebook/Perplexity", "codebook/Usage_ema", "codebook/age_max", "codebook/counts"),
+        *("config", "data/epoch", "latents/alarm", "optim/lr", "perf/memory_gib", "rate/level0"),
+    ]
+
+
+def test_hparams_hold_settings_beside_final_numbers(tmp_path: Path) -> None:
+    board = Board(tmp_path, 0)
+    board.compare({"model.kind": "vae", "optimizer.lr": 1e-3, "batch": 8}, ["val/psnr"])
+    board.scalars({"val/psnr": 31.0}, 9)
+    board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (content,) = (
+        HParamsPluginData.FromString(data)
+        for name, data in events.PluginTagToContent("hparams").items()
+        if "start" in name
+    )
+    given = content.session_start_info.hparams
+    assert {name: value.string_value or value.number_value for name, value in given.items()} == {
+        **{"model.kind": "vae", "optimizer.lr": 1e-3, "batch": 8}
+    }
+    experiment = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/experiment"])
+    assert [info.name.tag for info in experiment.experiment.metric_infos] == ["Val/psnr"]
+    assert events.Scalars("Val/psnr")[-1].value == 31.0
 
 
 def test_a_life_that_ended_before_its_first_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
@@ -43,7 +79,7 @@ def test_a_life_that_ended_before_its_first_checkpoint_leaves_no_trace(tmp_path:
         for step in range(1, 4):
             board.scalars({"train/loss": value}, step)
         board.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("Train/Loss")
     assert [(event.step, event.value) for event in events] == [(1, 2.0), (2, 2.0), (3, 2.0)]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -149,32 +185,49 @@ def test_a_line_that_finds_no_room_leaves_none(tmp_path: Path, capsys: pytest.Ca
     assert [line["step"] for line in lines] == [1, 4]
     assert capsys.readouterr().out.count("cannot be written") == 1
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {1, 4} <= {event.step for event in events.Scalars("train/loss")}
+    assert {1, 4} <= {event.step for event in events.Scalars("Train/Loss")}
 
 
 @pytest.mark.parametrize(("size", "factor"), [(16, 6), (64, 2), (100, 1)])
 def test_a_grid_holds_input_reconstruction_and_error(size: int, factor: int) -> None:
-    """Small images enlarged, pixel by pixel."""
+    """Small images enlarged, pixel by pixel; captions take room below the reconstructions only."""
     x = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
     y = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
-    picture = pictures.reconstructions(x, y, per_row=2)
+    picture = pictures.reconstructions(x, y, ["1.0 dB", "2.0 dB", "3.0 dB"], per_row=2)
     error = np.clip(4 * np.abs(x.numpy().astype(int) - y.numpy()), 0, 255)
     side = factor * size
-    for number, row, place in ((0, 0, 0), (1, 0, 1), (2, 1, 0)):
-        top = pictures.CAPTION + row * (side + pictures.GAP)
+    line = pictures.line_height(pictures.legible(2 * (side + pictures.GAP)))
+    top = 0
+    for row in ((0, 1), (2,)):
         for kind, images in enumerate((x.numpy(), y.numpy(), error)):
-            left = pictures.GAP + place * (3 * (side + pictures.GAP) + 2 * pictures.GAP) + kind * (side + pictures.GAP)
-            shown = picture[top : top + side, left : left + side]
-            assert np.array_equal(shown, images[number].transpose(1, 2, 0).repeat(factor, 0).repeat(factor, 1))
+            top += line
+            for place, number in enumerate(row):
+                left = pictures.GAP + place * (side + pictures.GAP)
+                shown = picture[top : top + side, left : left + side]
+                assert np.array_equal(shown, images[number].transpose(1, 2, 0).repeat(factor, 0).repeat(factor, 1))
+                inked = (picture[top + side : top + side + line - 4, left : left + side] != pictures.PAPER).any()
+                assert inked == (kind == 1)
+            top += side + pictures.GAP + line * (kind == 1) + 2 * pictures.GAP
+    assert len(picture) == top - 2 * pictures.GAP
+
+
+def test_captions_are_legible_where_tensorboard_shows_a_picture() -> None:
+    """Its cards are 400 pixels wide; of letters, at least 10 pixels of height are left."""
+    for size, count in ((16, 3), (64, 8), (128, 8), (256, 8)):
+        x = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+        picture = pictures.reconstructions(x, x)
+        text = pictures.legible(picture.shape[1] - pictures.GAP)
+        assert text * min(1, 400 / picture.shape[1]) >= 9.5
+        assert len(picture) == 3 * (pictures.factor(size) * size + pictures.line_height(text)) + 7 * pictures.GAP
 
 
 def test_a_code_map_gives_each_code_one_colour() -> None:
     x = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     codes = torch.arange(16).view(1, 4, 4)
     picture = pictures.code_map(x, codes, size=16)
-    side = 96  # 16 pixels, enlarged
-    left = pictures.GAP + side + pictures.GAP
-    shown = picture[pictures.CAPTION : pictures.CAPTION + side, left : left + side]
+    side, left = 96, pictures.GAP  # 16 pixels, enlarged
+    top = 2 * pictures.line_height(pictures.TEXT) + side + 3 * pictures.GAP
+    shown = picture[top : top + side, left : left + side]
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) == 16
     assert (shown[:24, :24] == shown[0, 0]).all()
 
@@ -185,7 +238,7 @@ def test_a_captioned_grid_holds_its_images_row_by_row() -> None:
     plain = pictures.grid(images, 2)
     full = pictures.grid(images, 2, ["a", "a caption far too long for its column"], ["one", "two", "three"], "title")
     assert len(plain) == pictures.GAP + 3 * 100
-    assert full.shape[0] == 2 * pictures.CAPTION + 3 * 100
+    assert full.shape[0] == 2 * pictures.line_height(pictures.TEXT) + 3 * 100
     for picture in (plain, full):
         corner = picture.shape[1] - 200, picture.shape[0] - 300
         for number, image in enumerate(images[:, 0].numpy()):

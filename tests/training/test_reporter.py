@@ -1,5 +1,6 @@
 """What people see of a training, with a model that really learns and a learner that is none of ours."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from vaescale import settings
 from vaescale.advice import postmortem
 from vaescale.interfaces import Batch
 from vaescale.training.descent import grouped
-from vaescale.training.reporter import Reporter
+from vaescale.training.reporter import COMPARED, Reporter, compared
 from vaescale.training.resume import Position
 
 CONFIGS = Path(__file__).parent.parent / "integration"
@@ -51,6 +52,29 @@ def trained(run: Path, config: str, overrides: list[str], steps: range) -> tuple
         if (step + 1) % 50 == 0:
             reporter.report(0.0)
     return reporter, said
+
+
+def test_runs_are_compared_by_settings_that_exist() -> None:
+    """Each of them in some model."""
+    found: dict[str, Any] = {}
+    for config in ("tiny.yaml", "tiny_vae.yaml"):
+        found |= compared(settings.load(CONFIGS / config, ["run=run", "data.root=data"]))
+    assert found.keys() == set(COMPARED)
+    assert (found["model.quantizer.codes"], found["model.beta"], found["optimizer.lr"]) == (24, 1.0, 0.01)
+
+
+def test_damaged_samples_are_counted_once_there_are_any(tmp_path: Path) -> None:
+    reporter, _ = trained(tmp_path, "tiny_vae.yaml", [], range(1, 1))
+    reporter.position.damaged = {"not a picture": 0, "cut or corrupt": 0}
+    for count in (0, 2):
+        reporter.position.damaged["cut or corrupt"] = count
+        reporter.position.advance(32)
+        reporter.window.add({"loss": torch.ones(())})
+        reporter.report(0.0)
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").open())
+    assert second.keys() - first.keys() == {"data/damaged_cut_or_corrupt"}
+    assert second["data/damaged_cut_or_corrupt"] == 2
+    reporter.close("")
 
 
 def test_a_collapse_is_said_once_and_kept_for_the_doctor(tmp_path: Path) -> None:

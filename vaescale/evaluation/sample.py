@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.order import mix
 from ..interfaces import Batch, Codec, Condition
-from ..monitoring.pictures import Picture, grid, joined, to_bytes
+from ..monitoring.pictures import Picture, factor, grid, joined, legible, to_bytes
 from .latents import moments, sums
 
 AT_ONCE = 64  # images decoded together
@@ -150,7 +150,10 @@ def at_temperatures(codec: Codec, condition: Condition) -> Picture:
     blocks = []
     for temperature in TEMPERATURES:
         images = from_prior(codec, in_turn(condition, SAMPLES), 0, temperature)
-        blocks.append(grid(images, PER_ROW, title=f"samples, temperature {temperature:g}"))
+        text = 2 * legible(
+            PER_ROW * factor(images.shape[-1]) * images.shape[-1]
+        )  # the blocks are almost as high as wide
+        blocks.append(grid(images, PER_ROW, title=f"samples, temperature {temperature:g}", text=text))
     return joined(blocks, axis=0)
 
 

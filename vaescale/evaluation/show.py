@@ -12,6 +12,7 @@ from ..monitoring import codebook, pictures
 from ..monitoring.pictures import Picture
 from . import sample
 from .evaluate import reconstruct
+from .metrics.reconstruction import psnr
 
 Pictures = Iterator[tuple[str, Picture]]  # (name on the board, picture), one at a time
 
@@ -20,10 +21,15 @@ Pictures = Iterator[tuple[str, Picture]]  # (name on the board, picture), one at
 def show(codec: Codec, shown: Batch) -> Pictures:
     """What this codec can do. shown: the fixed images, on the device."""
     y, latents = reconstruct(codec, shown)
-    yield "val/reconstructions", pictures.reconstructions(shown.x, y)
+    yield "val/reconstructions", reconstructions(shown.x, y)
     for capability, draw in PICTURES:
         if isinstance(codec, capability):
             yield from draw(codec, shown, latents)
+
+
+def reconstructions(x: Tensor, y: Tensor) -> Picture:
+    """With the PSNR of each image. uint8 [B, C, H, W]."""
+    return pictures.reconstructions(x, y, [f"{value:.1f} dB" for value in psnr(x, y).tolist()])
 
 
 def samples(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:

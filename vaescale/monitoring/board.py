@@ -14,12 +14,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from ..files import atomically, parse_json, read_json
 from .pictures import Picture
 
 METRICS = "metrics.jsonl"
 ALARMS = "alarms.json"
+# TensorBoard orders groups and cards by name, capitals before small letters, and opens the first two groups. So what
+# people look for first has a capital there; in metrics.jsonl all names are small.
+MAIN = ("train", "val")
+CARDS = {True: ("loss", "reconstructions", "samples"), False: ("usage", "perplexity", "decoded")}  # in MAIN, elsewhere
 END = b"}\n"  # of a line
 LONGEST = 1 << 20  # bytes of a line
 
@@ -53,14 +58,14 @@ class Board:
 
         def write(writer: SummaryWriter) -> None:
             for name, value in values.items():
-                writer.add_scalar(name, value, step)
+                writer.add_scalar(tag(name), value, step)
             writer.flush()
 
         self._write(write, {"step": step, **finite})
 
     def picture(self, name: str, picture: Picture, step: int) -> None:
         def write(writer: SummaryWriter) -> None:
-            writer.add_image(name, picture, step, dataformats="HWC")
+            writer.add_image(tag(name), picture, step, dataformats="HWC")
             writer.flush()
 
         self._write(write)
@@ -68,10 +73,21 @@ class Board:
     def code_counts(self, name: str, counts: Tensor, step: int) -> None:
         """Histogram of how often codes are used, as log10(1 + count): a few loved codes and many rare ones show."""
         logarithms = np.log10(1 + counts.cpu().numpy())
-        self._write(lambda writer: writer.add_histogram(name, logarithms, step))
+        self._write(lambda writer: writer.add_histogram(tag(name), logarithms, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         self._write(lambda writer: writer.add_text(name, text, step))
+
+    def compare(self, settings: dict[str, Any], names: Collection[str]) -> None:
+        """For TensorBoard's HParams: settings, numbers or words, beside the last values of these scalars."""
+        parts = hparams(settings, dict.fromkeys(map(tag, names), 0.0))
+
+        def write(writer: SummaryWriter) -> None:
+            for part in parts:
+                writer._get_file_writer().add_summary(part)
+            writer.flush()
+
+        self._write(write)
 
     def alarm(self, name: str, sentence: str, on: bool, step: int) -> None:
         """What is said when an alarm goes on or off: under Text, and in alarms.json for as long as it is on."""
@@ -122,6 +138,15 @@ class Board:
         finally:
             os.close(file)
         self._last = {**self._last, **line} if joins else line
+
+
+def tag(name: str) -> str:
+    """What TensorBoard calls it."""
+    group, slash, card = name.partition("/")
+    main = group in MAIN
+    return (
+        (group.capitalize() if main else group) + slash + (card.capitalize() if card.startswith(CARDS[main]) else card)
+    )
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -14,8 +14,10 @@ from torch import Tensor
 Picture = NDArray[np.uint8]
 
 GAP = 4  # pixels between images
-CAPTION = 18  # pixels of the line above them
+TEXT = 11  # pixels of a letter's height, at least
+SHOWN = 40  # TensorBoard shows a picture some 400 pixels wide: a fortieth of its width is legible there
 PAPER, INK = (250, 250, 248), (40, 40, 40)
+RECONSTRUCTION = "reconstruction"
 TILE = 24  # pixels of each code's picture
 LEAST = 96  # pixels a side; smaller images are shown enlarged
 ERROR_GAIN = 4  # the absolute error is multiplied by this, or one would see black
@@ -26,84 +28,109 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def reconstructions(x: Tensor, reconstruction: Tensor, per_row: int = 2) -> Picture:
-    """Rows of input | reconstruction | error, `per_row` images to a row. Both uint8 [B, 3, H, W]."""
+def reconstructions(x: Tensor, reconstruction: Tensor, below: Sequence[str] = (), per_row: int = 8) -> Picture:
+    """Rows of inputs, of their reconstructions with the captions `below`, and of their errors. Both uint8
+    [B, C, H, W]."""
     error = (x.int() - reconstruction.int()).abs().mul(ERROR_GAIN).clamp(max=255).to(torch.uint8)
-    columns = {"input": x, "reconstruction": reconstruction, f"error x{ERROR_GAIN}": error}
-    return _sheet(columns, per_row)
+    strips = {"input": x, RECONSTRUCTION: reconstruction, f"error x{ERROR_GAIN}": error}
+    return _strips(strips, per_row, {RECONSTRUCTION: below})
 
 
-def code_map(x: Tensor, codes: Tensor, size: int) -> Picture:
-    """Rows of input | codes: each code of [B, h, w] in a colour of its own among `size`. x: uint8 [B, 3, H, W]."""
+def code_map(x: Tensor, codes: Tensor, size: int, per_row: int = 8) -> Picture:
+    """Rows of inputs and of their codes: each code of [B, h, w] in a colour of its own among `size`. x: uint8
+    [B, C, H, W]."""
     colours = torch.tensor([_colour(code) for code in range(size)], dtype=torch.uint8)
     blocks = colours[codes.cpu()].permute(0, 3, 1, 2)
     repeat = x.shape[-1] // blocks.shape[-1]
-    return _sheet({"input": x, "codes": blocks.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3)}, per_row=3)
+    strips = {"input": x, "codes": blocks.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3)}
+    return _strips(strips, per_row)
 
 
-def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 24) -> Picture:
+def legible(width: int) -> int:
+    """Pixels of text in a picture so wide."""
+    return max(TEXT, round(width / SHOWN))
+
+
+def line_height(text: int) -> int:
+    """Pixels of a caption."""
+    return 4 + round(1.3 * text)
+
+
+def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 36) -> Picture:
     """The middle of what each of `codes` decodes to, row by row; those not in use are struck out.
 
     tiles: uint8 [N, 1 or 3, H, W]; codes: int64 [N], most used first; in_use: bool [K].
     """
     caption = f"{len(codes)} of {len(in_use)} codes, most used first; {int((~in_use).sum())} not in use (struck out)"
     side = min(TILE, *tiles.shape[-2:])
-    top, left = ((length - side) // 2 for length in tiles.shape[-2:])
-    tiles = _coloured(tiles)[:, :, top : top + side, left : left + side].permute(0, 2, 3, 1).cpu()
+    above, left = ((length - side) // 2 for length in tiles.shape[-2:])
+    tiles = _coloured(tiles)[:, :, above : above + side, left : left + side].permute(0, 2, 3, 1).cpu()
     per_row, pitch = min(per_row, len(tiles)), side + 2
-    font = ImageFont.load_default(size=11)
+    text = legible(per_row * pitch)
+    top, font = line_height(text), ImageFont.load_default(size=text)
     width = max(per_row * pitch + 2, math.ceil(font.getlength(caption)) + 2 * GAP)
-    sheet = Image.new("RGB", (width, CAPTION + -(-len(tiles) // per_row) * pitch + 2), PAPER)
+    sheet = Image.new("RGB", (width, top + -(-len(tiles) // per_row) * pitch + 2), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, 3), caption, INK, font)
     for number, (tile, alive) in enumerate(zip(tiles.numpy(), in_use[codes].tolist(), strict=True)):
         y, x = (pitch * place + 2 for place in divmod(number, per_row))
-        sheet.paste(Image.fromarray(tile), (x, y + CAPTION))
+        sheet.paste(Image.fromarray(tile), (x, y + top))
         if not alive:
-            stroke = (x, y + CAPTION + side - 1, x + side - 1, y + CAPTION)
+            stroke = (x, y + top + side - 1, x + side - 1, y + top)
             for colour, thickness in ((INK, 3), (PAPER, 1)):  # seen on any tile
                 draw.line(stroke, colour, thickness)
     return np.asarray(sheet)
 
 
 def grid(
-    images: Tensor, per_row: int, columns: Sequence[str] = (), rows: Sequence[str] = (), title: str = ""
+    images: Tensor,
+    per_row: int,
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    title: str = "",
+    below: Sequence[str] = (),
+    text: int = TEXT,
 ) -> Picture:
-    """Images row by row under a title, captions above the columns and before the rows. uint8 [N, 1 or 3, H, W]."""
+    """Images row by row under a title, captions above the columns, before the rows and below the images, in letters of
+    `text` pixels. uint8 [N, 1 or 3, H, W]."""
     images = enlarged(_coloured(images)).cpu()
     height, width = images.shape[-2:]
-    font = ImageFont.load_default(size=11)
+    font, caption = ImageFont.load_default(size=text), line_height(text)
     left = max((math.ceil(font.getlength(row)) + GAP for row in rows), default=0) + GAP
-    top = CAPTION * (bool(title) + bool(columns)) or GAP
-    lines = -(-len(images) // per_row)
+    top = caption * (bool(title) + bool(columns)) or GAP
+    lines, pitch = -(-len(images) // per_row), height + caption * bool(below) + GAP
     wide = max(left + per_row * (width + GAP), math.ceil(font.getlength(title)) + 2 * GAP)
-    sheet = Image.new("RGB", (wide, top + lines * (height + GAP)), PAPER)
+    sheet = Image.new("RGB", (wide, top + lines * pitch), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, 3), title, INK, font)
-    for column, caption in enumerate(columns):
-        draw.text((left + column * (width + GAP), top - CAPTION + 3), _cut(caption, width, font), INK, font)
-    for row, caption in enumerate(rows):
-        draw.text((GAP, top + row * (height + GAP) + height // 2 - 7), caption, INK, font)
+    for column, label in enumerate(columns):
+        draw.text((left + column * (width + GAP), top - caption + 3), _cut(label, width, font), INK, font)
+    for row, label in enumerate(rows):
+        draw.text((GAP, top + row * pitch + (height - text) // 2 - 1), label, INK, font)
     for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         row, column = divmod(number, per_row)
-        sheet.paste(Image.fromarray(image), (left + column * (width + GAP), top + row * (height + GAP)))
+        corner = left + column * (width + GAP), top + row * pitch
+        sheet.paste(Image.fromarray(image), corner)
+        if below:
+            draw.text((corner[0], corner[1] + height), _cut(below[number], width, font), INK, font)
     return np.asarray(sheet)
 
 
 def bars(values: Sequence[float], title: str) -> Picture:
     """Vertical bars from 0, numbered from 0."""
-    font = ImageFont.load_default(size=11)
+    text = legible(640)
+    font, caption = ImageFont.load_default(size=text), line_height(text)
     pitch, height, most = max(8, min(40, 640 // len(values))), 160, max([*values, 1e-9])
     width = max(pitch * len(values), math.ceil(font.getlength(title))) + 4 * GAP
-    sheet = Image.new("RGB", (width, height + 3 * CAPTION), PAPER)
+    sheet = Image.new("RGB", (width, height + 3 * caption), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, 3), title, INK, font)
-    draw.text((GAP, CAPTION), f"highest bar {most:.3g}", INK, font)
-    base = 2 * CAPTION + height
+    draw.text((GAP, caption), f"highest bar {most:.3g}", INK, font)
+    base = 2 * caption + height
     for number, value in enumerate(values):
         left = 2 * GAP + number * pitch
         draw.rectangle((left, base - round(height * max(value, 0) / most), left + pitch - 3, base), (70, 110, 160))
-        if number % math.ceil(24 / pitch) == 0:
+        if number % math.ceil(2 * text / pitch) == 0:
             draw.text((left, base + 2), str(number), INK, font)
     return np.asarray(sheet)
 
@@ -124,9 +151,14 @@ def joined(pictures: Sequence[Picture], axis: int) -> Picture:
 
 
 def enlarged(images: Tensor) -> Tensor:
-    """Each pixel repeated by the smallest whole factor that makes the images at least LEAST pixels wide."""
-    factor = max(1, -(-LEAST // images.shape[-1]))
-    return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    """Each pixel repeated by the `factor`."""
+    times = factor(images.shape[-1])
+    return images.repeat_interleave(times, -2).repeat_interleave(times, -1)
+
+
+def factor(width: int) -> int:
+    """The smallest whole one that makes images so wide at least LEAST pixels wide."""
+    return max(1, -(-LEAST // width))
 
 
 def save(picture: Picture, path: Any) -> None:
@@ -144,25 +176,18 @@ def _coloured(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def _sheet(columns: dict[str, Tensor], per_row: int) -> Picture:
-    """The columns side by side under their captions, again and again until a row holds `per_row` images."""
-    stacked = torch.stack([enlarged(_coloured(images)) for images in columns.values()], dim=1).cpu()
-    count, kinds, _, height, width = stacked.shape
+def _strips(strips: dict[str, Tensor], per_row: int, below: dict[str, Sequence[str]] | None = None) -> Picture:
+    """Each a row of the same images, or rows that take turns. below: captions of some strips' images."""
+    count, _, _, width = next(iter(strips.values())).shape
     per_row = min(per_row, count)
-    rows = -(-count // per_row)
-    group = kinds * (width + GAP) + 2 * GAP
-    sheet = Image.new("RGB", (per_row * group - GAP, CAPTION + rows * (height + GAP) + GAP), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=11)
-    for number in range(count):
-        row, place = divmod(number, per_row)
-        for kind, caption in enumerate(columns):
-            left = place * group + GAP + kind * (width + GAP)
-            if row == 0:
-                draw.text((left, 3), caption, INK, font)
-            image = Image.fromarray(stacked[number, kind].permute(1, 2, 0).numpy())
-            sheet.paste(image, (left, CAPTION + row * (height + GAP)))
-    return np.asarray(sheet)
+    text = legible(per_row * (factor(width) * width + GAP))
+    blocks = []
+    for begin in range(0, count, per_row):
+        part = slice(begin, begin + per_row)
+        for name, images in strips.items():
+            captions = (below or {}).get(name, ())[part]
+            blocks.append(grid(images[part], per_row, title=name, below=captions, text=text))
+    return joined(blocks, axis=0)
 
 
 def _cut(text: str, width: int, font: Any) -> str:

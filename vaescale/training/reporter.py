@@ -21,6 +21,12 @@ from ..settings import Config, shape
 from .learner import Learner
 from .resume import Position
 
+COMPARED = (
+    *("model.kind", "model.latents", "model.width", "model.beta", "model.free_bits", "model.warmup"),
+    *("model.quantizer.kind", "model.quantizer.codes", "model.quantizer.dim", "model.quantizer.beta"),
+    *("optimizer.lr", "optimizer.warmup", "batch", "steps", "ema", "precision", "seed", "data.size"),
+)
+
 
 @dataclass
 class Window:
@@ -91,7 +97,8 @@ class Reporter:
             values[f"{posterior.NAME}/alarm"] = float(posterior.NAME in position.alarms)
         values |= self._speed(seconds)
         values["data/epoch"] = epoch
-        values |= {f"data/damaged_{cause.replace(' ', '_')}": float(count) for cause, count in position.damaged.items()}
+        damaged = {cause.replace(" ", "_"): count for cause, count in position.damaged.items() if count}
+        values |= {f"data/damaged_{cause}": float(count) for cause, count in damaged.items()}
         if self.board:
             self.board.scalars(values, position.step)
         self.console.report(position.step, values)
@@ -140,6 +147,8 @@ class Reporter:
         if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
             title = "bits/dim that each level of latents costs, coarse to fine"
             self.board.picture("val/rates", pictures.bars(rates, title), step)
+        if step == self.config.steps:
+            self.board.compare(compared(self.config), values)
         self.board.scalars(values, step)  # at last: by its line a later process knows that all is written
 
     def close(self, ended: str) -> None:
@@ -147,6 +156,18 @@ class Reporter:
         self.console.say(ended)
         if self.board:
             self.board.close()
+
+
+def compared(config: Config) -> dict[str, Any]:
+    """The settings that runs are compared by, of those that this model has."""
+    found = {}
+    for name in COMPARED:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def _verbatim(text: str) -> str:
