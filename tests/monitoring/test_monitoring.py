@@ -1,5 +1,6 @@
 import json
 import resource
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -270,11 +271,12 @@ def test_a_log_line_says_what_one_looks_at_first(capsys: pytest.CaptureFixture[s
     console = Console(0, 200, loud=True)
     console.report(20, {"train/loss": 0.5, "train/psnr": 30.0, "data/wait_share": 0.012, "optim/lr": 1e-3})
     line = capsys.readouterr().out
-    assert "step  20/200  loss 0.5000  PSNR 30.00  lr 1.00e-03  data wait 1.2%  ETA" in line
+    assert "step  20/200  loss 0.5000  PSNR 30.00  lr 1.00e-03  data wait 1.2%  elapsed 0:00:00  ETA 0:00:0" in line
+    assert datetime.strptime(line[-9:-1], "%H:%M:%S")
     usage = {f"codebook{level}/usage_window": share for level, share in enumerate([0.75, 0.5, 1.0])}
     console.report(40, {**usage, "codebook0/usage_ever": 0.1, "codebook0/perplexity": 9.0, "codebook1/perplexity": 9.0})
-    assert "step  40/200  usage 0.500–1.000  perplexity 9.0  ETA" in capsys.readouterr().out
+    assert "step  40/200  usage 0.500–1.000  perplexity 9.0  elapsed" in capsys.readouterr().out
     console.report(60, {"codebook/usage_window": 0.5})
-    assert "step  60/200  usage 0.500  ETA" in capsys.readouterr().out
+    assert "step  60/200  usage 0.500  elapsed" in capsys.readouterr().out
     Console(0, 200, loud=False).report(20, {"train/loss": 0.5})
     assert capsys.readouterr() == ("", "")

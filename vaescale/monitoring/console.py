@@ -2,7 +2,7 @@
 
 import sys
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 
 from tqdm import tqdm
@@ -22,10 +22,13 @@ class Console:
         self._bar.update()
 
     def report(self, step: int, values: dict[str, float]) -> None:
-        """The numbers one looks at first. Missing ones (a model without codebook) are left out; of several codebooks,
-        the lowest and the highest are given."""
+        """The numbers one looks at first, how long this process has trained, how long it will yet, and the time of day.
+        Missing numbers (a model without codebook) are left out; of several codebooks, the lowest and the highest are
+        given."""
+        passed = time.monotonic() - self._begun
+        left = passed / max(1, step - self._start) * (self._steps - step)
         parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", *_shown(values)]
-        parts.append(f"ETA {self._left(step)}")
+        parts += [f"elapsed {_clock(passed)}", f"ETA {_clock(left)}", f"at {datetime.now():%H:%M:%S}"]
         self.say("  ".join(parts))
 
     def say(self, line: str) -> None:
@@ -36,9 +39,9 @@ class Console:
     def close(self) -> None:
         self._bar.close()
 
-    def _left(self, step: int) -> timedelta:
-        per_step = (time.monotonic() - self._begun) / max(1, step - self._start)
-        return timedelta(seconds=round(per_step * (self._steps - step)))
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def _shown(values: dict[str, float]) -> list[str]:
