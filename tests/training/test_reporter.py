@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -11,6 +12,7 @@ from vaescale import settings
 from vaescale.advice import postmortem
 from vaescale.interfaces import Batch
 from vaescale.training.descent import grouped
+from vaescale.training.flops import per_image
 from vaescale.training.reporter import COMPARED, Reporter, compared
 from vaescale.training.resume import Position
 
@@ -75,6 +77,16 @@ def test_damaged_samples_are_counted_once_there_are_any(tmp_path: Path) -> None:
     assert second.keys() - first.keys() == {"data/damaged_cut_or_corrupt"}
     assert second["data/damaged_cut_or_corrupt"] == 2
     reporter.close("")
+
+
+def test_model_flops_are_reported_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vaescale.training.reporter.peak", lambda config, device: 1e9)
+    reporter, said = trained(tmp_path, "tiny_vae.yaml", ["batch=32"], range(50))
+    reporter.close("")
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").open())
+    assert line["perf/step_flops"] == 32 * per_image(reporter.config)
+    assert line["perf/mfu"] == pytest.approx(line["perf/step_flops"] / line["perf/seconds_per_step"] / 1e9)
+    assert f"MFU {line['perf/mfu']:.1%}" in said[0]
 
 
 def test_a_collapse_is_said_once_and_kept_for_the_doctor(tmp_path: Path) -> None:

@@ -63,5 +63,6 @@ COLUMNS = {
     "|g|": ("optim/gradient_norm", ".3f"),
     "lr": ("optim/lr", ".2e"),
     "img/s": ("perf/images_per_second", ".1f"),
+    "MFU": ("perf/mfu", ".1%"),
     "data wait": ("data/wait_share", ".1%"),
 }

@@ -18,6 +18,7 @@ from ..monitoring import alarm, codebook, pictures, posterior
 from ..monitoring.board import Board
 from ..monitoring.console import Console
 from ..settings import Config, shape
+from .flops import peak, per_image
 from .learner import Learner
 from .resume import Position
 
@@ -60,11 +61,15 @@ class Reporter:
         self.pace = Pace(model, device)
         self.posterior = posterior.Posterior(config.model, config.optimizer.warmup, position.alarms)
         self.board: Board | None = None
+        self.flops, self.peak = 0, 0.0  # of an image, and a device's a second; known to rank 0 where there is a peak
         self.window = Window()
 
     def open(self) -> None:
         """On rank 0. Raises OSError if the board's files cannot be made."""
         self.board = Board(Path(self.config.run), self.position.step, self.position.alarms)
+        self.peak = peak(self.config, self.device)
+        if self.peak:
+            self.flops = per_image(self.config)
         self.board.text("config", _verbatim(mechanics.to_yaml(self.config)), self.position.step)
 
     def begin(self, banner: str, topology: str, remarks: Iterable[str]) -> None:
@@ -112,6 +117,10 @@ class Reporter:
         }
         if self.device.type == "cuda":
             values["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.flops:
+            values["perf/step_flops"] = float(self.flops * self.config.batch)
+            work = self.flops * values["perf/images_per_second"]
+            values["perf/mfu"] = work / (self.peak * distributed.world())
         if said := self.pace.report(window.waited, window.steps, seconds):
             self.console.say(said)
         return {**values, "perf/slowest_rank": self.pace.times, "data/wait_share": window.waited / seconds}
