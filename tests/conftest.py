@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vaescale import distributed
 from vaescale.data.shards import Sample, write
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "train", samples(90), 20, [])
     write(root / "val", samples(11, seed=1), 4, [])
     return root
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[None]:
+    """One for all tests of this process: DeepSpeed keeps what it derived from the first one."""
+    distributed.init()
+    yield
+    distributed.finish()
 
 
 def free_port() -> int:

@@ -1,0 +1,42 @@
+"""The code of the page that says how to add a model, trained as any other."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vaescale import models, settings
+from vaescale.interfaces import Batch, Codec
+from vaescale.models import Family
+from vaescale.training.descent import Descent
+
+PAGE = Path(models.__file__).parent / "README.md"
+
+
+def test_the_model_of_the_page_trains(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert code
+    file = tmp_path / "patches.py"
+    file.write_text(code[1])
+    spec = importlib.util.spec_from_file_location("patches", file)
+    patches = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(patches)
+    monkeypatch.setitem(models.MODELS, "patches", Family(patches.Config, patches.Patches))
+
+    (tmp_path / "c.yaml").write_text(
+        "model: {kind: patches}\ndata: {size: 16}\nprecision: fp32\noptimizer: {lr: 1e-2}\n"
+    )
+    config = settings.load(tmp_path / "c.yaml", ["steps=150", "batch=8", "run=none"])
+    settings.check(config, world=1)
+    torch.manual_seed(0)
+    model = settings.build(config)
+    learner = Descent(model, config)
+    coarse = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)).mul(255).byte()
+    x = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    batch = Batch(x, torch.zeros(8).long(), torch.zeros(8, 0), torch.arange(8))
+    losses = [float(learner.step([batch], step)["loss"]) for step in range(config.steps)]
+    assert losses[-1] < 0.2 * losses[0]
+    assert isinstance(model, Codec)
+    assert model.decode(model.encode(batch)).shape == x.shape
