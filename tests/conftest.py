@@ -26,6 +26,11 @@ KINDS = {
     "cluster": "cluster",
 }
 
+# A shell starts what runs in the background with ^C ignored, nohup with SIGHUP ignored, and all processes that the
+# tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
