@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from . import settings, trained
-from .data.decode import Pixels, grey, opened_image, validation_image
+from .data import stream
+from .data.decode import Pixels, opened_image
 from .evaluation.sample import from_prior
 from .interfaces import Batch, Codebooks, Codec, Condition
 from .monitoring.pictures import to_bytes
@@ -50,6 +51,7 @@ class Trained:
 
     def __init__(self, codec: Codec, config: settings.Config, step: int, device: torch.device) -> None:
         self.codec, self.config, self.step, self.device = codec, config, step, device
+        self.reader = stream.pictures(config.data)
 
     @torch.no_grad()
     def encode(
@@ -70,12 +72,11 @@ class Trained:
         images = list(self._squares(pictures))
         if not images:
             raise ValueError("there are no pictures to encode")
-        images = images if self.config.data.channels == 3 else [grey(image) for image in images]
         condition = self._condition(label, attributes, len(images))
         parts = []
         for start in range(0, len(images), AT_ONCE):
             part = slice(start, start + AT_ONCE)
-            x = torch.from_numpy(np.stack(images[part])).permute(0, 3, 1, 2)  # channels_last, as the data pipeline
+            x = self.reader.stack(images[part])
             numbers = torch.arange(start, start + len(x))
             batch = Batch(x, condition.label[part], condition.attributes[part], numbers)
             parts.append(self.codec.encode(batch.to(self.device)))
@@ -119,7 +120,7 @@ class Trained:
 
     def _squares(self, pictures: Any) -> Iterator[Pixels]:
         """uint8 [size, size, 3] each."""
-        size, most = self.config.data.size, self.config.data.most_megapixels
+        size = self.config.data.size
         match pictures:
             case list() | tuple():
                 for one in pictures:
@@ -132,7 +133,7 @@ class Trained:
                     )
                 yield opened_image(pictures, size)
             case str() | os.PathLike():
-                yield validation_image(Path(pictures).read_bytes(), size, most)
+                yield self.reader.validation(Path(pictures).read_bytes())
             case Tensor() | np.ndarray():
                 for pixels in _pixels(pictures):
                     yield opened_image(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), size)
