@@ -1,4 +1,4 @@
-"""One file per idea. A model knows no DeepSpeed and no files."""
+"""The model families, one file each. Models use neither DeepSpeed nor files."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -8,9 +8,9 @@ from . import autoencoder, hvae, pca, vae, vdvae, vqvae
 
 
 class Family(NamedTuple):
-    config: type[Any]  # its settings, a dataclass
+    config: type[Any]  # the dataclass of its settings
     build: Callable[..., Model]  # (settings, shape, seed) → model
-    learner: Literal["descent", "closed_form"] = "descent"  # how it learns: a key of training.learner.LEARNERS
+    learner: Literal["descent", "closed_form"] = "descent"  # a key of training.learner.LEARNERS
 
 
 MODELS = {  # model.kind → its family

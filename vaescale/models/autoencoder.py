@@ -1,9 +1,9 @@
-"""The autoencoder without a prior, to compare others with: ‖x − d(e(x))‖².
+"""An autoencoder without a prior, a baseline that minimises ‖x − d(e(x))‖².
 
     image [B, C, H, W] → encoder → fp32 [B, m] → decoder → [B, C, H, W]
 
-With `network.kind: linear` its optimum spans the space of the m leading principal components (Baldi, Hornik 1989,
-"Neural networks and principal component analysis"), though its axes are any basis of it.
+With `network.kind: linear` the optimum spans the same space as the m leading principal components, in an arbitrary
+basis (Baldi, Hornik 1989, "Neural networks and principal component analysis").
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Autoencoder(Model):
         self.decoder = decoder(config.network, shape, config.latents, shape.channels)
 
     def forward(self, batch: Batch, step: int) -> Output:
-        """The loss is the squared error of pixels in [0, 1], summed over an image, mean over images."""
+        """Return the squared error of pixels in [0, 1] as the loss, summed over each image and averaged over images."""
         del step
         x = batch.x / 255
         reconstruction = self._images(self._latents(x))
@@ -42,14 +42,14 @@ class Autoencoder(Model):
         return Output(errors.mean() * x[0].numel(), fidelity(errors), reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """fp32 [B, m]"""
-        del temperature  # an autoencoder is certain
+        """Return latents fp32 [B, m]."""
+        del temperature  # the encoder is deterministic
         return [self._latents(batch.x / 255).float()]
 
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
-        """Raises ValueError without latents: there is no prior to draw them from."""
+        """Decode latents to images [B, C, H, W]. Raises ValueError without latents: there is no prior to draw from."""
         del condition, temperature, draw  # the decoder is deterministic and unconditional
         if not latents:
             raise ValueError("an autoencoder has no prior to draw samples from: give the latents, or train a VAE")
@@ -57,7 +57,7 @@ class Autoencoder(Model):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights: half under DeepSpeed's fp16 engine."""
+        """The data type of the weights: half precision under DeepSpeed's fp16 engine."""
         return next(self.encoder.parameters()).dtype
 
     def _latents(self, x: Tensor) -> Tensor:

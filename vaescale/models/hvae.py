@@ -4,9 +4,9 @@
     bottom-up:  q(z1|x) from the image, then q(z2|z1)
     top-down:   q(z2|x) from the image, then q(z1|x, z2)
 
-−ELBO = −E log p(x|z1) + E log q(z1|·)/p(z1|z2) + E KL(q(z2|·) ‖ p(z2)). Top-down, the middle term, too, is a KL in
-closed form; bottom-up it is not, since z2 was drawn given z1. All but p(z2) are also given the condition, if there is
-one. With `network.kind: linear` every map is one linear map.
+−ELBO = −E log p(x|z1) + E log q(z1|·)/p(z1|z2) + E KL(q(z2|·) ‖ p(z2)). Top-down, the middle term is also a KL in
+closed form. Bottom-up it is not, because z2 is drawn given z1. Every distribution except p(z2) also depends on the
+condition, if the model has one. With `network.kind: linear` every network is one linear map.
 """
 
 from dataclasses import dataclass, field
@@ -51,8 +51,8 @@ class TwoLevels(Net):
         self.p_low = _map(config.network, top + condition, 2 * low)
         self.decoder = decoder(config.network, shape, low + condition, likelihood.channels)
         if self.q_low is not None:
-            # Two ReLU layers more than bottom-up lie between image and q(z1). By torch's default hardly anything of the
-            # image arrives there, and training loses 0.2 bits/dim: configs/README.md.
+            # Two more ReLU layers than in bottom-up separate the image from q(z1). With torch's default initialisation
+            # little of the image's signal reaches q(z1), which costs 0.2 bits/dim (configs/README.md).
             he_(self.encoder, last=True)
             he_(self.q_top, last=False)
             he_(self.q_low, last=False)
@@ -81,17 +81,17 @@ class TwoLevels(Net):
         return self.decoder(beside(h.to(self.dtype), told))
 
     def _prior(self, top: Tensor, told: Tensor | None) -> gaussian.Normal:
-        """p(z1|z2)"""
+        """Return p(z1|z2)."""
         return gaussian.normal(self.p_low(beside(top.to(self.dtype), told)))
 
 
 def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
-    """Raises ValueError for values that cannot be."""
+    """Build the model. Raises ValueError for invalid settings."""
     return Variational(config, shape, seed, partial(TwoLevels, config, shape))
 
 
 def _map(network: Network, dim: int, out: int) -> nn.Module:
-    """[B, dim] → [B, out]"""
+    """A network [B, dim] → [B, out]."""
     if network.kind == "linear":
         return nn.Linear(dim, out)
     return nn.Sequential(nn.Linear(dim, network.hidden), nn.ReLU(), nn.Linear(network.hidden, out))

@@ -1,12 +1,12 @@
-"""Principal component analysis, in closed form over the whole stream; and the Gaussian that it is the estimate of:
+"""Principal component analysis in closed form over the whole stream, and the Gaussian model that it estimates:
 Tipping, Bishop 1999, "Probabilistic principal component analysis".
 
     image [B, C, H, W] → minus the mean, onto the m leading eigenvectors of the covariance → scores fp32 [B, m] → image
 
-With `patch: p` an image is a grid of patches of p × p pixels, all of them samples of one PCA: [B, m, H/p, W/p].
+With `patch: p` each image is a grid of p × p pixel patches, which are all samples of one PCA: [B, m, H/p, W/p].
 
-Nothing is descended: the learner sums moments, and `solve` takes the eigenvectors. With D = C·H·W (or C·p·p) that
-costs 2·D² operations a row, about 9·D³ a solution, and meanwhile some five matrices of 8·D² bytes on each rank.
+There is no gradient descent: the learner sums moments and `solve` computes the eigenvectors. With D = C·H·W (or C·p·p)
+this takes 2·D² operations per row, about 9·D³ for the solution, and about five matrices of 8·D² bytes on each rank.
 """
 
 import math
@@ -24,29 +24,31 @@ from ..nn.fidelity import fidelity, squared_errors
 from ..nn.likelihood import DELTA, UNIFORM
 from ..ranges import ranged, require
 
-LARGEST = 16384  # subpixels: the covariance has 2 GiB
-SHOWN = 15  # components in a picture
+LARGEST = 16384  # subpixels; the covariance then takes 2 GiB
+SHOWN = 15  # components that `basis` shows
 
 
 @dataclass(frozen=True)
 class Config:
     kind: str = "pca"
     latents: int = ranged(32, least=1)  # m, components
-    patch: int = ranged(0, least=0)  # p, pixels a side; 0: the whole image is one
+    patch: int = ranged(0, least=0)  # p, pixels per side; 0: the whole image is one patch
 
 
 class PCA(Model):
-    """Pixels are in [0, 1]. The numbers are scikit-learn's for x / 255: `variance` and `noise` have n − 1 below.
-    `noise` alone differs where there are fewer rows n than subpixels D: scikit-learn then averages min(n, D) − m
-    eigenvalues, here it is all D − m of Tipping and Bishop's equation 8, zeros among them: the likeliest noise.
+    """PCA of pixels in [0, 1]. The estimates equal scikit-learn's for x / 255; `variance` and `noise` divide by n − 1.
+    Only `noise` differs, and only with fewer rows n than subpixels D: scikit-learn then averages min(n, D) − m
+    eigenvalues. This class averages all D − m, zeros included, which is the maximum likelihood (Tipping and Bishop,
+    equation 8).
 
     The model of images is x = μ + V s + ε with s ~ N(0, λ − σ²) and ε ~ N(0, σ² I), where σ² is the mean of the
-    left-out eigenvalues: the most likely one (Tipping and Bishop, equations 7 and 8). That of *dequantised* images,
-    8-bit ones plus uniform noise within their bins, has all eigenvalues and σ² larger by UNIFORM, and the same prior.
+    discarded eigenvalues, the maximum-likelihood estimate (Tipping and Bishop, equations 7 and 8). *Dequantised*
+    images are 8-bit images plus uniform noise within each bin. In their model all eigenvalues and σ² are larger by
+    UNIFORM, and the prior is the same.
     """
 
     def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
-        del seed  # nothing is drawn
+        del seed  # nothing is random
         super().__init__()
         require(config, "model")
         self.config = config
@@ -80,8 +82,8 @@ class PCA(Model):
         return Output(errors.mean(), fidelity(errors), reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """The scores u = Vᵀ(x − μ), whose decoding is the nearest image. The posterior mean of `bound` is shorter by
-        the factor (λ − σ²) / λ."""
+        """Return the scores u = Vᵀ(x − μ), fp32 [B, m] or [B, m, H/p, W/p]: they decode to the nearest image. The
+        posterior mean in `bound` is smaller by the factor (λ − σ²) / (λ + UNIFORM)."""
         u = self._scores(self._rows(batch.x) / 255)
         if temperature:
             u = u + temperature * self._posterior()[1].sqrt() * torch.randn_like(u)
@@ -90,7 +92,7 @@ class PCA(Model):
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
-        """Raises ValueError where neither latents nor a condition say how many images."""
+        """Decode scores, or draw as many images as the condition has entries. Raises ValueError without either."""
         if latents:
             u = rearrange(latents[0], "b m h w -> b (h w) m") if self.config.patch else latents[0][:, None]
         elif condition is not None:
@@ -105,8 +107,8 @@ class PCA(Model):
         return self._images(rows)
 
     def bound(self, batch: Batch, draw: int = 0) -> Bound:
-        """That of the dequantised image. The posterior is the true one, so distortion − log_ratio is the same for
-        every draw. Patches count as independent."""
+        """Return the bound of the dequantised image. The posterior is exact, so distortion − log_ratio is the same for
+        every draw. Patches are treated as independent."""
         x = self._rows(batch.x) / 255
         prior, c = self._prior(), self.noise + UNIFORM
         shrink, variance = self._posterior()
@@ -121,16 +123,17 @@ class PCA(Model):
         return Bound(distortion.sum((1, 2)), rate.sum((1, 2))[None], log_ratio.sum((1, 2)))
 
     def moments(self) -> Moments:
-        """Where the images are to be summed up."""
+        """Return empty moments to sum images into."""
         return Moments(len(self.mean)).to(self.mean.device)
 
     def count(self, moments: Moments, batch: Batch, counted: Tensor) -> None:
-        """Add those images of the batch that are `counted`, bool [B]."""
+        """Add the images of the batch where `counted`, bool [B], is true."""
         rows = self._rows(batch.x)
         moments.add(rows.flatten(0, 1), counted.repeat_interleave(rows.shape[1]))
 
     def solve(self, sums: dict[str, Tensor]) -> None:
-        """sums: those of Moments, over all ranks. Collective; rank 0's solution on all ranks.
+        """Compute the components from `sums`, those of Moments over all ranks. Collective: rank 0 solves, and all ranks
+        receive its solution.
 
         Signs are scikit-learn's: the largest entry of each component is positive.
         """
@@ -147,19 +150,19 @@ class PCA(Model):
             distributed.broadcast_(buffer)
 
     def explained(self) -> Tensor:
-        """Share of the variance that the components hold, in [0, 1]."""
+        """Return the share of the variance that the components explain, in [0, 1]."""
         held = self.variance.sum()
         return held / (held + self.noise * (len(self.mean) - self.config.latents)).clamp(min=1e-12)
 
     def basis(self) -> Tensor:
-        """Of a patch, where the image is a grid of them."""
+        """Return the mean and the leading components as images [k, C, p, p]: of a patch, if `patch` is set."""
         shown = self.components[:SHOWN]
         scaled = 0.5 + shown / (2 * shown.abs().amax(1, keepdim=True).clamp(min=1e-12))
         rows = torch.cat([self.mean[None], scaled])
         return rearrange(rows, "k (c p q) -> k c p q", c=self.shape.channels, p=self.side)
 
     def _prior(self) -> Tensor:
-        """Variances of s [m]; never zero, so that a component without variance costs nothing, and is no NaN."""
+        """Variances of s [m], clamped above zero: a component without variance costs nothing instead of giving NaN."""
         return (self.variance - self.noise).clamp(min=1e-12)
 
     def _posterior(self) -> tuple[Tensor, Tensor]:
@@ -172,7 +175,7 @@ class PCA(Model):
         return (rows - self.mean) @ self.components.T
 
     def _rows(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, patches, D]"""
+        """[B, C, H, W] → [B, patches, D]."""
         return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.side, q=self.side)
 
     def _images(self, rows: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""VAE: Kingma, Welling 2014, "Auto-encoding variational Bayes"; conditional where it is told labels or attributes.
+"""VAE: Kingma, Welling 2014, "Auto-encoding variational Bayes"; conditional on labels or attributes if configured.
 
     image [B, C, H, W] → encoder → q(z|x) = N(g, diag h²) → z = g + h ⊙ ζ, [B, m] → decoder → p(x|z);  p(z) = N(0, I)
 
-One network gives g and log h. With the Gaussian likelihood the loss is C ‖x − f(z)‖² + KL(q‖p) up to a constant, with
-C = 1/(2c) and c given or learned. A label y and attributes stand beside the image in the encoder and beside z in the
-decoder, q(z|x, y) and p(x|z, y) (Sohn, Lee, Yan 2015); p(z) does not depend on them.
+One network outputs g and log h. With the Gaussian likelihood the loss is C ‖x − f(z)‖² + KL(q‖p) up to a constant, with
+C = 1/(2c) and c fixed or learned. A label y and attributes are concatenated with the image features in the encoder and
+with z in the decoder: q(z|x, y) and p(x|z, y) (Sohn, Lee, Yan 2015). p(z) does not depend on them.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class OneLevel(Net):
         return z, [Level(z, q, gaussian.standard(q.mean))]
 
     def generate(self, told: Tensor | None, images: int, draw: Draw) -> Tensor:
-        del told  # of p(z) it says nothing
+        del told  # p(z) does not depend on the condition
         return draw(0, self.standard(images, self.sizes[0]))
 
     def read(self, h: Tensor, told: Tensor | None) -> Tensor:

@@ -1,9 +1,9 @@
-"""What all VAEs have in common, whatever their levels are: condition, noise, loss and bound.
+"""The parts that all VAEs share, whatever their levels: condition, noise, loss and bound.
 
     image, condition → net → latents z_0 … z_{L−1}, coarse to fine, each with q and p → net → p(x|z)
 
-A net knows q and p of its latents; from which of them a latent is drawn, and with which noise, it is told. So posterior
-and prior are one way through it.
+A net computes q and p of its latents. The caller's `draw` decides which of the two a latent is drawn from, and with
+which noise. So the posterior and the prior share one code path.
 """
 
 import math
@@ -24,38 +24,38 @@ from ..nn.fidelity import fidelity, squared_errors
 from ..nn.gaussian import Normal
 from ..ranges import ranged, require
 
-POSTERIOR, DROPOUT, BOUND = 0, 1, 2  # what noise is drawn for
+POSTERIOR, DROPOUT, BOUND = 0, 1, 2  # noise keys, one per purpose
 
 
 @dataclass(frozen=True)
 class Config:
     likelihood: likelihoods.Config = field(default_factory=likelihoods.Config)
-    beta: float = ranged(1.0, least=0)  # weighs the KL (Higgins et al. 2017); the loss is the negative ELBO at 1
-    warmup: int = ranged(0, least=0)  # steps in which β rises linearly from 0 (Bowman et al. 2016)
-    # λ, nats a latent, of feature maps a channel: a KL whose mean is below it costs λ (Kingma et al. 2016, equation 15)
+    beta: float = ranged(1.0, least=0)  # weight of the KL (Higgins et al. 2017); at 1 the loss is the negative ELBO
+    warmup: int = ranged(0, least=0)  # steps over which β rises linearly from 0 (Bowman et al. 2016)
+    # λ, in nats per latent (per channel of feature maps): a KL with a mean below λ costs λ (Kingma et al. 2016, eq. 15)
     free_bits: float = ranged(0.0, least=0)
-    classes: int = ranged(0, least=0, most=2**24)  # labels 0 … classes − 1; 0: the model is told no label
-    embedding: int = ranged(32, least=1, most=2**16)  # channels of a label
-    # share of training images of which nothing is said: label and attributes
+    classes: int = ranged(0, least=0, most=2**24)  # labels 0 … classes − 1; 0: the model has no label input
+    embedding: int = ranged(32, least=1, most=2**16)  # channels of the label embedding
+    # share of training images whose whole condition, label and attributes, is dropped
     label_dropout: float = ranged(0.0, least=0, below=1)
 
 
 class Level(NamedTuple):
-    """The latents z ~ q of one level, [B, D] or [B, D, h, w]."""
+    """One level of latents z ~ q, [B, D] or [B, D, h, w]."""
 
     z: Tensor
     q: Normal
     p: Normal
-    follows: bool = False  # p depends on z, as p(z1|z2) does where z2 was drawn given z1
+    follows: bool = False  # whether p depends on z, as p(z1|z2) does if z2 was drawn given z1
 
     def rates(self) -> Tensor:
-        """KL(q‖p) of each latent, of feature maps each channel, in nats, fp32 [B, D]. Where p follows z, it is one
-        draw's log q(z) − log p(z): the closed form would be that of a z which p does not know."""
+        """Return KL(q‖p) in nats of each latent (each channel of feature maps), fp32 [B, D]. If p follows z, this is
+        log q(z) − log p(z) of the one draw, because the closed form holds only for a p that does not depend on z."""
         each = self._log_ratios().neg() if self.follows else gaussian.kl(self.q, self.p)
         return each.flatten(2).sum(2) if each.ndim > 2 else each
 
     def log_ratio(self) -> Tensor:
-        """log p(z) − log q(z), fp32 [B]."""
+        """Return log p(z) − log q(z) in nats, fp32 [B]."""
         return self._log_ratios().flatten(1).sum(1)
 
     def _log_ratios(self) -> Tensor:
@@ -66,40 +66,40 @@ Draw = Callable[[int, Normal], Tensor]  # (level, its distribution) → z
 
 
 class Net(nn.Module, ABC):
-    """The networks of a model with L levels of latents. told: the condition, [B, E], or None. h: all that p(x|z)
-    depends on, a vector or a feature map of the net's own."""
+    """The networks of a model with L levels of latents. `told` is the condition as the networks read it, [B, E], or
+    None. h is everything that p(x|z) depends on: a vector or a feature map, in a format private to the net."""
 
     sizes: list[int]  # D of each level, coarse to fine
 
     @abstractmethod
     def infer(self, x: Tensor, told: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
-        """x: [B, C, H, W] in [−0.5, 0.5] → (h, levels, coarse to fine), with z drawn from q."""
+        """x [B, C, H, W] in [−0.5, 0.5] → (h, levels from coarse to fine), with z drawn from q."""
 
     @abstractmethod
     def generate(self, told: Tensor | None, images: int, draw: Draw) -> Tensor:
-        """h of so many images, with z drawn from p, from the coarsest level to the finest."""
+        """Return h for this number of images, with z drawn from p, from the coarsest level to the finest."""
 
     @abstractmethod
     def read(self, h: Tensor, told: Tensor | None) -> Tensor:
-        """→ what the likelihood reads, [B, channels, H, W]."""
+        """h → input of the likelihood, [B, channels, H, W]."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights: half under DeepSpeed's fp16 engine. Latents are fp32."""
+        """The data type of the weights: half precision under DeepSpeed's fp16 engine. Latents are fp32."""
         return next(self.parameters()).dtype
 
     def standard(self, images: int, dim: int) -> Normal:
-        """N(0, I) of vectors [images, dim]."""
+        """Return N(0, I) over vectors [images, dim]."""
         return gaussian.standard(torch.empty(images, dim, device=next(self.parameters()).device))
 
 
 class Variational(Model):
-    rates: Tensor  # fp32 [M]: mean KL of each latent in the step before, over the global batch; levels in a row
+    rates: Tensor  # fp32 [M]: mean KL of each latent over the previous step's global batch, levels concatenated
 
     def __init__(
         self, config: Config, shape: Shape, seed: int, net: Callable[[int, likelihoods.Likelihood], Net]
     ) -> None:
-        """net: (E, likelihood) → the networks. Raises ValueError for values that cannot be."""
+        """net: (E, likelihood) → the networks. Raises ValueError for invalid settings."""
         super().__init__()
         require(config, "model")
         self.config = config
@@ -113,8 +113,8 @@ class Variational(Model):
         self._pending: list[Tensor] = []
 
     def forward(self, batch: Batch, step: int) -> Output:
-        """The loss is −ELBO in nats a subpixel, up to β, warm-up and free bits: learning rates and the clipping of
-        gradients keep their meaning from one image size to another."""
+        """Return as the loss −ELBO in nats per subpixel, modified by β, warm-up and free bits. Per subpixel, so that
+        learning rates and gradient clipping mean the same at every image size."""
         condition = batch.condition
         if self.training and self.config.label_dropout:
             uniform = noise.uniform(batch.sample, (), self.seed, DROPOUT)
@@ -140,8 +140,8 @@ class Variational(Model):
         return Output(loss, metrics, reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """A level's means of q(z|x), or draws around them, fp32 [B, D] or [B, D, h, w], from torch's default generator.
-        A level is given what was chosen in those before it."""
+        """Return each level's means of q(z|x), fp32 [B, D] or [B, D, h, w], or with a temperature draws around them
+        from torch's default generator. Each level is conditioned on the values chosen at the levels before it."""
         x, told = self._given(batch, batch.condition)
         _, levels = self.net.infer(x, told, lambda _, q: _drawn(q, temperature))
         return [level.z for level in levels]
@@ -149,14 +149,15 @@ class Variational(Model):
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
-        """Without a condition nothing is said; raises ValueError if there are no latents either."""
+        """Decode latents; levels that are not given are drawn from the prior. Without a condition the image is
+        generated unconditionally. Raises ValueError if there are neither latents nor a condition."""
         if not latents and condition is None:
             raise ValueError("decode needs latents, or a condition that says how many images to draw")
         images = len(latents[0]) if latents else len(condition.label)  # type: ignore[union-attr]
         told = self._told(condition, images)
 
         def given_or_drawn(level: int, p: Normal) -> Tensor:
-            z = _drawn(p, temperature)  # in any case: the noise of a level shall not depend on how many are given
+            z = _drawn(p, temperature)  # always drawn, so that a level's noise does not depend on how many are given
             return latents[level] if level < len(latents) else z
 
         output = self.net.read(self.net.generate(told, images, given_or_drawn), told)
@@ -176,7 +177,7 @@ class Variational(Model):
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> None:
-        """Mean rates of the step, for the free bits of the next."""
+        """Store the step's mean rates, which decide the free bits of the next step."""
         del step, lr
         if self._pending:
             total = distributed.sum_(torch.stack(self._pending).mean(0))
@@ -184,7 +185,7 @@ class Variational(Model):
             self._pending = []
 
     def _infer(self, batch: Batch, condition: Condition, draw: Draw) -> tuple[Tensor, list[Level]]:
-        """(what the likelihood reads, levels)"""
+        """(input of the likelihood, levels)."""
         x, told = self._given(batch, condition)
         h, levels = self.net.infer(x, told, draw)
         return self.net.read(h, told), levels
@@ -194,7 +195,7 @@ class Variational(Model):
         return (batch.x / 255 - 0.5).to(self.net.dtype), self._told(condition, len(batch.x))
 
     def _noise(self, sample: Tensor, *keys: int) -> Draw:
-        """z from q with noise that only the seed, the keys, the level and the sample's number decide."""
+        """Draw z from q with noise that depends only on the seed, the keys, the level and the sample number."""
 
         def draw(level: int, q: Normal) -> Tensor:
             return q.draw(noise.normal(sample, tuple(q.mean.shape[1:]), self.seed, *keys, level))
@@ -202,10 +203,10 @@ class Variational(Model):
         return draw
 
     def _costs(self, rates: Tensor) -> Tensor:
-        """What each latent's KL costs, [B, M].
+        """The cost of each latent's KL, [B, M].
 
-        Whether a latent is free is a matter of its mean over the global batch, which no micro-batch knows: that of the
-        step before decides, so that ranks and accumulation change nothing.
+        A latent is free if its mean over the global batch is below λ. A micro-batch cannot know that mean, so the
+        previous step's is used: the result does not depend on the number of ranks or micro-batches.
         """
         free = self.config.free_bits
         if not free:
@@ -215,13 +216,13 @@ class Variational(Model):
         return torch.where(self.rates > free, rates, free)
 
     def _told(self, condition: Condition | None, images: int) -> Tensor | None:
-        """[B, E]: the condition as the networks read it."""
+        """The condition as the networks read it, [B, E]."""
         if self.conditioner is None:
             return None
         return self.conditioner(condition or self.conditioner.nothing_said(images)).to(self.net.dtype)
 
     def _bits(self, nats: Tensor) -> Tensor:
-        """A subpixel."""
+        """Nats per image → bits per subpixel."""
         return nats / (self.subpixels * math.log(2))
 
 
@@ -232,5 +233,5 @@ def _drawn(distribution: Normal, temperature: float) -> Tensor:
 
 
 def _scale(level: Level) -> Tensor:
-    """How much narrower the posterior is than the prior: the geometric mean of their standard deviations' ratio."""
+    """The geometric mean of std_q / std_p: how much narrower the posterior is than the prior."""
     return (level.q.log_std - level.p.log_std).mean().exp()

@@ -1,19 +1,21 @@
 """A deep top-down VAE: Child 2021, "Very deep VAEs generalize autoregressive models and can outperform them on images".
 
-    image → encoder: blocks at full resolution, halved and halved → features e of each resolution
-    learned start at 1 × 1 → decoder, each of its blocks one level of latents [B, D, h, w]:
-        h → prior block → p(z|h), and what is added to h whatever z is
+    image → encoder: blocks from full resolution downwards → features e of each resolution
+    learned start at the lowest resolution → decoder; each block is one level of latents [B, D, h, w]:
+        h → prior block → p(z|h), and a term that is added to h and does not depend on z
         h, e → posterior block → q(z|h, e)
-        h + z's projection → residual block → h;   after a stage h is enlarged to the next resolution
+        h + projection of z → residual block → h;   after a stage h is enlarged to the next resolution
     h at full resolution → p(x|z)
 
-Posterior and prior are one way: without an image the posterior blocks are left out. A condition is added to h where a
-resolution begins. As in the paper blocks are bottlenecks of two 1×1 and two 3×3 convolutions behind GELUs, the last
-ones of N blocks begin √(1/N) as large, and that of the prior at zero, so that p begins as N(0, I).
+The posterior and the prior share one path: without an image the posterior blocks are skipped. A condition is added to h
+where each resolution starts. As in the paper, blocks are bottlenecks of two 1×1 and two 3×3 convolutions, each after a
+GELU. With N blocks the last convolution of a residual block and the projection of z start √(1/N) times as large, and
+the last convolution of a prior block starts at zero, so that p starts as N(0, I).
 
-Other than in the authors' code the features of a resolution come from the last of its blocks, not the last but one
-(there the last belongs to the halving), which is simpler; and label and attributes may be told. Parameters are the same
-but for what is told. At their settings for CIFAR-10 there are 43 levels; the paper's table counts 45.
+There are two differences from the authors' code. The features of a resolution come from its last block, which is
+simpler; there they come from the last but one, because the last one belongs to the downsampling. And a label and
+attributes are supported. The parameters are the same except for those of the condition. With the authors' settings for
+CIFAR-10 there are 43 levels; the paper's table counts 45.
 """
 
 import math
@@ -39,7 +41,7 @@ from .variational import Draw, Level, Net, Variational
 
 @dataclass(frozen=True)
 class Stage:
-    size: int = ranged(least=1, most=2**16)  # pixels a side
+    size: int = ranged(least=1, most=2**16)  # pixels per side
     blocks: int = ranged(least=1, most=4096)
 
 
@@ -49,18 +51,18 @@ class Config(variational.Config):
     width: int = ranged(384, least=1, most=2**16)  # channels of h
     bottleneck: int = ranged(96, least=1, most=2**16)  # channels inside a block
     latents: int = ranged(16, least=1, most=2**16)  # D, channels of z
-    # The encoder reads (x / 255 − ½) · scale. The authors' code subtracts the data's mean and divides by their standard
-    # deviation, which 4 comes near to and which gains 0.13 bits/dim in 200 steps (configs/README.md); 1 is what earlier
-    # runs had, which do not say.
+    # The encoder reads (x / 255 − ½) · scale. The authors' code subtracts the mean of the data and divides by its
+    # standard deviation; 4 comes close to that and gains 0.13 bits/dim in 200 steps (configs/README.md). The default is
+    # 1 because earlier runs used it, and their configs do not set it.
     scale: float = ranged(1.0, above=0)
-    encoder: list[Stage] = field(default_factory=list)  # from the image's size downwards
-    decoder: list[Stage] = field(default_factory=list)  # up to the image's size; each block is a level of latents
-    checkpointing: bool = False  # a block's inside is computed again in the backward pass instead of kept
+    encoder: list[Stage] = field(default_factory=list)  # from the image size downwards
+    decoder: list[Stage] = field(default_factory=list)  # up to the image size; each block is a level of latents
+    checkpointing: bool = False  # recompute a block's activations in the backward pass instead of storing them
     likelihood: likelihoods.Config = field(default_factory=lambda: likelihoods.Config(kind="logistic-mixture"))
 
 
 class Block(nn.Module):
-    """[B, channels, s, s] → [B, out, s, s]: through `hidden` channels, 3×3 where there is more than a pixel or two."""
+    """[B, channels, s, s] → [B, out, s, s] through `hidden` channels, with 3×3 convolutions if s > 2 and else 1×1."""
 
     def __init__(self, channels: int, hidden: int, out: int, size: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -81,7 +83,7 @@ class Block(nn.Module):
 
 
 class Stochastic(nn.Module):
-    """One level of latents between h and h, [B, width, s, s]."""
+    """One level of latents, which maps h [B, width, s, s] to a new h of the same shape."""
 
     def __init__(self, config: Config, size: int, number: int, count: int) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class Stochastic(nn.Module):
         self.residual = Block(width, hidden, width, size, scale)
 
     def forward(self, h: Tensor, features: Tensor | None, draw: Draw) -> tuple[Tensor, Level | None]:
-        """features: [B, width, s, s], of an image, if there is one → (h, the level of its posterior)"""
+        """features: an image's, [B, width, s, s], or None → (h, the level, or None without features)."""
         parameters, certain = self.prior(h).split(self.split, dim=1)
         p = gaussian.normal(parameters)
         q: Normal | None = None
@@ -107,7 +109,7 @@ class Stochastic(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, C, H, W] → features by their size."""
+    """[B, C, H, W] → features [B, width, s, s] by their size s."""
 
     def __init__(self, config: Config, channels: int) -> None:
         super().__init__()
@@ -161,13 +163,13 @@ class TopDown(Net):
         return h
 
     def read(self, h: Tensor, told: Tensor | None) -> Tensor:
-        del told  # h has it
+        del told  # already added to h
         return self.out(h * self.gain + self.bias)
 
     def _walk(
         self, features: dict[int, Tensor], told: Tensor | None, images: int, draw: Draw
     ) -> tuple[Tensor, list[Level]]:
-        """From the start to full resolution; the levels' posteriors if there are features."""
+        """Run all blocks: (h at full resolution, one level per block, or none without features)."""
         levels: list[Level] = []
         size = self.places[0]
         h = self._start(size, told, images)
@@ -182,20 +184,21 @@ class TopDown(Net):
         return h, levels
 
     def _start(self, size: int, told: Tensor | None, images: int) -> Tensor:
-        """fp32 inside autocast, too, and so is all that is added to it: h rounded to bf16 after each block cost 0.014
-        bits/dim of a trained configs/hvae_photos32.yaml, and as it is bf16 costs 0.001."""
+        """The learned start of a resolution, [B, width, s, s]. It is fp32 even inside autocast, and with it the whole
+        sum h: on a trained configs/hvae_photos32.yaml bf16 costs 0.001 bits/dim, against 0.014 with h rounded to bf16
+        after each block."""
         start = self.starts[str(size)].expand(images, -1, -1, -1)
         return start if told is None else start + self.conditions[str(size)](told)[:, :, None, None]
 
 
 def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
-    """Raises ValueError for values that cannot be."""
+    """Build the model. Raises ValueError for invalid settings."""
     return Variational(config, shape, seed, partial(TopDown, config, shape))
 
 
 def passed(block: nn.Module, again: bool, *inputs: Any) -> Any:
-    """block(*inputs); with `again` only the inputs are kept for the backward pass, and the rest is computed again, from
-    the same noise, since only the samples' numbers decide it."""
+    """Return block(*inputs). With `again` only the inputs are stored, and the backward pass recomputes the rest. The
+    noise is the same both times, because it depends only on the sample numbers."""
     if again:
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
@@ -210,7 +213,7 @@ def _conv(channels: int, out: int, size: int, scale: float = 1.0) -> nn.Conv2d:
 
 
 def _require(config: Config, shape: Shape) -> None:
-    """Raises ValueError."""
+    """Raises ValueError for stages that do not fit together or the image size."""
     down = [stage.size for stage in config.encoder]
     up = [stage.size for stage in config.decoder]
     for key, stages in (("encoder", config.encoder), ("decoder", config.decoder)):

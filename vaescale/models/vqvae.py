@@ -2,8 +2,8 @@
 
     image [B, C, H, W] → encoder → [B, D, H/f, W/f] → nearest codes int64 [B, H/f, W/f] → decoder → [B, C, H, W]
 
-With H = W = 128, f = 4 and K = 512 the codes are those of the paper's ImageNet experiment, 32 × 32 × 1. The outermost
-convolutions have half of the hidden units and a 3×3 convolution follows them, as in the authors' published code.
+With H = W = 128, f = 4 and K = 512 the code map is that of the paper's ImageNet experiment, 32 × 32 × 1. As in the
+authors' published code, the outermost convolutions have half of the hidden units, and a 3×3 convolution follows them.
 """
 
 from dataclasses import dataclass, field
@@ -28,8 +28,8 @@ class Config:
     width: int = ranged(256, least=2, most=2**16)
     residual_blocks: int = ranged(2, least=0, most=4096)
     residual_width: int = ranged(32, least=1, most=2**16)
-    # The squared error is divided by this: the variance of pixels in [0, 1], so that a reconstruction no better than
-    # the mean costs 1 and β keeps its meaning on any data.
+    # The variance of pixels in [0, 1], which divides the squared error. So a reconstruction no better than the mean
+    # costs 1, and β means the same on any data.
     variance: float = ranged(0.06, above=0)
     quantizer: quantize.Config = field(default_factory=quantize.Config)
 
@@ -60,7 +60,7 @@ class VQVAE(Model):
         layers = [nn.Conv2d(dim, width, 3, padding=1), *self._residual_stack()]
         for before, after in pairwise([width, *reversed(channels[:-1])]):
             layers += [upsample(before, after), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers[:-1])  # no ReLU after the image
+        self.decoder = nn.Sequential(*layers[:-1])  # no ReLU after the last convolution
 
     def forward(self, batch: Batch, step: int) -> Output:
         del step
@@ -75,15 +75,15 @@ class VQVAE(Model):
         return Output(errors.mean() / self.config.variance + quantized.loss, metrics, reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """Codes int64 [B, H/f, W/f], one a codebook."""
-        del temperature  # the nearest code is certain
+        """Return codes int64 [B, H/f, W/f], one tensor per codebook."""
+        del temperature  # the nearest code is deterministic
         codes = self.quantizer(self._features(batch.x / 255)).codes
         return list(codes.unbind(-1)) if len(self.quantizer.sizes) > 1 else [codes]
 
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
-        """Raises ValueError without codes: a VQ-VAE has no prior of its own to draw them from."""
+        """Decode codes to images [B, C, H, W]. Raises ValueError without codes: the model has no prior to draw from."""
         del condition, temperature, draw  # the decoder is deterministic and unconditional
         if not latents:
             raise ValueError("a VQ-VAE draws no samples by itself: it decodes the codes of a prior")
@@ -101,13 +101,13 @@ class VQVAE(Model):
 
     @property
     def codebooks(self) -> list[str]:
-        """Their names, coarse to fine."""
+        """Names of the codebooks, coarse to fine."""
         count = len(self.quantizer.sizes)
         return [f"codebook{i}" for i in range(count)] if count > 1 else ["codebook"]
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights: half under DeepSpeed's fp16 engine."""
+        """The data type of the weights: half precision under DeepSpeed's fp16 engine."""
         return next(self.encoder.parameters()).dtype
 
     def _residual_stack(self) -> list[nn.Module]:
