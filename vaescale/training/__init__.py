@@ -1,1 +1,1 @@
-"""The loop and one step of it. `engine` is the only importer of deepspeed."""
+"""The training loop and the training step. Only `engine` imports deepspeed."""

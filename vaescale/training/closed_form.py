@@ -1,4 +1,4 @@
-"""Learning without an optimiser: one pass that sums, and a solution whenever somebody looks."""
+"""Training without an optimiser: one pass over the images sums moments, and the solution is computed on demand."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,12 +16,12 @@ from .guard import Skip
 
 
 class ClosedForm:
-    """A Learner for PCA. Its state is the model's moments, exact sums over the images consumed: so the solution has the
-    same bits at any batch size and number of ranks, resumed or not. There is no engine, and nothing is averaged.
+    """A Learner for PCA. Its state is the model's moments, exact sums over the images consumed, so the solution has the
+    same bits at any batch size and number of ranks, resumed or not. It has no engine and no averaged weights.
     """
 
     def __init__(self, model: PCA, config: Config, samples: int) -> None:
-        """samples: N of the training set. One pass is g in [0, N): what the last batch holds beyond does not count."""
+        """samples: N of the training set. One pass is g in [0, N): samples of the last batch beyond N are ignored."""
         del config
         self.model = model
         self.averaged: Model = model
@@ -30,20 +30,21 @@ class ClosedForm:
 
     @staticmethod
     def planned(config: Config, samples: Callable[[], int], step: int = 0, images: int = 0) -> int:
-        """Such that the run ends with the first epoch."""
+        """Returns the number of steps after which the first epoch is complete."""
         return step + max(0, math.ceil((samples() - images) / config.batch))
 
     @staticmethod
     def memory(model: PCA, config: Config, world: int) -> dict[str, float]:
-        """While the moments are solved: their sum over ranks, the covariance, and what the eigensolver needs (3.6 times
-        as much, measured)."""
+        """Returns bytes at the peak, which is during `solve`: the moments, their sum over ranks, the covariance, and
+        the eigensolver's workspace (3.6 times the moments, measured)."""
         del config, world
         moments = moment_bytes(model)
         return {"moments": moments, "solution": 4 * moments, "buffers": sum(b.nbytes for b in model.buffers())}
 
     @torch.no_grad()
     def step(self, batches: Iterable[Batch], step: int) -> Tensors:
-        """The loss is that of the solution before these images: the mean squared error of pixels in [0, 1]."""
+        """Returns the loss of the solution that does not include these images yet: the mean squared error of pixels in
+        [0, 1]."""
         total: Tensors = {}
         for count, batch in enumerate(batches, start=1):
             output = self.model(batch, step)
@@ -56,7 +57,7 @@ class ClosedForm:
         self.model.solve(self.moments.over_ranks())
 
     def skips(self) -> list[Skip]:
-        return []  # sums have no gradient
+        return []  # there is no gradient to refuse
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
         del step
@@ -73,9 +74,9 @@ class ClosedForm:
         return {}
 
     def load(self, read: Read, state: dict[str, Any]) -> None:
-        """Rank 0 goes on from the sums over all ranks, the others from nothing."""
+        """Rank 0 continues from the sums over all ranks; the other ranks start at zero."""
         del state
-        read("ema", self.model.state_dict())  # the same, for evaluation; a damaged one is refused
+        read("ema", self.model.state_dict())  # a copy of "model" for evaluation; read only to refuse a damaged one
         model, moments = read("model", self.model.state_dict()), read("moments", self.moments.state_dict())
         self.model.load_state_dict(model)
         if distributed.rank() == 0:

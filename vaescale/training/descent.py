@@ -1,4 +1,4 @@
-"""Learning by gradient descent: one model, one engine, AdamW, averaged weights."""
+"""Training by gradient descent: one model, one engine, AdamW, averaged weights."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,12 +17,12 @@ from .guard import TAKEN, WHY, Guard, Skip
 
 
 class Descent:
-    """A Learner for whatever has parameters."""
+    """A Learner for any model with parameters."""
 
     def __init__(self, model: Model, config: Config, samples: int = 0) -> None:
-        del samples  # a run ends after so many steps, however many epochs those are
+        del samples  # the length of a run is config.steps, whatever the number of epochs
         self.model = model
-        self.ema = WeightEMA(model, config.ema)  # before an engine makes half weights of the model's
+        self.ema = WeightEMA(model, config.ema)  # copied before an engine converts the model's weights to fp16
         self.averaged = self.ema.model
         micro = micro_batch(config, distributed.world())
         self.engine = Engine(
@@ -31,9 +31,9 @@ class Descent:
         self.ema.follow(self.engine.masters())
         self.guard = Guard(config.optimizer.spike, self.engine.device)
         self.config = config
-        self.skipped = dict.fromkeys(WHY.values(), 0)  # steps since the run began
-        # Of each step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, their share of the
-        # last ones, and for each micro-batch of this rank whether its loss is not finite.
+        self.skipped = dict.fromkeys(WHY.values(), 0)  # cause → skipped steps since the run began
+        # One record per step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, their share
+        # of the last steps, and for each micro-batch of this rank whether its loss is not finite.
         self._first = 0
         self._records: list[Tensor] = []
 
@@ -47,13 +47,14 @@ class Descent:
         parameters = sum(p.numel() for p in model.parameters())
         buffers = sum(b.nbytes for b in model.buffers())
         return state_bytes(parameters, config, world) | {
-            "buffers": 2 * buffers,  # the model's and the averaged copy's
+            "buffers": 2 * buffers,  # of the model and of its averaged copy
             "activations": activation_bytes(model, config) * micro_batch(config, world),
         }
 
     def step(self, batches: Iterable[Batch], step: int) -> Tensors:
-        """ "skipped" is 1 where the optimiser did not move. Nothing of ours waits for the device here; DeepSpeed does,
-        once a step, at ZeRO 1 and 2.
+        """Take one step. "skipped" is 1 if the weights did not change.
+
+        Our code does not wait for the device here; DeepSpeed does, once a step, at ZeRO 1 and 2.
         """
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         count = self.config.accumulation
@@ -61,7 +62,7 @@ class Descent:
         finite: list[Tensor] = []
         before = [buffer.clone() for buffer in self.model.buffers()]
         for number, batch in enumerate(batches, start=1):
-            loss, metrics = self.engine.forward(batch, step)[:2]  # what else there is makes room for the backward pass
+            loss, metrics = self.engine.forward(batch, step)[:2]  # the reconstruction is freed before the backward pass
             self.engine.backward(loss)
             finite.append(loss.detach().isfinite())
             for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -83,7 +84,8 @@ class Descent:
         return {**total, "gradient_norm": torch.where(why != TAKEN, 0.0, norm), "skipped": skipped}
 
     def take_back(self, before: list[Tensor], spoilt: Tensor) -> None:
-        """What was learned without the optimiser; its collectives have taken place on all ranks in any case."""
+        """Restore the buffers if `spoilt`, a bool []: a skipped step must not update codebooks. `update` has run on all
+        ranks either way, because it contains collectives."""
         for buffer, old in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(torch.where(spoilt, old, buffer))
 
@@ -154,7 +156,7 @@ class Descent:
         self._average(averages)
 
     def _average(self, averages: Tensors) -> None:
-        """Go on from these averages."""
+        """Continue from these averages."""
         self.averaged.load_state_dict(averages)
         self.ema.follow(self.engine.masters())
 
@@ -170,12 +172,13 @@ class Descent:
 
 
 def grouped(name: str) -> str:
-    """A metric says its group, or is one of training."""
+    """Returns the metric's name with its group, which is "train" if the name has none."""
     return name if "/" in name else f"train/{name}"
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine from `lr` to `final`·`lr` (Loshchilov, Hutter 2017, equation 5)."""
+    """Returns the learning rate of a step: linear warm-up, then half a cosine from `lr` to `final`·`lr` (Loshchilov,
+    Hutter 2017, equation 5)."""
     warm = min(1.0, (step + 1) / max(1, optimizer.warmup))
     progress = min(1.0, max(0, step - optimizer.warmup) / max(1, steps - optimizer.warmup))
     cosine = optimizer.final + (1 - optimizer.final) * (1 + math.cos(math.pi * progress)) / 2
@@ -183,8 +186,10 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
 
 
 def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]:
-    """fp32 weights, gradients, AdamW's two moments and the averaged weights; ZeRO divides the moments (1) and the
-    gradients (2) by the world size and adds a sharded fp32 master copy. The fp16 engine halves weights and gradients.
+    """Returns bytes on one rank of the fp32 weights, gradients, AdamW's two moments and the averaged weights.
+
+    ZeRO 1 divides the moments by the world size, ZeRO 2 the gradients too, and both add a sharded fp32 master copy. The
+    fp16 engine halves weights and gradients.
     """
     shards = world if config.zero else 1
     width = 2 if config.precision == "fp16" and config.zero else 4
@@ -198,7 +203,7 @@ def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]
 
 
 def activation_bytes(model: nn.Module, config: Config) -> int:
-    """Bytes that one image keeps for the backward pass: counted in a real forward pass on the CPU."""
+    """Returns the bytes that one image keeps for the backward pass, counted in a real forward pass on the CPU."""
     held: dict[int, int] = {}
 
     def hold(tensor: Tensor) -> Tensor:
@@ -207,7 +212,7 @@ def activation_bytes(model: nn.Module, config: Config) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    model.eval()  # a training forward would wait for an update that never comes
+    model.eval()  # in training mode a forward pass keeps rows for `update`, which is not called here
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         model(blank(config, 1), 0)
     return sum(held.values()) // (1 if config.precision == "fp32" else 2)

@@ -1,17 +1,17 @@
-"""DeepSpeed: the only importer. What its version 0.19.8 does differently from its word is settled here.
+"""The only module that imports DeepSpeed. It works around these properties of version 0.19.8:
 
-- An omitted `gradient_clipping` means 1.0, so it is always written. At ZeRO 0 DeepSpeed clips without telling the
-  norm, so there we clip ourselves and write 0.
-- bf16 is `torch_autocast`: fp32 weights, bf16 operations, the same losses as `torch.autocast` at every stage, once
-  gradients are kept from travelling in bf16 (`lower_precision_safe_modules`).
+- An omitted `gradient_clipping` means 1.0, so we always set it. At ZeRO 0 DeepSpeed clips without reporting the norm,
+  so there we clip ourselves and set it to 0.
+- bf16 is `torch_autocast`: fp32 weights, bf16 operations. Its losses equal those of `torch.autocast` at every stage if
+  gradients are not reduced in bf16 (`lower_precision_safe_modules`).
 - fp16 at ZeRO 0 is `torch_autocast` with torch's GradScaler. At ZeRO 1 and 2 DeepSpeed would clip those gradients
-  while they are still scaled, so there it is the `fp16` engine: half weights, fp32 masters.
-- A JSON optimizer compiles FusedAdam for a minute and a half: torch's own fused AdamW is passed in instead.
-- Initialisation broadcasts parameters, not buffers: codebooks are broadcast here.
-- ZeRO 1 and 2 take the norm within the step, and skip a step whose norm is not finite: it is taken before, and told
-  them as infinite where the step is refused. Their loss scale would then fall, and DeepSpeed raise where it cannot; so
-  it hears of overflows alone.
-- That an engine has `torch_autocast` is remembered for all later ones of the process: it is forgotten before each.
+  while they are still scaled, so there we use the `fp16` engine: fp16 weights, fp32 masters.
+- An optimizer in the JSON config compiles FusedAdam, which takes a minute and a half: we pass in torch's fused AdamW.
+- Initialisation broadcasts parameters but not buffers: we broadcast the buffers, codebooks among them.
+- ZeRO 1 and 2 compute the norm inside the step and skip a step whose norm is not finite. We compute the norm before,
+  and report it as infinite if the guard refuses the step. DeepSpeed would then lower the loss scale, and raise an error
+  if it cannot go lower; so we report only real overflows to the loss scaler.
+- `torch_autocast` of one engine stays on for all later engines of the process: we reset it before each.
 """
 
 import logging
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Said outright, DeepSpeed does not look for one, nor warn that it found none.
+# If this is set, DeepSpeed neither searches for an accelerator nor warns that it found none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
@@ -40,7 +40,7 @@ from ..config import ConfigError
 from ..settings import Optimizer
 
 logger.setLevel(logging.WARNING)
-# Only inference_all_reduce uses this kernel, and it would be compiled for 39 s on every new machine.
+# Only inference_all_reduce uses this kernel, and compiling it takes 39 s on every new machine.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,10 +48,10 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Masters:
-    """The fp32 weights that half ones are copies of, at ZeRO 1 and 2.
+    """The fp32 master weights of a model with fp16 weights, at ZeRO 1 and 2.
 
-    parts: this rank's share of them, flat. What has the same shapes, such as averages of them, can be gathered and
-    scattered like them: it stands in their place meanwhile, where DeepSpeed finds each parameter's fragment.
+    parts: this rank's shards, flat. Tensors of the same shapes, such as averages of the masters, can be gathered and
+    scattered too: they temporarily replace the masters, where DeepSpeed looks up the fragment of each parameter.
     """
 
     def __init__(self, parameters: list[nn.Parameter], parts: list[Tensor]) -> None:
@@ -59,14 +59,14 @@ class Masters:
         self.parts = parts
 
     def gather(self, parts: list[Tensor]) -> list[Tensor]:
-        """Such parts in full, fp32, by parameter. Collective."""
+        """Returns the full fp32 tensors of all ranks' `parts`, one per parameter. Collective."""
         kept = self._replace(parts)
         full = [safe_get_full_fp32_param(parameter) for parameter in self.parameters]
         self._replace(kept)
         return full
 
     def scatter(self, full: list[Tensor]) -> list[Tensor]:
-        """This rank's parts of such weights."""
+        """Returns this rank's shards of `full`, one tensor per parameter."""
         kept = [part.detach().clone() for part in self.parts]
         for parameter, value in zip(self.parameters, full, strict=True):
             safe_set_full_fp32_param(parameter, value.to(parameter.device))
@@ -74,20 +74,20 @@ class Masters:
 
     @torch.no_grad()
     def _replace(self, parts: list[Tensor]) -> list[Tensor]:
-        """Returns what stood there."""
+        """Overwrite the masters with `parts`; returns copies of their previous values."""
         kept = [part.detach().clone() for part in self.parts]
         torch._foreach_copy_(self.parts, parts)
         return kept
 
 
 class Engine:
-    """One module under one DeepSpeed engine with one AdamW; several may stand in one process.
+    """One module in one DeepSpeed engine with one AdamW. A process may have several engines.
 
-    A step is `forward` and `backward` of each micro-batch, `micro_step` between them, then `norm`, and `apply` with the
-    verdict on it.
+    A step is `forward` and `backward` for each micro-batch with `micro_step` between them, then `norm`, then `apply`
+    with the guard's verdict.
 
-    State is read and written a parameter at a time, in full and in fp32, so a checkpoint depends neither on the
-    world size nor on the ZeRO stage. Nothing of it passes through pickle.
+    State is read and written one parameter at a time, unsharded and in fp32, so a checkpoint depends neither on the
+    world size nor on the ZeRO stage. It never passes through pickle.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Engine:
         accumulation: int = 1,
         passed: dict[str, Any] | None = None,
     ) -> None:
-        """micro: images of a micro-batch on this rank; accumulation: micro-batches a step; passed: what else
-        DeepSpeed is told. Raises ConfigError for fp16 weights on hardware without fp16."""
+        """micro: images per micro-batch on this rank; accumulation: micro-batches per step; passed: further DeepSpeed
+        settings. Raises ConfigError for fp16 weights on hardware without fp16."""
         self.module = module
         self.clip = optimizer.clip
         self.sharded = zero > 0
@@ -110,14 +110,14 @@ class Engine:
             module.parameters(), optimizer.lr, optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
         told = deepspeed_config(precision, zero, optimizer.clip, micro, accumulation, passed or {})
-        # DeepSpeed looks at the environment for a launcher unless a process group stands already.
+        # Without an existing process group DeepSpeed would look for a launcher in the environment.
         deepspeed.init_distributed(dist_init_required=False)
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=told, dist_init_required=False
         )
         if distributed.world() == 1 and not self.sharded:
-            # There is nobody to sum over, and all gradients would be copied into a bucket and back.
+            # One rank needs no reduction, which would copy all gradients into a bucket and back.
             self.deepspeed.enable_backward_allreduce = False
         for buffer in module.buffers():
             distributed.broadcast_(buffer)
@@ -134,13 +134,15 @@ class Engine:
         self.deepspeed.backward(loss)
 
     def micro_step(self) -> None:
-        """After each accumulated backward pass but the last."""
+        """Called after the backward pass of each micro-batch except the last."""
         self.deepspeed.step()
 
     def scaled(self, finite: Tensor) -> Tensor:
-        """bool [], the same on all ranks: a gradient that is not finite would be the loss scale's doing. It is not if
-        a loss is not finite itself, or if nothing is scaled: 1 is DeepSpeed's lowest scale. Collective with fp16; to be
-        asked before `apply`. finite: bool [], whether this rank's losses are."""
+        """Returns bool [], the same on all ranks: whether a non-finite gradient would be caused by the loss scale.
+
+        That is False if any loss is not finite itself, or if losses are not scaled (1 is DeepSpeed's lowest scale).
+        finite: bool [], whether this rank's losses are finite. Call it before `apply`. Collective with fp16.
+        """
         if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
             scaled = scaler._scale > 1
         elif self.deepspeed.fp16_enabled():
@@ -150,7 +152,7 @@ class Engine:
         return scaled & (distributed.sum_((~finite).float()) == 0)
 
     def norm(self) -> Tensor:
-        """fp32 []: the norm of the gradient over all ranks, before clipping and without the loss scale. To be asked
+        """Returns fp32 []: the norm of the gradient over all ranks, before clipping and without the loss scale. Call it
         once, after the last backward pass. Collective."""
         if self.sharded:
             zero = self.deepspeed.optimizer
@@ -164,9 +166,9 @@ class Engine:
         return self._norm
 
     def apply(self, lr: float, refused: Tensor, overflow: Tensor) -> None:
-        """Clip, and move the weights once unless the step is refused; the gradients are gone afterwards.
+        """Clip the gradient, update the weights unless the step is refused, and free the gradients.
 
-        refused, overflow: bool [], the same on all ranks: the weights stay; and the loss scale is to fall, too.
+        refused, overflow: bool [], the same on all ranks: keep the weights; lower the loss scale as well.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -176,8 +178,8 @@ class Engine:
             return
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip, self._norm, foreach=True)
-        # What a GradScaler does on overflow, without its host synchronisation: the fused optimiser leaves weights,
-        # averages and step count alone. One NaN would otherwise stay in the weights for ever.
+        # With found_inf set, the fused optimiser leaves weights, moments and step count alone. A GradScaler does the
+        # same on overflow, but synchronises with the host. Otherwise one NaN would stay in the weights for ever.
         scaler = self.deepspeed.torch_autocast_z0_gradscaler
         if not scaler:
             self.optimizer.found_inf = refused.float()  # type: ignore[attr-defined]
@@ -192,21 +194,22 @@ class Engine:
             tensor.copy_(torch.where(refused & ~overflow, old, tensor))
 
     def _judged_norm(self, *arguments: Any) -> Tensor:
-        """In place of DeepSpeed's own, with the loss scale: it skips a step whose norm is not finite."""
+        """Replaces DeepSpeed's `scaled_global_norm`: infinite, so that DeepSpeed skips the step, if it is refused."""
         return torch.where(self._refused, torch.inf, self._norm)
 
     def _judged_rescale(self, skipped: bool) -> None:
-        """In place of DeepSpeed's own, which takes every step that is skipped for an overflow."""
+        """Replaces DeepSpeed's `_update_scale`, which takes every skipped step for an overflow."""
         if not skipped or bool(self._overflow):
             self._rescale(skipped)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters in fp32 and buffers as they are, by name. Collective."""
+        """Returns parameters in fp32 and buffers in their own type, by name. Collective."""
         full = {name: self._master(p).detach() for name, p in self.parameters.items()}
         return full | self._buffers()
 
     def saved(self, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What `weights` and `moments` give after so many steps of the optimiser, but without data."""
+        """Returns the tensors of `weights` and `moments` after `steps` optimiser steps, but on the meta device (buffers
+        excepted)."""
         with torch.device("meta"):
             full = {name: torch.empty(p.shape, dtype=torch.float32) for name, p in self.parameters.items()}
         moments = {f"{name}/{key}": p for name, p in full.items() for key in MOMENTS} if steps else {}
@@ -219,13 +222,14 @@ class Engine:
                 safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
 
     def masters(self) -> Masters | None:
-        """None where the model's weights are fp32 themselves."""
+        """Returns the fp32 masters; None if the model's own weights are fp32."""
         if not self.sharded or all(parameter.dtype == torch.float32 for parameter in self.parameters.values()):
             return None
         return Masters(list(self.parameters.values()), self.deepspeed.optimizer.single_partition_of_fp32_groups)
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's averages, "name/exp_avg" and "name/exp_avg_sq", fp32; {} before the first step. Collective."""
+        """Returns AdamW's moments in fp32, by "name/exp_avg" and "name/exp_avg_sq"; {} before the first step.
+        Collective."""
         if not self.optimizer_steps():
             return {}
         return {f"{name}/{key}": self._moment(p, key) for name, p in self.parameters.items() for key in MOMENTS}
@@ -240,7 +244,7 @@ class Engine:
             for key in MOMENTS:
                 state[key] = torch.zeros_like(tensor)
         if self.sharded:
-            # DeepSpeed links the flat state to the parameters at its first step, which is yet to come.
+            # DeepSpeed links the flat state to the parameters at its first step only, so we do it here.
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.parameters.items():
             for key in MOMENTS:
@@ -251,12 +255,12 @@ class Engine:
                     self.optimizer.state[parameter][key].copy_(value)
 
     def optimizer_steps(self) -> int:
-        """Steps the optimiser has taken: fewer than the trainer's where gradients were not finite."""
+        """Returns the number of steps that updated the weights: the trainer's steps less the skipped ones."""
         states = list(self.optimizer.state.values())
         return int(states[0]["step"]) if states else 0
 
     def scaler(self) -> dict[str, float]:
-        """The loss scaler of fp16; {} for other precisions."""
+        """Returns the state of the fp16 loss scaler; {} for other precisions."""
         if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
             return scaler.state_dict()
         if self.deepspeed.fp16_enabled():
@@ -264,7 +268,8 @@ class Engine:
         return {}
 
     def load_scaler(self, state: dict[str, float]) -> None:
-        """A state of another precision or stage is left: the scale then finds itself again within some steps."""
+        """Restore the loss scaler. The state of another precision or ZeRO stage is ignored: the scale adapts again
+        within some steps."""
         if state.keys() != self.scaler().keys():
             return
         if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
@@ -274,12 +279,12 @@ class Engine:
                 setattr(self.deepspeed.optimizer.loss_scaler, key, state[key])
 
     def loss_scale(self) -> float | None:
-        """None where losses are not scaled."""
+        """Returns the loss scale; None if losses are not scaled."""
         state = self.scaler()
         return state.get("scale", state.get("cur_scale"))
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Without those that the settings give, which are not persistent and cannot be loaded."""
+        """Returns the persistent buffers. The others follow from the settings and cannot be loaded."""
         kept = self.module.state_dict()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
@@ -295,7 +300,7 @@ class Engine:
 def deepspeed_config(
     precision: str, zero: int, clip: float, micro: int, accumulation: int, passed: dict[str, Any]
 ) -> dict[str, Any]:
-    """What deepspeed.initialize is told. Raises ConfigError for fp16 weights on hardware without fp16."""
+    """Returns the config for deepspeed.initialize. Raises ConfigError for fp16 weights on hardware without fp16."""
     half_weights = precision == "fp16" and zero > 0
     if half_weights and not get_accelerator().is_fp16_supported():
         raise ConfigError(
@@ -307,7 +312,7 @@ def deepspeed_config(
         "lower_precision_safe_modules": [],
     }
     return {
-        "steps_per_print": 2**62,  # we report ourselves
+        "steps_per_print": 2**62,  # never: we report ourselves
         **passed,
         "train_batch_size": micro * accumulation * distributed.world(),
         "train_micro_batch_size_per_gpu": micro,

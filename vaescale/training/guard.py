@@ -1,7 +1,7 @@
-"""Which steps are not taken: those whose gradient is not finite, or far larger than gradients usually are.
+"""Skips steps whose gradient is not finite or far larger than usual.
 
-The norm is that of the gradient over all ranks, the same bits on each, so all of them decide alike without a word.
-What is decided and learned stays on the device; people are told at the next report.
+The guard reads the norm of the gradient over all ranks. It is bit-identical on each of them, so all ranks decide alike
+without communication. Verdicts and statistics stay on the device and are logged at the next report.
 """
 
 import math
@@ -12,58 +12,58 @@ from torch import Tensor
 
 from ..lifecycle.state import GUARD
 
-# Steps that are remembered, and as many must have been taken before one can be a spike: the first hundred, as many as
-# learning rates usually rise for, are those in which norms change by themselves.
+# Steps in the running statistics. A step can be a spike only after as many: in the first hundred, the usual length of
+# the warm-up, norms change anyway.
 MEMORY = 100
-DEVIATIONS = 6  # chance does not reach so far; a loss that is always noisy widens the limit by itself
-MOST = 0.25  # share of the steps that may be skipped, averaged over MEMORY of them
+DEVIATIONS = 6  # beyond chance; a loss that is always noisy has a larger deviation, hence a higher limit
+MOST = 0.25  # largest share of skipped steps, averaged over MEMORY steps
 TAKEN, NOT_FINITE, SPIKE, OVERFLOW = range(4)
 WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
 
 
 class Skip(NamedTuple):
-    """A step that was not taken, as all ranks know it."""
+    """A skipped step; the same on all ranks."""
 
-    step: int  # the first is 0
+    step: int  # from 0
     why: int  # a key of WHY
     norm: float
-    usual: float  # geometric mean of the norms before; NaN if no step was taken yet
-    run: int  # skipped in a row up to this one
-    share: float  # of the last steps, skipped
-    micros: list[int]  # which of the step's micro-batches, rank after rank, have a loss that is not finite
+    usual: float  # geometric mean of the earlier norms; NaN before the first step that was taken
+    run: int  # consecutive skipped steps, this one included
+    share: float  # of skipped steps among the last MEMORY
+    micros: list[int]  # micro-batches of the step whose loss is not finite, numbered rank by rank
 
 
 class Guard:
-    """The running distribution of log ‖g‖ over the steps that were taken: plain mean and variance of the first MEMORY,
-    exponentially averaged from there on."""
+    """Running mean and variance of log ‖g‖ over the steps that were taken: plain over the first MEMORY steps,
+    exponentially averaged after them."""
 
     def __init__(self, factor: float, device: torch.device) -> None:
-        """factor: a norm so many times the usual one is a spike; 0: none is."""
+        """factor: a norm above `factor` times the usual one may be a spike; 0: no norm is."""
         self.least = math.log(factor) if factor else math.inf
-        self.count = torch.zeros((), device=device)  # steps remembered, up to MEMORY
+        self.count = torch.zeros((), device=device)  # steps in the statistics, at most MEMORY
         self.mean = torch.zeros((), device=device)
         self.variance = torch.zeros((), device=device)
-        self.run = torch.zeros((), device=device)  # steps skipped in a row
-        self.share = torch.zeros((), device=device)  # of steps skipped, exponentially averaged over MEMORY of them
+        self.run = torch.zeros((), device=device)  # consecutive skipped steps
+        self.share = torch.zeros((), device=device)  # of skipped steps, exponentially averaged over MEMORY steps
 
     def limit(self) -> Tensor:
-        """fp32 []: the largest norm that is no spike."""
+        """Returns fp32 []: the largest norm that is not a spike; infinite before MEMORY steps."""
         above = (DEVIATIONS * self.variance.sqrt()).clamp(min=self.least)
         return torch.where(self.count >= MEMORY, (self.mean + above).exp(), math.inf)
 
     def usual(self) -> Tensor:
-        """fp32 []"""
+        """Returns fp32 []: the geometric mean of the norms; NaN before the first step that was taken."""
         return torch.where(self.count > 0, self.mean.exp(), math.nan)
 
     def refuses(self, norm: Tensor) -> Tensor:
-        """bool []: the step must not be taken."""
+        """Returns bool []: whether to skip the step."""
         return ~norm.isfinite() | (norm > self.limit())
 
     def judge(self, norm: Tensor, excused: Tensor) -> Tensor:
-        """int64 []: TAKEN, or why not; learn from it. Once a step.
+        """Returns int64 []: TAKEN, or why the step is skipped. Also updates the statistics, so call it once a step.
 
-        excused: what is not finite is the doing of a loss scale that can still fall. It then counts neither as a step
-        in a row nor as one between two of them.
+        excused: bool [], a non-finite gradient would be due to a loss scale that can still fall. Such a step neither
+        lengthens nor ends a run of skipped steps.
         """
         refused = self.refuses(norm)
         failed = torch.where(excused, OVERFLOW, NOT_FINITE)
@@ -81,8 +81,9 @@ class Guard:
         return why
 
     def spoilt(self, why: Tensor) -> Tensor:
-        """bool []: nothing may be learned from the step, by the optimiser or without it. An overflow while a loss scale
-        first finds itself says nothing of the images, and they initialise codebooks; a later one may be a spike."""
+        """Returns bool []: whether buffers must not learn from the step either. They may if it overflowed before MEMORY
+        steps were taken: the loss scale is still adapting, and these images initialise codebooks. A later overflow may
+        be a spike."""
         return (why != TAKEN) & ((why != OVERFLOW) | (self.count >= MEMORY))
 
     def state(self) -> dict[str, float]:
@@ -94,7 +95,7 @@ class Guard:
 
 
 def explained(skip: Skip, micros: int) -> str:
-    """Why, in words. micros: of one rank in a step."""
+    """Returns the cause as a clause for the log. micros: micro-batches per rank and step."""
     if skip.why == SPIKE:
         return f"the gradient norm is {skip.norm:.3g}, where {skip.usual:.3g} is usual"
     if skip.why == OVERFLOW:
@@ -106,12 +107,13 @@ def explained(skip: Skip, micros: int) -> str:
 
 
 def too_many(skip: Skip, patience: int) -> bool:
-    """With this step: in a row, or among the last ones, so that a step taken now and then is no excuse."""
+    """Returns whether the run must stop at this skipped step: too many in a row, or too large a share of the last
+    steps, so that a step taken now and then does not keep the run alive."""
     return skip.run >= patience or skip.share > MOST
 
 
 def diagnosis(skip: Skip, micros: int, factor: float) -> str:
-    """Of the step with which patience ends."""
+    """Returns the error text for the skipped step that stops the run."""
     cure = "lower optimizer.lr or raise optimizer.warmup, and look at the samples named above"
     cure += "; if that does not help, go on from an older checkpoint"
     if skip.why == SPIKE:

@@ -1,4 +1,4 @@
-"""How a model learns. The trainer knows a Learner, never an engine."""
+"""The interface between the trainer and a way of learning. The trainer uses a Learner and never an engine."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -12,61 +12,62 @@ from .guard import Skip
 
 
 class Learner(Protocol):
-    averaged: Model  # what is validated and evaluated: the model with averaged weights, or itself
+    averaged: Model  # the model that is validated and evaluated: the one with averaged weights, or the model itself
 
     def __init__(self, model: Any, config: Config, samples: int) -> None:
         """samples: N of the training set."""
 
     @staticmethod
     def planned(config: Config, samples: Callable[[], int], step: int = 0, images: int = 0) -> int:
-        """Steps of the whole run, which has taken `step` of them and consumed `images`. samples: gives N of the
-        training set."""
+        """Returns the number of steps of the whole run, which is at `step` and has consumed `images`. samples: returns
+        N of the training set."""
         ...
 
     @staticmethod
     def memory(model: Any, config: Config, world: int) -> dict[str, float]:
-        """Estimated bytes on one rank, by what takes them."""
+        """Returns the estimated bytes on one rank, by purpose."""
         ...
 
     def step(self, batches: Iterable[Batch], step: int) -> Tensors:
-        """Learn from one step's micro-batches; returns this rank's means over them, fp32 scalars on the device."""
+        """Take one step on its micro-batches; returns this rank's means over them, fp32 scalars on the device."""
         ...
 
     def settle(self) -> None:
-        """Called before the model is validated or saved: finish what is not finished at every step. Collective."""
+        """Finish pending work before the model is validated or saved: what is too costly for every step. Collective."""
         ...
 
     def skips(self) -> list[Skip]:
-        """The steps that were not taken since the last call. Collective; waits for the device."""
+        """Returns the steps skipped since the last call. Collective; waits for the device."""
         ...
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
-        """The board's names and values, after `step` steps. means: of what `step` returned, over a window of steps and
-        all ranks."""
+        """Returns the values for the board by name, after `step` steps. means: the results of `step`, averaged over a
+        window of steps and all ranks."""
         ...
 
     def tensors(self) -> dict[str, Tensors]:
-        """What a checkpoint holds, by file: "model", "ema" (those of `averaged`) and what else it needs. Collective."""
+        """Returns a checkpoint's tensors by file: "model", "ema" (those of `averaged`) and others that the learner
+        needs. Collective."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What state.json holds beside them."""
+        """Returns the learner's entries of state.json."""
         ...
 
     def load(self, read: Read, state: dict[str, Any]) -> None:
-        """Take up what `tensors` and `state` gave."""
+        """Restore what `tensors` and `state` returned."""
         ...
 
     def begin(self, read: Read) -> None:
-        """Take up the "model" and the "ema" of another run, and nothing else."""
+        """Start from the "model" and "ema" tensors of another run, and nothing else of it."""
         ...
 
     def size(self) -> int:
-        """Bytes of what `tensors` gives."""
+        """Returns the bytes of all tensors of a checkpoint."""
         ...
 
     def summary(self) -> str:
-        """What is learned and how, in a few words for the log."""
+        """Returns a few words for the log on what is learned and how."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What people see of a training: the log, TensorBoard and metrics.jsonl."""
+"""Reports a training run to the log, TensorBoard and metrics.jsonl."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -31,7 +31,7 @@ COMPARED = (
 
 @dataclass
 class Window:
-    """What is gathered between two reports: sums on the device, seconds on the host."""
+    """Accumulates between two reports: sums of metrics on the device, seconds on the host."""
 
     steps: int = 0
     waited: float = 0.0  # for data
@@ -46,12 +46,12 @@ class Window:
 
     @property
     def seconds(self) -> float:
-        """Of training."""
+        """Training time since the last report, without pauses."""
         return time.monotonic() - self.begun - self.paused
 
 
 class Reporter:
-    """On all ranks; rank 0 alone speaks and writes."""
+    """Exists on all ranks; only rank 0 prints and writes."""
 
     def __init__(
         self, config: Config, model: Model, learner: Learner, position: Position, device: torch.device
@@ -61,11 +61,11 @@ class Reporter:
         self.pace = Pace(model, device)
         self.posterior = posterior.Posterior(config.model, config.optimizer.warmup, position.alarms)
         self.board: Board | None = None
-        self.flops, self.peak = 0, 0.0  # of an image, and a device's a second; known to rank 0 where there is a peak
+        self.flops, self.peak = 0, 0.0  # FLOPs an image; peak FLOP/s of the device. Set on rank 0 if the peak is known
         self.window = Window()
 
     def open(self) -> None:
-        """On rank 0. Raises OSError if the board's files cannot be made."""
+        """Open the board. Called on rank 0. Raises OSError if its files cannot be created."""
         self.board = Board(Path(self.config.run), self.position.step, self.position.alarms)
         self.peak = peak(self.config, self.device)
         if self.peak:
@@ -73,7 +73,7 @@ class Reporter:
         self.board.text("config", _verbatim(mechanics.to_yaml(self.config)), self.position.step)
 
     def begin(self, banner: str, topology: str, remarks: Iterable[str]) -> None:
-        """What is said before the first step."""
+        """Log what comes before the first step."""
         self.console.say(banner)
         self.console.say(topology)
         if self.board:
@@ -83,7 +83,8 @@ class Reporter:
         self.window = Window()
 
     def report(self, epoch: float) -> None:
-        """Means over the window and over all ranks; the only place between checkpoints that waits for the device."""
+        """Report the means over the window and all ranks. Nothing else between checkpoints waits for the device.
+        Collective."""
         window, position = self.window, self.position
         names = sorted(window.sums)
         sums = torch.stack([window.sums[name].to(self.device) / window.steps for name in names])
@@ -126,7 +127,7 @@ class Reporter:
         return {**values, "perf/slowest_rank": self.pace.times, "data/wait_share": window.waited / seconds}
 
     def _codebook(self, name: str, usage: Usage, commitment: float, quantizer: Any) -> dict[str, float]:
-        """One codebook's scalars, and its histogram; a sentence when it collapses, and one when it has recovered."""
+        """Report one codebook: returns its scalars, writes its histogram, and logs when it collapses or recovers."""
         step, on = self.position.step, self.position.alarms
         reading = alarm.read(usage, commitment, step)
         self._alarm(name, alarm.watch(name, reading, quantizer, self.config.optimizer.warmup, on))
@@ -143,7 +144,7 @@ class Reporter:
             self.board.alarm(name, said, name in self.position.alarms, self.position.step)
 
     def validation(self, measured: dict[str, float], codec: Codec, shown: Callable[[], Batch]) -> None:
-        """What was measured on the validation set, and pictures. shown: gives the fixed images, on the device."""
+        """Report the results on the validation set, and pictures. shown: returns the fixed images, on the device."""
         step = self.position.step
         values = {f"val/{name}": value for name, value in measured.items()}
         self.console.say(f"validation at step {step}:  {tables.line(measured)}")
@@ -158,7 +159,7 @@ class Reporter:
             self.board.picture("val/rates", pictures.bars(rates, title), step)
         if step == self.config.steps:
             self.board.compare(compared(self.config), values)
-        self.board.scalars(values, step)  # at last: by its line a later process knows that all is written
+        self.board.scalars(values, step)  # last: a later process takes this line as proof that all else is written
 
     def close(self, ended: str) -> None:
         self.console.close()
@@ -168,7 +169,7 @@ class Reporter:
 
 
 def compared(config: Config) -> dict[str, Any]:
-    """The settings that runs are compared by, of those that this model has."""
+    """Returns those settings of COMPARED that this model has."""
     found = {}
     for name in COMPARED:
         value: Any = config
@@ -180,5 +181,5 @@ def compared(config: Config) -> dict[str, Any]:
 
 
 def _verbatim(text: str) -> str:
-    """Indented, Markdown leaves it as it is."""
+    """Returns the text indented, as a Markdown code block."""
     return "".join(f"    {line}\n" for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""Where a run goes on, and with what."""
+"""Finds the position and the weights that a run continues from."""
 
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -17,7 +17,7 @@ from .learner import Learner
 
 @dataclass
 class Position:
-    """All that a run remembers beside its tensors."""
+    """The state of a run apart from the learner's."""
 
     step: int = 0
     images: int = 0  # consumed; the next batch begins with sample number g = images
@@ -25,18 +25,18 @@ class Position:
     alarms: list[str] = field(
         default_factory=list
     )  # names of what had collapsed at the last report: codebooks, latents
-    owed: bool = False  # this step's validation, which a stop has cut short
-    since: dict[str, int] | None = None  # the step and the images consumed from where on each step took this batch
+    owed: bool = False  # this step's validation is pending: a stop cut it short
+    since: dict[str, int] | None = None  # the current batch size, and the step and images at which it began
 
     def advance(self, batch: int) -> None:
-        """By one step."""
+        """Count one step of `batch` images."""
         if self.since is None or self.since["batch"] != batch:
             self.since = {"batch": batch, "step": self.step, "images": self.images}
         self.step, self.images = self.step + 1, self.images + batch
 
 
 def state(position: Position, learner: Learner, order: dict[str, int | str]) -> dict[str, Any]:
-    """What state.json holds."""
+    """Returns the contents of state.json."""
     return {
         "version": states.VERSION,
         **vars(position),
@@ -46,7 +46,7 @@ def state(position: Position, learner: Learner, order: dict[str, int | str]) -> 
 
 
 def order(config: Config, slices: TrainSlices) -> dict[str, int | str]:
-    """What decides which sample is number g."""
+    """Returns everything that determines which sample is number g."""
     return {
         "version": slices.order.version,
         "seed": config.seed,
@@ -56,9 +56,12 @@ def order(config: Config, slices: TrainSlices) -> dict[str, int | str]:
 
 
 def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
-    """What is taken, in this order: the newest valid checkpoint of the run directory; else the weights of
-    `init_from`, at step 0 with a fresh optimiser; else scratch. A begun run reads on in the order's version that it
-    began with. Collective."""
+    """Load the newest valid checkpoint of the run directory; else the weights of `init_from`, at step 0 with a fresh
+    optimiser; else start from scratch. Returns the position. Collective.
+
+    A resumed run keeps the version of the sample order that it began with. Raises ConfigError if the order would
+    change, and CheckpointError if a checkpoint cannot be used.
+    """
     found = find(Path(config.run))
     if found is None:
         if config.init_from:
@@ -68,7 +71,7 @@ def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
     state = states.read(found, ["version", *parts, "order", *learner.state()])
     if found.name != f"step-{state['step']:08d}":
         raise CheckpointError(f"{found} holds the state of step {state['step']}: give it its name back, or remove it")
-    begun = {"version": 1, **state["order"]}  # version 1 was not written down
+    begun = {"version": 1, **state["order"]}  # version 1 did not record its number
     slices.follow(begun["version"])
     for key, value in order(config, slices).items():
         if begun.get(key) != value:
@@ -90,7 +93,7 @@ def begin(config: Config, learner: Learner) -> None:
 
 
 def find(place: Path) -> Path | None:
-    """The checkpoint that all ranks take; what was wrong with others is said. Collective."""
+    """Returns the checkpoint that all ranks use, or None; rank 0 prints what is wrong with any others. Collective."""
     found = checkpoint.agreed(place)
     if distributed.rank() == 0:
         for remark in found.remarks:

@@ -1,7 +1,7 @@
 """The training loop.
 
-A run's position is one integer, the number of images consumed; with the seed it decides all that follows. To resume,
-run the same command.
+A run's position in the data is one integer, the number of images consumed. Together with the seed it determines
+everything that follows. To resume, run the same command.
 """
 
 import time
@@ -34,13 +34,13 @@ from .guard import Skip, diagnosis, explained, too_many
 from .learner import LEARNERS
 from .reporter import Reporter
 
-NAMED = 8  # samples of a skipped step, in the log
+NAMED = 8  # samples of a skipped step that the log names
 
 
 class Trainer:
     def __init__(self, config: Config, lock: Lock | None = None, reader: Reader | None = None) -> None:
-        """lock: of the run directory, to be taken; None where nobody else can know the directory. reader: of the
-        samples; None: that of pictures."""
+        """lock: the run directory's lock, acquired here; None if no other process can know the directory. reader:
+        decodes the samples; None: as pictures."""
         self.config = config
         self.launcher = process.launcher()
         self.device = distributed.init(config.hang_timeout)
@@ -51,7 +51,7 @@ class Trainer:
         if lock:
             lock.acquire()
             self.release = lock.release
-        # The data are opened first: of all that can be wrong they are the most likely, and the cheapest to find.
+        # The data are opened first: errors there are the most likely, and the cheapest to find.
         self.slices = stream.TrainSlices(config.data, config.seed, reader)
         self.validation = stream.ValidationSlices(config.data, reader)
         self.indexes = (self.slices.samples.index, self.validation.samples.index)
@@ -60,7 +60,7 @@ class Trainer:
             check_labels(config, index)
         check_classes(config, *self.indexes)
 
-        self.before: history.Values | None = None  # the settings of an earlier process; known to rank 0
+        self.before: history.Values | None = None  # the settings of an earlier process; on rank 0 only
         on_rank_0(self.run, self.compare)
 
         torch.manual_seed(config.seed)
@@ -69,7 +69,7 @@ class Trainer:
         self.learner = LEARNERS[MODELS[config.model.kind].learner](self.model, config, samples)
         self.position = resume.resume(config, self.learner, self.slices)
         self.order = resume.order(config, self.slices)
-        if self.position.owed:  # unless an earlier process has made up for it
+        if self.position.owed:  # unless an earlier process has caught up on it
             self.position.owed = not distributed.tell(validated(self.run, self.position.step))
         steps = self.learner.planned(config, lambda: samples, self.position.step, self.position.images)
         config = self.config = replace(config, steps=steps)
@@ -77,26 +77,26 @@ class Trainer:
         self.reporter = Reporter(config, self.model, self.learner, self.position, self.device)
         self.console = self.reporter.console
         self.writer = Writer(self.run / "checkpoints", config.keep, config.keep_every, self.console)
-        self.damaged: Counter[str] = Counter()  # samples by cause, on this rank, since all ranks last counted them
+        self.damaged: Counter[str] = Counter()  # damaged samples by cause, on this rank, since `count_damage`
         self.changes = history.changes(self.before, config)
         if self.left():
             self.writer.check_room(self.learner.size(), config.steps)
             on_rank_0(self.run, self.reporter.open)
 
     def compare(self) -> None:
-        """Raises ConfigError where there are weights that the settings do not fit."""
+        """Read the settings of an earlier process. Raises ConfigError if its weights do not fit today's settings."""
         if checkpoint.there(self.run / "checkpoints"):
             self.before = history.read(self.run)
             history.check(self.run, history.changes(self.before, self.config))
 
     def left(self) -> bool:
-        """Whether there is anything to do."""
+        """Returns whether steps or a validation are pending."""
         return self.position.step < self.config.steps or self.position.owed
 
     def train(self) -> str:
-        """Returns why the run was stopped before its end, one of stops.REASONS; "" if it has finished.
+        """Train to the end. Returns why the run was stopped early, one of stops.REASONS; "" if it has finished.
 
-        Raises NoProgress in place of what has ended it at the same step the last times, too.
+        Raises NoProgress instead of an error that has repeatedly ended the run at the same step.
         """
         status, position = Status(self.run, self.rank), self.position
         if self.left():
@@ -114,7 +114,7 @@ class Trainer:
             self.writer.close()
         if self.rank == 0:
             status.end(PREEMPTED if why else FINISHED, why, position.step)
-        distributed.barrier()  # a launcher ends all ranks once one has left with 75, and that must stand before
+        distributed.barrier()  # a launcher ends all ranks once one exits with 75: the status must be written before
         return why
 
     def loop(self, stop: Stop, watch: Watch) -> str:
@@ -154,7 +154,7 @@ class Trainer:
                     self.count_damage()
                     self.count_skips()
                     self.save()
-            reporter.window.paused += time.monotonic() - paused  # images/s are those of training
+            reporter.window.paused += time.monotonic() - paused  # not counted in images/s
         with watch.doing("the last save"):
             self.writer.settle(wait=True, last=True)
         stop.heeded()
@@ -175,7 +175,7 @@ class Trainer:
         self.console.advance()
 
     def next_batches(self, batches: Iterator[stream.Decoded]) -> Iterator[Batch]:
-        """One step's micro-batches on the device; the time spent waiting for them is measured."""
+        """Yield one step's micro-batches on the device, and measure the time spent waiting for them."""
         for _ in range(self.config.accumulation):
             begun = time.monotonic()
             batch, damage = next(batches)
@@ -186,7 +186,8 @@ class Trainer:
             yield batch.to(self.device)
 
     def count_damage(self) -> None:
-        """Add the latest damaged samples, over all ranks, to the run's; too many stop all ranks together."""
+        """Add the damaged samples of all ranks since the last call to the run's count. Collective. Raises DataError, on
+        all ranks, if there are too many."""
         config, position = self.config.data, self.position
         counts = distributed.sum_(torch.tensor([self.damaged[cause] for cause in CAUSES], device=self.device))
         self.damaged.clear()
@@ -201,7 +202,8 @@ class Trainer:
             )
 
     def count_skips(self) -> None:
-        """Say which steps were skipped since the last call, and why; too many stop all ranks together."""
+        """Log which steps were skipped since the last call, and why. Collective. Raises Diverged, on all ranks, if
+        there are too many."""
         optimizer, micros = self.config.optimizer, self.config.accumulation
         for skip in self.learner.skips():
             self.console.say(f"step {skip.step + 1} skipped: {explained(skip, micros)}; {self.named(skip)}")
@@ -209,7 +211,7 @@ class Trainer:
                 raise Diverged(diagnosis(skip, micros, optimizer.spike))
 
     def named(self, skip: Skip) -> str:
-        """The samples of the micro-batches whose losses are not finite, or of all."""
+        """Returns a clause that names samples of the micro-batches whose loss is not finite, or of all if none is."""
         total = self.config.accumulation * self.world
         begin = self.position.images - (self.position.step - skip.step) * self.config.batch
         g = begin + np.arange(self.config.batch).reshape(total, self.micro)[skip.micros or range(total)].flatten()
@@ -218,11 +220,11 @@ class Trainer:
         return f"its samples: {', '.join(keys)}" + (f" and {len(g) - NAMED} more" if len(g) > NAMED else "")
 
     def validate(self, stop: Stop, watch: Watch) -> str:
-        """The averaged weights on the whole validation set, and the fixed images as pictures. Returns for what it was
-        cut short; the next life makes up for it."""
+        """Evaluate the averaged weights on the validation set, and draw the fixed images. Returns why it was cut short,
+        one of stops.REASONS; "" if it was not. A validation that was cut short stays pending for the next process."""
         averaged = self.learner.averaged
         if not isinstance(averaged, Codec):
-            self.position.owed = False  # there is nothing to measure
+            self.position.owed = False  # nothing to measure
             return ""
         with watch.doing("validation"):
             measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stop.agreed)
@@ -233,7 +235,7 @@ class Trainer:
         return ""
 
     def save(self) -> None:
-        """Collective: every rank takes part in gathering, rank 0 writes."""
+        """Save a checkpoint: all ranks gather, rank 0 writes. Collective."""
         position = self.position
         state = resume.state(position, self.learner, self.order)
         self.writer.save(position.step, self.learner.tensors(), state, dict(self.model.named_buffers()))
