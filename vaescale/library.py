@@ -1,4 +1,4 @@
-"""A trained run in other programs: pictures → latents → pictures.
+"""The library interface to a trained run: pictures → latents → pictures.
 
 import vaescale
 
@@ -26,7 +26,7 @@ from .evaluation.sample import from_prior
 from .interfaces import Batch, Codebooks, Codec, Condition
 from .monitoring.pictures import to_bytes
 
-AT_ONCE = 32  # pictures in one pass of the model, as in launch/evaluate.py
+AT_ONCE = 32  # pictures per forward pass, as in launch/evaluate.py
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 Picture = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str]
@@ -42,11 +42,11 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> "Tr
 
 
 class Trained:
-    """A trained model. `codec` is the model itself, for what is not offered here; `step` is that of its weights.
+    """A trained model. `codec` is the model itself, for anything not offered here; `step` is the step of its weights.
 
-    Labels, of models with model.classes: one whole number for all pictures, or one for each; -1 or None: not given.
-    Attributes, of models with data.attributes: float [A] or [B, A], standardised over the training set; NaN or None:
-    not given.
+    Labels are for models with model.classes: one integer for all pictures, or one for each; -1 or None: not given.
+    Attributes are for models with data.attributes: float [A] or [B, A], standardised over the training set; NaN or
+    None: not given.
     """
 
     def __init__(self, codec: Codec, config: settings.Config, step: int, device: torch.device) -> None:
@@ -57,17 +57,18 @@ class Trained:
     def encode(
         self, pictures: Picture | Sequence[Picture], label: Label = None, attributes: ArrayLike | Tensor | None = None
     ) -> list[Tensor]:
-        """Latents [B, …] a level, coarse to fine, on the model's device: int64 codes where they are discrete, else the
-        mean of q(z|x).
+        """Returns latents [B, …] for each level, coarse to fine, on the model's device: int64 codes if they are
+        discrete, else the mean of q(z|x).
 
-        pictures: one, or a list of any mixture and sizes. A picture is a PIL image, the path of a file, or pixels in a
-        numpy array or tensor: [H, W], [H, W, C], [C, H, W], or several of one size, [B, H, W, C] or [B, C, H, W]; C is
-        1, 3 or 4. If the shape leaves it open where the channels are, they come last in an array and first in a tensor.
-        Pixels are uint8, or floats in [0, 1]; ValueError refuses others.
+        pictures: one picture, or a list of any mixture and sizes. A picture is a PIL image, the path of a file, or
+        pixels in a numpy array or tensor: [H, W], [H, W, C], [C, H, W], or several of one size, [B, H, W, C] or
+        [B, C, H, W]; C is 1, 3 or 4. If the shape is ambiguous, channels are last in an array and first in a tensor.
+        Pixels are uint8, or floats in [0, 1]. Raises ValueError for anything else.
 
-        Each picture is made what a validation image is: upright, transparency on white, the largest centred square,
-        resized to data.size (bicubic), grey if data.channels=1. Only a JPEG of several times that size may differ by a
-        few grey levels: the data pipeline decodes it at a reduced size. Its path gives the same pixels.
+        Each picture is preprocessed like a validation image: turned upright, transparency on white, cropped to the
+        largest centred square, resized to data.size (bicubic), grey if data.channels=1. Only a JPEG of several times
+        that size may differ by a few grey levels, because the data pipeline decodes it at a reduced size. The path of
+        the JPEG gives the same pixels as the pipeline.
         """
         images = list(self._squares(pictures))
         if not images:
@@ -86,10 +87,11 @@ class Trained:
     def decode(
         self, latents: Tensor | Sequence[Tensor], label: Label = None, attributes: ArrayLike | Tensor | None = None
     ) -> NDArray[np.uint8]:
-        """The pictures of latents as `encode` gives them: uint8 [B, size, size, C], C = 3 or 1, the means of p(x|z).
+        """Returns the pictures of latents such as `encode` returns: uint8 [B, size, size, C], C = 3 or 1, the means of
+        p(x|z).
 
-        Finer levels that are left out are drawn from the prior, by torch's generator. Raises ValueError for latents of
-        another model, and if there is no prior to draw from.
+        Finer levels that are left out are drawn from the prior with torch's global generator. Raises ValueError for
+        latents that do not fit this model, and if levels are left out and there is no prior.
         """
         levels = self._latents([latents] if isinstance(latents, Tensor) else [torch.as_tensor(one) for one in latents])
         count = len(levels[0])
@@ -110,8 +112,8 @@ class Trained:
         seed: int = 0,
         temperature: float = 1.0,
     ) -> NDArray[np.uint8]:
-        """Pictures of latents from the prior: uint8 [count, size, size, C], the means of p(x|z), the same for the same
-        seed. Raises ValueError where there is no prior."""
+        """Returns pictures of latents drawn from the prior: uint8 [count, size, size, C], the means of p(x|z). The same
+        seed gives the same pictures. Raises ValueError if there is no prior."""
         if count < 1:
             raise ValueError(f"the number of samples must be at least 1, and not {count}")
         condition = self._condition(label, attributes, count)
@@ -119,7 +121,7 @@ class Trained:
         return _channels_last(from_prior(self.codec, given, seed, temperature))
 
     def _squares(self, pictures: Any) -> Iterator[Pixels]:
-        """uint8 [size, size, 3] each."""
+        """Yields each picture as uint8 [size, size, 3]."""
         size = self.config.data.size
         match pictures:
             case list() | tuple():
@@ -164,11 +166,12 @@ class Trained:
 
     @cached_property
     def _levels(self) -> list[Tensor]:
-        """The latents of an image that shows nothing."""
+        """The latents of a blank image, for their shapes and types."""
         return self.codec.encode(settings.blank(self.config, 1).to(self.device))
 
     def _latents(self, given: list[Tensor]) -> list[Tensor]:
-        """On the device and of the right type. Raises ValueError for what this model cannot decode."""
+        """Returns the latents on the device and of the right type. Raises ValueError if this model cannot decode
+        them."""
         wanted = self._levels
         found = [tuple(level.shape) for level in given]
         alike = all(
@@ -189,7 +192,8 @@ class Trained:
 
 
 def _pixels(pictures: NDArray[Any] | Tensor) -> NDArray[np.uint8]:
-    """→ [B, H, W, C]. Raises ValueError for pixels neither uint8 nor floats in [0, 1], and for other shapes."""
+    """Returns pixels as [B, H, W, C]. Raises ValueError for other shapes, and for types other than uint8 and floats in
+    [0, 1]."""
     shape, kind = tuple(pictures.shape), str(pictures.dtype).removeprefix("torch.")
     first = isinstance(pictures, Tensor)
     if isinstance(pictures, Tensor):

@@ -1,4 +1,4 @@
-"""Everything a config file may say. Importing this file loads neither deepspeed nor a process group."""
+"""The settings of a config file. Importing this module loads neither deepspeed nor a process group."""
 
 from collections.abc import Container
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -21,24 +21,24 @@ from .ranges import ranged, require
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW, and a learning rate that rises linearly and falls along a cosine."""
+    """AdamW, with linear warm-up and cosine decay of the learning rate."""
 
     lr: float = ranged(3e-4, above=0)
     betas: tuple[float, float] = ranged((0.9, 0.99), least=0, below=1)
     weight_decay: float = ranged(0.0, least=0)
-    clip: float = ranged(1.0, least=0)  # global gradient norm; 0: no clipping
+    clip: float = ranged(1.0, least=0)  # largest global gradient norm; 0: no clipping
     warmup: int = ranged(100, least=0)  # steps
-    final: float = ranged(0.05, least=0, most=1)  # share of lr at the last step
-    # A step is skipped if its gradient norm is so many times the running geometric mean and six standard deviations of
-    # its logarithm above; 0: only if it is not finite.
+    final: float = ranged(0.05, least=0, most=1)  # learning rate at the last step, as a share of lr
+    # A step is skipped if its gradient norm exceeds `spike` times the running geometric mean, and its logarithm exceeds
+    # the mean logarithm by six standard deviations; 0: only if it is not finite.
     spike: float = ranged(10.0, least=0)
-    # so many skipped steps in a row stop the run, and a quarter of the last hundred do
+    # The run stops after this many skipped steps in a row, or if over a quarter of the last hundred were skipped.
     patience: int = ranged(20, least=1)
 
 
 @dataclass(frozen=True)
 class Every:
-    """Steps between …"""
+    """Steps between reports, validations and checkpoints."""
 
     report: int = ranged(20, least=1)
     validate: int = ranged(500, least=1)
@@ -47,23 +47,23 @@ class Every:
 
 @dataclass(frozen=True)
 class Config:
-    model: Any  # the Config of the class that model.kind names
+    model: Any  # the Config of the model that model.kind names
     run: str = "runs/run"  # the run directory; running the same command again resumes it
-    seed: int = ranged(0, least=0, below=2**44)  # what is drawn from it must fit into 64 bits
+    seed: int = ranged(0, least=0, below=2**44)  # so that seeds derived from it fit into 64 bits
     steps: int = ranged(1000, least=1)
-    batch: int = ranged(128, least=1)  # images a step, over all ranks and all accumulated micro-batches
+    batch: int = ranged(128, least=1)  # images per step, over all ranks and accumulated micro-batches
     accumulation: int = ranged(1, least=1)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
     ema: float = ranged(0.999, least=0, below=1)  # decay of the averaged weights that validation and evaluation use
-    keep: int = ranged(2, least=1)  # checkpoints
-    # seconds before the end of its SLURM job at which a run saves and stops
+    keep: int = ranged(2, least=1)  # newest checkpoints that are kept
+    # The run saves and stops this many seconds before the end of its SLURM job.
     stop_before: float = ranged(120.0, least=0)
-    # Seconds without a step after which the run ends itself, if ten times the longest of late is not more; twelve times
-    # as long for validation, saving and the first step. 0: never.
+    # The run ends itself after this many seconds without a step, or after ten times the longest of the last hundred
+    # steps if that is more. Validation, saving and the first step have twelve times as long. 0: never.
     hang_timeout: float = ranged(300.0, least=0, most=10**7)
-    keep_every: int = ranged(0, least=0)  # and those of every such step, for ever; 0: none
-    # A run directory or a checkpoint: a new run begins with its weights, at step 0, the optimiser knowing nothing.
+    keep_every: int = ranged(0, least=0)  # also keep the checkpoints of every multiple of this step for ever; 0: none
+    # A run directory or a checkpoint whose weights a new run starts from, at step 0 with a fresh optimiser.
     init_from: str = ""
     data: stream.Config = field(default_factory=stream.Config)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -74,7 +74,7 @@ class Config:
 SHOWN = 5  # classes named in one line
 
 
-# What DeepSpeed is told from the fields above; to say it twice is to contradict oneself.
+# DeepSpeed settings that follow from the fields above, and are refused in `deepspeed`.
 OWNED = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "batch and accumulation",
@@ -89,7 +89,8 @@ OWNED = {
 
 
 def load(path: str | Path, overrides: list[str]) -> Config:
-    """Raises ConfigError, one sentence, for anything that is not a setting or cannot work."""
+    """Read a config file with overrides. Raises ConfigError, one sentence, for unknown keys and values that cannot
+    work."""
     return _checked(mechanics.read(path, overrides), path)
 
 
@@ -109,8 +110,8 @@ def _checked(raw: Any, path: str | Path) -> Config:
 
 
 def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
-    """(the settings in a run's config.yaml, with overrides; the keys that are left out because this version no longer
-    has them). Keys of later versions have their defaults. Raises ConfigError."""
+    """Read a run's config.yaml with overrides. Returns the config, and the file's keys that this version does not know,
+    which are ignored. Missing keys take their defaults. Raises ConfigError."""
     raw = mechanics.read(path, overrides)
     kind = mechanics.as_written(raw, "model", "kind")
     names = [override.partition("=")[0].strip().split(".") for override in overrides]
@@ -120,7 +121,8 @@ def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
 
 
 def _prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = "") -> list[str]:
-    """Remove the keys that `schema` (a dataclass instance) does not have, and return their names; but not `keep`."""
+    """Remove the keys that `schema` (a dataclass instance) does not have, except those in `keep`. Returns their
+    names."""
     unknown: list[str] = []
     for name, given in list(raw.items()):
         key, value = f"{where}{name}", getattr(schema, name, None)
@@ -134,8 +136,8 @@ def _prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = 
 
 
 def build(config: Config) -> Model:
-    """The model that the config names. Raises ConfigError for a shape that it cannot have, and, since a config may also
-    be made in code, for a value outside its range or its Literal."""
+    """Build the model that the config names. Raises ConfigError for a shape that the model cannot have. Configs may be
+    made in code, so it also raises ConfigError for a value outside its range or Literal."""
     try:
         require(config)
         return MODELS[config.model.kind].build(config.model, shape(config), config.seed)
@@ -148,16 +150,16 @@ def shape(config: Config) -> Shape:
 
 
 def blank(config: Config, count: int) -> Batch:
-    """So many samples of the right shape that show nothing."""
+    """Returns a batch of `count` blank samples of the right shape."""
     label = torch.zeros(count, dtype=torch.int64)
     return Batch(stream.pictures(config.data).blank(count), label, torch.zeros(count, shape(config).attributes), label)
 
 
 def check(config: Config, world: int) -> None:
-    """Everything that can be known to be wrong before a process group or an accelerator is touched."""
+    """Raises ConfigError for anything that can be found wrong without a process group or an accelerator."""
     micro_batch(config, world)
     size = config.data.size
-    with FakeTensorMode(), torch.no_grad():  # shapes only: nothing is computed
+    with FakeTensorMode(), torch.no_grad():  # propagates shapes without computing anything
         model = build(config).eval()
         batch = blank(config, 1)
         if not isinstance(model, Codec):
@@ -173,7 +175,7 @@ def check(config: Config, world: int) -> None:
 
 
 def micro_batch(config: Config, world: int) -> int:
-    """Images of one forward pass on one rank. Raises ConfigError unless they divide the batch evenly."""
+    """Returns the images of one forward pass on one rank. Raises ConfigError if the batch does not divide evenly."""
     parts = config.accumulation * world
     if config.batch % parts:
         lower = config.batch // parts * parts
@@ -185,7 +187,7 @@ def micro_batch(config: Config, world: int) -> int:
 
 
 def check_labels(config: Config, index: Index) -> None:
-    """Raises ConfigError for a label that the model was not built for: on a device it would be an obscure crash."""
+    """Raises ConfigError for a label that the model was not built for; on a device it would cause an obscure crash."""
     classes = getattr(config.model, "classes", 0)
     labels = index.records["label"]
     wrong = np.flatnonzero(labels >= classes)
@@ -199,10 +201,8 @@ def check_labels(config: Config, index: Index) -> None:
 
 
 def check_classes(config: Config, training: Index, validation: Index) -> None:
-    """Raises ConfigError if the model is conditioned on labels that name other classes in validation than in training.
-
-    Indices without class names, and labels that only one of the two has, are not compared.
-    """
+    """Raises ConfigError if a label-conditional model would see a label with different class names in training and
+    validation. Indices without class names, and labels that only one of the two has, are not compared."""
     if not getattr(config.model, "classes", 0):
         return
     for label, (name, other) in enumerate(zip(training.classes, validation.classes, strict=False)):
@@ -215,7 +215,8 @@ def check_classes(config: Config, training: Index, validation: Index) -> None:
 
 
 def absent_classes(config: Config, training: Index, validation: Index) -> str:
-    """Says which classes no validation sample has, where the model is conditioned on them; "" if there are none."""
+    """Returns a sentence on the classes without validation samples; "" if there are none, or if the model is not
+    label-conditional."""
     if not getattr(config.model, "classes", 0) or not validation.classes:
         return ""
     present = set(np.unique(validation.records["label"]).tolist())
@@ -230,7 +231,7 @@ def absent_classes(config: Config, training: Index, validation: Index) -> str:
 
 
 def _located(config: Config) -> Config:
-    """The paths as the file system knows them. `data.cache` keeps its `~`: the saved config serves other users, too."""
+    """Expand paths. `data.cache` keeps its `~`, because other users may use the saved config too."""
     run, init_from = mechanics.expanded("run", config.run), mechanics.expanded("init_from", config.init_from)
     root, cache = mechanics.expanded("data.root", config.data.root), mechanics.expanded("data.cache", config.data.cache)
     cache = config.data.cache if config.data.cache.startswith("~") else cache
@@ -247,7 +248,7 @@ def _require(config: Config) -> None:
         raise ConfigError(f"optimizer.spike={config.optimizer.spike} must be above 1, or 0 for no limit")
     if places.is_url(config.data.cache):
         raise ConfigError("data.cache is a folder on the node's own disk, not a URL")
-    if places.is_url(config.data.root):  # not repeated: it may carry a password, and the log is no place for it
+    if places.is_url(config.data.root):  # not quoted: the URL may contain a password, which must not reach the log
         raise ConfigError(
             "data.root is the folder of the index, not a URL: make an index of shards behind a URL with "
             "`python launch/shards.py index URL --out DIR/train`, and set data.root=DIR"

@@ -1,4 +1,4 @@
-"""A run that has been trained: its settings and its averaged weights."""
+"""Reads a trained run: its settings and its averaged weights."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,8 @@ from .settings import Config
 
 
 def run_of(place: Path) -> Path:
-    """The run directory that `place` is, or that it is a checkpoint of: RUN/checkpoints/step-…. Raises ConfigError."""
+    """Returns the run directory of `place`, which is a run directory or a checkpoint of one, RUN/checkpoints/step-….
+    Raises ConfigError for anything else."""
     if (place / FILE).exists():
         return place
     folder = place.resolve().parent
@@ -31,7 +32,8 @@ def run_of(place: Path) -> Path:
 
 
 def read_config(place: Path, overrides: list[str]) -> Config:
-    """place: a run directory or a checkpoint of one."""
+    """Returns the settings of a run, with overrides. place: a run directory or a checkpoint of one. Raises
+    ConfigError."""
     path = run_of(place) / FILE
     config, unknown = settings.load_saved(path, overrides)
     if unknown and distributed.place().rank == 0:
@@ -40,8 +42,8 @@ def read_config(place: Path, overrides: list[str]) -> Config:
 
 
 def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model, int]:
-    """(the model with the averaged weights of a checkpoint, or the newest ones of a run directory, ready to encode and
-    decode; their step). Collective."""
+    """Returns the model with averaged weights, in eval mode on `device`, and the step of the weights. place: a
+    checkpoint, or a run directory, whose newest one is read. Raises CheckpointError. Collective."""
     model = settings.build(config)
     path, remarks = checkpoint.load_averaged(model, place)
     assert path is not None
