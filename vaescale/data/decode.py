@@ -1,4 +1,4 @@
-"""Compressed bytes → uint8 [size, size, 3]; all of it pure functions of the bytes and of (seed, g)."""
+"""Decoding: compressed bytes → uint8 [size, size, 3]. The results depend only on the bytes and on (seed, g)."""
 
 import importlib
 import importlib.util
@@ -20,26 +20,26 @@ from . import DataError, names
 from .order import uniforms
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-CONVERTIBLE = ("TIFF", "BMP", "GIF")  # what `converted` reads, and HEIF with the package pillow-heif
+CONVERTIBLE = ("TIFF", "BMP", "GIF")  # read by `converted`, which also reads HEIF if pillow-heif is installed
 MOST_MEGAPIXELS = 100  # the largest ImageNet picture has 40 megapixels; a decompression bomb claims far more
-# (scale, headroom): the JPEG decoder divides the sides by `scale` if they stay `headroom` times the wanted size or
-# more. Each is the smallest step of 0.1 at which every demo photograph keeps 36 dB against full decoding: the decoder
-# cuts frequencies off block by block, and the more it cuts, the further below its own limit the wanted size must stay.
+# (scale, headroom): the JPEG decoder divides the sides by `scale` if the result is at least `headroom` times the
+# target size. Each headroom is the smallest multiple of 0.1 at which every demo photograph keeps a PSNR of 36 dB
+# against full decoding. The decoder drops high frequencies block by block; dropping more needs more headroom.
 HEADROOM = ((8, 1.5), (4, 1.4), (2, 1.3))
 PNG = b"\x89PNG\r\n\x1a\n"
 DARK = 64  # of 256: the lower 14 of 16 bits
-LONGEST_SIDE = 65_500  # that of a JPEG
+LONGEST_SIDE = 65_500  # pixels; the limit of JPEG
 TRIES = 10  # random-resized-crop: draws before falling back to the centre, as in torchvision
-WIDEST = 4 / 3  # side ratio of a crop; its inverse is the narrowest
-DRAWS = 4 * TRIES + 1  # the last one decides the flip
-BLOCK = 64  # samples whose draws are hashed at once: numpy needs as long for one, and neighbours are asked for together
+WIDEST = 4 / 3  # largest aspect ratio of a crop; the smallest is its inverse
+DRAWS = 4 * TRIES + 1  # per sample; the last one decides the flip
+BLOCK = 64  # samples hashed in one call: numpy takes as long for one, and neighbouring samples are read together
 
-Decoder = Literal["pillow", "turbo"]  # turbo: simplejpeg for whatever it decodes without complaint, else Pillow
+Decoder = Literal["pillow", "turbo"]  # turbo: simplejpeg where it decodes without an error, else Pillow
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, upper, right, lower
-Turn = tuple[bool, bool, bool]  # transpose, then mirror left and right, then mirror top and bottom
+Turn = tuple[bool, bool, bool]  # transpose, then flip horizontally, then flip vertically
 
-# EXIF orientation → how the stored picture becomes upright
+# EXIF orientation → the operations that make the stored picture upright
 TURNS = {o: (o > 4, o in (2, 3, 6, 7), o in (3, 4, 7, 8)) for o in range(1, 9)}
 
 
@@ -49,11 +49,11 @@ CAUSES = ("not a picture", TOO_LARGE, "cut or corrupt", "changed since it was in
 
 
 class Damaged(ValueError):
-    """These bytes are no picture that may be decoded; the text is one of CAUSES; of `converted`, also DEPTH."""
+    """The bytes cannot or must not be decoded. The text is one of CAUSES or, from `converted`, DEPTH."""
 
 
 def require(decoder: Decoder) -> None:
-    """Raises DataError if this decoder is not installed."""
+    """Raises DataError if `decoder` is not installed."""
     if decoder == "turbo" and importlib.util.find_spec("simplejpeg") is None:
         raise DataError("data.decoder=turbo needs the package simplejpeg: `pip install 'vaescale[turbo]'` brings it")
 
@@ -68,17 +68,18 @@ def train_image(
     decoder: Decoder = "pillow",
     most_megapixels: int = MOST_MEGAPIXELS,
 ) -> Pixels:
-    """Random-resized-crop (Szegedy et al. 2015, section 6) to `size` and a fair flip, drawn from (seed, g).
+    """Decode one training image: random-resized-crop (Szegedy et al. 2015, section 6) to uint8 [size, size, 3].
 
-    The crop covers between `least_area` and 1 of the picture at a side ratio between 3/4 and 4/3; of a picture so wide
-    or high that no such crop exists it is the largest of ratio 4/3 or 3/4. With `least_area` 1 it is the centred
-    square, as of validation images. Raises Damaged.
+    The crop covers a share of the picture between `least_area` and 1, at an aspect ratio between 3/4 and 4/3. If no
+    draw fits, it is the largest centred crop in that range of ratios. With `least_area` 1 it is the centred square, as
+    in validation. With `flip` the image is mirrored with probability 1/2. All draws are functions of (seed, g).
+    Raises Damaged.
     """
     draws = _draws(seed, g // BLOCK)[g % BLOCK]
     image, turn, (width, height) = _open(data, most_megapixels)
     left, upper, right, lower = _random_box((width, height), least_area, draws)
     scale = _reduction(image, min(right - left, lower - upper), size)
-    # In whole pixels of the reduced picture: the crop is random, a few pixels more or less to the left are no loss.
+    # Rounded to whole pixels of the reduced picture: the crop is random, so an offset of a few pixels does no harm.
     box = (left // scale, upper // scale, right // scale, lower // scale)
     stored = _stored_box(box, (width // scale, height // scale), turn)
     crop = _turbo_crop(data, image, scale, stored) if decoder == "turbo" else None
@@ -87,14 +88,14 @@ def train_image(
         crop = np.array(_rgb(image, stored))
     pixels = _turned(_resized(crop, size), turn)
     if flip and draws[-1] < 0.5:
-        return torch.from_numpy(pixels).flip(1).numpy()  # numpy takes eight times as long to copy what is reversed
+        return torch.from_numpy(pixels).flip(1).numpy()  # numpy takes eight times as long to copy a reversed array
     return pixels
 
 
 def validation_image(data: bytes, size: int, most_megapixels: int = MOST_MEGAPIXELS) -> Pixels:
-    """The largest centred square, resized to `size`: "short side to `size`, centre crop" in one resampling.
+    """Decode one validation image: the largest centred square, resized to uint8 [size, size, 3].
 
-    Raises Damaged.
+    This equals "resize the short side to `size`, then crop the centre", in one resampling. Raises Damaged.
     """
     image, turn, _ = _open(data, most_megapixels)
     stored = image.size
@@ -104,27 +105,31 @@ def validation_image(data: bytes, size: int, most_megapixels: int = MOST_MEGAPIX
 
 
 def opened_image(image: Image.Image, size: int) -> Pixels:
-    """What `validation_image` makes of a picture, of one that Pillow has opened; but a JPEG is decoded in full, however
-    much smaller `size` is. Raises Damaged."""
+    """Do as `validation_image` does with a picture that Pillow has already opened. uint8 [size, size, 3].
+
+    A JPEG is always decoded at full resolution, however small `size` is. Raises Damaged.
+    """
     _decode(image)
     return _turned(_square(image, image.size, 1, size), _turn(image))
 
 
 def _square(image: Image.Image, stored: tuple[int, int], scale: int, size: int) -> Pixels:
-    """The centred square, which is the same one however the picture is turned. stored: the picture's size before the
-    decoder divided it by `scale`."""
+    """Crop and resize the centred square, which does not depend on the orientation.
+
+    stored: the size of the picture before the decoder divided it by `scale`.
+    """
     (width, height), side = stored, min(stored)
     left, upper = (width - side) / 2, (height - side) / 2
-    # In fractions of a pixel, and by the exact scale: reduced sizes are rounded up, their quotient would be off.
+    # Divide by `scale`, not by the ratio of the two sizes: the decoder rounds reduced sizes up.
     box = (left / scale, upper / scale, (left + side) / scale, (upper + side) / scale)
     return np.asarray(_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def prepared(data: bytes, short_side: int, quality: int, most_megapixels: int = MOST_MEGAPIXELS) -> bytes:
-    """A JPEG of the upright picture in RGB, its short side `short_side` pixels or as it is if smaller; no metadata.
+    """Re-encode a picture as an upright RGB JPEG without metadata, its short side at most `short_side` pixels.
 
-    Colour is kept at full resolution: a training crop of these pixels is hardly reduced any more, so half of it would
-    be missed. The same bytes give the same bytes. Raises Damaged.
+    Chroma is not subsampled: training crops of so small a picture are hardly reduced, so the loss would show. The
+    output is deterministic. Raises Damaged.
     """
     image, turn, _ = _open(data, most_megapixels)
     _decode(image)
@@ -134,10 +139,10 @@ def prepared(data: bytes, short_side: int, quality: int, most_megapixels: int = 
 
 
 def converted(data: bytes, quality: int, most_megapixels: int = MOST_MEGAPIXELS) -> bytes:
-    """TIFF, BMP, GIF and HEIF → the first picture of the file, upright, in 8 bits or 16-bit grey, without metadata.
+    """Convert the first picture of a TIFF, BMP, GIF or HEIF file: upright, 8 bits or 16-bit grey, no metadata.
 
-    It is a PNG, which loses nothing; HEIF, which is lossy itself, becomes a JPEG of this quality, or a PNG if it is 0.
-    Bytes of FORMATS are returned as they are. Raises Damaged.
+    The result is a PNG. HEIF, which is lossy itself, becomes a JPEG of this quality, or a PNG if `quality` is 0.
+    Bytes in one of FORMATS are returned unchanged. Raises Damaged.
     """
     try:
         _header(data, most_megapixels)
@@ -147,11 +152,11 @@ def converted(data: bytes, quality: int, most_megapixels: int = MOST_MEGAPIXELS)
             raise
     image = _header(data, most_megapixels, _convertible())
     lossy = image.format == "HEIF"
-    with _damaged("cut or corrupt", (Exception,)):  # these decoders raise whatever they stumble over
-        image.load()  # of TIFF and HEIF this also turns the picture upright
+    with _damaged("cut or corrupt", (Exception,)):  # these decoders raise any kind of exception
+        image.load()  # for TIFF and HEIF this also turns the picture upright
         if image.mode not in ("I", "F"):
             pixels = np.asarray(_of_8_or_16_bits(image))
-    if image.mode in ("I", "F"):  # nothing says which value is white
+    if image.mode in ("I", "F"):  # the value of white is unknown
         raise Damaged(DEPTH)
     if lossy and quality:
         return _jpeg(pixels, quality)
@@ -161,33 +166,36 @@ def converted(data: bytes, quality: int, most_megapixels: int = MOST_MEGAPIXELS)
 
 
 def check(data: bytes, most_megapixels: int = MOST_MEGAPIXELS, pixels: bool = False) -> None:
-    """Raises Damaged for what is no picture by its header, or, with `pixels`, does not decode."""
+    """Raises Damaged if the header is not that of a picture or, with `pixels`, if the picture does not decode."""
     if pixels:
-        validation_image(data, 1, most_megapixels)  # all of it is read, at the least size that the decoder offers
+        validation_image(data, 1, most_megapixels)  # reads all of it, at the smallest size that the decoder offers
     else:
         _header(data, most_megapixels)
 
 
 def is_dark(data: bytes, most_megapixels: int = MOST_MEGAPIXELS) -> bool:
-    """Whether these bytes are a PNG of 16 bits that decodes to values below DARK only: probably the 8 to 14 bits of a
-    camera, stored without scaling. Raises Damaged."""
+    """Returns whether the bytes are a 16-bit PNG that decodes to values below DARK only. Raises Damaged.
+
+    Such a file probably holds the 8 to 14 bits of a camera, stored without scaling.
+    """
     if not data.startswith(PNG) or data[24:25] != b"\x10":  # the bit depth in IHDR
         return False
     return int(np.asarray(_rgb(_open(data, most_megapixels)[0])).max()) < DARK
 
 
 def grey(pixels: Pixels) -> Pixels:
-    """[H, W, 3] → its luma [H, W, 1] (ITU-R BT.601)."""
+    """uint8 [H, W, 3] → luma (ITU-R BT.601), uint8 [H, W, 1]."""
     return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
-# What some 200,000 cut and changed files gave; TypeError is from PNG text that calls itself EXIF or transparency.
+# The exceptions that some 200,000 cut or altered files raised. TypeError came from PNG text chunks named as EXIF or
+# transparency.
 RAISED = (OSError, SyntaxError, ValueError, TypeError)
 
 
 @contextmanager
 def _damaged(cause: str, raised: tuple[type[Exception], ...] = RAISED) -> Iterator[None]:
-    """What Pillow raises for hostile bytes becomes Damaged, and what it warns of does not reach the user."""
+    """Turn Pillow's exceptions into Damaged, and suppress its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -197,9 +205,9 @@ def _damaged(cause: str, raised: tuple[type[Exception], ...] = RAISED) -> Iterat
 
 
 def _header(data: bytes, most_megapixels: int, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The picture, not decoded yet: a size that is refused allocates nothing. Raises Damaged."""
+    """Open a picture without decoding it, so a refused size allocates nothing. Raises Damaged."""
     most = most_megapixels * 1_000_000
-    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice as many
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses more than twice as many
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
         with _damaged("not a picture"):
@@ -220,7 +228,7 @@ def _convertible() -> tuple[str, ...]:
 
 
 def _of_8_or_16_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as it is, in the machine's byte order; other grey in 8 bits; everything else in RGB on white."""
+    """Keep 16-bit grey, in the machine's byte order; convert other grey to 8 bits, all else to RGB on white."""
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.asarray(image).astype(np.uint16))
     return image.convert("L") if image.mode in ("1", "L") and "transparency" not in image.info else _rgb(image)
@@ -233,21 +241,22 @@ def _jpeg(pixels: Pixels, quality: int) -> bytes:
 
 
 def _open(data: bytes, most_megapixels: int) -> tuple[Image.Image, Turn, tuple[int, int]]:
-    """(the picture, how to turn it, its upright size)."""
+    """Returns (the picture, how to turn it upright, its upright size)."""
     image = _header(data, most_megapixels)
     if image.format == "PNG":
-        _decode(image)  # an orientation may follow the pixels
+        _decode(image)  # the orientation may follow the pixels
     turn = _turn(image)
-    if image.mode == "I;16":  # Pillow would clip at 255; of 16-bit colour it takes the upper byte, as here
+    if image.mode == "I;16":  # Pillow would clip at 255; for 16-bit colour it takes the upper byte, as done here
         image = Image.fromarray((_full_range(np.asarray(image), data) >> 8).astype(np.uint8))
     return image, turn, (image.size[::-1] if turn[0] else image.size)
 
 
 def _full_range(values: NDArray[np.uint16], data: bytes) -> NDArray[np.uint16]:
-    """The values of a PNG of 16-bit grey, 0 to 65535.
+    """Scale the values of a 16-bit grey PNG to 0 … 65535.
 
-    The standard wants samples of fewer significant bits (sBIT) scaled to all 16. Files of 12-bit cameras often hold
-    them as they are, in the lower bits: there all are below 2 ** bits, and not all are multiples of 2 ** (16 - bits).
+    The standard wants samples with fewer significant bits (sBIT) scaled to all 16. Files from 12-bit cameras often
+    keep them unscaled in the lower bits. Then all values are below 2 ** bits, and not all are multiples of
+    2 ** (16 - bits).
     """
     bits = _significant_bits(data)
     if 0 < bits < 16 and values.max() < 1 << bits and (values & ((1 << 16 - bits) - 1)).any():
@@ -256,7 +265,7 @@ def _full_range(values: NDArray[np.uint16], data: bytes) -> NDArray[np.uint16]:
 
 
 def _significant_bits(data: bytes) -> int:
-    """The number in a PNG's sBIT chunk, which stands before the pixels (PNG specification, 11.3.2.7); 0 without one."""
+    """Returns the first number of a PNG's sBIT chunk, which must precede the pixels (IDAT), or 0 if it has none."""
     place = len(PNG)
     while place + 9 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
@@ -271,11 +280,11 @@ def _significant_bits(data: bytes) -> int:
 def _turn(image: Image.Image) -> Turn:
     with suppress(Damaged), _damaged("cut or corrupt"):
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), TURNS[1])
-    return TURNS[1]  # cameras and editors write odd EXIF around sound pixels
+    return TURNS[1]  # cameras and editors write invalid EXIF next to valid pixels
 
 
 def _reduction(image: Image.Image, side: int, size: int) -> int:
-    """By how much the decoder may divide the sides of a picture of which `side` pixels will become `size`."""
+    """Returns the factor by which the decoder may divide the sides if `side` pixels will be resized to `size`."""
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         return 1
     return next((scale for scale, headroom in HEADROOM if side >= scale * headroom * size), 1)
@@ -289,7 +298,7 @@ def _decode(image: Image.Image, scale: int = 1) -> None:
 
 @_damaged("cut or corrupt")
 def _rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
-    """The picture or a box of it; white shows through what is transparent."""
+    """Convert the picture, or a box of it, to RGB. Transparent pixels are composited on white."""
     image = image.crop(box) if box else image
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
@@ -298,7 +307,10 @@ def _rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
 
 
 def _turbo_crop(data: bytes, image: Image.Image, scale: int, box: Box) -> Pixels | None:
-    """Pillow's very pixels for less, as simplejpeg wraps the same library; None where Pillow has to decide."""
+    """Decode with simplejpeg, which wraps the same library and gives the same pixels as Pillow in less time.
+
+    Returns None if Pillow must decode: for other formats and modes, and where simplejpeg raises.
+    """
     import simplejpeg
 
     if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.mode != "RGB":
@@ -312,7 +324,7 @@ def _turbo_crop(data: bytes, image: Image.Image, scale: int, box: Box) -> Pixels
 
 
 def _resized(pixels: Pixels, size: int) -> Pixels:
-    """Bicubic with antialiasing: what Pillow computes to a grey level or two, in a third of the time or less."""
+    """Resize bicubically with antialiasing: within one or two grey levels of Pillow, in a third of its time or less."""
     x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     x = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True)
     return x.permute(0, 2, 3, 1)[0].numpy()
@@ -325,7 +337,7 @@ def _turned(pixels: Pixels, turn: Turn) -> Pixels:
 
 
 def _stored_box(box: Box, size: tuple[int, int], turn: Turn) -> Box:
-    """A box of the upright picture of `size`, where it lies in the stored one."""
+    """Map a box of the upright picture, which has this `size`, to the stored picture."""
     (left, upper, right, lower), (width, height) = box, size
     transpose, mirror, flip = turn
     if mirror:
@@ -337,13 +349,16 @@ def _stored_box(box: Box, size: tuple[int, int], turn: Turn) -> Box:
 
 @lru_cache(4)
 def _draws(seed: int, block: int) -> NDArray[np.float64]:
-    """[BLOCK, DRAWS] uniform numbers for the samples of a block."""
+    """Returns float64 [BLOCK, DRAWS]: uniform numbers in [0, 1) for the samples of a block."""
     return uniforms(seed, np.arange(block * BLOCK, (block + 1) * BLOCK)[:, None], np.arange(DRAWS))
 
 
 def _random_box(size: tuple[int, int], least_area: float, draws: NDArray[np.float64]) -> Box:
-    """As torchvision's RandomResizedCrop: the first of TRIES boxes that fits; else, in the centre, the largest box of
-    an allowed ratio, which covers less than `least_area` only where every allowed box does. Of 1: no crop is drawn."""
+    """Draw a box as torchvision's RandomResizedCrop does: the first of TRIES boxes that fits.
+
+    If none fits, the box is the largest centred one with an allowed ratio. It covers less than `least_area` only if
+    every allowed box does. If `least_area` is 1, the box is the centred square.
+    """
     width, height = size
     if least_area == 1:
         side = min(size)

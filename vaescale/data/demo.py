@@ -1,7 +1,7 @@
-"""The demo photographs: colour pictures that ship inside scikit-image and scikit-learn, cut into tiles.
+"""The demo photographs: tiles of colour pictures that ship with scikit-image and scikit-learn.
 
-Each photograph is split once, by a vertical line: tiles left of it are for training, tiles right of it for
-validation. A tile is cut from its own side before it is resized, so no pixel and no resampling filter crosses.
+A vertical line splits each photograph: tiles to its left are for training, tiles to its right for validation. A tile
+is cut from its own side before it is resized, so neither a pixel nor a resampling filter crosses the line.
 """
 
 import importlib.util
@@ -29,16 +29,19 @@ PHOTOGRAPHS = {
     "flower": "sklearn/datasets/images/flower.jpg",
 }
 TILE = 160  # pixels a side
-WINDOWS = (112, 160, 224, 320)  # pixels of the photograph that become one tile, a side
-HELD_OUT = 0.25  # of each photograph's width
-MOST_PER_WINDOW = {"train": 80, "val": 8}  # tiles of one photograph and window size: no photograph dominates
-FLAT = 8.0  # standard deviation of the grey values under which a tile shows nothing
+WINDOWS = (112, 160, 224, 320)  # pixels a side of the window that is resized to one tile
+HELD_OUT = 0.25  # share of each photograph's width that is for validation
+MOST_PER_WINDOW = {"train": 80, "val": 8}  # tiles per photograph and window size, so that no photograph dominates
+FLAT = 8.0  # standard deviation of the grey values below which a tile is considered empty
 PER_SHARD = 250
 QUALITY = 95
 
 
 def write_demo(root: Path) -> dict[str, int]:
-    """Write root/train and root/val; returns how many tiles each has. Raises DataError without the two packages."""
+    """Write root/train and root/val, and return the number of tiles in each.
+
+    Raises DataError if scikit-image or scikit-learn is not installed.
+    """
     photographs = {name: Image.open(path).convert("RGB") for name, path in find_photographs().items()}
     counts = {}
     for split in ("train", "val"):
@@ -54,7 +57,10 @@ def find_photographs() -> dict[str, Path]:
 
 
 def installed(inside: str) -> Path:
-    """A file that lies inside a package, whose name is the first part of `inside`."""
+    """Returns the path of a file inside an installed package; `inside` begins with the package's name.
+
+    Raises DataError if it does not exist.
+    """
     package, _, rest = inside.partition("/")
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / rest if spec and spec.origin else None
@@ -64,7 +70,7 @@ def installed(inside: str) -> Path:
 
 
 def tiles(photographs: dict[str, Image.Image], split: str) -> Iterator[Sample]:
-    """JPEG tiles of one split in a fixed order; the label is the photograph's place in the list."""
+    """Yield the JPEG tiles of one split in a fixed order; the label is the photograph's position in the dict."""
     for label, (name, photograph) in enumerate(photographs.items()):
         part = photograph.crop(part_box(photograph.size, split))
         for window in WINDOWS:
@@ -78,14 +84,14 @@ def tiles(photographs: dict[str, Image.Image], split: str) -> Iterator[Sample]:
 
 
 def part_box(size: tuple[int, int], split: str) -> tuple[int, int, int, int]:
-    """The part of a photograph that a split may use: left, upper, right, lower in pixels."""
+    """Returns the part of a photograph that a split may use: (left, upper, right, lower) in pixels."""
     width, height = size
     border = round(width * (1 - HELD_OUT))
     return (0, 0, border, height) if split == "train" else (border, 0, width, height)
 
 
 def _boxes(size: tuple[int, int], window: int) -> list[tuple[int, int, int, int]]:
-    """Windows at a third of their side from one another, for at least 1,500 training tiles of ten photographs."""
+    """Returns windows spaced by a third of their side, so that ten photographs give at least 1,500 training tiles."""
     stride = window // 3
     return [
         (x, y, x + window, y + window)

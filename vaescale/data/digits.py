@@ -1,7 +1,7 @@
-"""The demo digits: the 1,797 handwritten digits of 8 × 8 pixels and 17 grey levels that ship inside scikit-learn.
+"""The demo digits: 1,797 handwritten digits of 8 × 8 pixels and 17 grey levels, which ship with scikit-learn.
 
 They are the test set of Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits" (UCI repository). A
-seeded shuffle holds 297 out; the writers of the training digits wrote these, too.
+seeded shuffle holds out 297 of them, so the same people wrote the training and the validation digits.
 """
 
 import gzip
@@ -17,15 +17,18 @@ from .demo import installed
 from .order import permutation
 from .shards import Sample, write
 
-FILE = "sklearn/datasets/data/digits.csv.gz"  # a row a digit: 64 grey levels and its class
+FILE = "sklearn/datasets/data/digits.csv.gz"  # one row per digit: 64 grey levels and the class
 SIDE = 8
-WHITE = 16  # the highest of the grey levels
+WHITE = 16  # the highest grey level
 TRAINING = 1500
 PER_SHARD = 250
 
 
 def write_digits(root: Path) -> dict[str, int]:
-    """Write root/train and root/val; returns how many digits each has. Raises DataError without scikit-learn."""
+    """Write root/train and root/val, and return the number of digits in each.
+
+    Raises DataError if scikit-learn is not installed.
+    """
     digits = list(read())
     order = permutation(len(digits), 0)
     counts = {}
@@ -36,7 +39,7 @@ def write_digits(root: Path) -> dict[str, int]:
 
 
 def read() -> Iterator[Sample]:
-    """All digits in their file's order, as grey PNG of 8 × 8 pixels; the label is the digit."""
+    """Yield all digits in file order, as grey PNGs of 8 × 8 pixels; the label is the digit."""
     with gzip.open(installed(FILE), "rt") as file:
         rows = np.loadtxt(file, dtype=np.int64, delimiter=",")
     for number, row in enumerate(rows):

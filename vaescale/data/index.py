@@ -1,11 +1,12 @@
-"""The index: where in which shard each sample lies. Made when shards are written, or from shards others made.
+"""The index: the shard and the position of each sample. It is made with the shards, or later for existing shards.
 
-A folder holds `index.json` (where the shards are; of each its name, samples, bytes and xxh3; the class names),
-`samples.npy`, one fixed record a sample in shard order, and `attributes.npy` if the samples have any. Both are mapped
-and nothing is unpickled. The shards may lie elsewhere, on a disk or behind a URL.
+An index is a folder with three files. `index.json` holds the location of the shards, the class names, and the name,
+samples, bytes and xxh3 of each shard. `samples.npy` holds one fixed-size record per sample, in shard order.
+`attributes.npy` exists if the samples have attributes. The two arrays are memory-mapped, and nothing is unpickled. The
+shards may be in another folder or behind a URL.
 
-An index may come from a stranger. Each field of index.json is checked when it is opened (`Index`); the two arrays are
-compared with their hashes, and each record with its shard, at the start of whatever reads samples (`check`).
+An index may come from an untrusted source. `Index` checks each field of index.json when it opens one. `check` compares
+the arrays with their hashes, and each record with its shard; every command that reads samples calls it first.
 """
 
 import json
@@ -33,22 +34,23 @@ from .places import Shard
 from .tar import MOST_BYTES, MOST_HEAD, Entry, Fields, scan
 
 FORMAT = 3
-# Of the picture's bytes: where they begin, how many, the bytes of tar header before them, their checksum.
+# Of a picture's bytes: offset in the shard, length, bytes of tar header before them, label, checksum.
 RECORD = np.dtype([("offset", "<i8"), ("length", "<u4"), ("head", "<u4"), ("label", "<i4"), ("check", "<u4")])
 MOST_ATTRIBUTES = 256
 MOST_JSON = 1 << 27  # bytes of index.json: two million shards
 MOST_SAMPLES = 1 << 40
 MOST_SHARD = 1 << 50  # bytes
 HASH = re.compile("[0-9a-f]{16}")
-SIMPLE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # names of shards that need no closer look
+SIMPLE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # shard names that need no further check
 CHECKED = 1 << 16  # records checked at once
-PARTS = ".parts"  # what is known of each shard while the index is being made
+PARTS = ".parts"  # folder with the entries of each shard, while the index is being made
 SHOWN = 5  # shards named in one error
-NAMED = 20  # samples named that are left out
+NAMED = 20  # left-out samples that are named
 
 
 class Place(NamedTuple):
-    """Where a sample is: shard number, offset and length of its picture, bytes of header before it."""
+    """The record of a sample: shard number, offset and length of the picture's bytes, bytes of tar header before them,
+    label, checksum."""
 
     shard: int
     offset: int
@@ -59,10 +61,11 @@ class Place(NamedTuple):
 
 
 class Index:
-    """An opened index; its list of shards in memory, its records mapped.
+    """An open index of S shards and N samples. The list of shards is in memory, the records are memory-mapped.
 
-    sizes: int64 [S] samples per shard; first: int64 [S] the number of each shard's first sample;
-    attributes: float32 [N, len(attribute_names)], NaN where a sample has none, or None; classes may be empty.
+    sizes: int64 [S], samples per shard. first: int64 [S], the number of each shard's first sample.
+    attributes: float32 [N, len(attribute_names)], NaN where a sample has no value; None if there are no attributes.
+    classes may be empty.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +82,7 @@ class Index:
         if self.attribute_names:
             self.attributes = _mapped(folder, "attributes.npy", np.dtype("<f4"), (total, len(self.attribute_names)))
         self.first = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        self._first: list[int] = self.first.tolist()  # for one sample, bisect takes a tenth of searchsorted's time
+        self._first: list[int] = self.first.tolist()  # for one sample, bisect is ten times as fast as searchsorted
 
     def __len__(self) -> int:
         return len(self.records)
@@ -90,12 +93,14 @@ class Index:
         return Place(shard, offset, length, head, label, check)
 
     def fingerprint(self) -> str:
-        """Changes whenever the samples, their labels or their order change."""
+        """Returns a hash that changes whenever the samples, their labels or their order change."""
         return xxhash.xxh3_64_hexdigest(json.dumps([self.shards, self.hashes["samples.npy"]]).encode())
 
     def check(self) -> None:
-        """Compare the files with their hashes, and every record with its shard and the classes: exchanged labels
-        would train in silence. Reads the files whole, in parts; raises DataError.
+        """Compare the arrays with their hashes, and every record with its shard and the classes.
+
+        Swapped labels would otherwise train without an error. The files are read completely, in parts. Raises
+        DataError.
         """
         try:
             wrong = places.patiently(self._damage)
@@ -105,7 +110,7 @@ class Index:
             raise DataError(f"{self.folder}: {wrong}: {how_to_index(self.folder)} anew")
 
     def _damage(self) -> str:
-        """What is wrong with the files; "" if nothing."""
+        """Returns what is wrong with the files, or ""."""
         for name, xxh3 in self.hashes.items():
             if file_hash(self.folder / name) != xxh3:
                 return f"{name} is not the file that was indexed"
@@ -121,7 +126,7 @@ class Index:
         return ""
 
     def _wrong(self, first: int, records: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]) -> str:
-        """What is wrong with the records of the samples from `first` on; "" if nothing. sizes: bytes of each shard."""
+        """Returns what is wrong with the records of the samples from `first` on, or "". sizes: bytes per shard."""
         shard = np.searchsorted(self.first, np.arange(first, first + len(records)), side="right") - 1
         offset, length, head = records["offset"], records["length"].astype(np.int64), records["head"]
         size = sizes[shard]
@@ -140,7 +145,7 @@ class Index:
 
 
 def check(*indexes: Index) -> None:
-    """Index.check of each, by one rank of every node. Collective; raises DataError on all ranks."""
+    """Call Index.check of each index on one rank of every node. Collective. Raises DataError on all ranks."""
     wrong = ""
     if distributed.place().local_rank == 0:
         try:
@@ -155,10 +160,10 @@ def check(*indexes: Index) -> None:
 def build(
     folder: Path, root: str, names: Sequence[str], fields: Fields, classes: Sequence[str], processes: int
 ) -> Index:
-    """Scan the shards `names` under `root` (a folder or a URL) and write the index into `folder`, whole or not at all.
+    """Scan the shards `names` under `root` (a folder or a URL) and write the index into `folder`, atomically.
 
-    What is known of a shard is kept until the index is whole, so that an interrupted call goes on where it stopped.
-    Raises DataError that names the shards that cannot be read.
+    The entries of each shard are kept until the index is complete, so a repeated call continues after an interruption.
+    Raises DataError with the names of the shards that cannot be read.
     """
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     jobs = [(root, name, fields, part_of(folder, name)) for name in names]
@@ -176,7 +181,7 @@ def build(
 
 
 def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
-    """Scan one shard and write what is known of it to `part`; returns the sentence that says why it cannot be read."""
+    """Scan one shard and write its entries to `part`. Returns None, or a sentence on why the shard cannot be read."""
     try:
         told = places.state(root, name)
         state = f"{told} {fields}"
@@ -223,7 +228,7 @@ def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
 
 
 def _report(folder: Path, names: Sequence[str]) -> None:
-    """Print which samples are left out because their picture does not decode, and which members are in no sample."""
+    """Print which samples are left out because their picture is damaged, and which members belong to no sample."""
     left_out: list[str] = []
     passed: Counter[str] = Counter()
     for name in names:
@@ -245,7 +250,7 @@ def _is_known(part: Path, state: str) -> bool:
 
 
 def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]) -> None:
-    """All parts → the index. index.json last: with it the index exists, without it there is none."""
+    """Merge all parts into the index. index.json is written last: the index exists once that file does."""
     shards, attributes = [], set()
     for name in names:
         with np.load(part_of(folder, name), allow_pickle=False) as part:
@@ -265,7 +270,7 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
             f"{root}: {len(attributes)} different numbers in the JSON: name those to keep with --attributes"
         )
     columns = sorted(attributes)
-    for name in ("index.json", "samples.npy", "attributes.npy"):  # a run that has them open keeps what it has
+    for name in ("index.json", "samples.npy", "attributes.npy"):  # a run that has them open keeps the old files
         (folder / name).unlink(missing_ok=True)
     records = open_memmap(folder / "samples.npy", "w+", RECORD, (total,))
     values = open_memmap(folder / "attributes.npy", "w+", np.float32, (total, len(columns))) if columns else None
@@ -313,8 +318,10 @@ def _read_head(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
 
 
 def _check_head(head: dict[str, Any]) -> None:
-    """Every field of index.json that becomes a path, a count or a name. Raises ValueError with a phrase, LookupError,
-    TypeError; DataError for the name of a shard."""
+    """Check every field of index.json that is used as a path, a count or a name.
+
+    Raises ValueError with a phrase, LookupError or TypeError; DataError for the name of a shard.
+    """
     files = {"samples.npy", "attributes.npy"} if head["attributes"] else {"samples.npy"}
     _require(isinstance(head["root"], str) and head["root"] != "" and is_plain(head["root"]), "root is no place")
     for names in ("classes", "attributes"):
@@ -331,7 +338,7 @@ def _check_head(head: dict[str, Any]) -> None:
 
 
 def _check_shards(names: Sequence[Any], samples: Sequence[Any], sizes: Sequence[Any], hashes: Sequence[Any]) -> None:
-    """Column by column: there may be a hundred thousand of them."""
+    """Check the shards column by column, because there may be a hundred thousand of them."""
     _require(set(map(type, (*names, *hashes))) == {str}, "a shard's name or hash is no text")
     _require(set(map(type, (*samples, *sizes))) == {int}, "a shard's samples or bytes are no whole number")
     for name in names:
@@ -353,7 +360,7 @@ def _require(sound: bool, phrase: str) -> None:
 
 
 def _mapped(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """A file of numpy's as it lies on the disk. Raises DataError unless it has this type and shape."""
+    """Memory-map an .npy file. Raises DataError unless it has this type and shape."""
     path = folder / name
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -363,15 +370,15 @@ def _mapped(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, ...]
         raise DataError(f"{path} is not there: {how_to_index(folder)}") from None
     except OSError as error:
         raise places.unreadable(path, error) from None
-    except Exception as error:  # numpy parses a header as Python: a hostile one raises whatever a parser can
+    except Exception as error:  # numpy parses the header as Python, so a hostile one may raise any exception
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {how_to_index(folder)}") from None
     if mapped.dtype != kind or mapped.shape != shape or not mapped.flags.c_contiguous:
         raise DataError(f"{folder}: {name} and index.json do not belong together: {how_to_index(folder)}")
-    return np.asarray(mapped)  # still mapped, without memmap's cost at every access
+    return np.asarray(mapped)  # still mapped, but without memmap's overhead at every access
 
 
 def _parts(path: Path, mapped: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """The rows of a mapped file, CHECKED at a time; read, for what is mapped would stay in memory."""
+    """Yield the rows of a mapped file, CHECKED at a time. They are read, because mapped pages would stay in memory."""
     width = int(np.prod(mapped.shape[1:]))
     with path.open("rb") as file:
         file.seek(path.stat().st_size - mapped.nbytes)

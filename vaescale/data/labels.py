@@ -1,4 +1,4 @@
-"""Reads files of labels: CSV with commas, semicolons or tabs, lists with spaces, and plain lists in order."""
+"""Reading label files: CSV with commas, semicolons or tabs, lists with spaces, and plain lists in picture order."""
 
 import csv
 import io
@@ -16,30 +16,31 @@ from .tar import label_of
 SYNSETS = "meta.mat"
 MOST_CLASSES = 1_000_000
 DELIMITERS = ("\t", ";", ",")
-# Column names of labels, where a file has more than two columns; the first that a file has counts.
+# Names of the label column, used if a file has more than two columns. The first name in this order counts.
 HEADINGS = (
     *("label", "labels", "class", "class_id", "class_name", "classname", "category", "target", "wnid", "synset"),
     *("predictionstring", "breed", "species", "diagnosis"),
 )
-BOXES = "predictionstring"  # of Kaggle's ImageNet: a WordNet id and a box, as often as there are objects
-UNKNOWN = {"", "-1", "-1.0", "nan"}
-NOTHING = {"none", "null", "na", "n/a", "#n/a", "<na>", "-", "?"}  # the same, among numbers; else it may be a class
-FRONT = re.compile(r"[\w./\\-]+")  # of a word, up to what may separate a name from a class
-AMBIGUOUS = -1  # in place of a picture's number
-SAMPLED = 1000  # lines by which a file's delimiter is found
-# Endings that a name in a file of labels may have, whatever the picture's own is.
+BOXES = "predictionstring"  # column of Kaggle's ImageNet: a WordNet id and a box, repeated for each object
+UNKNOWN = {"", "-1", "-1.0", "nan"}  # labels of pictures whose class is unknown
+NOTHING = {"none", "null", "na", "n/a", "#n/a", "<na>", "-", "?"}  # the same if the other labels are numbers
+FRONT = re.compile(r"[\w./\\-]+")  # the beginning of a word, up to a character that may separate name and class
+AMBIGUOUS = -1  # stands for the number of a picture if several match
+SAMPLED = 1000  # lines used to find the delimiter of a file
+# Extensions that a name in a label file may have, whatever the extension of the picture itself.
 ENDINGS = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "heic", "heif"}
 
 Rows = list[list[str]]
 
 
 def read_labels(path: Path, pictures: Sequence[str], notes: list[str]) -> list[str] | list[int]:
-    """The class name or number of each picture, given by its path below the source and sorted by its key.
+    """Returns the class name of each picture, or the class number of each.
 
-    A file has a line for each picture, `name class` in any order, or it has one word or number for each picture in the
-    order of their names. A name is a path or its last part, with or without extension; lines about other pictures are
-    ignored. Numbers after names are the labels themselves; numbers in order are those of ILSVRC's development kit,
-    which its `meta.mat` next to the file explains. Raises DataError for anything else.
+    pictures: their paths relative to the source, sorted by key. notes: receives notes for the user.
+    The file has a line `name class` for each picture, in any order of lines and columns; or it has one word or number
+    for each picture, in the order of `pictures`. A name is a path or the end of one, with or without extension. Lines
+    about other pictures are ignored. Numbers next to names are the labels themselves. Numbers without names are those
+    of ILSVRC's development kit and need its `meta.mat` next to the file. Raises DataError for anything else.
     """
     text = _text(path)
     known = _Names(pictures)
@@ -70,9 +71,10 @@ def read_labels(path: Path, pictures: Sequence[str], notes: list[str]) -> list[s
 
 
 def class_of(given: list[str] | list[int], classes: Sequence[str], where: str) -> tuple[list[str], list[int]]:
-    """(class names, the label of each picture) from each picture's class, a name or the label itself.
+    """Returns (class names, label of each picture). given: the class of each picture, as a name or as the label.
 
-    `classes`: names in the order of their labels; empty: those that are given, sorted, numbers by their value.
+    classes: the class names in the order of their labels. If it is empty, the names in `given` are sorted, names that
+    are numbers by value. where: the file or folder, for messages. Raises DataError for a class not in `classes`.
     """
     numbers = [one for one in given if isinstance(one, int)]
     if numbers:
@@ -100,7 +102,7 @@ def _by_number(name: str) -> tuple[int, str]:
 
 
 class _Names:
-    """Finds pictures by what a file of labels calls them."""
+    """Finds pictures by their names in a label file."""
 
     def __init__(self, pictures: Sequence[str]) -> None:
         paths = [_normal(picture) for picture in pictures]
@@ -108,7 +110,7 @@ class _Names:
         self._stems = _by_ends([path.rpartition(".")[0] for path in paths])
 
     def find(self, name: str, exactly: bool = False) -> int | None:
-        """The number of the picture: by its path, or by fewer and fewer of its folders; None if there is none."""
+        """Returns the number of the picture by its path, or by fewer and fewer of its folders; None if none matches."""
         name = _normal(name.replace("\\", "/"))
         while True:
             if name in self._exact:
@@ -124,8 +126,10 @@ class _Names:
 
 
 def _by_ends(paths: Sequence[str]) -> dict[str, int]:
-    """The number of each path, by the path and by each of its ends that begins after a "/"; a whole path counts more
-    than the end of another."""
+    """Map each path, and each of its ends that begins after a "/", to the number of the path.
+
+    A whole path takes precedence over the end of another.
+    """
     numbers: dict[str, int] = {}
     for number, path in enumerate(paths):
         numbers[path] = AMBIGUOUS if path in numbers else number
@@ -139,23 +143,23 @@ def _by_ends(paths: Sequence[str]) -> dict[str, int]:
 
 
 def _normal(text: str) -> str:
-    """One form of letters with accents, which file systems write in two ways, and of unusual spaces."""
+    """Normalise accented letters, which file systems write in two ways, and unusual spaces."""
     return clean(unicodedata.normalize("NFC", text))
 
 
 def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
-        wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # as spreadsheets write "Unicode text"
+        wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # spreadsheets write "Unicode text" so
         return data.decode("utf-16" if wide else "utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise DataError(f"the labels {path} cannot be read as text in UTF-8") from None
 
 
 def _table(path: Path, text: str, known: _Names) -> tuple[Rows, int, int]:
-    """(rows without a heading, column of the names, column of the labels); no rows if none names a picture.
+    """Returns (rows without the heading, column of the names, column of the labels); no rows if none names a picture.
 
-    Of the possible delimiters the one counts by which the most lines name a picture.
+    The delimiter is the one with which most lines name a picture.
     """
     readings = list(_readings(path, text, known))
     best = max(_candidates(readings, known, SAMPLED), key=_score, default=None)
@@ -181,14 +185,14 @@ def _table(path: Path, text: str, known: _Names) -> tuple[Rows, int, int]:
 
 
 class _Reading(NamedTuple):
-    """A file's lines as one delimiter splits them."""
+    """The lines of a file, split by one delimiter."""
 
     rows: Rows
-    width: int  # fields of most lines; shorter ones are filled up with empty fields
+    width: int  # fields of most lines; shorter lines are padded with empty fields
     spaces: bool = False
     name: int = 0  # the column that names pictures
-    found: int = 0  # lines that do
-    exact: int = 0  # of these, with the extension, too
+    found: int = 0  # lines that name a picture
+    exact: int = 0  # lines that name a picture with its extension
 
 
 def _score(reading: _Reading) -> tuple[int, int]:
@@ -196,7 +200,7 @@ def _score(reading: _Reading) -> tuple[int, int]:
 
 
 def _candidates(readings: Sequence[_Reading], known: _Names, first: int | None) -> Iterator[_Reading]:
-    """Each column of each reading, with what its first lines find."""
+    """Yield each column of each reading, with the matches in its first lines; None: in all lines."""
     for reading in readings:
         for column in range(reading.width):
             fields = [row[column] for row in reading.rows[:first]]
@@ -206,7 +210,7 @@ def _candidates(readings: Sequence[_Reading], known: _Names, first: int | None) 
 
 
 def _readings(path: Path, text: str, known: _Names) -> Iterator[_Reading]:
-    """The fields of each line by every delimiter that makes two or more of most lines."""
+    """Yield a reading for every delimiter that splits most lines into two or more fields."""
     try:
         tables = [
             [
@@ -227,7 +231,7 @@ def _readings(path: Path, text: str, known: _Names) -> Iterator[_Reading]:
 
 
 def _by_spaces(line: str, known: _Names) -> list[str]:
-    """[name, class] of a line, both of which may hold spaces; a line that names no picture is cut at its first."""
+    """Split a line into [name, class], which may both hold spaces. A line without a match is split at its first one."""
     words = line.replace('"', " ").split()
     for count in range(len(words) - 1, 0, -1):
         if known.find(" ".join(words[:count])) is not None:
@@ -236,13 +240,13 @@ def _by_spaces(line: str, known: _Names) -> list[str]:
 
 
 def _is_columns(row: Sequence[str]) -> bool:
-    """Whether a line by spaces holds several numbers after the name, which is no class."""
+    """Returns whether a line split at spaces has several numbers after the name, which are no class."""
     words = row[1].split()
     return len(words) > 1 and all(_reads(float, word) for word in words)
 
 
 def _in_order(path: Path, text: str, pictures: Sequence[str], known: "_Names") -> list[str] | list[int]:
-    """One word, number or quoted name a line, in the order of the pictures."""
+    """Read one word, number or quoted name per line, in the order of the pictures."""
     lines = [fields for row in csv.reader(text.splitlines()) if any(fields := [field.strip() for field in row])]
     quoted = text.lstrip().startswith('"')
     if any(len(fields) > 1 or (not quoted and len(fields[0].split()) > 1) for fields in lines):
@@ -266,7 +270,7 @@ def _in_order(path: Path, text: str, pictures: Sequence[str], known: "_Names") -
 
 
 def _numbers(path: Path, given: list[str], pictures: Sequence[str]) -> list[str] | list[int]:
-    """The labels as numbers, if all are. Raises DataError for one that says that the class is unknown."""
+    """Convert the labels to numbers if all of them are numbers. Raises DataError if one means an unknown class."""
     unknown = UNKNOWN
     numbers = [_reads(label_of, label) for label in given]
     if any(numbers) and all(number or label.lower() in NOTHING for number, label in zip(numbers, given, strict=True)):
@@ -287,7 +291,7 @@ def _numbers(path: Path, given: list[str], pictures: Sequence[str]) -> list[str]
 
 
 def _reads(kind: Callable[[str], object], text: str) -> bool:
-    """Whether `kind` takes this text: `float` or `label_of`."""
+    """Returns whether `kind`, which is `float` or `label_of`, accepts the text."""
     try:
         kind(text)
     except ValueError:
@@ -296,7 +300,7 @@ def _reads(kind: Callable[[str], object], text: str) -> bool:
 
 
 def _synsets(path: Path, numbers: Sequence[int]) -> list[str]:
-    """The WordNet ids of the development kit's numbers 1 … 1000, which are in no sorted order."""
+    """Map the numbers of the development kit (1 … 1000, in no sorted order) to WordNet ids."""
     try:
         from scipy.io import loadmat
 

@@ -1,5 +1,7 @@
-"""Lists the pictures of a source and their classes: a tree of class folders, a tar of them, the ILSVRC2012 training
-tar (which holds one tar for each class), or pictures without class folders. Nothing is extracted to disk.
+"""Listing the pictures of a source and their classes. Nothing is extracted to disk.
+
+A source is a tree of class folders, a tar of one, the ILSVRC2012 training tar (one inner tar per class), or pictures
+without class folders.
 """
 
 import os
@@ -33,7 +35,7 @@ EXAMPLES = 3  # names in one message
 
 
 class Picture(NamedTuple):
-    """One picture of the source: `length` bytes of `path` from `offset` on."""
+    """One picture of the source: `length` bytes of the file `path`, from byte `offset` on."""
 
     key: str
     extension: str
@@ -41,7 +43,7 @@ class Picture(NamedTuple):
     offset: int
     length: int
     label: int
-    plain_key: str  # `key` before a number was added to tell it from others
+    plain_key: str  # `key` before a number was added to make it unique
 
 
 class Listing(NamedTuple):
@@ -67,12 +69,14 @@ def listing(
     out: Path | None = None,
     convert: bool = False,
 ) -> Listing:
-    """List all pictures of `source`. Shards in `out`, which may lie inside `source`, are no pictures of it.
+    """List all pictures of `source`.
 
-    `labels`: a file of labels, for pictures that are not in class folders; `classes`: class names in the order of
-    their labels, empty for those of the source, sorted; `unlabelled`: every label is 0 and no class has a name;
-    `convert`: formats that can be converted count as pictures.
-    Raises DataError for what cannot be read or is ambiguous.
+    labels: a label file, for pictures that are not in class folders.
+    classes: class names in the order of their labels; empty: the names in the source, sorted.
+    unlabelled: every label is 0 and there are no class names.
+    out: a folder that is skipped, since it may be inside `source`.
+    convert: list the formats that `decode.converted` reads, too.
+    Raises DataError if something cannot be read or is ambiguous.
     """
     if not source.exists():
         raise DataError(f"{source} does not exist: give a tree of class folders or a tar of pictures")
@@ -81,7 +85,7 @@ def listing(
     notes: list[str] = []
     if source.is_dir():
         found = list(_in_folder(source, out, passed, convert))
-    elif _begins(source, b"PK\3\4"):  # not zipfile.is_zipfile, which is true of a tar with a zip at its end
+    elif _begins(source, b"PK\3\4"):  # zipfile.is_zipfile would accept a tar with a zip at its end
         raise DataError(f"{source} is a zip archive: unpack it, and give the folder")
     else:
         found, wrapper = _unwrapped(source, list(_in_tar(source, passed, convert)), flat)
@@ -111,12 +115,12 @@ def listing(
 
 def _picture(key: str, one: Found, label: int) -> Picture:
     plain = key_of(one.name)
-    plain = key if key == plain else plain  # mostly they are equal, and one text is kept instead of two
+    plain = key if key == plain else plain  # they are mostly equal; this keeps one string in memory instead of two
     return Picture(key, STORED[ending(one.name)], one.path, one.offset, one.length, label, plain)
 
 
 def _keyed(source: Path, found: Sequence[Found], notes: list[str]) -> list[tuple[str, Found]]:
-    """(key, picture), sorted by key; equal keys (`a.b.jpg` and `a_b.jpg`) get a number."""
+    """Returns (key, picture) pairs sorted by key. Equal keys (of `a.b.jpg` and `a_b.jpg`) get a number appended."""
     keyed = sorted((key_of(one.name), one) for one in found)
     taken = {key for key, _ in keyed}
     changed = []
@@ -143,7 +147,7 @@ def _keyed(source: Path, found: Sequence[Found], notes: list[str]) -> list[tuple
 
 
 def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str], notes: list[str]) -> list[str]:
-    """The class of each picture: the first folder of its path. Raises DataError unless each has one."""
+    """Returns the class of each picture: the first folder of its path. Raises DataError if one has no folder."""
     folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
     names = set(folders) - {""}
     if not names:
@@ -179,15 +183,15 @@ def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str], not
 
 
 def _in_folder(source: Path, out: Path | None, passed: Counter[str], convert: bool) -> Iterator[Found]:
-    """The pictures of a tree, however deep. Raises DataError for a class folder without pictures."""
+    """Yield the pictures of a tree of any depth. Raises DataError for splits and for class folders without pictures."""
     kinds = extensions(convert)
-    holds: dict[str, Counter[str]] = {}  # class folder without a picture so far → what else it holds
+    holds: dict[str, Counter[str]] = {}  # class folder without a picture so far → its other files, by ending
     for folder, folders, names in progress(os.walk(source, True, _unreadable, True), f"list {source}", "folder"):
         inside = "" if folder == str(source) else f"{Path(folder).relative_to(source).as_posix()}/"
         top = inside.partition("/")[0]
         shards = [one for one in folders if _holds_shards(Path(folder, one), out)]
         if shards:
-            holds.pop(top, None)  # a folder of shards is no class, and neither is a folder of such folders
+            holds.pop(top, None)  # a folder that contains folders of shards is no class
         folders[:] = [one for one in folders if not is_hidden(one) and one not in shards and not _loops(folder, one)]
         if not inside:
             if folders and _are_splits(folders):
@@ -218,7 +222,7 @@ def _are_splits(folders: Iterable[str]) -> bool:
 
 
 def _examine(path: Path, kinds: Container[str]) -> tuple[str, int]:
-    """(why a file is passed over, its bytes): its ending, with a reason if that is a picture's; "" for a picture."""
+    """Returns ("", bytes) for a picture, else (the file's ending, 0); a picture's ending is followed by the reason."""
     kind = ending(path.name)
     if kind not in kinds:
         return kind, 0
@@ -232,7 +236,7 @@ def _examine(path: Path, kinds: Container[str]) -> tuple[str, int]:
 
 
 def _holds_shards(folder: Path, out: Path | None) -> bool:
-    """Whether a folder is `out` itself, or shards that were written or indexed earlier."""
+    """Returns whether a folder is `out` itself, or holds shards that were written or indexed earlier."""
     if out and out.exists() and folder.exists() and folder.samefile(out):
         return True
     return (folder / "prepared.json").is_file() or all(
@@ -241,7 +245,7 @@ def _holds_shards(folder: Path, out: Path | None) -> bool:
 
 
 def _loops(folder: str, name: str) -> bool:
-    """Whether an entry is a link to a folder above it, or above where a link on the way to it leads."""
+    """Returns whether an entry is a symbolic link to one of its ancestors, with all links resolved."""
     path = Path(folder, name)
     if not path.is_symlink():
         return False
@@ -259,7 +263,7 @@ def _begins(source: Path, magic: bytes) -> bool:
 
 
 def _in_tar(source: Path, passed: Counter[str], convert: bool) -> Iterator[Found]:
-    """The pictures of a tar; those of a tar inside it are in a folder of that tar's name."""
+    """Yield the pictures of a tar. Those of an inner tar get the inner tar's name as their folder."""
     kinds = extensions(convert)
     with source.open("rb") as outer, source.open("rb") as within:
         for member in progress(files(outer, source), f"list {source}", "member"):
@@ -286,14 +290,14 @@ def _pictures(
 
 
 def _plain(name: str) -> str:
-    """A member's path without `./`, `//` and a leading `/`."""
+    """Normalise a member's path: no `./`, no `//` and no leading `/`."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _unwrapped(source: Path, found: list[Found], flat: bool) -> tuple[list[Found], str]:
-    """(pictures, folder) without the one folder that `tar cf x.tar folder` puts around all others; "" without one.
+    """Remove the outer folder that `tar cf x.tar folder` adds. Returns (pictures, the folder or "").
 
-    A single folder of pictures is a class, unless it is named as a split is or no class folders are wanted (`flat`).
+    A single folder of pictures is a class, unless it has the name of a split or `flat` is true (no class folders).
     """
     folders = {one.name.rpartition("/")[0] for one in found}
     if not folders or "" in folders:

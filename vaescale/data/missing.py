@@ -1,4 +1,4 @@
-"""Says what is wrong where no index is found, and which command or setting helps, with the user's own paths."""
+"""Messages for a missing index: what is wrong, and which command or setting helps, with the user's own paths."""
 
 import difflib
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 from .names import CONVERTIBLE, HEIF, SPLITS, STORED, ending, is_hidden
 
 COMMAND = "python launch/shards.py"
-DEMOS = {"data/photos": "demo", "data/digits": "digits"}  # data.root in the demos' configs → the command that fills it
-LOOKED = 10_000  # files that are looked at: a tree of pictures may be huge, and on a slow disk
+DEMOS = {"data/photos": "demo", "data/digits": "digits"}  # data.root in the demos' configs → the command that makes it
+LOOKED = 10_000  # files examined at most: a tree of pictures may be huge and on a slow disk
 SHOWN = 3  # folders named in one sentence
 
 
@@ -21,7 +21,7 @@ def how_to_index(folder: Path) -> str:
 
 
 def missing(folder: Path) -> str:
-    """One sentence about the index that is not in `folder`, which is data.root/train, data.root/val or any other."""
+    """Returns one sentence about the index missing in `folder` (data.root/train, data.root/val or any other)."""
     if _has_tars(folder):
         return f"{folder} holds shards but no index: {how_to_index(folder)}"
     if folder.name in ("train", "val"):
@@ -32,7 +32,7 @@ def missing(folder: Path) -> str:
 
 
 def _in_root(root: Path, folder: Path) -> str:
-    """What to do about data.root=`root`, where `folder` holds no index."""
+    """Returns what to do about data.root=`root`, whose subfolder `folder` holds no index."""
     if _has_index(root / "train"):
         return (
             f"`{COMMAND} prepare PICTURES --out {_quoted(folder)}` makes them from validation pictures; to split one "
@@ -65,7 +65,7 @@ def _in_root(root: Path, folder: Path) -> str:
 
 
 def _prepare(root: Path, picture: tuple[str, ...]) -> str:
-    """The command for the pictures in `root`, a folder in which one has this path, or a tar."""
+    """Returns the command for the pictures in `root`, a folder or a tar. picture: path parts of one; () for a tar."""
     folders = _folders(root)
     splits = folders if all(one.name.casefold() in SPLITS for one in folders) and len(picture) > 1 else []
     source = next((one for one in splits if one.name.casefold().startswith("train")), splits[0] if splits else root)
@@ -87,7 +87,7 @@ def _options(picture: tuple[str, ...]) -> str:
 
 
 def _first_picture(root: Path) -> tuple[str, ...]:
-    """The parts of a picture's path below `root`; () if none is found. One in `root` itself comes first."""
+    """Returns the path parts of a picture, relative to `root`, or (). A picture in `root` itself comes first."""
     looked = 0
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(one for one in folders if not is_hidden(one) and not _has_index(Path(folder, one)))

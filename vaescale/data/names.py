@@ -1,7 +1,7 @@
-"""One rule for what is a data file and how a sample is named; every command that lists or reads data applies it.
+"""The rules for what is a data file and how a sample is named, shared by all commands that list or read data.
 
-Hidden files and folders, and those that operating systems and editors leave behind, are no data and are ignored. What
-else is not a picture is passed over, counted by ending and reported.
+Hidden files and folders, and those that operating systems and editors leave behind, are ignored. Other files that are
+not pictures are skipped, counted by ending and reported.
 """
 
 import importlib.util
@@ -9,12 +9,12 @@ import unicodedata
 from collections import Counter
 from pathlib import PurePosixPath
 
-# Ending → the extension under which a shard stores it.
+# File ending → the extension used in a shard.
 EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp"}
 PICTURES = tuple(EXTENSIONS)
-# The same for what `prepare --convert` accepts as well: lossless formats become PNG, HEIF becomes JPEG.
+# The same for the endings that `prepare --convert` adds: HEIF becomes JPEG, the others become PNG.
 CONVERTIBLE = {"tif": "png", "tiff": "png", "bmp": "png", "gif": "png"}
-HEIF = {"heic": "jpg", "heif": "jpg"}  # with the package pillow-heif
+HEIF = {"heic": "jpg", "heif": "jpg"}  # needs the package pillow-heif
 STORED = {**EXTENSIONS, **CONVERTIBLE, **HEIF}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 LEFT_BEHIND = {
@@ -27,20 +27,20 @@ NO_ENDING = "without an ending"
 
 
 def is_hidden(path: str) -> bool:
-    """Whether any part of a relative path begins with a dot or was left behind by a system (`__MACOSX`, `._a.jpg`)."""
+    """Returns whether a part of a relative path begins with a dot or is in LEFT_BEHIND (`._a.jpg`, `__MACOSX`)."""
     return any(
         (part.startswith(".") and part not in (".", "..")) or part.casefold() in LEFT_BEHIND for part in path.split("/")
     )
 
 
 def ending(path: str) -> str:
-    """The lower-case extension of a file's name without its dot, or NO_ENDING."""
+    """Returns the lower-case extension of a file without the dot, or NO_ENDING."""
     suffix = PurePosixPath(path).suffix[1:]
     return suffix.lower() if suffix.isalnum() and len(suffix) <= LONGEST_ENDING else NO_ENDING
 
 
 def extensions(convert: bool) -> dict[str, str]:
-    """The endings that `prepare` accepts, each with the extension under which a shard stores the picture."""
+    """Returns the endings that `prepare` accepts, each with the extension used in a shard."""
     if not convert:
         return EXTENSIONS
     return {**EXTENSIONS, **CONVERTIBLE, **(HEIF if has_heif() else {})}
@@ -51,7 +51,7 @@ def has_heif() -> bool:
 
 
 def offer(passed: Counter[str], convert: bool) -> str:
-    """`add --convert to take the 3 tiff` for files that were passed over; "" if --convert would take none of them."""
+    """Returns `add --convert to take the 3 tiff` for skipped files, or "" if there are none that could be converted."""
     heif = Counter({one: count for one, count in passed.items() if one in HEIF})
     if convert:
         return f"pip install pillow-heif to take the {by_ending(heif)}" if heif else ""
@@ -61,7 +61,7 @@ def offer(passed: Counter[str], convert: bool) -> str:
 
 
 def clean(text: str) -> str:
-    """`text` in printable characters: unusual spaces become plain ones (NFKC), what has no printable form "_"."""
+    """Make `text` printable: unusual spaces become plain ones (NFKC), other unprintable characters become "_"."""
     if text.isprintable():
         return text
     return "".join(
@@ -71,22 +71,22 @@ def clean(text: str) -> str:
 
 
 def key_of(path: str) -> str:
-    """The key of the sample that a picture at this relative path becomes: the path without its extension.
+    """Returns the sample key for a picture at this relative path: the path without its extension.
 
-    A dot would end webdataset's key, so it becomes "_".
+    A dot becomes "_", because webdataset's keys end at the first dot.
     """
     parts = [part for part in path.rpartition(".")[0].split("/") if part not in ("", ".")]
     return clean("/".join(parts)).replace(".", "_")
 
 
 def summary(pictures: int, passed: Counter[str]) -> str:
-    """`510 files: 503 pictures, 7 passed over: 3 tiff, 2 txt, 2 without an ending`."""
+    """Returns, for example, `510 files: 503 pictures, 7 passed over: 3 tiff, 2 txt, 2 without an ending`."""
     total = f"{counted(pictures + passed.total(), 'file')}: {counted(pictures, 'picture')}"
     return f"{total}, {passed.total()} passed over: {by_ending(passed)}" if passed else total
 
 
 def by_ending(passed: Counter[str]) -> str:
-    """`3 tiff, 2 txt, 2 without an ending`, the most frequent first."""
+    """Returns, for example, `3 tiff, 2 txt, 2 without an ending`: the most frequent ending first."""
     ranked = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{count} {name}" for name, count in ranked[:SHOWN]]
     if rest := sum(count for _, count in ranked[SHOWN:]):

@@ -1,26 +1,26 @@
-"""Which sample is number g of the endless sequence.
+"""The training order: which sample is number g of the endless sequence.
 
 With N samples, C columns and seed s:
 
-    e, p = divmod(g, N)                          epoch, place in the epoch
+    e, p = divmod(g, N)                          epoch, position in the epoch
     r, c = divmod(p, C)                          row, column
-    c    ← c permuted by (s, e, r)               among the row's columns: C, or what is left for the last row
+    c    ← c permuted by (s, e, r)               among the columns of the row: C, or fewer in the last row
     i    = c * (N // C) + min(c, N % C) + r      column after column
-    j    = (i + shift of (s, e)) % N             place in the epoch's list
+    j    = (i + shift of (s, e)) % N             position in the epoch's list
     list of epoch e = shards permuted by (s, e), each shard's samples permuted by (s, e, shard), concatenated
 
-g → sample is a bijection on every epoch for all N, C >= 1, so each epoch holds each sample exactly once. One column
-walks one shard, so reads stay local, while a batch mixes samples of C places. A batch of fewer than C samples draws its
-columns at random, so two of its samples share a shard no more often than two random samples do. The shift is uniform,
-so each sample is equally likely to stand at each place of an epoch, however unlike the sizes of the shards are. Neither
-rank, worker nor batch size occurs above: they only say who decodes which g.
+g → sample is a bijection on every epoch for all N, C >= 1: each epoch holds each sample exactly once. Each column reads
+one shard at a time, so reads stay local, while a batch mixes samples from C positions of the list.
+A batch of fewer than C samples has random columns, so two of its samples share a shard no more often than two random
+samples do. The shift is uniform, so each sample is equally likely at each position of an epoch, however different the
+shard sizes are. Rank, worker and batch size do not occur above: they only determine which process decodes which g.
 
-This is version 2. Version 1 permutes no columns and shifts nothing (j = c * (N // C) + min(c, N % C) + r); a run that
-was begun with it goes on with it.
+This is version 2. Version 1 neither permutes the columns nor shifts (j = c * (N // C) + min(c, N % C) + r). A run that
+began with version 1 keeps it.
 
-The permutations are ours, not numpy's, because numpy does not promise the same stream in its next release and a run
-must be resumable after an upgrade. Inside a shard or a row, any place is computed on its own, so neither memory nor
-time grows with the shards, with g, or with the number of columns.
+The permutations are implemented here because numpy does not guarantee the same stream in its next release, and a run
+must be resumable after an upgrade. Within a shard or a row each position is computed on its own, so neither memory nor
+time grows with the size of a shard, with g, or with the number of columns.
 """
 
 from functools import lru_cache
@@ -32,13 +32,14 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
-VERSIONS = (1, 2)  # of the order; new runs take the last one
-ROW, SHIFT = 1, 2  # fourth keys, which keep these hashes apart from those of the shards
-ROUNDS = 8  # from 6 on, places and neighbours of permutations of 2 … 50 are uniform in a chi-squared test of 20,000
+VERSIONS = (1, 2)  # of the order; new runs use the last one
+ROW, SHIFT = 1, 2  # fourth keys, which make these hashes differ from those of the shards
+# With 6 rounds or more, positions and neighbours in permutations of 2 … 50 are uniform in a chi-squared test of 20,000.
+ROUNDS = 8
 
 
 def mix(*keys: int | Ints | Words) -> Words:
-    """One 64-bit hash per element of the broadcast keys.
+    """Returns uint64: one hash per element of the broadcast keys.
 
     Each key is added to the state, which then passes through the finaliser of SplitMix64 (Steele, Lea, Flood 2014,
     "Fast splittable pseudorandom number generators", figure 16).
@@ -58,20 +59,21 @@ def _absorb(state: Words, key: Words) -> Words:
 
 
 def uniforms(*keys: int | Ints | Words) -> NDArray[np.float64]:
-    """`mix` as numbers in [0, 1): its upper 53 bits."""
+    """Returns the upper 53 bits of `mix` as float64 in [0, 1)."""
     return (mix(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(count: int, *keys: int) -> Ints:
-    """int64 [count]: the places 0 … count-1 in the order of their hashes."""
+    """Returns int64 [count]: the numbers 0 … count-1 sorted by their hashes."""
     return np.argsort(mix(*keys, np.arange(count)), kind="stable")
 
 
 def permuted(place: Ints, count: Ints, key: Words) -> Ints:
-    """int64 [B]: where each place of [0, count) goes in the permutation of [0, count) that its key names.
+    """Returns int64 [B]: the image of each place in the permutation of [0, count) that its key selects.
 
-    A generalised Feistel network on the smallest square s² >= count, walked until it falls inside (Black and Rogaway
-    2002, "Ciphers with Arbitrary Finite Domains", methods 2 and 3): s² - count < 2s + 1, so mostly at once.
+    place, count: int64 [B] with 0 <= place < count; key: uint64 [B]. A generalised Feistel network on the smallest
+    square s² >= count is iterated until the result is below count (cycle walking; Black and Rogaway 2002, "Ciphers
+    with Arbitrary Finite Domains", methods 2 and 3). Since s² - count < 2s + 1, once is mostly enough.
     """
     result = place.astype(np.uint64)
     side, end = np.ceil(np.sqrt(count)).astype(np.uint64), count.astype(np.uint64)
@@ -88,8 +90,10 @@ def permuted(place: Ints, count: Ints, key: Words) -> Ints:
 
 
 class Order:
-    """sizes: int64 [S], samples per shard; version: one of VERSIONS, the formula. `order(g)`: int64 [B] → int64 [B]
-    sample numbers of the index."""
+    """The order of one index: `order(g)` maps int64 [B] to int64 [B], the sample numbers in the index.
+
+    sizes: int64 [S], samples per shard. version: one of VERSIONS.
+    """
 
     def __init__(self, sizes: Ints, columns: int, seed: int, version: int = VERSIONS[-1]) -> None:
         self.total = int(sizes.sum())
@@ -105,11 +109,11 @@ class Order:
         return self._first[shard] + permuted(place, self._sizes[shard], mix(self.seed, epoch, shard))
 
     def shards(self, g: Ints) -> Ints:
-        """int64 [B] → int64 [B]: the shard that holds each sample."""
+        """Map g, int64 [B], to int64 [B]: the shard that holds each sample."""
         return self._locate(g)[1]
 
     def _locate(self, g: Ints) -> tuple[Ints, Ints, Ints]:
-        """(epoch, shard, place in the shard's list)."""
+        """Returns (epoch, shard, position in the shard's list), each int64 [B]."""
         epoch, p = np.divmod(g, self.total)
         row, column = np.divmod(p, self.columns)
         if self.version > 1:
@@ -126,7 +130,7 @@ class Order:
         return epoch, shard, place
 
     def _permuted_epoch(self, epoch: int) -> tuple[Ints, Ints, int]:
-        """(the shards in the order of the epoch's list, where each begins there, the shift)."""
+        """Returns (the shards in the epoch's order, the start of each in the epoch's list, the shift)."""
         shards = permutation(len(self._sizes), self.seed, epoch)
         shift = int(mix(self.seed, epoch, 0, SHIFT)) % self.total if self.version > 1 else 0
         return shards, np.concatenate([[0], np.cumsum(self._sizes[shards])[:-1]]), shift

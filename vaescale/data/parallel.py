@@ -1,4 +1,4 @@
-"""The same work on many shards, in several processes, with progress; and files that are whole or not there."""
+"""Work on many shards in several processes, with a progress bar; and a lock for the folder that is written."""
 
 import multiprocessing
 import os
@@ -22,14 +22,14 @@ Result = TypeVar("Result")
 
 
 def processors() -> int:
-    """Those that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def each(
     work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], processes: int, doing: str, unit: str
 ) -> Iterator[Result]:
-    """work(*job) for each job, in their order. An interrupt or the first error ends it; what is done stays done."""
+    """Yield work(*job) for each job, in order. An interrupt or the first error ends it; finished jobs stay finished."""
     jobs = list(jobs)
     if min(processes, len(jobs)) <= 1:
         results: Iterator[Result] = (work(*job) for job in jobs)
@@ -39,7 +39,7 @@ def each(
 
 
 def progress(items: Iterable[Result], doing: str, unit: str, total: int | None = None) -> Iterator[Result]:
-    """The items, with a bar where somebody watches and a line a minute in a log file."""
+    """Yield the items, with a progress bar on a terminal and one line a minute elsewhere."""
     watched = sys.stderr.isatty()
     delay, interval = (0.0, 0.1) if watched else (60.0, 60.0)
     return iter(tqdm(items, printable(doing), total, unit=unit, delay=delay, mininterval=interval))
@@ -47,7 +47,7 @@ def progress(items: Iterable[Result], doing: str, unit: str, total: int | None =
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Raises DataError if another process is writing into `folder`."""
+    """Lock `folder`, which is made if needed. Raises DataError if another process is writing into it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
     try:
@@ -61,9 +61,9 @@ def alone(folder: Path) -> Iterator[None]:
 def _shared_out(
     work: Callable[..., Result], jobs: list[tuple[Any, ...]], processes: int, doing: str
 ) -> Iterator[Result]:
-    # Spawned, not forked: a fork inherits whatever thread held a lock at that moment.
+    # Spawn, because a fork copies locks that other threads hold at that moment.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
-    # Ignored by the processes from their first instruction on: Ctrl-C reaches them all, and only one should answer.
+    # The processes inherit that SIGINT is ignored: Ctrl-C reaches all of them, and only this one should react.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         futures = [pool.submit(work, *job) for job in jobs]
@@ -78,13 +78,13 @@ def _shared_out(
             f"--processes; it goes on where it stopped"
         ) from None
     finally:
-        for child in multiprocessing.active_children():  # after an error they may be in the middle of hours of work
+        for child in multiprocessing.active_children():  # after an error they may still have hours of work to do
             child.kill()
         pool.shutdown()
 
 
 def _begin() -> None:
-    """A process whose parent is killed must not stay behind."""
+    """Make the process exit when its parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,7 +1,8 @@
-"""Where shards lie, a folder or a URL that fsspec reads, and how a copy of one is fetched. Never a shell.
+"""The location of shards, a folder or a URL that fsspec reads, and fetching copies of them. No shell is ever run.
 
-Credentials are found by each protocol's own means (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ~/.netrc for http,
-or fsspec's FSSPEC_* variables); a URL that carries them is refused, for it would stand in the index and the log.
+Each protocol finds credentials in its usual way (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ~/.netrc for http,
+or fsspec's FSSPEC_* variables). A URL that contains credentials is refused, because it would be stored in the index
+and the log.
 """
 
 import asyncio
@@ -28,22 +29,22 @@ from ..files import file_hash, is_plain
 from . import DataError
 from .names import is_hidden
 
-EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "hf": "hf"}  # protocol → extra that brings it
-TRIES = 8  # of one shard; with the pauses between them about a minute
-FIRST_PAUSE = 0.5  # seconds; each is twice as long as the one before, less a random part
-STALL = 30.0  # seconds without a byte after which an http connection is given up
-SILENCE = 2  # times STALL without a byte of the file, whatever else comes: headers, parts of no length, trailers
+EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "hf": "hf"}  # protocol → extra that installs it
+TRIES = 8  # per shard; the pauses between them take 32 to 64 s in all
+FIRST_PAUSE = 0.5  # seconds; each pause is twice as long as the one before, and each is shortened by a random part
+STALL = 30.0  # seconds without a byte after which an http connection is closed
+SILENCE = 2  # times STALL: limit without a byte of the file, whatever else arrives (headers, empty chunks, trailers)
 LISTING = 600.0  # seconds that listing a folder may take
 MOST_LISTED = 1 << 26  # bytes of the page that lists a folder: some 300,000 shards
-MOST_UNANNOUNCED = 1 << 32  # bytes of a shard whose server does not say how many it has
-SLOWEST = 10_000  # bytes a second; what comes more slowly is begun anew
-# What a network file system that will be back raises, and a disk that is read again.
+MOST_UNANNOUNCED = 1 << 32  # bytes of a shard whose server does not announce its size
+SLOWEST = 10_000  # bytes a second; a slower copy is started again
+# Transient errors: those of a network file system that will return, and of a disk that can be read again.
 PASSING = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ENOTCONN, errno.ECONNRESET),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ESHUTDOWN, errno.ECONNREFUSED),
 }
 REDIRECTS = ("TooManyRedirects", "NonHttpUrlRedirectClientError", "InvalidUrlRedirectClientError")  # of aiohttp
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # what a disk raises for a file that it cannot take
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # the disk cannot hold the file
 CHANGED = "its bytes are not those that were indexed"
 
 
@@ -62,7 +63,10 @@ def is_url(place: str) -> bool:
 
 
 def check_place(place: str) -> str:
-    """A folder or a URL of a known protocol, as it is; raises DataError for all else, and never repeats a secret."""
+    """Returns `place` unchanged if it is a folder or a URL of a known protocol.
+
+    Raises DataError otherwise. The message never contains a secret.
+    """
     if "pipe:" in place or "::" in place or (re.match(r"\w+:", place) and not is_url(place)):
         raise DataError("shards are read from a folder or a URL: pipes and chained protocols (pipe:, ::) are refused")
     if is_url(place):
@@ -81,14 +85,18 @@ def check_place(place: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """A shard's name under its root: a plain relative path."""
+    """Returns `name` unchanged if it is a plain relative path, as a shard's name must be. Raises DataError if not."""
     if not name or name.startswith("/") or ".." in name.split("/") or re.search(r"[:|?#%]", name) or not is_plain(name):
         raise DataError(f"{name!r:.80} is no name that a shard may have: it must lie under its folder")
     return name
 
 
 def names_in(root: str, pattern: str) -> list[str]:
-    """The shards under `root` that match `pattern`, which may hold *, ? and, as webdataset's do, {000..127}."""
+    """Returns the names of the shards under `root` that match `pattern`.
+
+    The pattern may contain *, ? and, as in webdataset, {000..127}. Raises DataError if nothing matches or the pattern
+    is not allowed.
+    """
     check_place(root)
     found: list[str] = []
     check_name(pattern.replace("?", "*"))
@@ -119,20 +127,20 @@ def url_of(root: str, name: str) -> str:
 
 
 def state(root: str, name: str) -> str:
-    """Changes when a shard does: its size and time, or what the server tells. "" if nobody tells."""
+    """Returns a text that changes when the shard does: its size and time, or the server's metadata; "" if unknown."""
     if not is_url(root):
         found = (Path(root) / name).stat()
         return f"{found.st_size} {found.st_mtime_ns}"
     try:
         filesystem, path = _filesystem(url_of(root, name))
         return repr(sorted(_called(filesystem, "info", path, late=_after(SILENCE * STALL)).items(), key=repr))
-    except Exception:  # fetching it will tell better what is wrong
+    except Exception:  # fetching the shard will give a better error
         return ""
 
 
 @contextmanager
 def local(root: str, name: str) -> Iterator[Path]:
-    """A shard as a local file: itself, or a copy for as long as it is needed."""
+    """Yield the path of a shard as a local file: the shard itself, or a temporary copy. Raises DataError or OSError."""
     if not is_url(root):
         path = Path(root) / name
         if not stat.S_ISREG(path.stat().st_mode):
@@ -146,9 +154,9 @@ def local(root: str, name: str) -> Iterator[Path]:
 
 
 def patiently(work: Callable[[], Result]) -> Result:
-    """The result of `work`, which reads files, tried again for about a minute while their file system is away.
+    """Returns work(), which reads files, and repeats it after transient errors of their file system (PASSING).
 
-    Raises the OSError that stays.
+    Raises the OSError of the last of TRIES tries, or any other error at once.
     """
     for attempt in range(TRIES):
         _pause(attempt)
@@ -166,13 +174,16 @@ def unreadable(path: Path | str, error: OSError) -> DataError:
 
 
 def _pause(attempt: int) -> None:
-    """Before each try but the first; together TRIES of them wait for about a minute."""
+    """Wait before every try but the first."""
     if attempt:
         time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
 
 
 def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
-    """Copy a URL to a local file, with pauses between tries that double; it must be `shard`, where that is given."""
+    """Copy a URL to a local file, with up to TRIES tries and pauses that double.
+
+    shard: if given, the size and hash that the copy must have. Raises DataError if the copy fails.
+    """
     wrong = ""
     for attempt in range(TRIES):
         _pause(attempt)
@@ -193,8 +204,8 @@ def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
             break
         except ImportError:
             raise _uninstalled(url) from None
-        except Exception as error:  # each protocol's library has errors of its own
-            # Its text may hold a signed URL: only what kind it was, and the status of the answer, may be told.
+        except Exception as error:  # each protocol's library has its own errors
+            # The text may contain a signed URL, so only the type and the status of the response are shown.
             status = getattr(error, "status", None)
             wrong = f"{type(error).__name__} {status or ''}".strip()
             if isinstance(error, OSError) and error.errno in FULL:
@@ -206,17 +217,17 @@ def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
 
 
 class Unfit(OSError):
-    """What was copied is of no use; the text says why."""
+    """The copy is unusable, but another try may succeed. The text says why."""
 
 
 class Refused(Exception):
-    """What a server sends is not taken, and asking again does not help; the text says why."""
+    """The server's response is refused, and another try would not help. The text says why."""
 
 
 class _Watch(fsspec.Callback):
-    """Ends a copy that brings more bytes than there are, or so few that it would take for ever.
+    """Aborts a copy that receives more bytes than the file has, or receives them too slowly.
 
-    most: bytes of the file; None: as many as the server announces, and MOST_UNANNOUNCED if it does not.
+    most: bytes of the file; None: as many as the server announces, or MOST_UNANNOUNCED if it announces no size.
     """
 
     def __init__(self, target: Path, most: int | None) -> None:
@@ -242,7 +253,7 @@ class _Watch(fsspec.Callback):
             raise Unfit("it comes too slowly")
 
     def late(self) -> bool:
-        """Whether no byte has come for too long."""
+        """Returns whether the last byte arrived too long ago."""
         return time.monotonic() - self._last > SILENCE * STALL
 
     def _check_announced(self) -> None:
@@ -257,7 +268,10 @@ class _Watch(fsspec.Callback):
 
 
 def _called(filesystem: Any, name: str, *arguments: Any, late: Callable[[], bool], **named: Any) -> Any:
-    """filesystem.name(…), given up as soon as `late`: a library's own limits are reset by any byte on the line."""
+    """Call filesystem.name(…) and abort it once late() is true. Any byte received resets the libraries' own limits.
+
+    Synchronous file systems are called without this limit. Raises Unfit if the call is aborted.
+    """
     if not filesystem.async_impl:
         return getattr(filesystem, name)(*arguments, **named)
     call = getattr(filesystem, f"_{name}")(*arguments, **named)
@@ -276,7 +290,7 @@ def _after(seconds: float) -> Callable[[], bool]:
 
 @lru_cache(1)
 def _bounded() -> type:
-    """aiohttp's answer, with headers in time, an uncompressed body, and no page without end."""
+    """Returns aiohttp's response class with limits: headers within STALL, no compression, pages up to MOST_LISTED."""
     import aiohttp
 
     class Answer(aiohttp.ClientResponse):
@@ -304,13 +318,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
     if url.startswith("http"):
         import aiohttp
 
-        # fsspec's own limit of five minutes for the whole file is too short; what counts is that bytes still come.
+        # fsspec limits the whole file to five minutes, which is too short. The limit here is the time without a byte.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
         options["client_kwargs"] = {
             "timeout": timeout,
             "trust_env": True,
             "headers": {"Accept-Encoding": "identity"},
-            "auto_decompress": False,  # the bytes that were indexed, as many as are announced
+            "auto_decompress": False,  # keeps the bytes as they were indexed, and as many as announced
             "response_class": _bounded(),
         }
     filesystem, path = fsspec.core.url_to_fs(url, **options)

@@ -1,4 +1,4 @@
-"""Writes pictures as they are published as shuffled shards. Nothing is extracted to disk."""
+"""Writing published pictures (folders, tars) as shuffled shards. Nothing is extracted to disk."""
 
 import json
 import shutil
@@ -20,20 +20,20 @@ from .order import permutation
 from .parallel import alone, each
 from .tar import BLOCK, Fields
 
-PLAN = "prepared.json"  # what the shards of a folder are made of
-SAMPLED = 64  # pictures re-encoded to know how many fill a shard
+PLAN = "prepared.json"  # records what the shards of a folder are made from
+SAMPLED = 64  # pictures re-encoded to estimate how many fill a shard
 
 
 @dataclass(frozen=True)
 class Settings:
-    short_side: int = 0  # pixels; 0: the original bytes
+    short_side: int = 0  # pixels; 0: keep the original bytes
     quality: int = 95  # of re-encoded JPEGs
     shard_mib: float = 128.0
     seed: int = 0
     most_megapixels: int = decode.MOST_MEGAPIXELS  # larger pictures are left out
     check: bool = False  # decode every picture, not only its header
-    convert: bool = False  # take TIFF, BMP, GIF and HEIF, too
-    val: float = 0.0  # share of the pictures that goes into the validation split; 0: there is one split
+    convert: bool = False  # accept TIFF, BMP, GIF and HEIF, too
+    val: float = 0.0  # share of the pictures in the validation split; 0: no splits
 
 
 class Job(NamedTuple):
@@ -41,16 +41,16 @@ class Job(NamedTuple):
 
     out: Path
     parts: list[list[Picture]]  # the pictures of each shard, shuffled
-    size: float  # bytes of a sample, estimated
+    size: float  # estimated bytes per sample
     settings: Settings
-    plan: dict[str, object]  # all that decides about the shards
+    plan: dict[str, object]  # everything that determines the shards
 
 
 class Report(NamedTuple):
-    """What the user is told of one shard."""
+    """What is reported to the user about one shard."""
 
     left_out: list[str]  # keys, each with the reason
-    dark: list[str]  # keys of 16-bit pictures that use only a small part of their range
+    dark: list[str]  # keys of 16-bit pictures that use less than a quarter of their range
 
 
 def prepare(
@@ -62,10 +62,10 @@ def prepare(
     processes: int,
     unlabelled: bool = False,
 ) -> list[Index]:
-    """Write `source` as shuffled shards into `out`, or, if settings.val is above 0, into `out`/train and `out`/val.
-    Returns the index of each. Interrupted, the same call goes on with the first missing shard.
+    """Write `source` as shuffled shards into `out`, or into `out`/train and `out`/val if settings.val is above 0.
 
-    `labels`, `classes` and `unlabelled` are those of `listing`.
+    Returns the index of each. After an interruption, the same call continues with the first missing shard.
+    labels, classes, unlabelled: see `listing`. Raises DataError.
     """
     pictures, known, notes = listing(source, labels, classes, unlabelled, out, settings.convert)
     print(*notes, sep="\n", flush=True)
@@ -73,17 +73,17 @@ def prepare(
         return _make([_job(out, pictures, settings)], known, processes)
     training, validation = split(pictures, settings.val, settings.seed)
     _check_split(source, training, validation, settings, known)
-    # One damaged validation picture ends a training, so all of these are decoded.
+    # One damaged validation picture would stop a training run, so all of them are decoded here.
     checked = replace(settings, check=True)
     return _make([_job(out / "train", training, settings), _job(out / "val", validation, checked)], known, processes)
 
 
 def split(pictures: Sequence[Picture], val: float, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """(training, validation), about `val` of the pictures in the latter.
+    """Returns (training, validation), with a share of about `val` of the pictures in the latter.
 
-    A hash of the seed and of the picture's key decides, so a picture stays where it is when others come or go. Files
-    that differ only in their endings stay together: they are likely to show the same. Letters with accents are hashed
-    in one form (NFC), because file systems write them in two.
+    A hash of the seed and the picture's key decides, so a picture keeps its split when others are added or removed.
+    Files that differ only in their endings stay together, since they probably show the same. Keys are hashed in NFC,
+    because file systems write accented letters in two ways.
     """
     parts: tuple[list[Picture], list[Picture]] = ([], [])
     for one in pictures:
@@ -99,7 +99,7 @@ def _check_split(
     settings: Settings,
     classes: Sequence[str],
 ) -> None:
-    """Raises DataError if a part is empty; says which classes have no training picture."""
+    """Raises DataError if a split is empty. Prints which classes have no training picture."""
     if not training or not validation:
         empty, way = ("validation", "raise") if not validation else ("training", "lower")
         found = names.counted(len(training) + len(validation), "picture")
@@ -134,7 +134,7 @@ def _job(out: Path, pictures: Sequence[Picture], settings: Settings) -> Job:
 
 
 def _make(jobs: Sequence[Job], classes: Sequence[str], processes: int) -> list[Index]:
-    """All jobs are checked before the first shard is written."""
+    """Check all jobs, then write the shards of each."""
     with ExitStack() as stack:
         for job in jobs:
             stack.enter_context(alone(job.out))
@@ -161,14 +161,17 @@ def _make_one(job: Job, classes: Sequence[str], processes: int) -> None:
 
 
 def sibling_classes(out: Path) -> Path | None:
-    """The classes.json of the training shards that stand next to the validation or test shards `out`."""
+    """Returns the classes.json in the folder `train` next to `out`, if `out` is named as a validation or test split.
+
+    Returns None if there is no such file or it names no classes.
+    """
     path = out.absolute().parent / "train" / "classes.json"
     held_out = out.absolute().name in names.SPLITS - {"train", "training"}
     return path if held_out and path.is_file() and shards.read_classes(path) else None
 
 
 def _say(reports: Iterator[Report]) -> int:
-    """Returns how many pictures were left out."""
+    """Print the reports, and return the number of pictures left out."""
     dark: list[str] = []
     left_out = 0
     for report in reports:
@@ -187,17 +190,17 @@ def _say(reports: Iterator[Report]) -> int:
 
 
 def _shard_size(pictures: Sequence[Picture], settings: Settings) -> tuple[int, float]:
-    """(samples a shard, bytes a sample with its headers); re-encoded sizes are estimated from the first pictures."""
+    """Returns (samples per shard, bytes per sample with headers). Re-encoded sizes are estimated from SAMPLED ones."""
     if settings.short_side or settings.convert:
         sizes = [len(data) for data, _ in (_bytes_of(one, settings) for one in pictures[:SAMPLED]) if data]
     else:
         sizes = [one.length for one in pictures]
-    mean = float(np.mean(sizes or [0])) + 3.5 * BLOCK  # two headers, the label's block, half a block of padding
+    mean = float(np.mean(sizes or [0])) + 3.5 * BLOCK  # two headers, one block of label, half a block of padding
     return max(1, round(settings.shard_mib * 2**20 / mean)), mean
 
 
 def _refuse_others(job: Job) -> None:
-    """Raises DataError if the folder holds shards of something else."""
+    """Raises DataError if the folder holds shards of another source or with other settings."""
     out, plan = job.out, job.plan
     if not (out / PLAN).exists() and not _written(out):
         return
@@ -218,7 +221,7 @@ def _written(out: Path) -> list[Path]:
 
 
 def _finished(job: Job) -> bool:
-    """Whether the index and every shard in it are there."""
+    """Returns whether the index and every shard in it exist, with the indexed sizes."""
     with suppress(DataError, OSError):
         made = Index(job.out).shards
         return len(made) == len(job.parts) and all((job.out / one.name).stat().st_size == one.bytes for one in made)
@@ -226,7 +229,7 @@ def _finished(job: Job) -> bool:
 
 
 def _require_space(jobs: Sequence[Job]) -> None:
-    """The folders of all jobs are on one disk."""
+    """Raises DataError if the disk is too small. The folders of all jobs are on one disk."""
     if not jobs:
         return
     out = jobs[0].out
@@ -241,7 +244,7 @@ def _require_space(jobs: Sequence[Job]) -> None:
 
 
 def _write(out: Path, number: int, pictures: Sequence[Picture], settings: Settings) -> Report:
-    """One shard and what the index needs of it, unless it is there."""
+    """Write one shard and its entries for the index, unless the shard exists and is readable."""
     path = out / shards.name(number)
     report = Report([], [])
     fields = Fields(most_megapixels=settings.most_megapixels)
@@ -249,7 +252,7 @@ def _write(out: Path, number: int, pictures: Sequence[Picture], settings: Settin
     if path.exists() and not describe(str(out), path.name, fields, part_of(out, path.name)):
         return report
     shards.write_shard(path, _samples(pictures, settings, report))
-    # Now, while the file is still in memory.
+    # Scan the shard now, while it is in the page cache.
     if fault := describe(str(out), path.name, fields, part_of(out, path.name)):
         raise DataError(fault)
     return report
@@ -265,7 +268,7 @@ def _samples(pictures: Sequence[Picture], settings: Settings, report: Report) ->
 
 
 def _bytes_of(picture: Picture, settings: Settings, dark: list[str] | None = None) -> tuple[bytes, str]:
-    """(the bytes to be written, why the picture is left out or "")."""
+    """Returns (the bytes to write, "") or (b"", why the picture is left out)."""
     try:
         with Path(picture.path).open("rb") as file:
             file.seek(picture.offset)

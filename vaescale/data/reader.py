@@ -1,6 +1,7 @@
-"""What turns the bytes of a sample into what a model reads.
+"""Readers turn the bytes of a sample into the input of a model.
 
-Order, resume, damage, cache and workers know nothing of it: they hand over bytes, and take back what is to be stacked.
+Order, resuming, damage, cache and workers do not depend on the reader: they pass it bytes, and then the results to
+stack.
 """
 
 from dataclasses import dataclass
@@ -15,29 +16,29 @@ from . import decode
 
 class Reader(Protocol):
     def require(self) -> None:
-        """Raises DataError if something that training needs is not installed."""
+        """Raises DataError if a package that training needs is not installed."""
         ...
 
     def training(self, data: bytes, seed: int, g: int) -> Any:
-        """A sample as training reads it; what is drawn is drawn from (seed, g). Raises Damaged."""
+        """Decode a sample for training. Random draws are functions of (seed, g). Raises Damaged."""
         ...
 
     def validation(self, data: bytes) -> Any:
-        """A sample as validation reads it, always the same. Raises Damaged."""
+        """Decode a sample for validation, deterministically. Raises Damaged."""
         ...
 
     def stack(self, samples: list[Any]) -> Tensor:
-        """Samples of one batch → [B, …], as Batch.x has them."""
+        """Stack the decoded samples of one batch → [B, …], as in Batch.x."""
         ...
 
     def blank(self, count: int) -> Tensor:
-        """So many samples that show nothing: what `stack` gives, in shape and type."""
+        """Returns `count` empty samples, with the shape and type that `stack` returns."""
         ...
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """JPEG, PNG and WEBP → uint8 [B, C, size, size]. The fields are those of stream.Config, and say what they mean."""
+    """JPEG, PNG and WEBP → uint8 [B, C, size, size]. The fields are those of stream.Config, which explains them."""
 
     size: int
     channels: int
@@ -62,7 +63,7 @@ class Pictures:
 
     def stack(self, samples: list[decode.Pixels]) -> Tensor:
         pictures = samples if self.channels == 3 else [decode.grey(picture) for picture in samples]
-        # [B, H, W, C] seen as [B, C, H, W]: the very bytes of channels_last, which convolutions like best.
+        # A view of [B, H, W, C] as [B, C, H, W] has the memory layout channels_last, which convolutions prefer.
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def blank(self, count: int) -> Tensor:

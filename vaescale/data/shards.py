@@ -1,7 +1,6 @@
-"""Writing plain webdataset shards, `key.jpg` and `key.cls` in tars that `webdataset.WebDataset` reads as they are;
-indexing those of others; and reading everything back.
+"""Writing, indexing and verifying webdataset shards: tars of `key.jpg` and `key.cls` that webdataset.WebDataset reads.
 
-The only importer of webdataset.
+This is the only module that imports webdataset.
 """
 
 import json
@@ -33,13 +32,13 @@ class Finding(NamedTuple):
     """What is wrong with one shard."""
 
     shard: str
-    lost: int  # samples whose picture is not there, or not as it was indexed
+    lost: int  # samples whose picture is missing or differs from what was indexed
     samples: int
     cause: str
 
 
 def write(folder: Path, samples: Iterable[Sample], per_shard: int, classes: Sequence[str]) -> Index:
-    """Write `samples` in order, `per_shard` to a tar, then the index. The same samples give the same bytes."""
+    """Write `samples` in order, `per_shard` per tar, then the index. The same samples give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for number, part in enumerate(_parts(samples, per_shard)):
@@ -54,7 +53,7 @@ def name(number: int) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """One tar, whole or not at all."""
+    """Write one tar atomically."""
     with (
         atomically(path) as partial,
         webdataset.TarWriter(str(partial), mtime=0, user="vaescale", group="vaescale") as tar,
@@ -65,7 +64,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
-    """classes.json: the name of class 0, of class 1, … Raises DataError for a name that an index may not hold."""
+    """Write classes.json: the names of class 0, class 1, … Raises DataError for a name with control characters."""
     for name in classes:
         if not is_plain(name):
             raise DataError(f"{name!r:.80} is no name that a class may have: leave control characters out of it")
@@ -88,7 +87,7 @@ def read_classes(path: Path) -> list[str]:
 
 
 def index(source: str, folder: Path, pattern: str, fields: Fields, processes: int) -> Index:
-    """Index the shards in `source`, a folder or a URL, that match `pattern`; the index goes into `folder`."""
+    """Index the shards in `source` (a folder or a URL) that match `pattern`, and write the index into `folder`."""
     names = places.names_in(source, pattern)
     classes = [] if places.is_url(source) else read_classes(Path(source) / "classes.json")
     with alone(folder):
@@ -98,7 +97,7 @@ def index(source: str, folder: Path, pattern: str, fields: Fields, processes: in
 def verify(
     folder: Path, decoding: bool, processes: int, most_megapixels: int = decode.MOST_MEGAPIXELS
 ) -> Iterator[Finding]:
-    """Read every shard of an index back; with `decoding`, every picture is decoded too. Yields what is wrong.
+    """Read every shard of an index and, with `decoding`, decode every picture. Returns an iterator over the faults.
 
     Raises DataError if the index itself is damaged.
     """
@@ -109,7 +108,7 @@ def verify(
 
 
 def examine(folder: Path, number: int, most_megapixels: int) -> Finding | None:
-    """What is wrong with one shard; pictures of up to `most_megapixels` are decoded, none if it is 0."""
+    """Returns what is wrong with one shard, or None. most_megapixels: the limit for pictures; 0: do not decode them."""
     index = _opened(folder)
     shard = index.shards[number]
     try:
@@ -129,7 +128,7 @@ def examine(folder: Path, number: int, most_megapixels: int) -> Finding | None:
 
 @lru_cache(1)
 def _opened(folder: Path) -> Index:
-    """Once a process, not once a shard."""
+    """Open an index once per process, not once per shard."""
     return Index(folder)
 
 
@@ -151,7 +150,7 @@ def _decodes(data: bytes, most_megapixels: int) -> bool:
 
 
 def _cause(path: Path, shard: places.Shard) -> str:
-    """What happened to the file, and where a reader that has no index would stop."""
+    """Returns what happened to the file, and where a reader without an index would stop."""
     size = path.stat().st_size
     changed = f"{size} bytes instead of {shard.bytes}" if size != shard.bytes else "changed bytes"
     try:

@@ -1,4 +1,4 @@
-"""The bytes of shards: from a folder, or from a bounded cache on the node's disk in front of a URL."""
+"""Reading the bytes of shards: from a folder, or from a URL through a bounded cache on the node's disk."""
 
 import os
 import shutil
@@ -14,13 +14,13 @@ from filelock import FileLock, Timeout
 from . import DataError, places
 from .places import Shard, fetch, is_url, url_of
 
-OPEN_SHARDS = 64  # file descriptors that a process keeps
-HASH = "[0-9a-f]" * 16  # of a shard, in the cache's file names
-AHEAD = 2  # shards that one process prefetches at once
+OPEN_SHARDS = 64  # file descriptors that a process keeps open
+HASH = "[0-9a-f]" * 16  # pattern of a shard's hash in the cache's file names
+AHEAD = 2  # shards that one process prefetches at a time
 
 
 class Store:
-    """The bytes of an index's shards. A process that forks needs no new one: files are opened where they are read."""
+    """The bytes of an index's shards. A forked process can use its copy, because files are opened at the first read."""
 
     def __init__(self, root: str, shards: Sequence[Shard], cache: str, gib: float) -> None:
         self.remote = is_url(root)
@@ -33,7 +33,7 @@ class Store:
             self._cache.require(shards)
 
     def read(self, number: int, offset: int, length: int) -> bytes:
-        """Bytes of shard `number`, fewer where it ends. Raises DataError if it cannot be had."""
+        """Returns bytes of shard `number`, fewer at its end. Raises DataError if the shard cannot be read."""
         try:
             return places.patiently(lambda: self._read(number, offset, length))
         except OSError as error:
@@ -48,22 +48,22 @@ class Store:
                 return os.pread(file, length, offset)
             except OSError:
                 with suppress(OSError):
-                    os.close(self._files.pop(number))  # a file system that comes back may not know it any more
+                    os.close(self._files.pop(number))  # it may be stale once the file system is back
                 raise
         while True:
             try:
-                # Opened for one read: a file held open would take disk space after the cache has dropped it.
+                # Open the file for one read only: an open file uses disk space after the cache has removed it.
                 with self._cached(number).open("rb", buffering=0) as cached:
                     return os.pread(cached.fileno(), length, offset)
-            except FileNotFoundError:  # dropped by another process in between
+            except FileNotFoundError:  # another process has just removed it
                 continue
 
     def refetch(self, number: int) -> None:
-        """Drop a cached copy that turned out to be damaged; the next read fetches the shard again."""
+        """Remove a damaged copy from the cache, so that the next read fetches the shard again."""
         self._cache.drop(self._shards[number])
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Begin to fetch those shards that are not in the cache, at most AHEAD at a time."""
+        """Start fetching those of the shards that are not in the cache, at most AHEAD at a time."""
         if not self.remote:
             return
         self._fetching = {number: thread for number, thread in self._fetching.items() if thread.is_alive()}
@@ -76,7 +76,7 @@ class Store:
                 self._fetching[number] = thread
 
     def _fetch_quietly(self, number: int) -> None:
-        with suppress(DataError):  # whoever reads the shard will meet it again, and say so
+        with suppress(DataError):  # reading the shard will raise it again
             self._cached(number)
 
     def _cached(self, number: int) -> Path:
@@ -89,7 +89,7 @@ class Store:
                 os.close(self._files.pop(next(iter(self._files))))
             shard = self._shards[number]
             path = Path(self._root) / shard.name
-            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would block
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode) or found.st_size != shard.bytes:
                 os.close(file)
@@ -99,10 +99,11 @@ class Store:
 
 
 class Cache:
-    """Shards fetched to this node, by their hash, never more than `limit` bytes; shared by all its processes and runs.
+    """A cache of at most `limit` bytes for fetched shards, shared by all processes and runs of a node.
 
-    A file is complete from the moment it has its name. The least recently used go when room is needed: reading sets
-    the time of use. `HASH.lock` is held by who fetches that shard, `lock` by who makes room.
+    A shard is stored as `HASH.tar`, which is complete as soon as it exists. The least recently used shards are removed
+    when space is needed; reading a shard sets its time of use. A process holds `HASH.lock` while it fetches that
+    shard, and `lock.lock` while it removes files or reserves space.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -113,7 +114,7 @@ class Cache:
         return self.folder / f"{shard.xxh3}.tar"
 
     def get(self, shard: Shard, url: str) -> Path:
-        """A complete copy of the shard. Raises DataError if it cannot be fetched, or the cache cannot be used."""
+        """Returns the path of a complete copy. Raises DataError if fetching fails or the cache cannot be used."""
         path = self.path(shard)
         if not _used(path):
             try:
@@ -129,7 +130,8 @@ class Cache:
             if not path.exists():
                 partial = self._reserve(shard)
                 fetch(url, partial, shard)
-                # Who makes room counts the complete shards and then the promised ones: neither may miss this one.
+                # _reserve counts the complete shards and then the reserved ones. The lock keeps it from missing this
+                # one, which changes from reserved to complete.
                 with self._lock("lock"):
                     partial.replace(path)
 
@@ -144,7 +146,7 @@ class Cache:
             self.path(shard).unlink(missing_ok=True)
 
     def require(self, shards: Sequence[Shard]) -> None:
-        """Raises DataError unless the cache can do its work."""
+        """Raises DataError unless the cache is large enough, fits on its disk and is writable."""
         total = sum(shard.bytes for shard in shards)
         least = (AHEAD + 1) * max(shard.bytes for shard in shards)
         if self.limit < min(least, total):
@@ -169,11 +171,11 @@ class Cache:
                 f"left: set data.cache to another disk, or data.cache_gib lower"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock("lock"):  # whether it can be written is known before the first step
+        with self._lock("lock"):  # shows before the first step that the folder is writable
             pass
 
     def _reserve(self, shard: Shard) -> Path:
-        """Make room for a shard; its file's name holds the room until the bytes do."""
+        """Reserve space for a shard by an empty file whose name holds the size, and remove old shards if needed."""
         while True:
             with self._lock("lock"):
                 held = self._held()
@@ -187,10 +189,10 @@ class Cache:
                     partial = self.folder / f"{shard.xxh3}.{shard.bytes}.partial"
                     partial.touch()
                     return partial
-            time.sleep(0.1)  # all the room is promised to shards that are being fetched: they will be there soon
+            time.sleep(0.1)  # all space is reserved for shards that are being fetched and will soon be complete
 
     def _held(self) -> list[tuple[int, int, Path]]:
-        """(time of last use, bytes, path) of the shards here, the least recently used first; of no other file."""
+        """Returns (time of last use, bytes, path) of the cached shards, the least recently used first."""
         held = []
         for path in self.folder.glob(f"{HASH}.tar"):
             with suppress(FileNotFoundError):
@@ -199,7 +201,7 @@ class Cache:
         return sorted(held)
 
     def _coming(self, shard: Shard) -> int:
-        """Bytes promised to others; what a dead process left behind is removed."""
+        """Returns the bytes reserved for other shards, and removes the partial files of dead processes."""
         coming = 0
         for partial in self.folder.glob(f"{HASH}.*.partial"):
             xxh3, size, _ = partial.name.split(".")
@@ -217,7 +219,7 @@ class Cache:
 
 
 def _used(path: Path) -> bool:
-    """Whether a shard is in the cache, where its time of use becomes now. Others' files may be read, too."""
+    """Set a cached shard's time of use to now. Returns whether it exists; other users' files can be read, too."""
     try:
         os.utime(path)
     except OSError:

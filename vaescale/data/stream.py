@@ -1,4 +1,4 @@
-"""The training stream and the validation pass: batches in an order that is a function of g alone."""
+"""The training stream and the validation pass: batches of samples, each determined by its number g alone."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,34 +20,34 @@ from .store import Store
 from .tar import checksum, key_in
 from .workers import Loader
 
-SHOWN = 8  # validation images in a picture
-IN_A_ROW = 100  # damaged samples drawn one after the other: the data are damaged, not the sample
+SHOWN = 8  # validation images in a logged image
+IN_A_ROW = 100  # damaged samples in a row after which the data set counts as damaged
 
 
 @dataclass(frozen=True)
 class Config:
-    root: str = "data/photos"  # holds train/ and val/, each with an index; the shards may be elsewhere
+    root: str = "data/photos"  # contains train/ and val/, each with an index; the shards may be elsewhere
     size: int = ranged(128, least=1, most=decode.LONGEST_SIDE)  # pixels a side
     channels: Literal[1, 3] = 3  # 1: grey
-    attributes: list[str] = field(default_factory=list)  # of the index's, those that a model is given, in this order
-    # random-resized-crop: smallest part of a picture; 1: the centred square, no crop
+    attributes: list[str] = field(default_factory=list)  # attributes of the index that the model gets, in this order
+    # random-resized-crop: smallest share of a picture's area; 1: the centred square, no random crop
     least_area: float = ranged(0.25, above=0, most=1)
     flip: bool = True
-    augment: bool = True  # false: training images are made as validation images are, neither cropped nor flipped
-    columns: int = ranged(256, least=1, most=2**40)  # places that one batch mixes; fixed for the life of a run
-    workers: int = ranged(2, least=0, most=1024)  # decoding processes a rank; 0 decodes in the training process
-    prefetch: int = ranged(4, least=1, most=2**20)  # batches a worker decodes ahead
-    decoder: decode.Decoder = "pillow"  # turbo gives the same pixels sooner: pip install 'vaescale[turbo]'
-    cache: str = "~/.cache/vaescale"  # where shards behind a URL are kept, on the node's own disk
-    cache_gib: float = ranged(100.0, least=0, below=2**30)  # never more than this, over all processes of a node
-    # megapixels: a larger picture counts as damaged, since a few bytes may claim any size
+    augment: bool = True  # false: training images are made like validation images, without random crop or flip
+    columns: int = ranged(256, least=1, most=2**40)  # columns of the order (see order.py); fixed for a whole run
+    workers: int = ranged(2, least=0, most=1024)  # decoding processes per rank; 0 decodes in the training process
+    prefetch: int = ranged(4, least=1, most=2**20)  # batches that each worker decodes ahead
+    decoder: decode.Decoder = "pillow"  # turbo gives the same pixels faster: pip install 'vaescale[turbo]'
+    cache: str = "~/.cache/vaescale"  # local folder for shards fetched from a URL
+    cache_gib: float = ranged(100.0, least=0, below=2**30)  # limit of the cache, for all processes of a node
+    # Larger pictures count as damaged, since a few bytes may claim any size.
     most_megapixels: int = ranged(decode.MOST_MEGAPIXELS, least=1, most=2**32)
-    damaged_share: float = ranged(0.001, least=0, most=1)  # of the samples seen; more damaged ones stop the run
-    damaged_free: int = ranged(10, least=0)  # this many are always forgiven, so that one bad sample in a short run is
+    damaged_share: float = ranged(0.001, least=0, most=1)  # of the samples seen; a larger share stops the run
+    damaged_free: int = ranged(10, least=0)  # this many are always allowed, so that one does not stop a short run
 
 
 def pictures(config: Config) -> Reader:
-    """What reads the pictures that the config describes."""
+    """Returns the reader for the pictures that the config describes."""
     return Pictures(
         config.size,
         config.channels,
@@ -60,7 +60,7 @@ def pictures(config: Config) -> Reader:
 
 
 def _require(config: Config) -> None:
-    """A config may be made in code: a number in another's place would train on something else in silence."""
+    """Check a config, which may be made in code: a swapped number would silently train on something else."""
     try:
         require(config, "data")
     except ValueError as error:
@@ -80,14 +80,14 @@ class Decoded(NamedTuple):
 
 
 class Samples:
-    """One index and the way from a sample number to its bytes."""
+    """An index and its store: finds the bytes of a sample by its number."""
 
     def __init__(self, folder: Path, cache: str = Config.cache, cache_gib: float = Config.cache_gib) -> None:
         self.index = Index(folder)
         self.store = Store(self.index.root, self.index.shards, cache, cache_gib)
 
     def read(self, sample: int) -> tuple[bytes, int]:
-        """(the picture's bytes, its label), the very bytes that were indexed; raises Damaged if they no longer are."""
+        """Returns (the sample's bytes, its label). Raises Damaged if the bytes are not those that were indexed."""
         shard, offset, length, _, label, check = self.index.locate(sample)
         data = self.store.read(shard, offset, length)
         if checksum(data) == check:
@@ -100,14 +100,14 @@ class Samples:
         raise decode.Damaged("changed since it was indexed")
 
     def name(self, sample: int) -> tuple[str, str]:
-        """(shard, key), for people."""
+        """Returns (shard, key), for messages."""
         place = self.index.locate(sample)
         head = self.store.read(place.shard, place.offset - place.head, place.head)
         return self.index.shards[place.shard].name, key_in(head) or f"sample {sample}, its header is damaged"
 
 
 class Attributes:
-    """Attributes by sample number, standardised: (value − mean) / standard deviation over the training set."""
+    """Standardised attributes by sample number: (value − mean) / standard deviation, both of the training set."""
 
     def __init__(self, index: Index, training: Index, names: list[str]) -> None:
         self._columns = _columns(index, names)
@@ -120,7 +120,7 @@ class Attributes:
             self._deviation = np.maximum(np.nanstd(known, axis=0, dtype=np.float64), 1e-6)
 
     def __call__(self, samples: list[int]) -> Tensor:
-        """→ fp32 [B, A]; NaN where a sample has none."""
+        """Returns fp32 [B, A], NaN where a sample has no value."""
         if not self._columns:
             return torch.zeros(len(samples), 0)
         assert self._values is not None
@@ -140,23 +140,23 @@ class TrainSlices(Dataset[Decoded]):
     """`slices[range of g]` → the decoded samples of that range."""
 
     def __init__(self, config: Config, seed: int, reader: Reader | None = None) -> None:
-        """reader: that of pictures, unless another one is given."""
+        """reader: None: the one for pictures."""
         _require(config)
         self.reader = reader or pictures(config)
         self.reader.require()
         self.config = config
         self.seed = seed
         self.samples = Samples(Path(config.root) / "train", config.cache, config.cache_gib)
-        # So far ahead, a quarter of a shard in every column, begins the way of the next shards into the cache. It is
-        # a whole number of rows, so the places ahead of a row are a row, too, and visit all columns.
+        # Shards are prefetched this many samples ahead: a quarter of a shard in every column. It is a whole number of
+        # rows, so the samples ahead of a row form a row, too, and cover all columns.
         self._ahead = config.columns * max(1, len(self.samples.index) // len(self.samples.index.shards) // 4)
         self.order = Order(self.samples.index.sizes, config.columns, seed)
         self.attributes = Attributes(self.samples.index, self.samples.index, config.attributes)
 
     def follow(self, version: int) -> None:
-        """Read in this version of the order, as a run does that was begun with it; before a loader is made.
+        """Use this version of the order, the one that the run began with. Call it before a loader is made.
 
-        Raises DataError for a version that is none of VERSIONS.
+        Raises DataError for a version that is not in VERSIONS.
         """
         if version not in VERSIONS:
             raise DataError(
@@ -166,7 +166,7 @@ class TrainSlices(Dataset[Decoded]):
         self.order = Order(self.samples.index.sizes, self.config.columns, self.seed, version)
 
     def advice(self) -> str:
-        """What to change if the cache cannot hold the shards that a batch walks at once; "" if it can."""
+        """Returns what to change if the cache cannot hold the shards that a batch reads at once; "" if it can."""
         shards, config = self.samples.index.shards, self.config
         walked = min(config.columns, len(shards))
         need = walked * max(shard.bytes for shard in shards) / 2**30
@@ -192,7 +192,10 @@ class TrainSlices(Dataset[Decoded]):
         return Decoded(_batch(self.reader.stack(read), labels, self.attributes(shown), list(gs)), damage)
 
     def _one(self, g: int, sample: int) -> tuple[Any, int, int, list[Damage]]:
-        """A damaged sample is replaced by one that only (seed, g) and the try decide, at any world size."""
+        """Returns (sample, label, sample number, damage).
+
+        A damaged sample is replaced by one drawn from (seed, g, attempt), which is the same at any world size.
+        """
         damage: list[Damage] = []
         for attempt in range(IN_A_ROW):
             try:
@@ -211,7 +214,7 @@ class ValidationSlices(Dataset[Decoded]):
     """`slices[range of samples]` → those samples of the validation index."""
 
     def __init__(self, config: Config, reader: Reader | None = None) -> None:
-        """reader: that of pictures, unless another one is given."""
+        """reader: None: the one for pictures."""
         _require(config)
         self.reader = reader or pictures(config)
         self.config = config
@@ -221,7 +224,7 @@ class ValidationSlices(Dataset[Decoded]):
         self.attributes = Attributes(self.samples.index, training, config.attributes)
 
     def __getitem__(self, numbers: range) -> Decoded:
-        if get_worker_info():  # a thread of the training process would be forked with the next workers
+        if get_worker_info():  # in the training process the prefetching thread could be running during the next fork
             following = self.samples.index.locate(numbers[-1]).shard + 1
             self.samples.store.prefetch(range(following, min(following + 1, len(self.samples.index.shards))))
         read, labels = [], []
@@ -231,7 +234,7 @@ class ValidationSlices(Dataset[Decoded]):
                 read.append(self.reader.validation(data))
             except decode.Damaged as error:
                 shard, key = self.samples.name(number)
-                # A validation number over fewer samples than it says would not compare with anybody's.
+                # A validation result over fewer samples than stated would not be comparable with others.
                 larger = ": raise data.most_megapixels" if str(error) == decode.TOO_LARGE else ""
                 raise DataError(f"validation sample {key} in {shard} is damaged: {error}{larger}") from None
             labels.append(label)
@@ -241,9 +244,10 @@ class ValidationSlices(Dataset[Decoded]):
 def train_loader(
     slices: TrainSlices, images: int, batch: int, accumulation: int, rank: int, world: int, pin: bool
 ) -> Iterator[Decoded]:
-    """Endless micro-batches of this rank, `accumulation` of them a step, from position `images` on.
+    """Returns an endless iterator over the micro-batches of this rank, `accumulation` per step.
 
-    Step s of a run takes g in [images, images + batch); rank r of W takes the r-th of W equal parts.
+    The first step takes g in [images, images + batch), the next one the following `batch` numbers. Rank r of W takes
+    the r-th of W equal parts.
     """
     config = slices.config
     return iter(_loader(slices, train_ranges(images, batch, accumulation, rank, world), config, pin))
@@ -269,8 +273,10 @@ def schedule(
     steps: int,
     version: int = VERSIONS[-1],
 ) -> Iterator[tuple[int, int, int, str]]:
-    """(step, rank, worker, key) of every sample that a run reads in `steps` steps, resumed at step `first`, in
-    the order in which each rank gets them. A sample that turns out to be damaged is replaced in the run, not here.
+    """Yield (step, rank, worker, key) of every sample that a run, resumed at step `first`, reads in `steps` steps.
+
+    The samples come in the order in which each rank gets them. The run replaces damaged samples; this does not. Raises
+    DataError if the batch cannot be split evenly.
     """
     if batch % (accumulation * world):
         raise DataError(f"a batch of {batch} cannot be split into {accumulation} micro-batches on {world} ranks")
@@ -279,7 +285,7 @@ def schedule(
     for step in range(first, first + steps):
         for rank in range(world):
             for micro in range(accumulation):
-                # The loader deals its items out in turn, from a run's first or resumed step on.
+                # The loader assigns its items to the workers in turn, beginning at the first step after a start.
                 worker = ((step - first) * accumulation + micro) % max(1, workers)
                 gs = next(ranges[rank])
                 for sample in order(np.arange(gs.start, gs.stop)).tolist():
@@ -287,7 +293,7 @@ def schedule(
 
 
 def validation_loader(slices: ValidationSlices, micro: int, rank: int, world: int, pin: bool) -> Iterable[Decoded]:
-    """Each sample exactly once over all ranks; the last batch of a rank is as short as it must be."""
+    """Returns batches with each sample exactly once over all ranks. The last batch of a rank may be shorter."""
     total = len(slices.samples.index)
     first, last = rank * total // world, (rank + 1) * total // world
     ranges = [range(start, min(start + micro, last)) for start in range(first, last, micro)]
@@ -295,8 +301,11 @@ def validation_loader(slices: ValidationSlices, micro: int, rank: int, world: in
 
 
 def fixed_images(slices: ValidationSlices) -> Batch:
-    """The same few validation images whenever it is asked: the first of each of as many classes, spread over them; or
-    spread over the samples, where there are fewer classes."""
+    """Returns up to SHOWN validation images, always the same ones.
+
+    They are the first images of SHOWN classes spread over all classes. With fewer classes than SHOWN they are spread
+    over the samples.
+    """
     labels, first = np.unique(slices.samples.index.records["label"], return_index=True)
     if len(labels) < SHOWN:
         first = np.arange(len(slices.samples.index))
@@ -305,13 +314,13 @@ def fixed_images(slices: ValidationSlices) -> Batch:
 
 
 def chosen_images(slices: ValidationSlices, numbers: list[int]) -> Batch:
-    """These validation images, in this order."""
+    """Returns the validation images of these numbers, in this order."""
     batches = [slices[range(number, number + 1)].batch for number in numbers]
     return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
 def in_flight(config: Config, batch: int) -> int:
-    """Bytes of batches that the workers of a rank have decoded ahead, at most. batch: bytes of one of them."""
+    """Returns the most bytes that the workers of a rank decode ahead. batch: bytes of one micro-batch."""
     return config.workers * config.prefetch * batch
 
 

@@ -1,9 +1,11 @@
-"""Reading tars that others made: what each sample is and where its picture lies. Nothing is extracted or unpickled,
-no name in a tar is ever used as a path, and of the members only the picture, the class and the JSON are read.
+"""Reading untrusted tars: the samples in them and the position of each picture.
 
-Members are grouped as webdataset groups them: the key is the name up to the first dot of its last part, and consecutive
-members with one key are one sample. Only where that leaves no picture (`a.2019.jpg`, `a.2019.cls`: key `a`) is the key
-the name up to its last dot.
+Nothing is extracted or unpickled, and no name in a tar is used as a path. Only the picture, the class and the JSON of a
+sample are read.
+
+Members are grouped as in webdataset: the key is the name up to the first dot of its last part, and consecutive members
+with the same key are one sample. If such a group has no picture (`a.2019.jpg`, `a.2019.cls`: key `a`), the key is the
+name up to its last dot.
 """
 
 import io
@@ -27,31 +29,31 @@ from .places import PASSING
 
 BLOCK = 512  # bytes of a tar header
 MOST_BYTES = 1 << 28  # of one picture
-MOST_HEAD = 1 << 24  # bytes of tar headers before a picture: those of a long name, and what PAX adds
+MOST_HEAD = 1 << 24  # bytes of tar headers before a picture, including those of long names and PAX
 MOST_TEXT = 1 << 20  # bytes of one .cls or .json
 MOST_NAME = 200  # characters of an attribute's name
 MOST_VALUE = float(np.finfo(np.float32).max)
-# What tarfile raises for bytes that are no tar, or a hostile one.
+# The exceptions that tarfile raises for bytes that are no tar, or for a hostile one.
 ODD = (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
 ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # of names
 
-Members = list[tuple[str, tarfile.TarInfo]]  # each with its extension
+Members = list[tuple[str, tarfile.TarInfo]]  # (extension, member)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What the index keeps of a sample."""
+    """Which members and fields of a sample are indexed."""
 
-    extensions: tuple[str, ...] = PICTURES  # of what a model reads
-    label_field: str = ""  # of the sample's JSON; "": the class number is in the .cls
+    extensions: tuple[str, ...] = PICTURES  # of the members that a model reads
+    label_field: str = ""  # field of the sample's JSON with the class number; "": it is in the .cls
     unlabelled: bool = False  # every label is 0
-    attributes: tuple[str, ...] | None = None  # numbers of the JSON to keep; None: all
+    attributes: tuple[str, ...] | None = None  # numbers in the JSON to keep; None: all
     most_megapixels: int = decode.MOST_MEGAPIXELS  # larger pictures are left out
     check: bool = False  # decode every picture, not only its header
 
 
 class Entry(NamedTuple):
-    """One sample. The picture's bytes lie at [offset, offset + length), its tar header in the `head` bytes before."""
+    """One sample. The picture is at [offset, offset + length), its tar header in the `head` bytes before that."""
 
     key: str
     offset: int
@@ -64,9 +66,10 @@ class Entry(NamedTuple):
 
 
 def scan(path: Path, fields: Fields = Fields(), passed: Counter[str] | None = None) -> Iterator[Entry]:
-    """The samples of one tar, in order; `passed` counts the members that belong to no sample, by ending.
+    """Yield the samples of one tar, in order. passed: counts the members that belong to no sample, by ending.
 
-    Raises DataError if the tar ends early: at a damaged header the library mostly stops without an error.
+    Raises DataError if a sample is invalid or the tar is damaged or cut; tarfile itself mostly stops at a damaged
+    header without an error.
     """
     keys: set[str] = set()
     with path.open("rb") as file:
@@ -84,12 +87,12 @@ def scan(path: Path, fields: Fields = Fields(), passed: Counter[str] | None = No
 
 
 def checksum(data: bytes) -> int:
-    """The lower 32 bits of xxh3: enough to see damage, not to withstand a forger."""
+    """Returns the lower 32 bits of xxh3, which detect damage but not forgery."""
     return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 def key_in(head: bytes) -> str:
-    """The key in a picture's tar header, which begins with that of a long name where there is one; "" if damaged."""
+    """Returns the key from a picture's tar header (which includes a long name's header, if any); "" if damaged."""
     try:
         with tarfile.open(fileobj=io.BytesIO(head), mode="r:", **ENCODING) as tar:
             first = tar.next()
@@ -99,10 +102,10 @@ def key_in(head: bytes) -> str:
 
 
 def label_of(value: object) -> int:
-    """The class number that a .cls file or a JSON field holds: ASCII digits, or a whole number of JSON.
+    """Returns the class number in a .cls file or a JSON field: ASCII digits, or a whole number in JSON, below 2**31.
 
-    3.0 is 3: programs that keep numbers as floats write labels so. int() would also take 0_1, +1 and the digits of
-    other scripts. Raises ValueError for what is no class number.
+    3.0 is read as 3, because some programs write labels as floats. int() would also accept 0_1, +1 and the digits of
+    other scripts. Raises ValueError otherwise.
     """
     text = value.strip() if isinstance(value, str) else repr(value)
     if not (digits := re.fullmatch(r"([0-9]{1,20})(\.0*)?", text)) or (label := int(digits[1])) >= 2**31:
@@ -115,9 +118,9 @@ def damaged(path: Path, place: int) -> str:
 
 
 def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInfo]:
-    """The members of the tar that begins at byte `begin`, without folders.
+    """Yield the members of the tar that begins at byte `begin`, without folders.
 
-    Raises DataError unless the tar is whole; what follows its end must be zeros, unless it lies inside another.
+    Raises DataError unless the tar is complete. Only zeros may follow its end, unless it is inside another tar.
     """
     file.seek(begin)
     end = begin
@@ -138,7 +141,7 @@ def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInf
         if getattr(error, "errno", None) in PASSING:
             raise
         raise DataError(damaged(path, tar.offset)) from None
-    # A whole tar ends in zeros; anything else after the last member that could be read means lost samples.
+    # A complete tar ends in zeros. Anything else after the last readable member means that samples are lost.
     file.seek(end)
     rest = file.read(BLOCK)
     whole = len(rest) == BLOCK
@@ -150,7 +153,7 @@ def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInf
 
 
 def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members that are data. Raises DataError for names and kinds of members that no shard needs."""
+    """Yield the members that are not hidden. Raises DataError for names and kinds of members that no shard needs."""
     for member in files(file, path):
         if not is_hidden(member.name):
             _refuse(path, member)
@@ -158,14 +161,14 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[Members]:
-    """Consecutive members of one key."""
+    """Yield groups of consecutive members with the same key."""
     split = ((*_split(member.name), member) for member in members)
     for _, group in groupby(split, key=lambda member: member[0]):
         yield [(extension, member) for _, extension, member in group]
 
 
 def _samples(group: Members, fields: Fields) -> Iterator[tuple[str, Members]]:
-    """(key, its members by extension) of each sample in a group that has a picture."""
+    """Yield (key, members) of each sample in a group that has a picture."""
     if any(extension in fields.extensions for extension, _ in group):
         yield _split(group[0][1].name)[0], group
         return
@@ -200,7 +203,7 @@ def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Field
         _label(file, path, key, texts, record, fields),
         checksum(data),
         {name: value for name, value in _numbers(record) if fields.attributes is None or name in fields.attributes},
-        _fault(data, fields) if extension in PICTURES else "",  # others are checked by their reader
+        _fault(data, fields) if extension in PICTURES else "",  # other formats are checked when they are read
     )
 
 
@@ -242,7 +245,7 @@ def _label(
 
 
 def _field(record: object, name: str) -> object:
-    """A field of a JSON object; `a.b` is field b of field a, unless there is a field of that very name."""
+    """Returns a field of a JSON object. `a.b` is field b of field a, unless there is a field named `a.b`."""
     if isinstance(record, dict) and name in record:
         return record[name]
     first, dot, rest = name.partition(".")
@@ -254,7 +257,7 @@ def _field(record: object, name: str) -> object:
 
 
 def _apart(path: Path, wanted: str, texts: dict[str, tarfile.TarInfo]) -> str:
-    """The member that a sample lacks if it is elsewhere in the tar, not next to the picture; "" if there is none."""
+    """Returns the member that a sample lacks if it is elsewhere in the tar, not next to the picture; else ""."""
     if any(member.name.lower() == wanted.lower() for member in texts.values()):
         return ""
     stem, _, extension = wanted.rpartition(".")
@@ -276,8 +279,10 @@ def _json(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> dict[str, obje
 
 
 def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a JSON value by its dotted name; true and false count as 1 and 0, and what float32 cannot hold
-    as missing."""
+    """Yield (dotted name, number) for every number in a JSON value.
+
+    true and false are 1 and 0. NaN and numbers beyond the range of float32 are skipped.
+    """
     if isinstance(value, (bool, int, float)):
         if abs(value) <= MOST_VALUE:
             yield printable(name, MOST_NAME), float(value)
@@ -305,7 +310,7 @@ def _refuse(path: Path, member: tarfile.TarInfo) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A member's (key, lower-case extension) by webdataset's rule."""
+    """Returns the (key, lower-case extension) of a member by webdataset's rule."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     return folder + slash + stem, extension.lower()

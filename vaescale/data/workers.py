@@ -1,7 +1,7 @@
-"""The processes that decode: how their batches come to the rank, and how they end.
+"""The decoding processes of a rank: how they send batches, and how they end.
 
-A worker puts a batch into shared memory, and only its place goes through a pipe. Where shared memory is full, as in a
-container with 64 MB of it, the batch itself goes through the pipe: the same bits, a little later.
+A worker puts a batch into shared memory and sends only a handle through a pipe. If shared memory is full, as in a
+container with 64 MB of it, the worker sends the batch itself through the pipe. The result is the same, a little later.
 """
 
 import atexit
@@ -28,13 +28,13 @@ from ..interfaces import Batch
 from . import DataError
 
 SHARED = Path("/dev/shm")
-SPARED = 8 * 2**20  # bytes of it that batches leave to others: the semaphores of the next loader lie there, too
-DYING = 5.0  # seconds from the first sign of a worker's death to its end, at most
+SPARED = 8 * 2**20  # bytes of it that batches leave free, for instance for the semaphores of the next loader
+DYING = 5.0  # seconds to wait for a worker to end
 _running: WeakSet[Any] = WeakSet()  # the iterators that have workers
 
 
 def free_shared_memory(folder: Path = SHARED) -> int:
-    """In bytes, for batches; 0 where there is none."""
+    """Returns the bytes of shared memory that batches may use; 0 if there is none."""
     try:
         return max(0, shutil.disk_usage(folder).free - SPARED)
     except OSError:
@@ -42,7 +42,10 @@ def free_shared_memory(folder: Path = SHARED) -> int:
 
 
 class Loader(DataLoader[Any]):
-    """Items with a Batch as `batch`, one of each range of `ranges`: any iterable serves, an endless one too."""
+    """Yields slices[range] for each range in `ranges`, an iterable that may be endless.
+
+    The items have a field `batch`, a Batch. Raises DataError if a worker dies.
+    """
 
     def __init__(self, slices: Any, ranges: Iterable[range], workers: int, prefetch: int, pin: bool) -> None:
         super().__init__(
@@ -51,7 +54,7 @@ class Loader(DataLoader[Any]):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
-            collate_fn=_hand_over,  # without a batch size it is given one item, not a list
+            collate_fn=_hand_over,  # without a batch size it gets one item, not a list
             pin_memory=pin,
             worker_init_fn=partial(_begin, os.getpid()),
         )
@@ -60,23 +63,24 @@ class Loader(DataLoader[Any]):
         if not self.num_workers:
             yield from super().__iter__()
             return
-        # When a worker dies torch raises in the midst of whatever training is at. The loader notices it, too.
+        # When a worker dies, torch's SIGCHLD handler raises at an arbitrary point of the training. The loop below
+        # notices the death, too, so the previous handler is restored.
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             iterator: Any = super().__iter__()
-        except OSError as error:  # no room for their semaphores, or no further process is allowed
+        except OSError as error:  # no space for the semaphores, or the limit of processes is reached
             print(f"no loader's workers can be started ({error.strerror}): the rank decodes by itself", flush=True)
             yield from DataLoader(self.dataset, sampler=self.sampler, batch_size=None, collate_fn=_hand_over)
             return
         finally:
-            # Elsewhere torch has set none. SIG_DFL counts as false; None is a handler that Python cannot set again.
+            # In other threads torch has not set a handler. None: a handler that Python cannot set again.
             if handler is not None and current_thread() is main_thread():
                 signal.signal(signal.SIGCHLD, handler)
         _running.add(iterator)
         try:
             for item in iterator:
                 yield item._replace(batch=Batch(*(_received(part, self.pin_memory) for part in item.batch)))
-        except (RuntimeError, OSError, EOFError) as error:  # what it had sent may be lost with it
+        except (RuntimeError, OSError, EOFError) as error:  # a dead worker's batches may be lost with it
             ended = wait([worker.sentinel for worker in iterator._workers], DYING)
             dead = [worker for worker in iterator._workers if worker.sentinel in ended]
             for worker in dead:
@@ -92,7 +96,7 @@ class Loader(DataLoader[Any]):
 
 
 class _Copy(NamedTuple):
-    """A tensor as numbers in a pipe: its storage, and how it lies there, as channels_last does."""
+    """A tensor that goes through the pipe: its elements in memory order, and shape and stride (for channels_last)."""
 
     flat: np.ndarray
     shape: tuple[int, ...]
@@ -103,11 +107,14 @@ def _hand_over(item: Any) -> Any:
     return item._replace(batch=Batch(*map(_share, item.batch))) if get_worker_info() else item  # type: ignore[arg-type]
 
 
-_full = False  # shared memory was, and this worker has said so
+_full = False  # shared memory was full, and this worker has reported it
 
 
 def _share(tensor: Tensor) -> "Tensor | _Copy":
-    """Here and not in the thread that writes to the pipe: an error there would be lost, and the rank wait for ever."""
+    """Move a tensor to shared memory, or copy it if there is no space.
+
+    The thread that writes to the pipe would do this, too, but an error there is lost, and the rank would wait forever.
+    """
     global _full
     reason = os.strerror(errno.ENOSPC)
     try:
@@ -129,27 +136,27 @@ def _received(part: "Tensor | _Copy", pin: bool) -> Tensor:
 
 
 def _begin(parent: int, _: int) -> None:
-    """In each worker."""
+    """Set up a worker."""
     process.die_with_parent(parent)
     torch.set_num_threads(1)
-    # What asks the run to stop may reach the whole process group; the rank still needs its workers to end well.
+    # A signal to stop may reach the whole process group, but the rank needs its workers until it has finished.
     for number in process.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     queues.Queue._on_queue_feeder_error = staticmethod(_lost)  # type: ignore[attr-defined]
 
 
 def _lost(error: Exception, _: object) -> None:
-    """A batch could not be sent. Only the worker's death tells the rank, which would wait for that batch for ever."""
+    """Exit, because a batch could not be sent. Without the worker's death the rank would wait for it forever."""
     print(f"a batch cannot be sent ({type(error).__name__}: {error})", flush=True)
     os._exit(1)
 
 
 def _end(iterator: Any) -> None:
-    """Ask the workers to leave, and kill what does not, such as one that is stopped (SIGSTOP)."""
-    if getattr(iterator, "ended", False):  # a generator that is left over is closed once more as Python exits
+    """Ask the workers to exit, and kill those that do not, such as one that is stopped (SIGSTOP)."""
+    if getattr(iterator, "ended", False):  # Python closes remaining generators once more at exit
         return
     iterator.ended = True
-    asking = Thread(target=iterator._shutdown_workers, daemon=True)  # it waits for ever for what such a one has begun
+    asking = Thread(target=iterator._shutdown_workers, daemon=True)  # may wait forever for a stopped worker
     asking.start()
     asking.join(DYING)
     for worker in iterator._workers:
@@ -160,7 +167,10 @@ def _end(iterator: Any) -> None:
 
 @atexit.register
 def _end_all() -> None:
-    """An error keeps its loader alive until Python exits, which then ends the workers by SIGTERM and waits for them for
-    ever: they do not heed it, see _begin."""
+    """End all workers before Python exits.
+
+    An error keeps its loader alive until then. At exit Python would send SIGTERM to the workers, which ignore it (see
+    _begin), and wait for them forever.
+    """
     for iterator in list(_running):
         _end(iterator)
