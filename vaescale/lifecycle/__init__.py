@@ -1,1 +1,1 @@
-"""What keeps a run alive and whole: checkpoints, its lock and status, stops, hangs. Knows no model and no loop."""
+"""Fault tolerance of a run: checkpoints, lock, status, stops, hangs. Independent of the model and the training loop."""

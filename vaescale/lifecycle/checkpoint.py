@@ -1,16 +1,16 @@
-"""State → a durable directory and back.
+"""Saves state to a durable directory and loads it.
 
-    checkpoints/latest                  the name of the newest one; moves last
+    checkpoints/latest                  the name of the newest checkpoint; updated last
     checkpoints/step-00000500/
         model.safetensors               fp32 parameters and buffers, codebooks among them
         ema.safetensors                 averaged parameters and the same buffers: what evaluation loads
-        optimizer.safetensors           AdamW's two averages, by parameter
-        moments.safetensors             of PCA, instead: sums over the images so far
+        optimizer.safetensors           AdamW's two moments, by parameter
+        moments.safetensors             for PCA, instead: sums over the images so far
         state.json                      step, images, and what the order of samples depends on
-        manifest.json                   of each file its size and xxh3; written last
+        manifest.json                   size and xxh3 of each file; written last
 
-One layout at every world size and ZeRO stage. Nothing that is read can run code. Whoever reads takes the checkpoint
-that `latest` names; if that one is damaged, or `latest` itself is, the newest that is valid, and says so.
+The layout is the same at every world size and ZeRO stage. Loading a checkpoint never runs code. Readers use the
+checkpoint that `latest` names; if it or `latest` itself is damaged, they use the newest valid one and report it.
 """
 
 import json
@@ -34,14 +34,14 @@ from .. import distributed
 from ..files import file_hash, parse_json, printable, read_bytes, read_json
 from ..interfaces import Tensors
 
-# A file's tensors, which must have the names, shapes and types of those that are given.
+# (file name without ending, expected tensors) → the file's tensors, which must have the same names, shapes and types.
 Read = Callable[[str, Tensors], Tensors]
 
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
-NAMED = 3  # tensors that do not fit, in an error
-FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # what a checkpoint may hold
-LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # what a killed save may leave
-FORMER = ("levels", "radix")  # buffers that older versions saved, though the settings give them
+NAMED = 3  # tensors that an error names
+FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # file names that a checkpoint may contain
+LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # folders that an interrupted save may leave behind
+FORMER = ("levels", "radix")  # buffers that older versions saved, although they follow from the settings
 DTYPES = {  # as safetensors names them
     torch.float64: "F64",
     torch.float32: "F32",
@@ -55,9 +55,9 @@ DTYPES = {  # as safetensors names them
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used or written; the text says which, why and what to do. The same on all ranks.
+    """A checkpoint cannot be used or written; the text says which, why and what to do. Raised on all ranks alike.
 
-    It may quote a checkpoint from others: it is made printable here.
+    The text may quote an untrusted checkpoint, so it is made printable here.
     """
 
     exit_code = 2
@@ -67,12 +67,12 @@ class CheckpointError(RuntimeError):
 
 
 class Unreadable(CheckpointError):
-    """For this rank: the others may have read it."""
+    """This rank cannot read the checkpoint; other ranks may have."""
 
 
 class Found(NamedTuple):
-    path: Path | None  # a valid checkpoint; None where there is none at all
-    remarks: list[str]  # what was wrong with others that would have come first, a line each
+    path: Path | None  # a valid checkpoint; None if there are no checkpoints at all
+    remarks: list[str]  # what is wrong with `latest` or with preferred checkpoints, one line each
 
 
 def save(
@@ -83,11 +83,11 @@ def save(
     keep: int,
     keep_every: int = 0,
 ) -> Path:
-    """Write `folder`/step-… beside, sync, verify, rename, then move `latest`. Of the older ones the newest `keep`, this
-    one among them, stay, and those whose step is a multiple of keep_every.
+    """Write a temporary folder, sync, verify, rename it to `folder`/step-…, then update `latest`. Returns the new path.
 
-    tensors: file name without ending → tensors by name. Called on one rank. When it raises before the rename, nothing
-    is left of it; the older ones and `latest` are as they were.
+    tensors: file name without ending → tensors by name. Afterwards the newest `keep` checkpoints up to this step are
+    kept, this one included, and those whose step is a multiple of keep_every. Called on one rank. If it raises before
+    the rename, it leaves nothing behind, and older checkpoints and `latest` are unchanged.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{final.name}"
@@ -108,13 +108,13 @@ def save(
         _sync(partial)
         if wrong := verify(partial):
             raise CheckpointError(f"the disk gives back other bytes than were written: {'; '.join(wrong)}")
-        _write(pointer, f"{final.name}\n".encode())  # as soon as the others: what follows needs no room
+        _write(pointer, f"{final.name}\n".encode())  # now, because the remaining operations need no disk space
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # what has gone wrong is said, not this
+        with suppress(OSError):  # the original error is reported, not this one
             pointer.unlink(missing_ok=True)
         raise
-    if final.exists():  # left by a life that went on from an older one
+    if final.exists():  # the run was restarted from an older checkpoint and has reached this step again
         _remove(final)
     partial.rename(final)
     _sync(folder)
@@ -123,17 +123,17 @@ def save(
     until = [path for path in there(folder) if _step(path) <= step]
     for old in until[:-keep]:
         if not (keep_every and _step(old) % keep_every == 0):
-            with suppress(OSError):  # this one is saved all the same; the next save tries again
+            with suppress(OSError):  # the save itself has succeeded; the next one tries to remove it again
                 _remove(old)
     return final
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with it, each a phrase that names a file and the cause; [] if it is as it was written."""
+    """Returns what is wrong with a checkpoint, phrases that name a file and the cause; [] if it is as written."""
     try:
         data = read_bytes(_regular(checkpoint / MANIFEST))
         listed = parse_json(data)
-        if _json(listed) != data:  # a byte of no meaning is not what was written, either
+        if _json(listed) != data:  # even a changed byte without meaning, such as a space, counts as damage
             raise ValueError("not as it was written")
         files = [(name, entry["bytes"], entry["xxh3"]) for name, entry in listed.items()]
     except FileNotFoundError:
@@ -148,7 +148,8 @@ def verify(checkpoint: Path) -> list[str]:
 
 
 def _regular(path: Path) -> Path:
-    """Raises ValueError for a link, a folder, a pipe or a device, which may have no end or lie elsewhere."""
+    """Returns the path. Raises ValueError for a link, folder, pipe or device: reading could leave the checkpoint or
+    never end."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("it is not a regular file")
     return path
@@ -174,14 +175,14 @@ def _wrong(path: Path, size: int, digest: str) -> str:
 
 
 def there(folder: Path) -> list[Path]:
-    """All checkpoints, valid or not, by step."""
+    """Returns all checkpoints in the folder, valid or not, sorted by step."""
     return sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step)
 
 
 def newest(folder: Path) -> Found:
-    """The checkpoint that `latest` names; if it is not valid, or there is no such, the valid one of the highest step.
+    """Returns the checkpoint that `latest` names; if that is missing or damaged, the valid one with the highest step.
 
-    Raises CheckpointError if there are some and none is valid: to begin again in silence would lose the run.
+    Raises CheckpointError if checkpoints exist but none is valid: silently starting from scratch would lose the run.
     """
     candidates = there(folder)[::-1]
     pointer = folder / LATEST
@@ -210,7 +211,10 @@ def newest(folder: Path) -> Found:
 
 
 def agreed(place: Path) -> Found:
-    """What rank 0 finds at `place`, a run directory or a checkpoint: all ranks take the same. Collective."""
+    """Returns, on all ranks, the checkpoint that rank 0 finds at `place`, a run directory or a checkpoint. Collective.
+
+    Raises CheckpointError if rank 0 finds only damaged ones, or if another rank does not see the same checkpoint.
+    """
     answer: dict[str, Any] = {}
     if distributed.rank() == 0:
         try:
@@ -243,7 +247,8 @@ def _at(place: Path) -> Found:
 
 
 def _print(place: Path, path: str) -> str:
-    """By which ranks know that they mean the same checkpoint: the hash of its manifest; of none, whether some exist."""
+    """Returns a fingerprint by which ranks compare what they see: the hash of the manifest, or without a path whether
+    any checkpoints exist."""
     try:
         if not path:
             return str(bool(there(place / "checkpoints")))
@@ -253,7 +258,7 @@ def _print(place: Path, path: str) -> str:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """As it is written; state.py knows what it must hold."""
+    """Returns state.json without checking its values, which is done in state.py. Raises Unreadable."""
     path = checkpoint / STATE
     try:
         found = read_json(path)
@@ -273,7 +278,8 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Raises CheckpointError unless they have the names, shapes and types of `wanted`; before they are read."""
+    """Returns the tensors of file `name`. Raises CheckpointError, before reading data, unless names, shapes and types
+    are those of `wanted`."""
     path = checkpoint / f"{name}.safetensors"
     try:
         with safe_open(path, "pt") as file:
@@ -302,8 +308,8 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
 
 
 def load_averaged(model: torch.nn.Module, place: Path) -> Found:
-    """Load the averaged weights of a checkpoint, or a run's newest ones, into `model`; returns what was found.
-    Collective."""
+    """Load the averaged weights of `place`, a checkpoint or a run directory, into `model`. Returns the checkpoint that
+    was used. Raises CheckpointError. Collective."""
     found = agreed(place)
     if found.path is None:
         raise CheckpointError(f"{place} has no checkpoint: train it first, or give another --run")
@@ -312,7 +318,7 @@ def load_averaged(model: torch.nn.Module, place: Path) -> Found:
 
 
 def _step(path: Path) -> int:
-    """-1: not a checkpoint, but perhaps somebody's copy of one."""
+    """Returns the step in a checkpoint's name; -1 for other names, such as those of manual copies."""
     match = re.fullmatch(r"step-(\d{8,})", path.name)
     return int(match[1]) if match else -1
 
@@ -322,24 +328,24 @@ def _json(value: Any) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Returns what the manifest says of it, which is of the bytes in memory."""
+    """Write and sync a file. Returns its manifest entry, computed from the bytes in memory."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # to be verified as the disk has it
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that `verify` reads from the disk
     return {"bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}
 
 
 def _remove(checkpoint: Path) -> None:
-    """Killed in the middle, it leaves no half checkpoint behind."""
+    """Rename a checkpoint, then delete it: a process killed in between leaves no partial checkpoint behind."""
     gone = checkpoint.with_name(f".gone-{checkpoint.name}")
     checkpoint.rename(gone)
     _delete(gone)
 
 
 def _delete(path: Path) -> None:
-    """Whatever it is; a link alone, not what it points to."""
+    """Delete a file, a folder, or a link (not its target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,7 +1,7 @@
-"""Which settings a run was trained with, and how they have changed.
+"""Records the settings of a run and their changes.
 
-config.yaml holds those of the last step that was taken; config_history.jsonl holds a line for each change, with the
-step after which it took effect: {"step": 8, "changes": {"optimizer.lr": [0.01, 0.001]}}.
+config.yaml holds the settings of the last process that took a step. config_history.jsonl has one line per change, with
+the step after which it took effect: {"step": 8, "changes": {"optimizer.lr": [0.01, 0.001]}}.
 """
 
 import json
@@ -16,15 +16,15 @@ from ..files import printable
 from ..settings import Config
 
 FILE = "config_history.jsonl"
-FIXED = ("model", "data.size", "data.channels", "data.attributes")  # what the weights mean depends on them
-NAMED = 4  # changed settings in an error
+FIXED = ("model", "data.size", "data.channels", "data.attributes")  # the meaning of the weights depends on them
+NAMED = 4  # changed settings that an error names
 
 Values = dict[str, Any]
 Changes = dict[str, tuple[Any, Any]]  # setting → (before, now)
 
 
 def read(run: Path) -> Values | None:
-    """The settings in config.yaml, those that it lacks at their defaults; None if there are none that can be read."""
+    """Returns the settings in config.yaml, with defaults for missing ones; None if the file is missing or invalid."""
     path = run / mechanics.FILE
     if not path.exists():
         return None
@@ -37,7 +37,7 @@ def read(run: Path) -> Values | None:
 
 
 def flat(config: Any, where: str = "") -> Values:
-    """Section.key → value; a list or a free dictionary is one value."""
+    """Returns "section.key" → value; a list or a free-form dictionary is one value."""
     values: Values = {}
     for key in (field.name for field in fields(config)):
         value = getattr(config, key)
@@ -49,7 +49,7 @@ def flat(config: Any, where: str = "") -> Values:
 
 
 def changes(before: Values | None, config: Config) -> Changes:
-    """Where the run directory lies is none."""
+    """Returns the settings that differ, except `run`; after a change of model.kind, only that."""
     now = flat(config)
     if before is None:
         return {}
@@ -60,7 +60,7 @@ def changes(before: Values | None, config: Config) -> Changes:
 
 
 def check(run: Path, changed: Changes) -> None:
-    """Raises ConfigError if the weights would mean something else."""
+    """Raises ConfigError if a setting in FIXED has changed."""
     fixed = {key: pair for key, pair in changed.items() if any(f"{key}.".startswith(f"{part}.") for part in FIXED)}
     if fixed:
         names = ", ".join(f"{key}={pair[0]}" for key, pair in list(fixed.items())[:NAMED])
@@ -78,7 +78,8 @@ def described(changed: Changes) -> str:
 
 
 def write(config: Config, step: int, changed: Changes) -> None:
-    """On rank 0, once a step has been taken with these settings; `step`: those before. Raises OSError."""
+    """Write both files. Called on rank 0 after the first step with these settings. step: steps before it. Raises
+    OSError."""
     run = Path(config.run)
     if changed:
         with (run / FILE).open("a") as file:

@@ -1,10 +1,10 @@
-"""One training at a time in a run directory.
+"""Allows one training at a time in a run directory.
 
-Rank 0 holds a lock on RUN/.lock for as long as the run lasts, and writes into the file who it is. The lock is the
-kernel's (fcntl, POSIX): it ends with the process, whatever ends it, and loader workers do not inherit it. What a killed
-training on this host leaves in the file is therefore no hindrance. On a file system that several hosts share a lock
-may reach no further than its host, so a name of another host's process counts until that process has taken it back, or
-a person says that it is gone.
+Rank 0 holds a lock on RUN/.lock while the run lasts, and writes its identity into the file. It is a POSIX lock (fcntl):
+the kernel drops it when the process ends for any reason, and loader workers do not inherit it. An entry left behind by
+a killed training on this host therefore does not block the next one. On a shared file system the lock may be visible on
+its own host only. So an entry of a process on another host counts until that process clears it, or until the user
+states that the process is gone.
 """
 
 import errno
@@ -25,7 +25,7 @@ from ..files import parse_json, printable
 FILE = ".lock"
 HELD = (errno.EACCES, errno.EAGAIN)
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has no locks
-MOST = 4096  # bytes of the file
+MOST = 4096  # bytes of the file that are read
 FLOCK = "hhqqi"  # struct flock: type, whence, start, length, process
 HOLDER = {"host": str, "boot": str, "pid": int, "job": str, "since": str, "inode": int}
 
@@ -35,10 +35,10 @@ class InUse(ConfigError):
 
 
 class Lock:
-    """`acquire` takes the lock; leaving the `with` block gives it back."""
+    """`acquire` takes the lock; leaving the `with` block releases it."""
 
     def __init__(self, run: Path, take_over: bool = False) -> None:
-        """take_over: the holder on another host is gone, says a person."""
+        """take_over: the user states that a holder on another host is gone."""
         self.run, self.path = run, run / FILE
         self.take_over = take_over
         self._descriptor = -1
@@ -53,7 +53,8 @@ class Lock:
             self._descriptor = -1
 
     def release(self) -> None:
-        """Name nobody any more, from any thread. The kernel's lock stays until this process closes the file or ends."""
+        """Clear the entry in the file; may be called from any thread. The kernel's lock stays until this process closes
+        the file or ends."""
         if self._descriptor >= 0:
             try:
                 os.ftruncate(self._descriptor, 0)
@@ -61,8 +62,8 @@ class Lock:
                 print(f"{self.path} still names this process ({error.strerror}): remove the file", flush=True)
 
     def acquire(self) -> None:
-        """Make the run directory, and lock it. Collective. Raises InUse, or ConfigError if it cannot be made or
-        written, on all ranks."""
+        """Create the run directory and lock it. Collective. Raises InUse, or ConfigError if the directory cannot be
+        created or written, on all ranks."""
 
         def take() -> None:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ class Lock:
         on_rank_0(self.run, take)
 
     def _taken(self) -> int:
-        """The file's descriptor; -1 if the file has been exchanged meanwhile. Raises InUse and OSError."""
+        """Returns the locked file's descriptor; -1 if the file was replaced meanwhile. Raises InUse and OSError."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
             kept = self._keep(descriptor)
@@ -97,7 +98,7 @@ class Lock:
         here = bool(holder) and (holder["boot"] == _boot() or holder["host"] == socket.gethostname())
         if locks and held:
             if not here and self.take_over:
-                self.path.unlink()  # whoever holds its lock holds that of no file
+                self.path.unlink()  # the other process then holds the lock of a deleted file
                 return False
             raise InUse(self._refusal(holder, here))
         if not locks:
@@ -125,7 +126,8 @@ class Lock:
 
 
 def held(run: Path) -> str:
-    """Who holds the lock, in words; "" if nobody does. Not for the process that does: it would lose the lock."""
+    """Returns a description of the lock's holder; "" if there is none. The holder itself must not call this: closing
+    the file would drop its lock."""
     try:
         descriptor = os.open(run / FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -142,7 +144,7 @@ def held(run: Path) -> str:
 
 
 def read(descriptor: int) -> dict[str, Any]:
-    """Who has written down that it holds the lock on this very file; {} if nobody has. A copy names nobody."""
+    """Returns the entry in the file; {} if it is missing or invalid, or if the file is a copy (another inode)."""
     try:
         found = parse_json(os.pread(descriptor, MOST, 0))
     except ValueError:
@@ -159,10 +161,8 @@ def described(holder: dict[str, Any]) -> str:
 
 
 def on_rank_0(run: Path, act: Callable[[], object]) -> None:
-    """Rank 0 does something in the run directory, and all hear how it went. Collective.
-
-    Raises ConfigError on all ranks where it raises that there, InUse likewise, or OSError, which becomes a sentence.
-    """
+    """Run `act` on rank 0. If it raises InUse or ConfigError, all ranks raise the same; if it raises OSError, all ranks
+    raise ConfigError with a sentence about the run directory. Collective."""
     error, used = "", False
     if distributed.rank() == 0:
         try:
@@ -192,5 +192,5 @@ def _self(descriptor: int) -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """What tells one running kernel from another: containers on one host share it."""
+    """Returns the boot ID, which identifies a running kernel: containers on one host share it."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,7 +1,7 @@
-"""Which rank lets the others wait: the seconds that each spends on work of its own.
+"""Finds the rank that slows the others down, by the seconds each spends on its own work.
 
-In a step's end all ranks take equally long, since each waits for the slowest. What tells them apart is what comes
-before they meet: waiting for their data, and the forward pass, which has no collectives. (The backward pass has.)
+Whole steps take equally long on all ranks, because each waits for the slowest. The ranks differ in what precedes the
+collectives: waiting for data, and the forward pass. (The backward pass contains collectives.)
 """
 
 import time
@@ -13,13 +13,13 @@ from torch import nn
 
 from .. import distributed
 
-SLOW, NO_LONGER = 2.0, 1.5  # times the others' median: where it begins, and below which it is over
-WINDOW = 40  # steps, at least, over which ranks are compared: one that is slow is named in the second such, or sooner
-MATTERS = 0.1  # of a step's time, at least, that the rank takes longer: less is noise
+SLOW, NO_LONGER = 2.0, 1.5  # multiples of the others' median: slow from the first on, normal again below the second
+WINDOW = 40  # least number of steps over which ranks are compared: a slow rank is named in its second window at latest
+MATTERS = 0.1  # least extra time of a slow rank, as a share of the step; less is noise
 
 
 class Work(NamedTuple):
-    """One rank's, in seconds a step."""
+    """One rank's own work, in seconds per step."""
 
     waited: float
     forward: float
@@ -31,20 +31,20 @@ class Work(NamedTuple):
 
 class Pace:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Times the forward passes of this model; nothing waits for the device until `report`."""
+        """Time the forward passes of this model. Nothing waits for the device before `report`."""
         self.device = device
-        self.slow: int | None = None  # the rank that was named
-        self.times = 1.0  # the slowest rank's work, as a multiple of the others' median, in the last window
-        self._steps, self._seconds, self._waited, self._forward = 0, 0.0, 0.0, 0.0  # since then
+        self.slow: int | None = None  # the rank reported as slow
+        self.times = 1.0  # the slowest rank's work in the last window, as a multiple of the others' median
+        self._steps, self._seconds, self._waited, self._forward = 0, 0.0, 0.0, 0.0  # since the last window
         self._begun: Any = None
         self._events: list[tuple[Any, Any]] = []
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)
 
     def report(self, waited: float, steps: int, seconds: float) -> str:
-        """The sentence to say when a rank has become slow, and when it no longer is; "" otherwise. Collective.
+        """Returns a sentence if a rank has become slow, or no longer is; "" otherwise. Collective.
 
-        waited: for data, in `steps` steps that took so many seconds. To be called where the device has come to rest.
+        waited: seconds spent waiting for data in `steps` steps, which took `seconds`. Call it when the device is idle.
         """
         self._steps, self._seconds, self._waited = self._steps + steps, self._seconds + seconds, self._waited + waited
         self._forward += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
@@ -91,7 +91,7 @@ class Pace:
 
 
 def slowest(works: list[Work]) -> tuple[int, float]:
-    """(the rank, how many times as long it takes as the median of the others)"""
+    """Returns the slowest rank, and its work as a multiple of the others' median."""
     rank = max(range(len(works)), key=lambda one: works[one].total)
     return rank, _times(works, rank)
 

@@ -1,6 +1,6 @@
-"""state.json: what a checkpoint holds besides its tensors, and which values make sense.
+"""Reads and checks state.json, the part of a checkpoint that is not tensors.
 
-A key that only later versions write has a default here, so that a run begun with an older version goes on.
+A key that older versions did not write has a default here, so that a run begun with an older version can continue.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,15 +11,15 @@ from ..data.decode import CAUSES
 from ..files import printable
 from .checkpoint import STATE, CheckpointError, read_state
 
-VERSION = 2  # 1, which was not written down: without "since" and, at first, without "owed"
-MOST = 2**60  # of steps and images
-GUARD = ("count", "mean", "variance", "run", "share")  # what the guard remembers of gradient norms
+VERSION = 2  # version 1 did not record its number; it has no "since", and its first files no "owed"
+MOST = 2**60  # bound on counts such as steps and images
+GUARD = ("count", "mean", "variance", "run", "share")  # the guard's statistics of gradient norms
 
 
 class Key(NamedTuple):
     sound: Callable[[Any], bool]
-    words: str  # what is expected
-    default: Any = ...  # of a state without the key; ...: it must be there
+    words: str  # what is expected, for the error
+    default: Any = ...  # for a state without the key; ...: the key is required
 
 
 def whole(value: Any) -> bool:
@@ -47,7 +47,7 @@ def since(value: Any) -> bool:
 
 
 def scaler(value: Any) -> bool:
-    """Also {}, where losses are not scaled."""
+    """{} is valid too: losses are then not scaled."""
     scales = ("scale", "cur_scale", "growth_factor", "backoff_factor")
     return isinstance(value, dict) and all(
         number(part) and (part > 0 or key not in scales) for key, part in value.items()
@@ -75,7 +75,7 @@ KEYS = {
     "alarms": Key(names, "a list of names", []),
     "owed": Key(lambda value: isinstance(value, bool), "true or false", False),
     "order": Key(order, "numbers and words by name"),
-    # Of a Descent:
+    # Keys of Descent:
     "optimizer_steps": Key(whole, "a whole number, 0 or more"),
     "scaler": Key(scaler, "finite numbers by name, scales positive", {}),
     "skipped": Key(counts, "counts by cause", {}),
@@ -84,7 +84,8 @@ KEYS = {
 
 
 def read(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of these keys. Raises CheckpointError, one sentence, if one is missing or makes no sense."""
+    """Returns the values of these keys. Raises CheckpointError, one sentence, if a required key is missing, a value is
+    invalid, values contradict each other, or a later version wrote the file."""
     path = checkpoint / STATE
     other = f"take another checkpoint: write its name into {checkpoint.parent / 'latest'}"
     found = read_state(checkpoint)
@@ -107,7 +108,7 @@ def read(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def contradiction(state: dict[str, Any]) -> str:
-    """Which of the values do not belong together; "" if all do."""
+    """Returns a clause on values that contradict each other; "" if none do."""
     step, images, begun = (state.get(key) for key in ("step", "images", "since"))
     if step is None or images is None:
         return ""

@@ -1,9 +1,9 @@
-"""run_status.json: how a run stands, for people, schedulers and its next life.
+"""Writes run_status.json, the status of a run for people, schedulers and the run's next process.
 
-    {"status": …, "code": …, "why": …, "rank": …, "step": …, "failures": […]}
+    {"status": …, "code": …, "why": …, "rank": …, "step": …, "time": …, "failures": […]}
 
-A launcher's exit code tells less: some lose their ranks' codes, and some end with 0 where a rank was killed. So the
-code stands here too, and launch/run.py returns it.
+The exit code of a launcher is unreliable: some launchers lose their ranks' codes, and some exit with 0 after a rank was
+killed. So the file holds the exit code as well, and launch/run.py returns it.
 """
 
 import json
@@ -24,41 +24,42 @@ from .lock import InUse, held
 FILE = "run_status.json"
 RUNNING, FINISHED, PREEMPTED, FAILED, NO_PROGRESS = "running", "finished", "preempted", "failed", "no-progress"
 HUNG_CODE = 4
-PREEMPTED_CODE, NO_PROGRESS_CODE = STOPPED_CODE, 93  # run the same command again; do not requeue
+PREEMPTED_CODE, NO_PROGRESS_CODE = STOPPED_CODE, 93  # the first: run the same command again; the second: do not requeue
 CODES = {RUNNING: None, FINISHED: 0, PREEMPTED: PREEMPTED_CODE, NO_PROGRESS: NO_PROGRESS_CODE}
-SAME = 3  # failures in a row, alike and at one step, after which another life would end likewise
+SAME = 3  # identical failures in a row at one step after which another attempt is expected to fail too
 
 
 class Diverged(RuntimeError):
-    """Training cannot go on; the text says why and what to do. The same on all ranks."""
+    """Training cannot continue; the text says why and what to do. Raised on all ranks alike."""
 
     exit_code = 3
 
 
 class NoProgress(RuntimeError):
-    """The same failure at the same step, time and again; the text says which."""
+    """The run has repeatedly failed in the same way at the same step; the text says how."""
 
     exit_code = NO_PROGRESS_CODE
 
 
 class Status:
-    """Of one life of a run. A life that is killed leaves "running"."""
+    """The status of one process (attempt) of a run. A process that is killed leaves "running" behind."""
 
     def __init__(self, run: Path, rank: int) -> None:
         self.path = run / FILE
         self.rank = rank
-        self._earlier = self.read()  # an earlier life's word
+        self._earlier = self.read()  # written by an earlier process
 
     def begin(self, step: int) -> None:
-        """On rank 0. Raises OSError. What earlier lives failed of is kept until this one comes further."""
+        """Write "running". Called on rank 0. Keeps the failures of earlier processes. Raises OSError."""
         self._write(RUNNING, "", step, self.read().get("failures", []))
 
     def end(self, status: str, why: str, step: int) -> None:
-        """On rank 0: finished or preempted. All is saved by now, so a status that cannot be written is only said."""
+        """Write that the run has finished or was preempted. Called on rank 0, after everything is saved, so a status
+        that cannot be written is only printed."""
         found = self.read()
         try:
             if [found.get(key) for key in ("status", "code", "why", "step")] == [status, CODES[status], why, step]:
-                os.utime(self.path)  # launch/run.py sees from it that this process has had its word
+                os.utime(self.path)  # tells launch/run.py that the status is this process's
             else:
                 self._write(status, why, step, [])
         except OSError as error:
@@ -67,30 +68,32 @@ class Status:
             )
 
     def interrupted(self, why: str, step: int) -> None:
-        """On the rank that leaves at once, as its user wants: no failure, and no progress since the last save."""
+        """Write that the user has ended the run at once. This is not a failure, but loses the progress since the last
+        save. Called on the rank that exits."""
         self._write(PREEMPTED, why, step, self.read().get("failures", []), INTERRUPTED_CODE)
 
     @contextmanager
     def recording(self, step: Callable[[], int]) -> Iterator[None]:
-        """What ends the run here is written down, on whichever rank, with so many steps taken. Raises NoProgress in
-        place of what has ended it there the last times, too."""
+        """Record the exception that ends the block, on any rank. step: returns the steps taken so far. Raises
+        NoProgress instead of an exception that has repeatedly ended the run at this step."""
         try:
             yield
         except BaseException as error:
-            # The file is that of another training. Before the ranks have met none of this one's can hold the lock.
+            # The file belongs to another training. Before the process group exists, this one cannot hold the lock yet.
             if isinstance(error, InUse) or (not dist.is_initialized() and held(self.path.parent)):
                 raise
             said = f"{type(error).__name__}: {error}"
             at, same = step(), False
-            with suppress(OSError):  # a full disk, say, shall not hide what it is about
+            with suppress(OSError):  # for example a full disk must not hide the original error
                 same = self.fail(said, at, getattr(error, "exit_code", 1))
             if same:
                 raise NoProgress(f"{SAME} times in a row the run has ended at step {at} with {said}") from error
             raise
 
     def fail(self, why: str, step: int, code: int = 1) -> bool:
-        """On the rank that failed and leaves with this code; the first one's word stands. True if this run will not
-        get further so. What the user has been told to mend (2) is not counted: nothing else will try again."""
+        """Write the failure of this rank, which exits with `code`. If another rank has already written one, that one
+        stays. Returns whether the status is now no-progress, after SAME identical failures. Errors that the user must
+        fix (code 2) do not count, because nothing retries them."""
         before = self.read()
         if before and before != self._earlier and before["status"] != RUNNING:
             return bool(before["status"] == NO_PROGRESS)
@@ -103,7 +106,7 @@ class Status:
         return status == NO_PROGRESS
 
     def read(self) -> dict[str, Any]:
-        """{} if there is none, or none that can be read and makes sense. "written": when it was, in ns."""
+        """Returns the status, with its time of writing in ns as "written"; {} if the file is missing or invalid."""
         try:
             found = read_json(self.path)
             written = self.path.stat().st_mtime_ns
@@ -127,7 +130,7 @@ class Status:
 
 
 def _sound(found: Any) -> bool:
-    """Whether each value is of the type that is written; one that is missing is not."""
+    """Returns whether all values are present and of the right type."""
     if not isinstance(found, dict):
         return False
     types = {"status": str, "code": int | None, "why": str, "rank": int, "step": int, "failures": list}

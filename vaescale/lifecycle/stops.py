@@ -1,9 +1,9 @@
-"""How a run is asked to stop: SIGTERM, SIGUSR1, SIGHUP or SIGINT (^C) to any rank, a file STOP in its directory, the
-end of its SLURM job, or the death of its launcher, which watch.py finds.
+"""Handles requests to stop a run: SIGTERM, SIGUSR1, SIGHUP or SIGINT (^C) to any rank, a file STOP in the run
+directory, the end of the SLURM job, or the death of the launcher, which watch.py detects.
 
-After each step, and each batch of a validation, the ranks agree on what any of them has been asked, over gloo and
-beside the work, so that no device waits: what is asked during one is known to all at the end of the next, and all save
-the same step. A validation that was cut short is done again by the next life.
+After each step, and each batch of a validation, the ranks exchange their requests over gloo, asynchronously, so that no
+device waits. All ranks know a request at the end of the step after the one it arrived in, so all save the same step.
+The next process repeats a validation that was cut short.
 """
 
 import math
@@ -23,23 +23,23 @@ SIGNALS = tuple(number.name for number in process.SIGNALS)
 REASONS = ("", *SIGNALS, "the file STOP", "the end of the SLURM job", "the death of its launcher")
 FILE, JOB_ENDS, LAUNCHER = REASONS[-3:]
 TWICE_INTERRUPTED = "a second SIGINT, and left at once"
-LOOK = 1.0  # seconds between looks at the file and the clock
-TWICE = 0.5  # seconds within which two SIGINTs are one ^C, of the terminal and of a launcher that passes it on
+LOOK = 1.0  # seconds between checks of the file and the clock
+TWICE = 0.5  # seconds within which two SIGINTs count as one ^C: from the terminal, and passed on by a launcher
 
 
 class Stop:
-    """While it is entered, the signals ask for a stop instead of killing; a second one changes nothing, but a second ^C
-    ends the process at once."""
+    """A context manager in which signals request a stop instead of killing the process. Further signals change nothing,
+    except that a second ^C ends the process at once."""
 
     def __init__(self, run: Path, margin: float) -> None:
-        """margin: seconds before the SLURM job's end. Collective."""
+        """margin: seconds before the end of the SLURM job at which to stop. Collective."""
         self.file = run / "STOP"
         ends = os.environ.get("SLURM_JOB_END_TIME", "")  # seconds since 1970
         self.until = float(ends) - margin if re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", ends) else math.inf
-        self.said = ""  # what was agreed on last
-        self.parting: Callable[[], None] = lambda: None  # what is done before a second ^C ends the process
+        self.said = ""  # the last result of `agreed`
+        self.parting: Callable[[], None] = lambda: None  # called before a second ^C ends the process
         self._asked = ""
-        self._looked, self._interrupted = -math.inf, math.inf  # when last; when first
+        self._looked, self._interrupted = -math.inf, math.inf  # times of the last check and of the first ^C
         self._group = dist.new_group(backend="gloo") if distributed.world() > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
@@ -55,7 +55,8 @@ class Stop:
         self._listener.__exit__()
 
     def agreed(self) -> str:
-        """After each step or batch, on all ranks: one of REASONS, the same for all; "" to go on."""
+        """Returns one of REASONS, the same on all ranks; "" to continue. Collective; called after each step or
+        batch."""
         if self._group is None:
             self.said = self._look()
             return self.said
@@ -67,11 +68,12 @@ class Stop:
         return self.said
 
     def ask(self, why: str) -> None:
-        """One of REASONS, from any thread; the first one stands."""
+        """Request a stop for one of REASONS, from any thread. The first request is kept."""
         self._asked = self._asked or why
 
     def heeded(self) -> None:
-        """The run has stopped or ended, so the file has had its effect: the next start shall not stop for it."""
+        """Remove the file STOP, so that the next start does not stop again. Called after the run has stopped or
+        finished."""
         if distributed.rank() == 0:
             try:
                 self.file.unlink(missing_ok=True)
@@ -91,7 +93,7 @@ class Stop:
             process.leave(process.INTERRUPTED_CODE, TWICE_INTERRUPTED, self.parting)
 
     def _look(self) -> str:
-        now = time.monotonic()  # the other clock may be set back
+        now = time.monotonic()  # unlike time.time, it cannot be set back
         if not self._asked and now - self._looked > LOOK:
             self._looked = now
             if time.time() > self.until:
@@ -103,5 +105,5 @@ class Stop:
     def _touched(self) -> bool:
         try:
             return self.file.exists()
-        except OSError:  # the file system may come back
+        except OSError:  # the file system may recover
             return False

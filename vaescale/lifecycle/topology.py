@@ -1,4 +1,4 @@
-"""On what a run trains: hosts, devices, backend, and how fast they sum."""
+"""Describes the hardware of a run: hosts, devices, backend, and all-reduce bandwidth."""
 
 import socket
 import time
@@ -11,12 +11,12 @@ import torch.distributed as dist
 from .. import distributed
 from ..files import readable_size
 
-BYTES, ROUNDS = 2**24, 3  # summed so often, after one that sets up the connections
-NAME = 64  # bytes of a name that are told
+BYTES, ROUNDS = 2**24, 3  # size and number of timed all-reduces, after one that sets up the connections
+NAME = 64  # bytes of a name that are exchanged; longer names are cut
 
 
 def describe(device: torch.device) -> str:
-    """One sentence. Collective."""
+    """Returns the description as one sentence. Collective."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     backend, world = dist.get_backend(), distributed.world()
     names = everyones(f"{socket.gethostname()} ({kind})")
@@ -32,7 +32,7 @@ def describe(device: torch.device) -> str:
 
 
 def all_reduce_seconds(device: torch.device) -> float:
-    """Of BYTES; the median on this rank. Collective."""
+    """Returns the median seconds of an all-reduce of BYTES on this rank. Collective."""
     tensor = torch.zeros(BYTES // 4, device=device)
     times = []
     for _ in range(1 + ROUNDS):
@@ -46,7 +46,7 @@ def all_reduce_seconds(device: torch.device) -> float:
 
 
 def everyones(text: str) -> list[str]:
-    """Every rank's. Collective."""
+    """Returns every rank's text, cut to NAME bytes. Collective."""
     own = torch.zeros(NAME, dtype=torch.float64)
     data = text.encode()[:NAME]
     own[: len(data)] = torch.tensor(list(data), dtype=torch.float64)

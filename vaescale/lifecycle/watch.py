@@ -1,9 +1,9 @@
-"""One thread a rank that looks on: whether the launcher still lives, and whether the run gets on.
+"""A watchdog thread on each rank, which checks that the launcher is alive and that the run makes progress.
 
-Where the launcher is gone the run is asked to stop, so that all ranks save and leave: no orphans. Where nothing happens
-for too long, the stacks of all threads go to RUN/stacks/rank-R.txt and the rank leaves with HUNG_CODE. One rank that
-hangs lets all others wait for it in their next collective, so that each finds out for itself, without a word between
-them; the one whose stacks differ, or that left none, is to blame.
+If the launcher is gone, the watchdog requests a stop, so that all ranks save and exit and leave no orphans. If nothing
+happens for too long, it writes the stacks of all threads to RUN/stacks/rank-R.txt and exits with HUNG_CODE. When one
+rank hangs, all others wait for it in their next collective, so each rank detects the hang without communication. The
+rank whose stacks differ, or that left none, is the cause.
 """
 
 import faulthandler
@@ -23,17 +23,17 @@ from .stops import LAUNCHER, TWICE_INTERRUPTED, Stop
 
 FOLDER = "stacks"
 PACKAGE = Path(__file__).parents[1]
-TICK = 1.0  # seconds between looks
-LEAVE = 20.0  # seconds without a step that a rank has left when its launcher is gone
-LINGER = 5.0  # seconds from the stacks to the end, so that the others' clocks run out before this rank's end ends them
-USUAL = 10  # times the longest of the last gaps is no gap any more
-GAPS = 100  # that are remembered
-LONG = 12  # times as long as a step may take what is not one: validation, saving, the first step
+TICK = 1.0  # seconds between checks
+LEAVE = 20.0  # replaces the timeout, in seconds, once the launcher is gone
+LINGER = 5.0  # seconds from writing the stacks to the exit, so that other ranks time out before the exit ends them
+USUAL = 10  # the limit is at least this multiple of the longest recent gap
+GAPS = 100  # gaps between steps that are remembered
+LONG = 12  # multiple of the timeout for anything but a step: validation, saving, the first step
 
 
 class Watch:
-    """While it is entered, it watches. `beat` after each step; what is not a step is done within `doing`, by all ranks:
-    each has the same time for it, and waits within it for the one that takes longest."""
+    """A context manager that runs the watchdog. Call `beat` after each step. All ranks do anything else within `doing`,
+    which waits for the slowest rank, so that the same time limit holds for each."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class Watch:
         step: int,
         release: Callable[[], None],
     ) -> None:
-        """timeout: seconds without a step that are a hang at the least; 0: none is. step: so many have been taken.
-        release: gives the run directory back before this process ends at once."""
+        """timeout: least seconds without a step that count as a hang; 0: never. step: steps taken so far. release:
+        releases the run directory before this process exits at once."""
         self.folder = run / FOLDER
         self.timeout = timeout
         self.launcher = launcher
@@ -54,7 +54,7 @@ class Watch:
         self.rank, self.world = distributed.rank(), distributed.world()
         self.step = step
         self._what = "the first step"
-        self._signs = 0  # of life
+        self._signs = 0  # count of the signs of progress
         self._last = time.monotonic()
         self._gaps: deque[float] = deque(maxlen=GAPS)
         self._longest: dict[str, float] = {}
@@ -64,7 +64,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)  # an earlier life's
+            shutil.rmtree(self.folder, ignore_errors=True)  # from an earlier process
         self.stop.parting = self._part
         self._thread.start()
         return self
@@ -78,7 +78,7 @@ class Watch:
         self.release()
 
     def beat(self, step: int) -> None:
-        """So many steps have been taken."""
+        """Report that `step` steps have been taken."""
         gap = self._sign()
         if not self._what:
             self._gaps.append(gap)
@@ -86,18 +86,18 @@ class Watch:
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """What may take longer than a step."""
+        """Run a block that may take longer than a step. Collective."""
         self._sign()
         self._what = what
         try:
             yield
-            distributed.barrier()  # or a rank that is done would wait for the others in its next step
+            distributed.barrier()  # otherwise a rank that is done would wait for the others in its next step
         finally:
             self._longest[what] = max(self._sign(), self._longest.get(what, 0.0))
             self._what = ""
 
     def limit(self, floor: float) -> float:
-        """Seconds of silence that are too many now. floor: for a step that has not yet been seen to take long."""
+        """Returns the seconds without progress that now count as a hang. floor: the least limit for a step."""
         if self._what:
             return max(LONG * floor, USUAL * self._longest.get(self._what, 0.0))
         return max(floor, USUAL * max(self._gaps, default=0.0))
@@ -113,7 +113,7 @@ class Watch:
         before = time.monotonic()
         while not self._over.wait(TICK):
             now = time.monotonic()
-            silent += min(now - before, 2 * TICK)  # while a process is stopped the clock goes on: that is no hang
+            silent += min(now - before, 2 * TICK)  # the clock runs on while a process is stopped, which is not a hang
             before = now
             if self.launcher and not orphan and process.lost(self.launcher):
                 orphan, silent = True, 0.0
@@ -125,7 +125,7 @@ class Watch:
                 self._end(silent, limit, orphan)
 
     def _end(self, silent: float, limit: float, orphan: bool) -> None:
-        # What hangs may be the file system, or whoever reads what is printed.
+        # The file system, or the reader of our output, may itself hang.
         backstop = threading.Timer(2 * LINGER, os._exit, (HUNG_CODE,))
         backstop.daemon = True
         backstop.start()
@@ -135,7 +135,7 @@ class Watch:
             since = f"nothing for {silent:.0f} s in {at}, where {limit:.0f} s are allowed"
             head = f"rank {self.rank} of {self.world}: {since}; {self._place()}"
             self._write(head)
-            # The same in each life that hangs there, on whichever rank and for however long: so it counts as one.
+            # The text contains no rank and no duration, so that repeated hangs at this step count as the same failure.
             gone = ", and the launcher is gone" if orphan else ""
             why = f"Hang: {at} does not end{gone}; where each rank stands is told in {self.folder}"
             if self.status.fail(why, self.step, HUNG_CODE):
@@ -148,7 +148,7 @@ class Watch:
             os._exit(code)
 
     def _place(self) -> str:
-        """Where the main thread is, and through which line of ours it came there."""
+        """Returns the line where the main thread is, and the line of this package that called it."""
         frame = sys._current_frames().get(self._main.ident or 0)
         places: list[str] = []
         while frame:
@@ -166,7 +166,7 @@ class Watch:
             faulthandler.dump_traceback(file)
 
     def _name_missing(self) -> None:
-        """By the first of those that are not."""
+        """Print which ranks left no stacks, on the first rank that left some."""
         there = [rank for rank in range(self.world) if (self.folder / f"rank-{rank}.txt").exists()]
         missing = [str(rank) for rank in range(self.world) if rank not in there]
         if missing and self.rank == there[0]:

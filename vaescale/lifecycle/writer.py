@@ -1,9 +1,9 @@
-"""Checkpoints are written beside training: a step waits for the copy to the host, and for the save before.
+"""Writes checkpoints in parallel with training: a step waits only for the copy to the host and for the previous save.
 
-    save       all ranks gather; rank 0 refuses what is not finite, copies, and leaves the rest to a thread
-    settle     all ranks hear how that went: at every report, before the next save, and at the end
+    save       all ranks gather; rank 0 checks that tensors are finite, copies them to the host, and starts a thread
+    settle     all ranks learn the outcome: at every report, before the next save, and at the end
 
-A full disk costs one checkpoint, not the run: the one before is untouched, and the next save tries again.
+A full disk costs one checkpoint, not the run: the previous one is untouched, and the next save tries again.
 """
 
 import copy
@@ -24,7 +24,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .status import Diverged
 
-PATIENCE = 2  # saves in a row that may fail before the run stops; this one is told
+PATIENCE = 2  # failed saves in a row that stop the run
 
 
 class Writer:
@@ -32,13 +32,13 @@ class Writer:
         self.folder = folder
         self.keep, self.keep_every = keep, keep_every
         self.console = console
-        self._thread: Thread | None = None  # on rank 0, until it is known how it ended
-        self._failed = ""  # why the last save did, until it is told
-        self._failures = 0  # in a row
+        self._thread: Thread | None = None  # on rank 0, until its outcome is known
+        self._failed = ""  # why the last save failed, until it is reported
+        self._failures = 0  # failed saves in a row
 
     def check_room(self, size: int, steps: int) -> None:
-        """size: bytes of one checkpoint; steps: of the whole run. Raises CheckpointError if they will not fit.
-        Collective."""
+        """Raises CheckpointError if the run's checkpoints do not fit on the disk or cannot be written. size: bytes of
+        one checkpoint; steps: of the whole run. Collective."""
         error = ""
         if distributed.rank() == 0:
             count = self.keep + 1 + (steps // self.keep_every if self.keep_every else 0)
@@ -61,10 +61,8 @@ class Writer:
     def save(
         self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], buffers: Container[str]
     ) -> None:
-        """Collective. buffers: their names; they alone may hold infinities, as bounds do before anything is seen.
-
-        Raises Diverged rather than save what training could not go on from.
-        """
+        """Start to save a checkpoint. Collective. buffers: names of the tensors that may hold infinities (but not NaN),
+        as bounds do before they have seen data. Raises Diverged, and saves nothing, if other tensors are not finite."""
         self.settle(wait=True)
         spoilt = distributed.tell(unsound(tensors, buffers) if distributed.rank() == 0 else "")
         if spoilt:
@@ -81,9 +79,8 @@ class Writer:
             self._thread.start()
 
     def settle(self, wait: bool, last: bool = False) -> None:
-        """Say if the save has failed; stop all ranks if it is the second in a row, or the last. Collective.
-
-        wait: until it is written; otherwise only if it is already.
+        """Report a failed save. Raises CheckpointError, on all ranks, if it is the second in a row or the last one.
+        Collective. wait: until the save has ended; otherwise a save in progress is skipped.
         """
         failed = self._join() if wait or not (self._thread and self._thread.is_alive()) else ""
         failed, failures = distributed.tell([failed, self._failures])
@@ -95,12 +92,12 @@ class Writer:
         self.console.say(f"{failed}; those before are untouched, and training goes on to the next save")
 
     def close(self) -> None:
-        """Whatever has ended the run, what is being written is finished. Each rank for itself."""
+        """Finish the save in progress, however the run ended. Not collective."""
         if failed := self._join():
             self.console.say(failed)
 
     def _join(self) -> str:
-        """Wait until nothing is being written; returns why it failed, once."""
+        """Wait for the save in progress. Returns why the last save failed, only once; "" if it did not."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -111,18 +108,19 @@ class Writer:
         try:
             checkpoint.save(self.folder, step, tensors, state, self.keep, self.keep_every)
             self._failures = 0
-        except Exception as error:  # a thread's would be lost
+        except Exception as error:  # an exception in a thread would be lost
             cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             self._failed = f"the checkpoint of step {step} could not be written ({cause})"
             self._failures += 1
 
 
 def unsound(tensors: dict[str, dict[str, Tensor]], buffers: Container[str]) -> str:
-    """The first tensor that is not finite, in words; "" if there is none."""
+    """Returns a description of the first tensor that is not finite; "" if there is none. `buffers` may be infinite but
+    not NaN."""
     for file, values in tensors.items():
         for name, value in values.items():
             if value.is_floating_point() and value.numel():
-                ends = torch.stack(value.aminmax())  # NaN if one is; nothing as large as the tensor is made
+                ends = torch.stack(value.aminmax())  # NaN if any value is; needs no tensor of the same size
                 if (ends.isnan() if name in buffers else ~ends.isfinite()).any():
                     return f"{name} of {file}.safetensors"
     return ""
