@@ -1,1 +1,1 @@
-"""What is said of a run without training it: dry run, plan, checks before it and reading its remains."""
+"""Analyses a run without training it: dry run, cost plan, checks before the start, and diagnosis afterwards."""

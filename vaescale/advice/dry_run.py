@@ -1,4 +1,4 @@
-"""What a config would run, said before anything is run."""
+"""Describes what a config would run, without running it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,8 @@ from ..training.learner import LEARNERS
 
 
 def describe(config: Config, world: int) -> str:
-    """The resolved config, the batch arithmetic, parameters, and the memory of one rank. Raises DataError where the
-    number of steps depends on that of the training images, and there are none."""
+    """Returns the resolved config, the batch arithmetic, the number of parameters, and the memory of one rank. Raises
+    ConfigError; raises DataError if the number of steps depends on the training images and there is no index."""
     micro = micro_batch(config, world)
     model = build(config)
     learner = LEARNERS[MODELS[config.model.kind].learner]

@@ -1,19 +1,20 @@
-"""What a training would cost on more accelerators than one has: time, bandwidths, storage.
+"""Estimates the cost of a training on more accelerators than are at hand: time, bandwidths, storage.
 
-A step of W = N·G ranks, N nodes of G accelerators, each with its share of the batch:
+The model of a step on W = N·G ranks, N nodes of G accelerators, each with its share of the batch:
 
     step      = compute + latency + straggler + exposed · sums
-    compute   = what one accelerator needs for its share, measured
-    latency   = what a step takes longer among ranks however little they sum, measured with a tiny model
-    straggler = jitter · compute · sqrt(2 ln W): how far the largest of W normal times lies above their mean; jitter is
-                their standard deviation as a share of it
-    sums      = 2 (G − 1)/G · bytes/inside + 2 (N − 1)/N · bytes/between: reduce-scatter and all-gather by a ring within
-                each node, and between nodes an all-reduce by a ring of each accelerator's share, all of which pass
-                through the node's network (Patarasuk, Yuan 2009, "Bandwidth optimal all-reduce algorithms for
-                clusters of workstations")
-    bytes     = fp32 gradients, and fp32 buffers for codebooks, whose statistics are summed once a step
+    compute   = time of one accelerator for its share, measured
+    latency   = extra time of a step on several ranks that does not depend on the size of the sums, measured with a
+                tiny model
+    straggler = jitter · compute · sqrt(2 ln W): how far the largest of W normally distributed times lies above their
+                mean; jitter is their standard deviation as a share of the mean
+    sums      = 2 (G − 1)/G · bytes/inside + 2 (N − 1)/N · bytes/between: within each node a ring reduce-scatter and
+                all-gather; between nodes a ring all-reduce of each accelerator's share, where all shares of a node go
+                through its network (Patarasuk, Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+                workstations")
+    bytes     = fp32 gradients and all buffers (codebooks, whose statistics are summed once a step)
 
-DeepSpeed's ZeRO 0 sums after the backward pass: exposed is 1. Validation and saving are not counted.
+DeepSpeed's ZeRO 0 sums after the backward pass, so exposed is 1. Validation and saving are not counted.
 """
 
 import math
@@ -27,19 +28,19 @@ from ..data.index import Index
 from ..files import readable_size
 from ..settings import Config, build, micro_batch
 
-IMAGE = 110_000  # bytes of an image of ImageNet, on average
-DECODE = 2.2e-3  # seconds of a core for each, decoded and cropped to 128 px: README, Speed
+IMAGE = 110_000  # mean bytes of an ImageNet image
+DECODE = 2.2e-3  # seconds of one core to decode an image and crop it to 128 px: README, Speed
 
 
 @dataclass(frozen=True)
 class Cluster:
     nodes: int
-    accelerators: int  # a node
-    inside: float  # bytes a second through each accelerator when those of a node sum
-    between: float  # bytes a second into and out of a node
-    jitter: float = 0.02
-    latency: float = 0.0  # seconds a step
-    exposed: float = 1.0  # share of the sums that nothing hides
+    accelerators: int  # per node
+    inside: float  # bytes per second through each accelerator in an all-reduce within a node
+    between: float  # bytes per second into and out of a node
+    jitter: float = 0.02  # standard deviation of the compute time, as a share of it
+    latency: float = 0.0  # seconds per step
+    exposed: float = 1.0  # share of the sums that does not overlap with computation
 
     @property
     def world(self) -> int:
@@ -47,12 +48,12 @@ class Cluster:
 
 
 def summed_bytes(model: nn.Module) -> int:
-    """Of which ranks make sums in a step."""
+    """Returns the bytes that ranks sum in a step."""
     return sum(4 * p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
 
 
 def sums(size: float, cluster: Cluster) -> float:
-    """Seconds."""
+    """Returns the seconds to sum `size` bytes over all ranks."""
     n, g = cluster.nodes, cluster.accelerators
     return 2 * (g - 1) / g * size / cluster.inside + 2 * (n - 1) / n * size / cluster.between
 
@@ -63,7 +64,8 @@ def step_seconds(compute: float, size: float, cluster: Cluster) -> float:
 
 
 def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
-    """compute: seconds of a step of one accelerator alone, with the images that it would have. Raises ConfigError."""
+    """Returns the plan, one line per topic. compute: seconds of a step on a single accelerator with its share of the
+    batch. Raises ConfigError if the batch does not divide evenly."""
     micro = micro_batch(config, cluster.world)
     model = build(config)
     size = summed_bytes(model)

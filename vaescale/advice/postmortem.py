@@ -1,6 +1,6 @@
-"""What a run directory tells of its run, in plain words: how it stands, and why it stalled, diverged or collapsed.
+"""Diagnoses a run from its run directory: its status, and why it stalled, diverged or collapsed.
 
-Each function reads one thing and returns what is worth saying of it; nothing is written and no rank is needed.
+Each function reads one aspect and returns its findings. Nothing is written, and no process group is needed.
 """
 
 import re
@@ -18,13 +18,13 @@ from ..lifecycle.watch import FOLDER
 from ..monitoring.board import METRICS, read_alarms, read_lines
 from .preflight import FAIL, OK, WARN, Finding
 
-LATE = 10  # times as long as reports usually take without one: nothing runs there any more, or it hangs
-PATIENT = 600.0  # seconds that are no sign in any case, for validation gives no report
-LAST = 20  # reports that say how it goes now
-WAITS = 0.3  # of the time, for data, from where it is worth mending
-SKIPPED = 0.05  # of the steps, likewise
-WORSE = 1.5  # times the lowest loss
-FEWER = 0.5  # of the usual images a second
+LATE = 10  # multiple of the usual time between reports after which a silent run counts as dead or hung
+PATIENT = 600.0  # seconds of silence that never count, because validation writes no reports
+LAST = 20  # reports that make up the current state
+WAITS = 0.3  # share of time spent waiting for data above which there is a finding
+SKIPPED = 0.05  # share of skipped steps above which there is a finding
+WORSE = 1.5  # multiple of the lowest loss above which the run may diverge
+FEWER = 0.5  # share of the usual images per second below which there is a finding
 
 Metrics = list[dict[str, Any]]
 
@@ -36,7 +36,8 @@ def read(run: Path) -> list[Finding]:
 
 
 def read_metrics(run: Path) -> Metrics:
-    """One dict a report or validation, without damaged lines."""
+    """Returns the lines of metrics.jsonl, one dict per report or validation, without damaged ones; [] if there is no
+    file."""
     try:
         return [values for _, values in read_lines(run / METRICS)]
     except OSError:
@@ -75,14 +76,14 @@ def _running(run: Path, metrics: Metrics, step: Any) -> Finding:
 
 
 def stacks(run: Path) -> list[Finding]:
-    """Where each rank stood when the run hung, and who does not say."""
+    """Returns where each rank was when the run hung, and which ranks left no stacks."""
     files = sorted((run / FOLDER).glob("rank-*.txt"))
     heads = [printable(file.read_text(errors="replace").partition("\n")[0]) for file in files if file.is_file()]
     if not heads:
         return []
     found = [Finding(WARN, f"it hung: {head}") for head in heads]
     world = re.match(r"rank \d+ of (\d{1,6}):", heads[0])
-    if not world:  # the disk was full, say
+    if not world:  # for example because the disk was full
         return found
     missing = [rank for rank in range(int(world[1])) if run / FOLDER / f"rank-{rank}.txt" not in files]
     if missing:
@@ -112,7 +113,7 @@ def checkpoints(run: Path) -> list[Finding]:
 
 
 def losses(metrics: Metrics) -> list[Finding]:
-    """Divergence, and what leads to it."""
+    """Returns findings on divergence, and on skipped steps."""
     slower = "lower optimizer.lr or raise optimizer.warmup"
     lines = [line for line in metrics if "train/loss" in line]
     if not lines:
@@ -136,8 +137,8 @@ def losses(metrics: Metrics) -> list[Finding]:
 
 
 def alarms(run: Path, metrics: Metrics) -> list[Finding]:
-    """What has collapsed as of the last report, as the run said it: with the likeliest cause and the setting to change.
-    Runs of earlier versions have left numbers only."""
+    """Returns what has collapsed as of the last report, in the run's own sentences with the likeliest cause and the
+    setting to change. Runs of earlier versions have left only numbers."""
     said = read_alarms(run)
     last: dict[str, Any] = next((line for line in reversed(metrics) if "train/loss" in line), {})
     names = [name.removesuffix("/alarm") for name, value in last.items() if name.endswith("/alarm") and value]

@@ -1,4 +1,4 @@
-"""What can be known to go wrong in a long run before it has begun, each thing in one line."""
+"""Checks before a long run starts, each with a one-line result."""
 
 import io
 import os
@@ -31,10 +31,10 @@ from ..settings import Config, blank, micro_batch
 from ..training.trainer import Trainer
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
-WRITTEN = 64 * 2**20  # bytes, to measure the disk
-SLOW_DISK = 50 * 2**20  # bytes a second, below which it is worth a word
-OWN_FILES = 256  # that a rank opens beside shards and batches: libraries, sockets, logs
-CLOCKS = 1.0  # seconds that ranks may differ in what time it is
+WRITTEN = 64 * 2**20  # bytes written to measure the disk
+SLOW_DISK = 50 * 2**20  # bytes per second below which there is a warning
+OWN_FILES = 256  # files that a rank opens in addition to shards and batches: libraries, sockets, logs
+CLOCKS = 1.0  # seconds by which the ranks' clocks may differ
 
 
 class Finding(NamedTuple):
@@ -47,7 +47,7 @@ class Finding(NamedTuple):
 
 
 def alone(config: Config, world: int) -> Iterator[Finding]:
-    """What each rank finds for itself; before a process group is there."""
+    """Yields the findings of this rank alone; needs no process group."""
     here = ranks_here(world)
     yield versions()
     yield devices(config, here)
@@ -60,7 +60,8 @@ def alone(config: Config, world: int) -> Iterator[Finding]:
 
 
 def ranks_here(world: int) -> int:
-    """Ranks on this node, as torchrun and DeepSpeed's launcher say, or `world`. Raises Misplaced."""
+    """Returns the number of ranks on this node as set by torchrun or DeepSpeed's launcher, else `world`. Raises
+    Misplaced if the variable is not a number."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if given := os.environ.get(name):
             if not re.fullmatch("[1-9][0-9]{0,8}", given):
@@ -70,7 +71,7 @@ def ranks_here(world: int) -> int:
 
 
 def together(config: Config) -> Iterator[Finding]:
-    """What all ranks find together. Collective, and only where none of them has failed alone."""
+    """Yields the findings of all ranks together. Collective; call it only if no rank has failed a check in `alone`."""
     yield all_reduce()
     yield clocks()
     yield agreement(config)
@@ -110,7 +111,7 @@ def devices(config: Config, here: int) -> Finding:
 
 
 def shared_memory(config: Config, world: int, here: int, folder: Path = workers.SHARED) -> Finding:
-    """Through which workers hand over their batches, as long as there is room."""
+    """Check the shared memory through which workers hand over batches; if it is full they fall back to pipes."""
     need = here * stream.in_flight(config.data, micro_batch(config, world) * blank(config, 1).x.nbytes)
     free = workers.free_shared_memory(folder)
     what = f"{readable_size(free)} of shared memory are free, and batches on their way take up to {readable_size(need)}"
@@ -129,7 +130,7 @@ def file_limit(config: Config) -> Finding:
 
 
 def disk(run: Path) -> Finding:
-    """How fast it takes a checkpoint's bytes."""
+    """Measure how fast the disk of the run directory takes a checkpoint's bytes."""
     folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
     file = folder / f".doctor-{os.getpid()}"
     data = np.random.default_rng().bytes(WRITTEN)
@@ -159,7 +160,7 @@ def lock(run: Path) -> Finding:
 
 
 def index(config: Config) -> Finding:
-    """Both whole, and their samples where they say: the first and the last one read."""
+    """Check both indexes, and read the first and the last sample of each."""
     counts = []
     for split in ("train", "val"):
         folder = Path(config.data.root) / split
@@ -207,14 +208,15 @@ def agreement(config: Config) -> Finding:
 
 
 def one_step(config: Config) -> Finding:
-    """Really taken, and saved, in a folder beside the run directory; and whether checkpoints of that size will fit."""
+    """Train and save one step in a temporary folder next to the run directory, and check that the run's checkpoints
+    will fit."""
     run = Path(config.run)
     beside = run.absolute().with_name(distributed.tell(f".doctor-{os.getpid()}"))
     every = replace(config.every, report=1, validate=2**60, checkpoint=2**60)
     brief = replace(config, run=str(beside), every=every, keep=1, keep_every=0)
     if distributed.rank() == 0:
         beside.mkdir(parents=True)
-        (beside / "STOP").touch()  # after the first step, or on several ranks after the second
+        (beside / "STOP").touch()  # stops the trainer after the first step, or on several ranks after the second
     try:
         begun = time.monotonic()
         with redirect_stdout(io.StringIO()):
@@ -224,7 +226,7 @@ def one_step(config: Config) -> Finding:
             saved = newest(beside / "checkpoints").path if distributed.rank() == 0 else None
             size = sum(file.stat().st_size for file in saved.iterdir()) if saved else 0
             Writer(run / "checkpoints", config.keep, config.keep_every, trainer.console).check_room(size, config.steps)
-    except Exception as error:  # whatever it is, it would have ended the run
+    except Exception as error:  # any error here would have ended the run
         return Finding(FAIL, f"no step can be taken and saved ({type(error).__name__}: {error})")
     finally:
         if distributed.rank() == 0:
@@ -234,7 +236,7 @@ def one_step(config: Config) -> Finding:
 
 
 def _installed(name: str) -> str:
-    """Its version; "none"."""
+    """Returns the package's version; "none" if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
