@@ -1,1 +1,1 @@
-"""Pure torch: blocks, nearest codes, quantizers. Knows no model, no data, no files."""
+"""Building blocks, likelihoods and quantisers in plain torch, independent of models, data and files."""

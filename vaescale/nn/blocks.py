@@ -1,4 +1,4 @@
-"""The blocks that the models share, and the networks between images and vectors."""
+"""Blocks that the models share, and networks between images and vectors."""
 
 import math
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from ..ranges import ranged
 
 @dataclass(frozen=True)
 class Network:
-    """The two networks between images and vectors."""
+    """Settings of the encoder and decoder between images and vectors."""
 
-    kind: Literal["conv", "linear"] = "conv"  # linear: one linear map each way, and nothing below applies
+    kind: Literal["conv", "linear"] = "conv"  # linear: one linear map each way; the settings below do not apply
     width: int = ranged(32, least=1, most=2**16)  # channels at full resolution
-    halvings: int = ranged(3, least=0, most=16)  # each doubles the channels
+    halvings: int = ranged(3, least=0, most=16)  # of height and width; each doubles the channels
     hidden: int = ranged(256, least=1, most=2**20)  # units of the layer between the feature map and the vector
 
 
 def encoder(network: Network, shape: Shape, out: int, condition: int = 0) -> nn.Module:
-    """forward(x [B, C, H, W], condition [B, E] or None) → [B, out]."""
+    """Build a network with forward(x [B, C, H, W], condition [B, E] or None) → [B, out]."""
     if network.kind == "linear":
         return LinearEncoder(shape, out, condition)
     return Encoder(shape, network.width, network.halvings, network.hidden, out, condition)
 
 
 def decoder(network: Network, shape: Shape, dim: int, out: int) -> nn.Module:
-    """forward(z [B, dim]) → [B, out, H, W]."""
+    """Build a network with forward(z [B, dim]) → [B, out, H, W]."""
     if network.kind == "linear":
         return LinearDecoder(shape, dim, out)
     return Decoder(shape, network.width, network.halvings, network.hidden, dim, out)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1×1(relu(conv3×3(relu(x)))), the block of VQ-VAE (section 4.1). [B, C, H, W] → the same."""
+    """x + conv1×1(relu(conv3×3(relu(x)))), the block of VQ-VAE (section 4.1). [B, C, H, W] → same shape."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -49,18 +49,18 @@ class ResidualBlock(nn.Module):
 
 
 def downsample(channels: int, out: int) -> nn.Conv2d:
-    """Halves height and width."""
+    """Build a convolution that halves height and width."""
     return nn.Conv2d(channels, out, 4, stride=2, padding=1)
 
 
 def upsample(channels: int, out: int) -> nn.ConvTranspose2d:
-    """Doubles height and width."""
+    """Build a transposed convolution that doubles height and width."""
     return nn.ConvTranspose2d(channels, out, 4, stride=2, padding=1)
 
 
 class Encoder(nn.Module):
-    """Image [B, C, H, W] and condition [B, E] → [B, out]: after each halving twice the channels and a residual block,
-    then two linear maps."""
+    """Image [B, C, H, W] and condition [B, E] → [B, out]. Each halving doubles the channels and is followed by a
+    residual block; two linear layers come last."""
 
     def __init__(self, shape: Shape, width: int, halvings: int, hidden: int, out: int, condition: int = 0) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, D] → [B, out, H, W]: the encoder's way back. Conditions are given as further channels of D."""
+    """[B, D] → [B, out, H, W], the mirror image of Encoder. A condition is passed as part of the D channels."""
 
     def __init__(self, shape: Shape, width: int, halvings: int, hidden: int, dim: int, out: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
 
 
 class LinearEncoder(nn.Linear):
-    """Image [B, C, H, W] and condition [B, E] → [B, out], one linear map."""
+    """Image [B, C, H, W] and condition [B, E] → [B, out] by one linear map."""
 
     def __init__(self, shape: Shape, out: int, condition: int = 0) -> None:
         super().__init__(shape.channels * shape.size**2 + condition, out)
@@ -106,7 +106,7 @@ class LinearEncoder(nn.Linear):
 
 
 class LinearDecoder(nn.Linear):
-    """[B, D] → [B, out, H, W], one linear map."""
+    """[B, D] → [B, out, H, W] by one linear map."""
 
     def __init__(self, shape: Shape, dim: int, out: int) -> None:
         super().__init__(dim, out * shape.size**2)
@@ -117,16 +117,16 @@ class LinearDecoder(nn.Linear):
 
 
 def beside(features: Tensor, condition: Tensor | None) -> Tensor:
-    """[B, F] and [B, E] → [B, F + E], of the features' type, which autocast decides."""
+    """Concatenate [B, F] and [B, E] to [B, F + E], in the features' data type, which autocast decides."""
     if condition is None:
         return features
     return torch.cat([features, condition.to(features.dtype)], dim=1)
 
 
 def he_(net: nn.Module, last: bool) -> None:
-    """Draw the linear layers of a net with variance 2 / fan-in (He et al. 2015, "Delving deep into rectifiers",
-    equation 10), so that a signal keeps its size through a ReLU; by torch's default it shrinks 2.4 times a layer.
-    last: the last of them, too, since a ReLU follows it."""
+    """Initialise the linear layers of a net with variance 2 / fan-in (He et al. 2015, "Delving deep into rectifiers",
+    equation 10). This keeps the scale of a signal through a ReLU; with torch's default it shrinks 2.4 times per layer.
+    `last` includes the last layer, for a net that a ReLU follows."""
     layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
     for layer in layers if last else layers[:-1]:
         nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
@@ -134,7 +134,7 @@ def he_(net: nn.Module, last: bool) -> None:
 
 
 def least_size(shape: Shape, halvings: int) -> int:
-    """Pixels a side after `halvings`; raises ValueError where they do not divide."""
+    """Return the pixels per side after `halvings`. Raises ValueError if the size cannot be halved so often."""
     if shape.size % 2**halvings:
         raise ValueError(
             f"data.size={shape.size} cannot be halved {halvings} times: take a multiple of {2**halvings}, or fewer "

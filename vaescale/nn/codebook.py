@@ -1,6 +1,7 @@
-"""How a codebook learns, and what is known of its use: fp32 and int64 *buffers* only.
+"""Codebook learning and usage statistics, in fp32 and int64 *buffers* only.
 
-DeepSpeed casts, shards, averages and clips parameters, never buffers. Shapes: K codes, D channels.
+They are buffers because DeepSpeed casts, shards, averages and clips parameters, but never buffers. Shapes: K codes,
+D channels.
 """
 
 import torch
@@ -9,17 +10,17 @@ from torch import Tensor, nn
 from ..interfaces import Usage
 
 LAPLACE = 1e-5  # smoothing of the EMA counts, as in the authors' implementation
-MEMORY = 100  # steps over which counts are averaged: a decay of 0.99, that of VQ-VAE's appendix A.1
-ADAM = (0.9, 0.999, 1e-8)
+MEMORY = 100  # steps over which counts are averaged: a decay of 0.99, as in VQ-VAE's appendix A.1
+ADAM = (0.9, 0.999, 1e-8)  # β1, β2, ε
 
 
 class Tally(nn.Module):
-    """Counts of a codebook's use, made from counts that are already summed over ranks."""
+    """Usage statistics of a codebook, from counts that are already summed over the ranks."""
 
     ever: Tensor  # bool [K]
     age: Tensor  # int64 [K] steps since the last use or reset
     window: Tensor  # int64 [K] uses since the last report
-    average: Tensor  # fp32 [K] uses a step, exponentially averaged from zero
+    average: Tensor  # fp32 [K] uses per step, an exponential average that starts at zero
     resets: Tensor  # int64 [] since the last report
     steps: Tensor  # int64 [] since the last report
 
@@ -34,19 +35,19 @@ class Tally(nn.Module):
         self._pending: Tensor | None = None
 
     def add(self, codes: Tensor) -> None:
-        """codes: int64 [N] of this rank and micro-batch."""
+        """Add codes int64 [N] of this rank and micro-batch to the pending counts."""
         if self._pending is None:
             self._pending = torch.zeros(len(self.ever), device=codes.device)
         self._pending.index_add_(0, codes, torch.ones(len(codes), device=codes.device))
 
     def take(self) -> Tensor:
-        """fp32 [K]: this rank's counts since the last call, to be summed over the ranks."""
+        """Return this rank's counts since the last call, fp32 [K], to be summed over the ranks."""
         pending, self._pending = self._pending, None
         assert pending is not None, "no rows since the last update"
         return pending
 
     def count(self, counts: Tensor) -> None:
-        """counts: fp32 [K] uses in one step."""
+        """Update the statistics with one step's uses of each code, fp32 [K]."""
         used = counts > 0
         self.window += counts.long()
         self.ever |= used
@@ -67,7 +68,7 @@ class Tally(nn.Module):
 
 
 class EMA(nn.Module):
-    """Codes as moving averages of the rows given to them (VQ-VAE, appendix A.1, equations 6 to 8)."""
+    """Codes as moving averages of the rows assigned to them (VQ-VAE, appendix A.1, equations 6 to 8)."""
 
     counts: Tensor  # fp32 [K]
     sums: Tensor  # fp32 [K, D]
@@ -92,10 +93,10 @@ class EMA(nn.Module):
 
 
 class Adam(nn.Module):
-    """Gradient descent on ‖sg[z] − e‖² by Adam (Kingma, Ba 2015, algorithm 1), with a step count a code.
+    """Gradient descent on ‖sg[z] − e‖² by Adam (Kingma, Ba 2015, algorithm 1), with one step count per code.
 
-    The gradient of the mean over N·D entries is 2 (n_k e_k − s_k) / (N D): the sums hold all of it, so neither
-    autograd nor DeepSpeed's optimiser sees the codebook, and a reset reaches every copy of it there is.
+    The gradient of the mean over N·D entries is 2 (n_k e_k − s_k) / (N D), which the counts and sums determine. So
+    neither autograd nor DeepSpeed's optimiser handles the codebook, and no second copy exists that a reset would miss.
     """
 
     mean: Tensor  # fp32 [K, D]

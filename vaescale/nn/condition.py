@@ -1,4 +1,4 @@
-"""What a conditional model is told beside the image: a class label, attributes, or nothing."""
+"""The condition that a model is given along with the image: a class label, attributes, or nothing."""
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +7,9 @@ from ..interfaces import Condition
 
 
 class Conditioner(nn.Module):
-    """Condition → [B, dim]: an embedding of the label, and the attributes as they are.
+    """Condition → [B, dim]: an embedding of the label, concatenated with the unchanged attributes.
 
-    "Not said" (label −1, attribute NaN) is learned: one more row of the embedding, one value for each attribute.
+    Missing values (label −1, attribute NaN) are learned: an extra row of the embedding, and one value per attribute.
     """
 
     def __init__(self, classes: int, embedding: int, attributes: int) -> None:
@@ -30,7 +30,7 @@ class Conditioner(nn.Module):
         return torch.cat(parts, dim=1)
 
     def nothing_said(self, images: int) -> Condition:
-        """Of so many images."""
+        """Return the empty condition for this number of images."""
         device = next(self.parameters()).device
         attributes = 0 if self.unknown is None else len(self.unknown)
         label = torch.full((images,), -1, device=device)
@@ -38,6 +38,6 @@ class Conditioner(nn.Module):
 
 
 def dropped(condition: Condition, drop: Tensor) -> Condition:
-    """Nothing is said where drop, bool [B], is true."""
+    """Return the condition with label and attributes missing where `drop`, bool [B], is true."""
     label = condition.label.masked_fill(drop, -1)
     return Condition(label, condition.attributes.masked_fill(drop[:, None], torch.nan))

@@ -1,11 +1,11 @@
-"""Entropies of soft codes over a codebook of any size, without an N×K matrix forward or backward.
+"""Entropies of soft codes over a codebook of any size, without an N×K matrix in the forward or backward pass.
 
 A row's soft code is p_nk = softmax_k(s_nk), s_nk = −‖z_n − e_k‖² / τ. With H_n = −Σ_k p_nk log p_nk, m_k = mean_n p_nk
 
     ∂(mean_n H_n) / ∂s_nk = −p_nk (log p_nk + H_n) / N
     ∂(−Σ_k m_k log m_k) / ∂s_nk = p_nk (w_k − Σ_j p_nj w_j) / N,   w_k = −log m_k.
 
-Scores are computed by tiles, twice forward and twice backward: memory is paid for with products.
+Scores are computed in tiles, twice in the forward and twice in the backward pass: more products for less memory.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, 
     """z: [N, D], codebook: [K, D] → (mean entropy of a row's soft code, entropy of the mean soft code), in nats, both
     in [0, log K], with gradients for z and codebook.
 
-    The first less the second is the loss of Jansen et al. 2020 ("Coincidence, categorization, and consolidation"), for
-    codebooks that of MaskGIT's VQGAN, of Yu et al. 2023 (LFQ, equation 5) and of Shi et al. 2024 ("Scalable image
-    tokenization with index backpropagation quantization"): each row sure of its code, all codes used. The mean is that
-    of the N rows given, one rank's micro-batch, as in the published code. Extra memory: four tiles of 4 MiB,
-    4 N + 2 K numbers and the centred copies of both, beside the gradients.
+    The first minus the second is the loss of Jansen et al. 2020 ("Coincidence, categorization, and consolidation"). For
+    codebooks it is used by MaskGIT's VQGAN, Yu et al. 2023 (LFQ, equation 5) and Shi et al. 2024 ("Scalable image
+    tokenization with index backpropagation quantization"). It makes each row certain of its code while all codes are
+    used. The mean is over the N rows given, one rank's micro-batch, as in the published code. Extra memory: four tiles
+    of 4 MiB, 4 N + 2 K numbers and the centred copies of both, in addition to the gradients.
     """
     c = centre(
         z.detach(), codebook.detach()
-    )  # distances stay as they are, and their rounding gets smaller far from the origin
+    )  # leaves the distances unchanged and reduces their rounding far from the origin
     sure, varied = _Entropies.apply(z - c, codebook - c, temperature)
     return sure, varied
 
@@ -85,12 +85,12 @@ def _totals(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
 
 
 def _scores(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
-    """s but for −‖z‖² / τ, which the softmax does not see."""
+    """The scores s without the term −‖z‖² / τ, which cancels in the softmax."""
     return torch.addmm(codebook.square().sum(1).div_(-temperature), z, codebook.t(), alpha=2 / temperature)
 
 
 def _rows(z: Tensor, codebook: Tensor) -> Iterator[slice]:
-    """As many at once as fill a tile."""
+    """Slices of as many rows as fill a tile."""
     return _slices(len(z), max(TILE // min(COLUMNS, len(codebook)), 1))
 
 

@@ -1,4 +1,4 @@
-"""Nearest codes without an N×K matrix."""
+"""Nearest-code search without an N×K matrix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,29 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 2**20  # numbers at a time: 4 MiB, which a CPU's cache holds between the product and the minimum
-COLUMNS = 4096  # codes at a time at most; fewer leave room for more rows
-BLOCK = 64  # codes whose minimum is taken without its place
-SAMPLED = 32  # rows whose median is taken: their sort is a small part of a search
-TRITON = find_spec("triton") is not None  # CUDA builds of torch bring it along
+TILE = 2**20  # numbers per tile: 4 MiB, which stay in a CPU's cache between the product and the minimum
+COLUMNS = 4096  # most codes per tile; with fewer codes a tile holds more rows
+BLOCK = 64  # codes whose minimum is computed without its index
+SAMPLED = 32  # rows whose median is computed; sorting them takes a small part of a search
+TRITON = find_spec("triton") is not None  # comes with CUDA builds of torch
 
 
 @torch.no_grad()
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
-    """For each row of `z` the row of `codebook` at the smallest Euclidean distance.
+    """Return for each row of `z` the index of the codebook row at the smallest Euclidean distance.
 
-    z: fp32 [N, D], codebook: fp32 [K, D] → int64 [N]; ties go to the lowest index, and a row that is not finite gets
-    some code. Minimises ‖e − c‖²/2 − (z − c)·(e − c), which orders the codes as ‖z − e‖² does for any c, in fp32
-    whatever precision is allowed for other products. `centre` chooses c: far from the origin the products would round
-    away the differences between codes. Extra memory: 12 MiB, N + K numbers and 4096 codes, whatever N·K. On CUDA with
-    Triton one kernel does it all.
+    z: fp32 [N, D], codebook: fp32 [K, D] → int64 [N]. Ties go to the lowest index; a row that is not finite gets an
+    arbitrary code. The search minimises ‖e − c‖²/2 − (z − c)·(e − c), which for any c orders the codes as ‖z − e‖²
+    does. Without a c near the rows (see `centre`), products far from the origin would round away the differences
+    between codes. Products are fp32, whatever precision is allowed elsewhere. Extra memory: 12 MiB, N + K numbers and
+    4096 codes, whatever N·K. On CUDA with Triton a single kernel does the search.
     """
     if not len(z):
         return torch.empty(0, dtype=torch.int64, device=z.device)
     with exact(z.device):
         c = centre(z, codebook)
         if z.is_cuda and TRITON:
-            from .nearest_triton import search  # Triton's import takes a second and is needed nowhere else
+            from .nearest_triton import search  # imported late: it takes a second and is rarely needed
 
             half_norms = torch.cat([(part - c).square().sum(1) for part in codebook.split(COLUMNS)]).div_(2)
             return search(z, codebook, c, half_norms)
@@ -38,11 +38,11 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def centre(z: Tensor, codebook: Tensor) -> Tensor:
-    """[N, D], [K, D] → c [D]: the code nearest to the median of some rows; 0 in channels where that is not far from 0
-    for the rows' spread.
+    """z [N, D], codebook [K, D] → c [D]: the code nearest to the median of some rows, but 0 in channels where that code
+    is near 0 compared with the spread of the rows.
 
-    Near the rows, since their codes are to be told apart, and a code, since others may be far away: most of them where
-    they are dead, all of them at the beginning. As the value of a code it also keeps whole numbers exact.
+    c is near the rows, because it is their codes that must be distinguished. It is a code, because the codes may be far
+    from the rows: most of them if they are dead, all of them at the start. A code's value also keeps integers exact.
     """
     some = z[:: -(-len(z) // SAMPLED)].sort(0).values
     low, middle, high = (some[len(some) * quarter // 4] for quarter in (1, 2, 3))
@@ -52,8 +52,9 @@ def centre(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _tiled(z: Tensor, codebook: Tensor, c: Tensor) -> Tensor:
-    """A CPU's minimum that also tells the place takes ten times as long as one that does not, and longer than the
-    product for few channels. So the latter is taken of blocks of codes, and the place is sought in the best block."""
+    """Search tile by tile. On a CPU a minimum with its index takes ten times as long as one without, and longer than
+    the product if there are few channels. So the minimum of each block of codes is computed without an index, and the
+    index is looked up in the best block only."""
     count = -(-len(codebook) // COLUMNS)
     columns = -(-len(codebook) // (count * BLOCK)) * BLOCK
     rows = max(1, min(TILE // columns, TILE // z.shape[1], len(z)))
@@ -76,12 +77,13 @@ def _tiled(z: Tensor, codebook: Tensor, c: Tensor) -> Tensor:
                 closer = value < best[part]  # strictly: an equal distance keeps the lower index
                 best[part] = torch.where(closer, value, best[part])
                 codes[part] = torch.where(closer, code.add_(k * columns), codes[part])
-    return codes.clamp_(max=len(codebook) - 1)  # inf · 0 is NaN: rows that are not finite may choose a code far away
+    return codes.clamp_(max=len(codebook) - 1)  # inf · 0 is NaN: rows that are not finite may choose a padding code
 
 
 def _parts(codebook: Tensor, c: Tensor, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(e − c, ‖e − c‖²/2) of the codebook in equal parts of whole blocks, with codes infinitely far away at the end: a
-    matrix product rounds the columns that its kernel's width leaves over differently, and equal codes would not tie."""
+    """(e − c, ‖e − c‖²/2) of the codebook in equal parts of whole blocks. The last part is padded with codes at
+    infinite distance: a matrix product rounds columns beyond a multiple of its kernel's width differently, so that
+    equal codes would not tie."""
     for part in codebook.split(columns):
         some = part - c
         norms = some.square().sum(1).div_(2)
@@ -91,7 +93,7 @@ def _parts(codebook: Tensor, c: Tensor, columns: int) -> Iterator[tuple[Tensor, 
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """fp32 products in fp32, also where TF32 or bf16 are allowed for them (`torch.set_float32_matmul_precision`)."""
+    """Compute fp32 products in fp32, even if TF32 or bf16 is allowed (`torch.set_float32_matmul_precision`)."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     products = backend.matmul
     allowed = products.fp32_precision

@@ -1,22 +1,22 @@
-"""Nearest codes in one CUDA kernel: scores never leave the registers."""
+"""Nearest-code search in one CUDA kernel; scores never leave the registers."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Compiled for an H100 these need 224 registers and spill none; 32 channels at a time spill. Untimed on a GPU.
-ROWS = 64  # of a program
+# Compiled for an H100, these sizes need 224 registers and do not spill; 32 channels at a time do. Not timed on a GPU.
+ROWS = 64  # per program
 CODES = 64  # compared at a time
-CHANNELS = 16  # multiplied at a time; the least that `tl.dot` takes
+CHANNELS = 16  # multiplied at a time, the minimum of `tl.dot`
 
 
 def search(z: Tensor, codebook: Tensor, c: Tensor, half_norms: Tensor) -> Tensor:
-    """z: fp32 [N, D], codebook: fp32 [K, D], c: fp32 [D], half_norms: ‖e − c‖²/2, fp32 [K] → int64 [N], as `nearest`
-    says.
+    """Return the nearest codes as `nearest` does. z: fp32 [N, D], codebook: fp32 [K, D], c: fp32 [D], half_norms:
+    ‖e − c‖²/2, fp32 [K] → int64 [N].
 
-    Each program keeps the minimum so far of its rows and walks all codes; the codebook is read from memory about once
-    and from the cache N / ROWS times.
+    Each program iterates over all codes and keeps the running minimum of its rows. The codebook is read about once from
+    memory and N / ROWS times from the cache.
     """
     z, codebook, c = z.contiguous(), codebook.contiguous(), c.contiguous()
     codes = torch.empty(len(z), dtype=torch.int64, device=z.device)
@@ -28,7 +28,7 @@ def search(z: Tensor, codebook: Tensor, c: Tensor, half_norms: Tensor) -> Tensor
 
 
 @triton.jit
-def _search(  # type: ignore[no-untyped-def]  # Triton would look up the names of types in an annotation
+def _search(  # type: ignore[no-untyped-def]  # Triton would resolve the names in annotations
     z, codebook, centre, half_norms, codes, K, D, N, rows: tl.constexpr, columns: tl.constexpr, channels: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
@@ -49,7 +49,7 @@ def _search(  # type: ignore[no-untyped-def]  # Triton would look up the names o
             product = tl.dot(a, b, product, input_precision="ieee")  # not TF32
         half = tl.load(half_norms + code, mask=code < K, other=float("inf"))
         score = half[None, :] - product
-        score = tl.where(score == score, score, float("inf"))  # a NaN has no order
+        score = tl.where(score == score, score, float("inf"))  # NaN does not compare
         value, place = tl.min(score, 1, return_indices=True, return_indices_tie_break_left=True)
         closer = value < best  # strictly: an equal distance keeps the lower index
         best = tl.where(closer, value, best)

@@ -1,4 +1,4 @@
-"""The kinds of quantiser, and how a config combines them.
+"""The kinds of quantiser, and the settings that combine them.
 
 Shapes: N rows on this rank in a step, K codes, D channels.
 """
@@ -20,9 +20,9 @@ from .entropy import entropies
 from .nearest import nearest
 from .quantizer import Grouped, Projected, Quantizer, Residual, pass_through
 
-KMEANS = 10  # rounds of Lloyd's algorithm at initialisation
-# Steps after a codebook's first one at which it is initialised if it has not been, since that one was skipped. As many
-# steps skipped in a row as the last of these end a run by default.
+KMEANS = 10  # iterations of Lloyd's algorithm at initialisation
+# A codebook is initialised in its first step or, if that step was skipped, this many steps later. By default, as many
+# consecutive skipped steps as the last number end the run.
 AGAIN = 0, 1, 2, 3, 4, 6, 8, 12, 16, 20
 
 
@@ -31,28 +31,28 @@ class Config:
     kind: Literal["vq", "simvq", "fsq", "lfq"] = "vq"
     # K of each codebook; fsq: the product of its levels; lfq: two to the power of its channels
     codes: int = ranged(512, least=2, most=2**30)
-    dim: int = ranged(64, least=1, most=2**16)  # D: channels that the encoder gives and the decoder takes
-    # channels in which codes are compared, behind a linear map; 0: dim, no map
+    dim: int = ranged(64, least=1, most=2**16)  # D: channels of the encoder's output and the decoder's input
+    # channels in which codes are compared, after a linear map; 0: dim, without a map
     project: int = ranged(0, least=0, most=2**16)
     levels: list[int] = ranged(factory=lambda: [8, 5, 5, 5], least=1, most=2**20)  # noqa: RUF009  fsq: of each channel
-    groups: int = ranged(1, least=1, most=1024)  # parts of the channels, each with a codebook of its own
-    # codebooks one after the other, each for what the ones before leave over
+    groups: int = ranged(1, least=1, most=1024)  # groups of channels, each with its own codebook
+    # codebooks in sequence, each quantising the residual of the previous ones
     depth: int = ranged(1, least=1, most=1024)
     metric: Literal["euclidean", "cosine"] = "euclidean"
     gradient: Literal["straight-through", "rotation"] = "straight-through"
     beta: float = ranged(0.25, least=0)  # weight of the commitment ‖z − sg[e]‖²
     entropy: float = ranged(0.0, least=0)  # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
-    temperature: float = ranged(0.01, above=0)  # of the soft codes whose entropies these are
+    temperature: float = ranged(0.01, above=0)  # of the soft codes in the entropy loss
     learning: Literal["ema", "gradient"] = "ema"
     decay: float = ranged(0.99, least=0, below=1)  # of the EMA
-    # Rows of the first global batch, their k-means, or small random numbers that only serve to compare: README.md.
+    # Rows of the first global batch, their k-means, or small random numbers (only for comparisons): README.md.
     init: Literal["samples", "kmeans", "uniform"] = "samples"
-    reset_every: int = ranged(10, least=0)  # steps between resets; 0: never after the first
-    dead_after: int = ranged(50, least=1)  # steps without a use after which a code counts as dead
+    reset_every: int = ranged(10, least=0)  # steps between resets of dead codes; 0: no resets after initialisation
+    dead_after: int = ranged(50, least=1)  # unused steps after which a code is dead
 
 
 def build(config: Config, seed: int) -> Quantizer:
-    """Raises ValueError, one sentence, for what cannot be built."""
+    """Build the quantiser. Raises ValueError, with a one-sentence message, for settings that do not fit together."""
     require(config, "model.quantizer")
     if config.kind == "fsq" and config.entropy:
         raise ValueError(
@@ -63,7 +63,7 @@ def build(config: Config, seed: int) -> Quantizer:
         raise ValueError(f"model.quantizer.groups={config.groups} must divide the {inner} channels")
     if config.kind in ("fsq", "lfq") and config.depth > 1:
         raise ValueError(f"model.quantizer.kind={config.kind} leaves no rest to quantise: use groups instead of depth")
-    cosine = config.metric == "cosine" and config.kind == "vq" and config.depth > 1  # of the stack, not of each level
+    cosine = config.metric == "cosine" and config.kind == "vq" and config.depth > 1  # by the stack, not by each level
     one = replace(config, dim=inner // config.groups, metric="euclidean" if cosine else config.metric)
     leaves = [
         [_leaf(one, seed + 7919 * (group * config.depth + level), level) for level in range(config.depth)]
@@ -85,10 +85,10 @@ def _leaf(config: Config, seed: int, level: int) -> Quantizer:
 class VectorQuantizer(Quantizer):
     """VQ-VAE's quantizer (van den Oord, Vinyals, Kavukcuoglu 2017, equations 1 to 3; EMA: appendix A.1).
 
-    The update of step `begin` initialises a codebook that was not `placed`: all codes count as dead and are replaced by
-    encoder outputs. If that step is skipped, a later one does it. With init=uniform there is none, and the codes learn
-    from the first step on, as those do that came with `init_from`. With the cosine metric rows and codes have length 1
-    (Yu et al. 2022, "Vector-quantized image modeling with improved VQGAN", section 3.2).
+    The update of step `begin` initialises a codebook that is not yet `placed`: all codes count as dead and are replaced
+    by encoder outputs. If that step is skipped, a later one does it. With init=uniform, or with codes from `init_from`,
+    there is no initialisation, and the codes learn from the first step on. With the cosine metric rows and codes have
+    length 1 (Yu et al. 2022, "Vector-quantized image modeling with improved VQGAN", section 3.2).
     """
 
     codebook: Tensor  # fp32 [K, D]
@@ -104,9 +104,8 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("codebook", codebook)
         self.tally = Tally(config.codes, age=0 if random else config.dead_after)
         self.learner: EMA | Adam = EMA(codebook, config.decay) if config.learning == "ema" else Adam(codebook)
-        # This step's micro-batches: (rows [N, D], codes [N]).
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        self._first: Tensor | None = None  # the rows of the first step, for k-means
+        self._seen: list[tuple[Tensor, Tensor]] = []  # (rows [N, D], codes [N]) of this step's micro-batches
+        self._first: Tensor | None = None  # rows of the initialising step, for k-means
 
     def forward(self, z: Tensor) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
@@ -119,10 +118,10 @@ class VectorQuantizer(Quantizer):
             commitment = F.mse_loss(z, e)
             loss = self.config.beta * commitment
             if self.config.learning == "gradient":
-                # ‖sg[z] − e‖²: its value is part of the loss; its gradient is taken in `Adam`, from the sums.
+                # ‖sg[z] − e‖²: only its value enters the loss; `Adam` computes its gradient from the sums.
                 loss = loss + commitment.detach()
             if self.config.entropy:
-                # For the encoder alone; the codebook keeps learning from its rows.
+                # Trains only the encoder; the codebook learns only from its rows.
                 sure, varied = entropies(rows, self.codebook, self.config.temperature)
                 loss = loss + self.config.entropy * (sure - varied)
             through = pass_through(z, e, self.config.gradient)
@@ -132,9 +131,9 @@ class VectorQuantizer(Quantizer):
         return F.embedding(codes, self.codebook)
 
     def gather(self, step: int) -> list[Tensor]:
-        """[K, D]: the sum of each code's rows; [K]: their number, exact in fp32 below 2**24 rows a step; on reset
-        steps [K, D] candidates, too."""
-        # One micro-batch is not copied: that would take as long as summing its rows.
+        """Return the sum of each code's rows [K, D] and their number [K], exact in fp32 below 2**24 rows per step. In
+        steps that initialise or reset, candidates [K, D] follow."""
+        # A single micro-batch is not copied, which would take as long as summing its rows.
         rows, codes = self._seen[0] if len(self._seen) == 1 else map(torch.cat, zip(*self._seen, strict=True))
         self._seen.clear()
         if self._begins(step) and self.config.init == "kmeans":
@@ -144,9 +143,9 @@ class VectorQuantizer(Quantizer):
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
         sums, counts = next(totals), next(totals)
-        # A step with a NaN in it counts as a step without rows.
+        # A step with a NaN counts as a step without rows.
         sane = sums.isfinite().all()
-        # Which code of a random codebook a row was given says nothing.
+        # Assignments to the codes of a random codebook carry no information and are ignored.
         placed = self.placed()
         told = sane & placed
         sums, counts = torch.where(told, sums, 0.0), torch.where(told, counts, 0.0)
@@ -168,14 +167,14 @@ class VectorQuantizer(Quantizer):
             self.codebook.copy_(F.normalize(self.codebook, dim=1))
 
     def placed(self) -> Tensor:
-        """Not placed: no code was ever used, and all are as old as they were made."""
+        """bool []: false while no code was ever used and every age is still `dead_after` or more, as at creation."""
         return self.tally.ever.any() | (self.tally.age < self.config.dead_after).any()
 
     def _measured(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self.config.metric == "cosine" else z
 
     def _begins(self, step: int) -> bool:
-        """Whether a codebook that is not placed will be; which one that is the device alone knows."""
+        """Whether this step initialises the codebook if it is not placed, which only the device knows."""
         return self.begin >= 0 and step - self.begin in AGAIN
 
     def _resets(self, step: int) -> bool:
@@ -183,15 +182,15 @@ class VectorQuantizer(Quantizer):
         return step > self.begin and every > 0 and step % every == 0
 
     def _sums(self, rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        # Two tensors: adding to columns of one that holds both takes four times as long.
+        # Two tensors, because adding to columns of a joint one takes four times as long.
         sums = rows.new_zeros(self.config.codes, self.config.dim).index_add_(0, codes, rows)
         counts = rows.new_zeros(self.config.codes).scatter_add_(0, codes, rows.new_ones(1).expand(len(rows)))
         return sums, counts
 
     def _candidates(self, rows: Tensor, step: int) -> Tensor:
-        """[K, D]: K rows drawn from the *global* batch by (seed, step); zeros where another rank holds the row.
+        """Draw K rows [K, D] from the *global* batch by (seed, step), with zeros where another rank holds the row.
 
-        Rank r's rows are the r-th part of the joined batch's, so a draw means the same row at any world size.
+        Rank r holds the r-th part of the joined batch, so a draw selects the same row at any world size.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         total = len(rows) * distributed.world()
@@ -202,7 +201,7 @@ class VectorQuantizer(Quantizer):
         return torch.where(mine[:, None], rows[place.clamp(0, len(rows) - 1)], 0.0)
 
     def _lloyd(self, codebook: Tensor, rows: Tensor) -> Tensor:
-        """k-means on the global batch (Lloyd 1982) from these codes on; a code that gets no row stays."""
+        """Run k-means on the global batch (Lloyd 1982), starting from these codes; a code without rows stays."""
         for _ in range(KMEANS):
             sums, counts = self._sums(rows, nearest(rows, codebook))
             total = distributed.sum_(torch.cat([sums, counts[:, None]], dim=1))
@@ -212,8 +211,8 @@ class VectorQuantizer(Quantizer):
 
 
 class SimVQ(Quantizer):
-    """A frozen random codebook seen through one learned linear map, so that every code moves in every step (Zhu et al.
-    2024, "Addressing representation collapse in vector quantized models with one linear layer", section 4)."""
+    """A frozen random codebook behind one learned linear map, so that every code moves in every step (Zhu et al. 2024,
+    "Addressing representation collapse in vector quantized models with one linear layer", section 4)."""
 
     basis: Tensor  # fp32 [K, D], frozen
 
@@ -251,11 +250,11 @@ class SimVQ(Quantizer):
 
 
 class FSQ(Quantizer):
-    """Each channel rounded to one of a few levels; no codebook, nothing to collapse (Mentzer et al. 2023, "Finite
-    scalar quantization: VQ-VAE made simple", section 3.1 and appendix A.1)."""
+    """Each channel is rounded to one of a few levels; there is no codebook that could collapse (Mentzer et al. 2023,
+    "Finite scalar quantization: VQ-VAE made simple", section 3.1 and appendix A.1)."""
 
     levels: Tensor  # int64 [D]
-    radix: Tensor  # int64 [D]: what a level of each channel counts in the code
+    radix: Tensor  # int64 [D]: place value of each channel's level in the code
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -293,17 +292,19 @@ class FSQ(Quantizer):
         return (digits - self.levels // 2) / (self.levels // 2)
 
     def _bounded(self, z: Tensor) -> Tensor:
-        """Into (−L/2, L/2), so that rounding gives L integers; even L are shifted by a half, and zero stays zero."""
+        """Squash z so that rounding gives L integers per channel. The range is shifted by a half for even L, and zero
+        maps to zero."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = (self.levels % 2 == 0) * 0.5
         return torch.tanh(z + torch.atanh(offset / half)) * half - offset
 
 
 class LFQ(Quantizer):
-    """The sign of each channel is one bit of the code; an entropy loss wants each row sure of its code and all codes
-    used (Yu et al. 2023, "Language model beats diffusion: tokenizer is key to visual generation", section 3.1)."""
+    """The sign of each channel is one bit of the code. An entropy loss makes each row certain of its code while all
+    codes are used (Yu et al. 2023, "Language model beats diffusion: tokenizer is key to visual generation",
+    section 3.1)."""
 
-    radix: Tensor  # int64 [D]: what each bit counts in the code
+    radix: Tensor  # int64 [D]: place value of each bit in the code
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -334,8 +335,8 @@ class LFQ(Quantizer):
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z: [N, D] → (mean entropy of a row's soft code, entropy of the mean soft code over these N rows), in nats.
 
-        A soft code is softmax over all codes c of 2 z·c / temperature. It is a product over bits, so a row's entropy
-        is the sum of its bits', and the mean over rows is one product of two [N, 2^(D/2)] matrices: exact, without
+        A soft code is the softmax over all codes c of 2 z·c / temperature. It factorises over bits. So a row's entropy
+        is the sum over its bits, and the mean over rows is one product of two [N, 2^(D/2)] matrices: exact, without
         an N×K matrix.
         """
         logits = 4 * z / self.config.temperature
@@ -351,7 +352,7 @@ class LFQ(Quantizer):
 
 
 def _product(no: Tensor, yes: Tensor) -> Tensor:
-    """Log-probabilities [N, B] that each of B bits is 0 or 1 → probabilities [N, 2^B] of all their values."""
+    """Log-probabilities [N, B] that each of B bits is 0 or 1 → probabilities [N, 2^B] of all bit patterns."""
     total = no.new_zeros(len(no), 1)
     for bit in range(no.shape[1]):
         total = torch.cat([total + no[:, bit, None], total + yes[:, bit, None]], dim=1)

@@ -1,9 +1,9 @@
-"""What all quantisers are, and how small ones combine.
+"""The interface of all quantisers, and the ways to combine them.
 
-What a codebook learns from is, for every way of learning, the number n_k and the sum s_k of the encoder outputs given
-to each code. `gather` collects them over the micro-batches of a step, `update` sums those of all codebooks over the
-ranks in one all-reduce, and `learn` applies them once a step. So one step at any world size and any accumulation is
-one step on the joined batch, and all ranks compute the same bits from the same sums.
+Every learning rule needs only the number n_k and the sum s_k of the encoder outputs assigned to each code. `gather`
+collects them over the micro-batches of a step, `update` sums those of all codebooks over the ranks in one all-reduce,
+and `learn` applies them once per step. So a step at any world size and accumulation equals a step on the joined batch,
+and all ranks compute bit-identical codebooks from the same sums.
 
 Shapes: D channels, L codebooks of one quantiser.
 """
@@ -20,47 +20,48 @@ from .. import distributed
 from ..interfaces import Quantized, Usage
 from .codebook import Tally
 
-MOST = 100.0  # of the rotation trick's scale of a gradient
-TINY = 1e-12  # a length below which a row has no direction
+MOST = 100.0  # upper limit of the rotation trick's gradient scale
+TINY = 1e-12  # length below which a row has no direction
 
 
 class Quantizer(nn.Module, ABC):
-    """sizes: K of each of its codebooks, coarse to fine. Codes are int64 [...] of one codebook, [..., L] of several."""
+    """The base class. Codes are int64, [...] for one codebook and [..., L] for several."""
 
-    sizes: tuple[int, ...]
-    tally: Tally  # of a quantiser that has one codebook
-    ready: bool | Tensor = True  # whether what it is given means something yet, so that it may be initialised from it
+    sizes: tuple[int, ...]  # K of each codebook, coarse to fine
+    tally: Tally  # only in quantisers with a single codebook
+    ready: bool | Tensor = True  # whether its inputs are meaningful yet, so that it may be initialised from them
 
     @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
-        """z: [..., D] of any float type → z fp32 [..., D], codes, loss, commitment [L]; an fp32 island."""
+        """z: [..., D] of any float type → z fp32 [..., D], codes, loss, commitment [L]. Computes in fp32, even inside
+        autocast."""
 
     @abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes → fp32 [..., D], what `forward` gave with them."""
+        """Codes → the z that `forward` returns with them, fp32 [..., D]."""
 
     def gather(self, step: int) -> list[Tensor]:
-        """Sums over this rank's rows since the last call, to be summed over the ranks; here, of a quantiser whose
-        codes do not move by themselves, their counts."""
+        """Return sums over this rank's rows since the last call, to be summed over the ranks. The default is the
+        counts, for quantisers without a codebook update."""
         del step
         return [self.tally.take()]
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
-        """Take its own totals, as many as it gathered, and learn from them."""
+        """Take from `totals` as many tensors as `gather` returned, and learn from them."""
         del step, lr
         self.tally.count(next(totals))
 
     def usages(self, clear: bool) -> list[Usage]:
-        """One a codebook."""
+        """Return the usage of each codebook; `clear` starts a new window."""
         return [self.tally.usage(clear)]
 
     def placed(self) -> bool | Tensor:
-        """bool []: its codes mean something: they are initialised, or need not be."""
+        """Return whether the codes are initialised or need no initialisation; bool []."""
         return True
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> None:
-        """Learn from the step's rows; collective: all ranks call it at the same steps. No host synchronisation."""
+        """Learn from the step's rows. Collective: all ranks call it in the same steps. No host synchronisation."""
         parts = self.gather(step)
         flat = distributed.sum_(torch.cat([part.flatten() for part in parts]))
         totals = flat.split([part.numel() for part in parts])
@@ -68,7 +69,7 @@ class Quantizer(nn.Module, ABC):
 
 
 class _Several(Quantizer):
-    """Codes [..., L]: those of its parts one after the other."""
+    """Several quantisers; codes [..., L] are those of the parts, concatenated."""
 
     def __init__(self, parts: Sequence[Quantizer]) -> None:
         super().__init__()
@@ -86,10 +87,10 @@ class _Several(Quantizer):
         return [usage for part in self._parts() for usage in part.usages(clear)]
 
     def _parts(self) -> list[Quantizer]:
-        return list(self.parts)  # type: ignore[arg-type]  # a ModuleList forgets what it holds
+        return list(self.parts)  # type: ignore[arg-type]  # ModuleList has no element type
 
     def _divided(self, codes: Tensor) -> list[Tensor]:
-        """[..., L] → what each part gave."""
+        """[..., L] → the codes of each part."""
         pieces = codes.split([len(part.sizes) for part in self._parts()], dim=-1)
         return [
             piece.squeeze(-1) if len(part.sizes) == 1 else piece
@@ -97,7 +98,7 @@ class _Several(Quantizer):
         ]
 
     def _joined(self, outs: Sequence[Quantized]) -> tuple[Tensor, Tensor, Tensor]:
-        """(codes [..., L], loss, commitment [L]); the loss is the mean over the parts."""
+        """(codes [..., L], loss averaged over the parts, commitment [L])."""
         codes = [
             out.codes if len(part.sizes) > 1 else out.codes[..., None]
             for out, part in zip(outs, self._parts(), strict=True)
@@ -119,12 +120,12 @@ class Grouped(_Several):
 
 
 class Residual(_Several):
-    """Each codebook quantises what the ones before leave over (Lee et al. 2022, "Autoregressive image generation using
-    residual quantization", section 3.1).
+    """Residual quantisation: each codebook quantises the residual of the previous ones (Lee et al. 2022,
+    "Autoregressive image generation using residual quantization", section 3.1).
 
-    With the cosine metric rows are brought to length 1 once, before the first codebook; from there on distances are
-    Euclidean, since what is left over is shorter than that. The output is the sum of the codes, of length 1 up to the
-    error that the last codebook leaves.
+    With the cosine metric rows are normalised to length 1 once, before the first codebook. After that, distances are
+    Euclidean, because residuals are shorter. The output is the sum of the codes, which has length 1 up to the residual
+    of the last codebook.
     """
 
     def __init__(self, parts: Sequence[Quantizer], gradient: str, cosine: bool = False) -> None:
@@ -143,10 +144,10 @@ class Residual(_Several):
             return Quantized(pass_through(z, total, self.gradient), *self._joined(outs))
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
-        """A codebook is initialised from what the ones before left over, so only after they were."""
+        """Let each part learn. A codebook is initialised from residuals of the previous ones, so only after them."""
         ready: bool | Tensor = True
         for part in self._parts():
-            part.ready, ready = ready, ready & part.placed()  # as this step's rows were given
+            part.ready, ready = ready, ready & part.placed()  # the state in which this step's rows were quantised
             part.learn(totals, step, lr)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ class Residual(_Several):
 
 
 class Projected(Quantizer):
-    """Codes compared in a few channels, behind a linear map (Yu et al. 2022, section 3.2)."""
+    """Compares codes in a few channels, after a linear map (Yu et al. 2022, section 3.2)."""
 
     def __init__(self, inner: Quantizer, dim: int, narrow: int) -> None:
         super().__init__()
@@ -186,7 +187,7 @@ class Projected(Quantizer):
 
 
 class StraightThrough(torch.autograd.Function):
-    """z + sg[e − z], without the two passes over memory and their rounding."""
+    """z + sg[e − z], without its rounding and its two passes over memory."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, z: Tensor, e: Tensor) -> Tensor:
@@ -200,11 +201,12 @@ class StraightThrough(torch.autograd.Function):
 
 
 def pass_through(z: Tensor, e: Tensor, how: str) -> Tensor:
-    """e, with a gradient for z: the same one (van den Oord et al. 2017), or turned and scaled as z is to become e
-    (Fifty et al. 2024, "Restructuring vector quantization with the rotation trick", equation 4). z, e: [..., D].
+    """Return e with a gradient for z. z, e: [..., D]. "straight-through" copies the gradient (van den Oord et al.
+    2017). "rotation" rotates and scales it as z is rotated and scaled to become e (Fifty et al. 2024, "Restructuring
+    vector quantization with the rotation trick", equation 4).
 
-    The scale ‖e‖ / ‖z‖ has no bound where z is near 0. The authors' code adds 1e-6 to the lengths, which leaves a
-    gradient of a million at z = 0; here the scale is at most MOST. z = 0 has no direction and is not turned.
+    The scale ‖e‖ / ‖z‖ is unbounded near z = 0. The authors' code adds 1e-6 to the lengths, which still allows a
+    gradient scale of a million at z = 0; here the scale is at most MOST. z = 0 has no direction and is not rotated.
     """
     if how == "straight-through":
         return StraightThrough.apply(z, e)
@@ -214,4 +216,4 @@ def pass_through(z: Tensor, e: Tensor, how: str) -> Tensor:
     between = F.normalize(from_ + to, dim=-1)
     turned = z - 2 * (z * between).sum(-1, keepdim=True) * between + 2 * (z * from_).sum(-1, keepdim=True) * to
     scale = (e.norm(dim=-1, keepdim=True) / length.clamp(min=TINY)).clamp(max=MOST)
-    return StraightThrough.apply(turned * scale, e)  # where the scale is clamped, the product is not e
+    return StraightThrough.apply(turned * scale, e)  # if the scale is clamped, the product differs from e
