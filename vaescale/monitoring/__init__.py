@@ -1,1 +1,1 @@
-"""Numbers and pictures → TensorBoard, one log line, JSONL. Knows no model class."""
+"""Writes numbers and pictures to TensorBoard, the log and metrics.jsonl. Independent of model classes."""

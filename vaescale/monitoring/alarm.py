@@ -1,7 +1,7 @@
-"""Whether a codebook has collapsed, why most likely, and which setting to change. Numbers go in, a sentence comes out.
+"""Detects that a codebook has collapsed, and names the likeliest cause and the setting to change in one sentence.
 
-Collapse is measured on the counts averaged over the last 100 steps, so neither the time between reports nor one odd
-batch decides.
+Collapse is measured on the counts averaged over the last 100 steps, so that it depends neither on the interval between
+reports nor on a single unusual batch.
 """
 
 from typing import Any, NamedTuple
@@ -9,24 +9,24 @@ from typing import Any, NamedTuple
 from ..interfaces import Usage
 from .codebook import entropy_share, usage_ema
 
-# Shares of the codes in use, and of the log2 K bits that they carry, below which a collapse begins, and above which it
-# is over: apart, so that a codebook at the border is not announced again and again. VQGAN's well known collapse is
-# found (less than 12 % of 16 384 codes, Zhu et al. 2024, "Scaling the codebook size of VQGAN to 100,000 with a
-# utilization rate of 99%", abstract); a blank background that takes one code and four fifths of the images is none.
+# A collapse begins when the share of codes in use, or the entropy as a share of log2 K, falls below the first number,
+# and ends above the second. They differ so that a codebook near the limit is not announced repeatedly. VQGAN's known
+# collapse is detected (less than 12 % of 16 384 codes, Zhu et al. 2024, "Scaling the codebook size of VQGAN to 100,000
+# with a utilization rate of 99%", abstract). A blank background that gives four fifths of the images one code is not.
 USAGE = 0.25, 0.35
 ENTROPY = 0.15, 0.2
-SETTLE = 200  # steps after the warm-up until the averaged counts have forgotten the start
-ROWS = 0.1  # rows a step and code, 10 a code over the average: with fewer even healthy codes go without
-POINT = 1e-5  # a squared distance to the code that is nothing but rounding
-SLOW = 500  # steps: resets that wait longer cannot keep up
+SETTLE = 200  # steps after the warm-up until the averaged counts no longer depend on the start
+ROWS = 0.1  # rows per step and code, 10 per code over the average; with fewer, even healthy codes stay unused
+POINT = 1e-5  # squared distance to the code that is only rounding
+SLOW = 500  # steps; resets that wait longer cannot keep up
 
 
 class Reading(NamedTuple):
-    """One codebook at a report."""
+    """The state of one codebook at a report."""
 
     step: int
     codes: int  # K
-    rows: float  # a step, over all ranks
+    rows: float  # per step, over all ranks
     usage: float  # usage_ema
     entropy: float  # of the averaged counts, over log2 K
     commitment: float
@@ -39,8 +39,8 @@ def read(usage: Usage, commitment: float, step: int) -> Reading:
 
 
 def watch(name: str, reading: Reading, settings: Any, warmup: int, on: list[str]) -> str | None:
-    """The sentence to say when a collapse begins or has ended, and None in between. Silent until SETTLE steps after the
-    warm-up. settings: the quantiser's Config; on: the codebooks that have collapsed, which is brought up to date."""
+    """Return the sentence to log when a collapse begins or ends, and None otherwise. Always None until SETTLE steps
+    after the warm-up. settings: the quantiser's Config; on: names of the collapsed codebooks, updated in place."""
     before = name in on
     now = collapsed(reading, before, warmup)
     if now == before:
@@ -53,14 +53,15 @@ def watch(name: str, reading: Reading, settings: Any, warmup: int, on: list[str]
 
 
 def collapsed(reading: Reading, before: bool, warmup: int) -> bool:
-    """before: what the last report said, which holds as long as there is too little to tell by."""
+    """Return whether the codebook has collapsed. `before` is the answer at the last report, which is kept while there
+    is too little data."""
     if reading.step < warmup + SETTLE or reading.rows < ROWS * reading.codes:
         return before
     return reading.usage < USAGE[before] or reading.entropy < ENTROPY[before]
 
 
 def sentence(name: str, reading: Reading, settings: Any, begins: bool) -> str:
-    """What to tell when a collapse begins, with its cause, or has ended. settings: the quantiser's Config."""
+    """Return the sentence for a collapse that begins, with its cause, or is over. settings: the quantiser's Config."""
     state = (
         f"{name} {'has collapsed' if begins else 'has recovered'} at step {reading.step}: {reading.usage:.1%} of its "
         f"{reading.codes} codes are in use, at a perplexity of {reading.codes**reading.entropy:.1f}"
@@ -69,7 +70,7 @@ def sentence(name: str, reading: Reading, settings: Any, begins: bool) -> str:
 
 
 def cause(reading: Reading, settings: Any) -> str:
-    """The likeliest one, with the setting to change."""
+    """Return the likeliest cause of a collapse, with the setting to change."""
     slower = "lower optimizer.lr or raise optimizer.warmup"
     if settings.kind == "lfq":
         return (

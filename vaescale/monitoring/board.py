@@ -1,4 +1,4 @@
-"""TensorBoard and metrics.jsonl. x is the step; rank 0 writes."""
+"""TensorBoard and metrics.jsonl, written by rank 0. The x axis is the step."""
 
 import errno
 import json
@@ -21,25 +21,25 @@ from .pictures import Picture
 
 METRICS = "metrics.jsonl"
 ALARMS = "alarms.json"
-# TensorBoard orders groups and cards by name, capitals before small letters, and opens the first two groups. So what
-# people look for first has a capital there; in metrics.jsonl all names are small.
+# TensorBoard sorts groups and cards by name, capitals before lower case, and opens the first two groups. So the most
+# important names are capitalised there. In metrics.jsonl all names are lower case.
 MAIN = ("train", "val")
 CARDS = {True: ("loss", "reconstructions", "samples"), False: ("usage", "perplexity", "decoded")}  # in MAIN, elsewhere
 END = b"}\n"  # of a line
-LONGEST = 1 << 20  # bytes of a line
+LONGEST = 1 << 20  # bytes per line
 
 
 class Board:
-    """One run's curves. `step` is where the run resumes: what an earlier life wrote beyond it is dropped, so that
-    each curve stays one line. A disk that takes nothing any more costs a piece of the curves, not the run."""
+    """The curves of one run. `step` is where the run resumes: values that an earlier attempt wrote beyond it are
+    dropped, so that each curve stays one line. If the disk is full, the curves get a gap and the run continues."""
 
     def __init__(self, run: Path, step: int, alarms: Collection[str] = ()) -> None:
-        """alarms: the names of those that are on at this step. Raises OSError if its files cannot be made."""
+        """alarms: names of the alarms that are on at this step. Raises OSError if the files cannot be created."""
         self._folder = str(run / "tensorboard")
-        self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)  # None: there is no room
+        self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)  # None: the disk is full
         self._lines = run / METRICS
         partial = self._lines.with_suffix(".partial")
-        self._last: dict[str, Any] = {}  # what the last line says
+        self._last: dict[str, Any] = {}  # values of the last line
         with partial.open("wb") as file:
             for line, values in read_lines(self._lines):
                 if values["step"] <= step:
@@ -52,8 +52,9 @@ class Board:
             self._write_alarms()
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Names carry their group: "train/loss". One JSONL line a step: what is said of a step later joins its line."""
-        # JSON knows no NaN: what is not finite becomes null.
+        """Write values by name; a name includes its group, as in "train/loss". metrics.jsonl has one line per step;
+        later values of the last step are added to its line."""
+        # JSON has no NaN: values that are not finite become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
 
         def write(writer: SummaryWriter) -> None:
@@ -71,7 +72,8 @@ class Board:
         self._write(write)
 
     def code_counts(self, name: str, counts: Tensor, step: int) -> None:
-        """Histogram of how often codes are used, as log10(1 + count): a few loved codes and many rare ones show."""
+        """Write a histogram of log10(1 + count) of the codes, in which both the few frequent and the many rare codes
+        are visible."""
         logarithms = np.log10(1 + counts.cpu().numpy())
         self._write(lambda writer: writer.add_histogram(tag(name), logarithms, step))
 
@@ -79,7 +81,7 @@ class Board:
         self._write(lambda writer: writer.add_text(name, text, step))
 
     def compare(self, settings: dict[str, Any], names: Collection[str]) -> None:
-        """For TensorBoard's HParams: settings, numbers or words, beside the last values of these scalars."""
+        """Write TensorBoard's HParams: the settings (numbers or words) next to the last values of these scalars."""
         parts = hparams(settings, dict.fromkeys(map(tag, names), 0.0))
 
         def write(writer: SummaryWriter) -> None:
@@ -90,13 +92,13 @@ class Board:
         self._write(write)
 
     def alarm(self, name: str, sentence: str, on: bool, step: int) -> None:
-        """What is said when an alarm goes on or off: under Text, and in alarms.json for as long as it is on."""
+        """Write the sentence of an alarm that goes on or off under Text, and keep it in alarms.json while it is on."""
         self.text(f"{name}/alarm", sentence, step)
         if on:
             self._alarms[name] = sentence
         else:
             self._alarms.pop(name, None)
-        with suppress(OSError):  # a disk that is full; the log has the sentence
+        with suppress(OSError):  # the disk is full; the log has the sentence
             self._write_alarms()
 
     def close(self) -> None:
@@ -113,14 +115,15 @@ class Board:
         except OSError as error:
             if self._writer:
                 print(f"{self._folder} cannot be written ({error.strerror or error}): curves have a gap", flush=True)
-            self._writer = None  # its thread has ended, and what follows half a record in a file is not read
+            self._writer = None  # its thread has ended, and records after a partial one would not be read
 
     def _write_alarms(self) -> None:
         with atomically(self._lines.with_name(ALARMS)) as partial:
             partial.write_text(json.dumps(self._alarms, indent=1) + "\n")
 
     def _add(self, line: dict[str, Any]) -> None:
-        """All of it or nothing: half a line would spoil the next."""
+        """Write the whole line or nothing, because a partial line would corrupt the next one. Values of the same step
+        join the last line."""
         joins = self._last.keys() & line.keys() == {"step"} and self._last["step"] == line["step"]
         file = os.open(self._lines, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -141,7 +144,7 @@ class Board:
 
 
 def tag(name: str) -> str:
-    """What TensorBoard calls it."""
+    """Return the name of a scalar or picture in TensorBoard."""
     group, slash, card = name.partition("/")
     main = group in MAIN
     return (
@@ -150,11 +153,11 @@ def tag(name: str) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each sound line of a metrics.jsonl and its values, numbers or None, the step among them. What a kill or a power
-    cut has damaged is passed over. No lines if there is no such file; raises OSError if it cannot be read."""
+    """Yield each valid line of a metrics.jsonl with its values, numbers or None, including the step. Lines damaged by a
+    kill or a power cut are skipped. A missing file has no lines. Raises OSError if the file cannot be read."""
     if not path.exists():
         return
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open("rb") as file:
         for line in iter(lambda: file.readline(LONGEST), b""):
@@ -168,7 +171,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def read_alarms(run: Path) -> dict[str, str]:
-    """The sentences of the alarms that are on, by name; what cannot be read is left out."""
+    """Return the sentences of the alarms that are on, by name. Unreadable ones are left out."""
     with suppress(OSError, ValueError):
         found = read_json(run / ALARMS)
         if isinstance(found, dict):
@@ -177,7 +180,7 @@ def read_alarms(run: Path) -> dict[str, str]:
 
 
 def validated(run: Path, step: int) -> bool:
-    """Whether metrics.jsonl has a validation of this step."""
+    """Return whether metrics.jsonl has a validation of this step."""
     with suppress(OSError):
         return any(
             values["step"] == step and any(name.startswith("val/") for name in values)
@@ -187,7 +190,8 @@ def validated(run: Path, step: int) -> bool:
 
 
 def add_pictures(run: Path, pictures: dict[str, Picture], step: int) -> None:
-    """Beside a run's curves, as a run "samples" of its own: a training that goes on meanwhile is left alone."""
+    """Add pictures to a run's board as a separate TensorBoard run "samples", which does not disturb a training that is
+    still running."""
     with SummaryWriter(str(run / "tensorboard" / "samples")) as writer:
         for name, picture in pictures.items():
             writer.add_image(name, picture, step, dataformats="HWC")

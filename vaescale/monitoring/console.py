@@ -1,4 +1,4 @@
-"""What a person at the terminal, or in the log file, sees."""
+"""Output for the terminal and the log file."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """One line a report, and a progress bar only where somebody watches. Silent unless `loud` (rank 0)."""
+    """Prints one line per report, and a progress bar if stderr is a terminal. Silent unless `loud` (rank 0)."""
 
     def __init__(self, start: int, steps: int, loud: bool) -> None:
         watched = loud and sys.stderr.isatty()
@@ -22,9 +22,8 @@ class Console:
         self._bar.update()
 
     def report(self, step: int, values: dict[str, float]) -> None:
-        """The numbers one looks at first, how long this process has trained, how long it will yet, and the time of day.
-        Missing numbers (a model without codebook) are left out; of several codebooks, the lowest and the highest are
-        given."""
+        """Print the main numbers, the time that this process has trained, the time left, and the time of day. Missing
+        numbers (of a model without a codebook) are left out. Several codebooks are shown by the lowest and highest."""
         passed = time.monotonic() - self._begun
         left = passed / max(1, step - self._start) * (self._steps - step)
         parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}", *_shown(values)]

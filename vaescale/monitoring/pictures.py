@@ -1,4 +1,4 @@
-"""Pictures for people: uint8 [H, W, 3] arrays of captioned images."""
+"""Pictures for people to look at: uint8 [H, W, 3] arrays of captioned images."""
 
 import colorsys
 import math
@@ -14,22 +14,22 @@ from torch import Tensor
 Picture = NDArray[np.uint8]
 
 GAP = 4  # pixels between images
-TEXT = 11  # pixels of a letter's height, at least
-SHOWN = 40  # TensorBoard shows a picture some 400 pixels wide: a fortieth of its width is legible there
+TEXT = 11  # minimum height of a letter, in pixels
+SHOWN = 40  # TensorBoard shows a picture about 400 pixels wide; text of a fortieth of the width is legible there
 PAPER, INK = (250, 250, 248), (40, 40, 40)
 RECONSTRUCTION = "reconstruction"
-TILE = 24  # pixels of each code's picture
-LEAST = 96  # pixels a side; smaller images are shown enlarged
-ERROR_GAIN = 4  # the absolute error is multiplied by this, or one would see black
+TILE = 24  # pixels per side of each code's image
+LEAST = 96  # pixels per side; smaller images are enlarged
+ERROR_GAIN = 4  # factor of the absolute error, which would look black without it
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """float [B, 3, H, W] in [0, 1] up to over-shoot → uint8, rounded to the nearest."""
+    """Convert float [B, 3, H, W] in [0, 1] to uint8, rounded to nearest and clamped."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def reconstructions(x: Tensor, reconstruction: Tensor, below: Sequence[str] = (), per_row: int = 8) -> Picture:
-    """Rows of inputs, of their reconstructions with the captions `below`, and of their errors. Both uint8
+    """Draw rows of inputs, of their reconstructions with the captions `below`, and of their errors. Both uint8
     [B, C, H, W]."""
     error = (x.int() - reconstruction.int()).abs().mul(ERROR_GAIN).clamp(max=255).to(torch.uint8)
     strips = {"input": x, RECONSTRUCTION: reconstruction, f"error x{ERROR_GAIN}": error}
@@ -37,8 +37,8 @@ def reconstructions(x: Tensor, reconstruction: Tensor, below: Sequence[str] = ()
 
 
 def code_map(x: Tensor, codes: Tensor, size: int, per_row: int = 8) -> Picture:
-    """Rows of inputs and of their codes: each code of [B, h, w] in a colour of its own among `size`. x: uint8
-    [B, C, H, W]."""
+    """Draw rows of inputs, uint8 [B, C, H, W], and of their codes [B, h, w], with one colour for each of `size`
+    codes."""
     colours = torch.tensor([_colour(code) for code in range(size)], dtype=torch.uint8)
     blocks = colours[codes.cpu()].permute(0, 3, 1, 2)
     repeat = x.shape[-1] // blocks.shape[-1]
@@ -47,17 +47,17 @@ def code_map(x: Tensor, codes: Tensor, size: int, per_row: int = 8) -> Picture:
 
 
 def legible(width: int) -> int:
-    """Pixels of text in a picture so wide."""
+    """Return the text height in pixels for a picture of this width."""
     return max(TEXT, round(width / SHOWN))
 
 
 def line_height(text: int) -> int:
-    """Pixels of a caption."""
+    """Return the height of a caption in pixels."""
     return 4 + round(1.3 * text)
 
 
 def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 36) -> Picture:
-    """The middle of what each of `codes` decodes to, row by row; those not in use are struck out.
+    """Draw the centre of the image that each code decodes to, row by row. Codes not in use are struck out.
 
     tiles: uint8 [N, 1 or 3, H, W]; codes: int64 [N], most used first; in_use: bool [K].
     """
@@ -77,7 +77,7 @@ def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 36) ->
         sheet.paste(Image.fromarray(tile), (x, y + top))
         if not alive:
             stroke = (x, y + top + side - 1, x + side - 1, y + top)
-            for colour, thickness in ((INK, 3), (PAPER, 1)):  # seen on any tile
+            for colour, thickness in ((INK, 3), (PAPER, 1)):  # visible on any tile
                 draw.line(stroke, colour, thickness)
     return np.asarray(sheet)
 
@@ -91,8 +91,8 @@ def grid(
     below: Sequence[str] = (),
     text: int = TEXT,
 ) -> Picture:
-    """Images row by row under a title, captions above the columns, before the rows and below the images, in letters of
-    `text` pixels. uint8 [N, 1 or 3, H, W]."""
+    """Draw images, uint8 [N, 1 or 3, H, W], row by row under a title, with captions above the columns, to the left of
+    the rows and below the images. `text` is the letter height in pixels."""
     images = enlarged(_coloured(images)).cpu()
     height, width = images.shape[-2:]
     font, caption = ImageFont.load_default(size=text), line_height(text)
@@ -117,7 +117,7 @@ def grid(
 
 
 def bars(values: Sequence[float], title: str) -> Picture:
-    """Vertical bars from 0, numbered from 0."""
+    """Draw vertical bars that start at 0 and are numbered from 0."""
     text = legible(640)
     font, caption = ImageFont.load_default(size=text), line_height(text)
     pitch, height, most = max(8, min(40, 640 // len(values))), 160, max([*values, 1e-9])
@@ -136,7 +136,7 @@ def bars(values: Sequence[float], title: str) -> Picture:
 
 
 def joined(pictures: Sequence[Picture], axis: int) -> Picture:
-    """One below the other (axis 0) or side by side (axis 1)."""
+    """Join pictures vertically (axis 0) or side by side (axis 1)."""
     size = [max(picture.shape[0] for picture in pictures), max(picture.shape[1] for picture in pictures)]
     size[axis] = sum(picture.shape[axis] for picture in pictures) + 2 * GAP * (len(pictures) - 1)
     sheet = np.empty((*size, 3), np.uint8)
@@ -151,13 +151,13 @@ def joined(pictures: Sequence[Picture], axis: int) -> Picture:
 
 
 def enlarged(images: Tensor) -> Tensor:
-    """Each pixel repeated by the `factor`."""
+    """Enlarge small images by repeating each pixel `factor` times in both directions."""
     times = factor(images.shape[-1])
     return images.repeat_interleave(times, -2).repeat_interleave(times, -1)
 
 
 def factor(width: int) -> int:
-    """The smallest whole one that makes images so wide at least LEAST pixels wide."""
+    """Return the smallest integer factor that makes images of this width at least LEAST pixels wide."""
     return max(1, -(-LEAST // width))
 
 
@@ -166,7 +166,7 @@ def save(picture: Picture, path: Any) -> None:
 
 
 def _colour(code: int) -> tuple[int, ...]:
-    """Hues a golden angle apart, in three brightnesses, so that neighbouring numbers differ."""
+    """A colour per code: hues a golden angle apart in three brightnesses, so that neighbouring numbers differ."""
     hue = code * 0.6180339887 % 1.0
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.65, (1.0, 0.8, 0.6)[code % 3]))
 
@@ -177,7 +177,7 @@ def _coloured(images: Tensor) -> Tensor:
 
 
 def _strips(strips: dict[str, Tensor], per_row: int, below: dict[str, Sequence[str]] | None = None) -> Picture:
-    """Each a row of the same images, or rows that take turns. below: captions of some strips' images."""
+    """Draw each strip as one row, or as several rows that alternate. below: captions of some strips' images."""
     count, _, _, width = next(iter(strips.values())).shape
     per_row = min(per_row, count)
     text = legible(per_row * (factor(width) * width + GAP))
@@ -191,7 +191,7 @@ def _strips(strips: dict[str, Tensor], per_row: int, below: dict[str, Sequence[s
 
 
 def _cut(text: str, width: int, font: Any) -> str:
-    """As much of it as fits."""
+    """The text, truncated to this width in pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

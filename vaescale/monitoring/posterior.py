@@ -1,9 +1,10 @@
-"""Whether the posterior has collapsed onto the prior, why most likely, and which setting to change. Numbers go in, a
-sentence comes out.
+"""Detects that the posterior has collapsed onto the prior, and names the likeliest cause and the setting to change in
+one sentence.
 
-The rate KL(q‖p), averaged over images, bounds the information that latents carry about their image (Hoffman, Johnson
-2016, "ELBO surgery"). The converse does not hold: under free bits a rate costs nothing, and may stay where it is while
-the latents say nothing. So latents have also collapsed if none is active (Burda, Grosse, Salakhutdinov 2016, 5.2).
+The rate KL(q‖p), averaged over images, is an upper bound on the information that latents carry about their image
+(Hoffman, Johnson 2016, "ELBO surgery"). The converse does not hold: under free bits a rate costs nothing, and may stay
+high while the latents carry no information. So latents have also collapsed if none is active (Burda, Grosse,
+Salakhutdinov 2016, 5.2).
 """
 
 import math
@@ -11,27 +12,27 @@ from collections.abc import Sequence
 from typing import Any
 
 NAME = "latents"  # of the alarm
-# Nats an image below which a collapse begins, and above which it is over: apart, so that a model at the border is not
-# announced again and again. 0.1 nats tell e^0.1 = 1.1 images apart.
+# Nats per image: a collapse begins below the first number and ends above the second. They differ so that a model near
+# the limit is not announced repeatedly. 0.1 nats can distinguish e^0.1 = 1.1 images.
 CARRIES = 0.1, 0.5
-# Steps after the warm-ups, of the learning rate and of the KL, in which rates still rise: healthy ones often start near
+# Steps after the warm-ups of the learning rate and the KL in which rates may still rise: healthy ones often start near
 # 0 (configs/hvae2_digits.yaml: 1.6, 0.5, 5.3 and 13 nats at steps 50, 100, 150 and 200).
 SETTLE = 500
 WINDOW = 100  # steps for which rates must have been low
 
 
 class Posterior:
-    """The alarm of one run. on: the names of the alarms that are on, which is brought up to date."""
+    """The alarm of one run. on: names of the alarms that are on, updated in place."""
 
     def __init__(self, settings: Any, warmup: int, on: list[str]) -> None:
-        """settings: the model's Config, a variational one if it reports rates; warmup: steps of the learning rate's."""
+        """settings: the model's Config, a variational one if it reports rates; warmup: steps, of the learning rate."""
         self.settings, self.warmup, self.on = settings, warmup, on
-        self.low: int | None = None  # the step from where on all rates have been low
+        self.low: int | None = None  # the step since which all rates have been low
         self.rates: Sequence[float] = ()  # of the last report
 
     def report(self, step: int, steps: int, rates: Sequence[float]) -> str | None:
-        """rates: of each level, coarse to fine, in nats an image: means over the last `steps` steps, of training.
-        Returns the sentence to say when a collapse begins."""
+        """Return the sentence to log if a collapse begins. rates: of each level, coarse to fine, in nats per image,
+        averaged over the last `steps` training steps."""
         self.rates = rates
         if not low(rates, CARRIES[0]):
             self.low = None
@@ -43,8 +44,9 @@ class Posterior:
         return self._begun(step, described(rates))
 
     def validation(self, step: int, active: int) -> str | None:
-        """active: how many latents differ from image to image. Returns the sentence to say when a collapse begins, or
-        is over: then units are active and the last report's rates are well above the bound. Silent before a report."""
+        """Return the sentence to log if a collapse begins or is over. It is over if units are active and the rates of
+        the last report are well above the bound. active: number of latents that differ between images. Returns None
+        before the first report."""
         if not self.rates:
             return None
         if NAME not in self.on:
@@ -66,15 +68,16 @@ class Posterior:
 
 
 def rates(values: dict[str, float], subpixels: int) -> list[float]:
-    """Of each level, coarse to fine, in nats an image, from a report's values; [] for a model without rates."""
+    """Return the rate of each level, coarse to fine, in nats per image, from a report's values; [] without rates."""
     levels = [values[name] * subpixels * math.log(2) for name in sorted(values) if name.startswith("rate/level")]
     return levels or [values[name] for name in ("train/rate",) if name in values]
 
 
 def low(rates: Sequence[float], bound: float) -> bool:
-    """Whether all levels together carry less than `bound`, or of several levels no two carry as much: then there is
-    no hierarchy. Single levels without any information are common in deep ones, and no collapse. The rate of a level
-    whose prior knows what was drawn in it (bottom-up posteriors) may be below zero, which is not at its prior either.
+    """Return whether all levels together carry less than `bound`, or fewer than two of several levels carry that much,
+    which leaves no hierarchy. Single levels without information are common in deep models and no collapse. The rate
+    of a level whose prior depends on its own draw (bottom-up posteriors) may be negative; then it differs from its
+    prior, too, so that the absolute value counts.
     """
     if sum(rates) < bound:
         return True
@@ -89,7 +92,7 @@ def described(rates: Sequence[float]) -> str:
 
 
 def cause(settings: Any) -> str:
-    """The likeliest one, with the setting to change."""
+    """Return the likeliest cause of a collapse, with the setting to change."""
     noise = settings.likelihood
     if settings.beta > 1:
         return f"The KL weighs more than the reconstruction: lower model.beta={settings.beta:g} to 1"
