@@ -1,1 +1,1 @@
-"""Encode and decode only: any Codec, trained here or not."""
+"""Evaluates any Codec, trained here or elsewhere; it needs only encode and decode."""

@@ -1,4 +1,4 @@
-"""Any Codec, measured over a validation set, each sample exactly once over all ranks."""
+"""Measures any Codec over a validation set, with each sample exactly once over all ranks."""
 
 import math
 from collections.abc import Callable
@@ -29,19 +29,19 @@ def evaluate(
     watched: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, Any]:
-    """The numbers of all METRICS that are for this codec, by name. `micro`: images at a time on one rank; `draws`:
-    latents drawn for each image, where any are.
+    """Return the numbers of all METRICS that apply to this codec, by name. `micro`: images at a time per rank; `draws`:
+    latents drawn per image, by the metrics that draw any.
 
-    Collective; the same result on all ranks. Memory does not grow with `draws`, time does. `stopped` is asked after
-    each batch, equally often on all ranks, and must answer all alike: if it says so, the rest is left and {} returned.
+    Collective; all ranks return the same result. Time grows with `draws`, memory does not. `stopped` is called after
+    each batch, equally often on all ranks, and must return the same on all; if it is true, the result is {}.
     """
     rank, world = distributed.rank(), distributed.world()
     loader = stream.validation_loader(slices, micro, rank, world, device.type == "cuda")
-    # A rank without images, where there are fewer than ranks, must know the names and shapes of what the others sum.
+    # With fewer images than ranks, a rank without images still needs the names and shapes of the sums.
     first = _measure(codec, slices[range(1)].batch.to(device), min(draws, 2))
     totals = [{name: torch.zeros_like(part, dtype=torch.float64) for name, part in sums.items()} for sums in first]
     images = len(slices.samples.index)
-    batches = range(math.ceil(math.ceil(images / world) / micro))  # of the rank that has most
+    batches = range(math.ceil(math.ceil(images / world) / micro))  # of the rank with the most images
     for _, decoded in tqdm(zip_longest(batches, loader), "evaluate", len(batches), unit="batch", disable=not watched):
         if decoded:
             for total, sums in zip(totals, _measure(codec, decoded.batch.to(device), draws), strict=True):
@@ -57,18 +57,18 @@ def evaluate(
 
 
 def protocol() -> dict[str, str]:
-    """How all that may be in a result is measured."""
+    """Return how each number of a result is measured, by name."""
     return {"images": IMAGES} | {name: text for metric in metrics.METRICS for name, text in metric.protocol.items()}
 
 
 @torch.no_grad()
 def reconstruct(codec: Codec, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Its images' reconstructions, uint8 [B, C, H, W], and the latents."""
+    """Return the reconstructions of the batch, uint8 [B, C, H, W], and its latents."""
     latents = codec.encode(batch)
     return to_bytes(codec.decode(latents, batch.condition)), latents
 
 
 def _measure(codec: Codec, batch: Batch, draws: int) -> list[Tensors]:
-    """The sums of each of the METRICS over these images."""
+    """The sums of each of the METRICS over the images of this batch."""
     y, latents = reconstruct(codec, batch)
     return [metric.sums(Seen(codec, batch, y, latents, draws)) for metric in metrics.METRICS]

@@ -1,7 +1,7 @@
-"""Pictures of what a Codec has learned: samples from its prior, and what its latents and conditions change.
+"""Pictures of what a Codec has learned: samples from its prior, and the effect of its latents and conditions.
 
-Standard deviations of latents are those of draws from q(z|x) over validation images, about 1 where these fit a prior
-N(0, I). For `vary` and `traverse` they stand in for the prior itself, which a Codec does not show.
+Standard deviations of latents are those of draws from q(z|x) over validation images. They are about 1 if the draws fit
+a prior N(0, I). `vary` and `traverse` use them in place of the prior, which a Codec does not expose.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,22 +20,22 @@ from .latents import moments, sums
 AT_ONCE = 64  # images decoded together
 PER_ROW = 8
 WIDEST = 16  # classes, attributes or levels in one picture
-IMAGES = 4  # that rows of one picture begin from
+IMAGES = 4  # images that the rows of one picture start from
 VARIATIONS = 3
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEVIATIONS = (-3, -2, -1, 0, 1, 2, 3)
 ATTRIBUTE_VALUES = (-2, -1, 0, 1, 2)
 TRAVERSED = 10  # latents
-SAMPLES = 16  # a temperature, in a picture
+SAMPLES = 16  # per temperature, in a picture
 TEMPERATURES = (0.7, 0.85, 1.0)
 
 
 class Unable(ValueError):
-    """This codec has no such pictures; the text says why in one sentence."""
+    """Raised if this codec has no such pictures; the message says why in one sentence."""
 
 
 class Spread:
-    """What is known of each latent over images, the latents of all levels in one row: fp64 [M] each."""
+    """Statistics of each latent over images, all levels concatenated: fp64 [M] each."""
 
     def __init__(self, codec: Codec, batches: Iterable[Batch]) -> None:
         means: Tensor | float = 0.0
@@ -54,12 +54,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Subject:
-    """A codec and what it is shown on."""
+    """A codec, and the images and settings that its pictures are made with."""
 
     codec: Codec
-    shown: Batch  # images to begin from, on the device
-    several: Callable[[], Iterable[Batch]]  # gives many validation images, on the device
-    classes: Sequence[str] = ()  # their names; none: the codec is told no class
+    shown: Batch  # images to start from, on the device
+    several: Callable[[], Iterable[Batch]]  # returns many validation images, on the device
+    classes: Sequence[str] = ()  # names; empty if the codec has no class input
     attributes: Sequence[str] = ()
     seed: int = 0
     count: int = 64  # samples
@@ -77,9 +77,10 @@ class Subject:
 
 @torch.no_grad()
 def generate(subject: Subject) -> dict[str, Picture]:
-    """z ~ p(z): the means of p(x|z) and, beside them, a draw from it for each z; below one another the temperatures.
+    """Sample z ~ p(z), and draw the mean of p(x|z) next to one draw from it for each z, with temperatures one below the
+    other.
 
-    Conditions: the classes in turn, a column each; the attributes of the shown images in turn.
+    The classes take turns, one per column; so do the attributes of the shown images.
     """
     classes = _some(subject.classes)
     per_row = len(classes) or PER_ROW
@@ -99,8 +100,9 @@ def generate(subject: Subject) -> dict[str, Picture]:
 
 @torch.no_grad()
 def interpolate(subject: Subject) -> dict[str, Picture]:
-    """Between each two images, along a straight line and along a great circle (Shoemake 1985, "Animating rotation with
-    quaternion curves"); both ends are reconstructions. The class is that of the nearer image."""
+    """Interpolate between pairs of images, linearly and along a great circle (Shoemake 1985, "Animating rotation with
+    quaternion curves"). Both ends are reconstructions. The class is that of the nearer image. Raises Unable for fewer
+    than two images, or latents that are codes."""
     x = subject.shown
     if len(x.x) < 2:
         raise Unable("interpolate needs two images")
@@ -125,8 +127,9 @@ def interpolate(subject: Subject) -> dict[str, Picture]:
 
 @torch.no_grad()
 def vary(subject: Subject) -> dict[str, Picture]:
-    """Images like one. Of one level of latents √(1 − a²) z + a ζ, so that their distribution stays what it is, with ζ
-    as far from their mean as latents are; of several levels the first k are kept, the others drawn from the prior."""
+    """Draw variations of an image. One level of latents becomes μ + √(1 − a²) (z − μ) + a ζ, with the latents' mean μ
+    and ζ of their standard deviations around 0, which preserves both. Of several levels the first k are kept and the
+    others drawn from the prior. Raises Unable for latents that are codes."""
     latents = [level[:IMAGES] for level in _continuous(subject, "there is nothing to mix with noise")]
     x = Batch(*(tensor[:IMAGES] for tensor in subject.shown))
     if len(latents) == 1:
@@ -145,8 +148,8 @@ def vary(subject: Subject) -> dict[str, Picture]:
 
 @torch.no_grad()
 def at_temperatures(codec: Codec, condition: Condition) -> Picture:
-    """Samples from the prior under these conditions, and below one another those of higher temperatures from the same
-    noise. Raises Unable where there is no prior."""
+    """Draw samples from the prior under these conditions, at increasing temperatures one below the other, from the same
+    noise. Raises Unable if there is no prior."""
     blocks = []
     for temperature in TEMPERATURES:
         images = from_prior(codec, in_turn(condition, SAMPLES), 0, temperature)
@@ -159,8 +162,8 @@ def at_temperatures(codec: Codec, condition: Condition) -> Picture:
 
 @torch.no_grad()
 def progressive(codec: Codec, x: Batch) -> Picture:
-    """Reconstructions from all levels of latents, from ever fewer, and from none: the finer ones come from the prior.
-    Of one level each column has the same noise."""
+    """Draw reconstructions from all levels of latents, from fewer and fewer, and from none; the finer levels are drawn
+    from the prior. A level has the same noise in every column."""
     latents = codec.encode(x)
     (y,), columns = _redrawn(codec, latents, x.condition, [0])
     images = torch.cat([x.x[:, None], y], dim=1).flatten(0, 1)
@@ -170,8 +173,9 @@ def progressive(codec: Codec, x: Batch) -> Picture:
 
 @torch.no_grad()
 def traverse(subject: Subject) -> dict[str, Picture]:
-    """One latent a row, the most active first (variance of its posterior mean, Burda et al. 2016), by so many standard
-    deviations away from the mean latents, and from those of the first image; under the first image's condition."""
+    """Move one latent per row, the most active first (by the variance of its posterior mean, Burda et al. 2016), in
+    steps of standard deviations away from the mean latents, and from those of the first image. Both use the condition
+    of the first image. Raises Unable for latents that are codes."""
     latents = _continuous(subject, "there is no way from one to the next")
     spread, sizes = subject.spread, [level[0].numel() for level in latents]
     most = spread.activity.argsort(descending=True, stable=True)[:TRAVERSED].tolist()
@@ -194,7 +198,8 @@ def traverse(subject: Subject) -> dict[str, Picture]:
 
 @torch.no_grad()
 def swap(subject: Subject) -> dict[str, Picture]:
-    """The same latents, another condition: every class; each attribute at some standard deviations from its mean."""
+    """Decode the same latents under other conditions: every class, and each attribute at several standard deviations
+    from its mean. Raises Unable if the model has no condition or ignores it."""
     if not subject.classes and not subject.attributes:
         raise Unable("the model is told neither class nor attributes: there is nothing to swap")
     x = subject.shown
@@ -239,9 +244,10 @@ def from_prior(
     draw: bool = False,
     given: Sequence[Tensor] = (),
 ) -> Tensor:
-    """uint8 [B, C, H, W], B that of the condition: the same for the same seed, and with `draw` from the same latents.
+    """Return samples from the prior, uint8 [B, C, H, W], with B that of the condition. They are the same for the same
+    seed, and `draw` does not change the latents.
 
-    `given`: the coarsest latents. Raises Unable where there is no prior.
+    `given` fixes the coarsest levels of latents. Raises Unable if there is no prior.
     """
     images = []
     for start in range(0, len(condition.label), AT_ONCE):
@@ -256,13 +262,13 @@ def from_prior(
 
 
 def in_turn(condition: Condition, count: int) -> Condition:
-    """The first image's, the second's, …, again from the first one on."""
+    """Repeat the conditions of the images in turn, up to `count`."""
     place = torch.arange(count, device=condition.label.device) % len(condition.label)
     return Condition(*(tensor[place] for tensor in condition))
 
 
 def decoded(codec: Codec, latents: Sequence[Tensor], condition: Condition) -> Tensor:
-    """uint8 [B, C, H, W], the means of p(x|z)."""
+    """Return the means of p(x|z), uint8 [B, C, H, W]."""
     images = []
     for start in range(0, len(condition.label), AT_ONCE):
         part = slice(start, start + AT_ONCE)
@@ -272,12 +278,12 @@ def decoded(codec: Codec, latents: Sequence[Tensor], condition: Condition) -> Te
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a to b along a great circle around 0, the length changing evenly. One pair: [1, …]."""
+    """Interpolate from a to b, one pair [1, …], along a great circle around 0, with linearly changing length."""
     one, two = a.double(), b.double()
     lengths = one.norm(), two.norm()
     cosine = ((one * two).sum() / (lengths[0] * lengths[1])).clamp(-1, 1)
     angle = cosine.acos()
-    if not angle.sin() > 1e-6:  # on one line, or a length of 0: there is no circle through them, or no single one
+    if not angle.sin() > 1e-6:  # collinear or of length 0: no unique circle
         return torch.lerp(a, b, share)
     parts = ((1 - share) * angle).sin() * one / lengths[0], (share * angle).sin() * two / lengths[1]
     return (sum(parts) / angle.sin() * torch.lerp(*lengths, share)).to(a.dtype)
@@ -285,7 +291,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch draws what the seed says; outside, as if nothing had been drawn."""
+    """Seed torch's default generators inside the context, and restore their state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -299,7 +305,7 @@ def _continuous(subject: Subject, why: str) -> list[Tensor]:
 
 
 def _mixed(subject: Subject, z: Tensor, condition: Condition) -> tuple[list[Tensor], list[str]]:
-    """(for each variation uint8 [B, columns, C, H, W], the columns' captions)."""
+    """(uint8 [B, columns, C, H, W] for each variation, captions of the columns)."""
     mean, deviation = (values.view(z.shape[1:]) for values in (subject.spread.mean, subject.spread.deviation))
     generator = torch.Generator().manual_seed(subject.seed)
     variations = []
@@ -312,8 +318,8 @@ def _mixed(subject: Subject, z: Tensor, condition: Condition) -> tuple[list[Tens
 
 
 def _each_level(subject: Subject, latents: Sequence[Tensor], shares: Sequence[float]) -> Picture:
-    """From the first image's latents to the second's in one level, a row each; the other levels stay the first's, and
-    so does the condition."""
+    """Interpolate from the first image to the second in one level per row. The other levels and the condition stay
+    those of the first image."""
     x = subject.shown
     levels, count = _some(range(len(latents))), len(shares)
     same = Condition(*(tensor[:1].expand(count, *tensor.shape[1:]) for tensor in x.condition))
@@ -331,7 +337,7 @@ def _each_level(subject: Subject, latents: Sequence[Tensor], shares: Sequence[fl
 def _redrawn(
     codec: Codec, latents: Sequence[Tensor], condition: Condition, seeds: Sequence[int]
 ) -> tuple[list[Tensor], list[str]]:
-    """As `_mixed`, a seed a variation."""
+    """Like `_mixed`, with levels drawn again; one seed per variation."""
     fewer = list(reversed(_some(range(len(latents) + 1))))
     variations = []
     for seed in seeds:
@@ -341,7 +347,7 @@ def _redrawn(
 
 
 def _told(subject: Subject, latents: list[Tensor], conditions: list[Condition]) -> list[Tensor]:
-    """The same latents under each condition, uint8 [B, C, H, W] each."""
+    """Decode the latents under each condition, uint8 [B, C, H, W] each. Raises Unable if the images are all equal."""
     images = [decoded(subject.codec, latents, condition) for condition in conditions]
     if len(images) > 1 and all(torch.equal(images[0], other) for other in images[1:]):
         raise Unable("the pictures are the same whatever is said of them: the model takes no notice of it")
@@ -349,6 +355,6 @@ def _told(subject: Subject, latents: list[Tensor], conditions: list[Condition]) 
 
 
 def _some(names: Sequence[object]) -> dict[int, str]:
-    """At most WIDEST of them, spread evenly: place → name."""
+    """At most WIDEST evenly spaced names, by index."""
     places = torch.linspace(0, len(names) - 1, min(WIDEST, len(names))).long().tolist()
     return {place: str(names[place]) for place in places}

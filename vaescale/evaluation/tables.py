@@ -1,6 +1,6 @@
-"""What was measured, for people: one run in full, or several side by side. A result is what evaluation.json holds.
+"""Results as text: one run in full, or several runs side by side. A result is the content of an evaluation.json.
 
-The numbers of metrics, their words and formats are those that METRICS give.
+METRICS define the numbers, their descriptions and their formats.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,27 +13,27 @@ from .metrics.metric import Number
 
 Result = dict[str, Any]
 
-ABOUT = {  # of the comparison, before the metrics: key → format
+ABOUT = {  # columns of the comparison before the metrics: key → format
     "run": "",
     "model": "",
     "parameters": ",",
     "latents": "",
 }
-TEXT = {"run", "model", "latents"}  # set to the left
-OTHERS = {  # in the listing, after the metrics: key → words
+TEXT = {"run", "model", "latents"}  # left-aligned
+OTHERS = {  # rows of the listing after the metrics: key → words
     "usage_ever": "codes ever used in training",
     "images": "images",
 }
 
 
 def line(result: Result) -> str:
-    """The numbers that one looks at first; of several codebooks the lowest and the highest."""
+    """Return the main numbers in one line; for several codebooks, the lowest and the highest."""
     found = {number.column: _ends(result, name, number.form) for name, number in _numbers() if number.logged}
     return "  ".join(f"{column} {'–'.join(dict.fromkeys(ends))}" for column, ends in found.items() if column and ends)
 
 
 def listing(result: Result) -> str:
-    """All numbers of one run, one a line; those of one codebook or level among several carry its name."""
+    """Return all numbers of one run, one per line. Those of one codebook or level among several include its name."""
     words = {name: number.words for name, number in _numbers()} | OTHERS
     rows = [(text.format(**result), _number(result[key])) for key, text in words.items() if key in result]
     for key in result:
@@ -48,12 +48,12 @@ def listing(result: Result) -> str:
 
 
 def comparison(results: Sequence[Result]) -> str:
-    """A Markdown table, a row a run, and a plain word where rows do not compare. A column that no run has is left
-    out."""
+    """Return a Markdown table with one row per run, and a note if rows are not comparable. A column that no run has is
+    left out."""
     columns = {key: (key, form) for key, form in ABOUT.items()}
     columns |= {number.column: (name, number.form) for name, number in _numbers() if number.column}
     columns = {
-        heading.format(**results[0]): (key, form)  # one command, one number of draws
+        heading.format(**results[0]): (key, form)  # all results have the same number of draws
         for heading, (key, form) in columns.items()
         if any(_ends(result, key, form) for result in results)
     }
@@ -79,9 +79,9 @@ def comparison(results: Sequence[Result]) -> str:
 
 
 def describe(latents: Sequence[Tensor], sizes: Sequence[int]) -> str:
-    """What one image becomes: "16", "32 × 32, K = 512", "2 × (32 × 32, K = 512)".
+    """Describe the latents of one image, as in "16", "32 × 32, K = 512", "2 × (32 × 32, K = 512)".
 
-    latents: [B, …] a level; sizes: those of the codebooks, none where latents are not codes.
+    latents: [B, …] of each level; sizes: K of each codebook, empty if the latents are not codes.
     """
     texts = [" × ".join(map(str, level.shape[1:])) for level in latents]
     if sizes:
@@ -107,7 +107,7 @@ def _numbers() -> Iterator[tuple[str, Number]]:
 
 
 def _absent(results: Sequence[Result]) -> list[Number]:
-    """What none of the results has, though its metric was measured."""
+    """Numbers that no result has although their metric was measured, if they come with an explanation."""
     return [
         number
         for metric in metrics.METRICS
@@ -118,7 +118,7 @@ def _absent(results: Sequence[Result]) -> list[Number]:
 
 
 def _ends(result: Result, key: str, form: str) -> list[str]:
-    """The number, or of several codebooks the least and the greatest; [] where a family has none."""
+    """The formatted number, or the lowest and highest of several codebooks; [] if the result has none."""
     if key in result:
         return [f"{result[key]:{form}}"]
     several = [value for name, value in result.items() if name.partition("/")[2] == key]

@@ -1,5 +1,5 @@
-"""How many latents say something of images: Burda, Grosse, Salakhutdinov 2016, "Importance weighted autoencoders",
-section 5.2."""
+"""The number of latents that carry information about images: Burda, Grosse, Salakhutdinov 2016, "Importance weighted
+autoencoders", section 5.2."""
 
 import torch
 
@@ -7,11 +7,11 @@ from ...interfaces import Bounded, Tensors, by_level
 from .. import latents
 from .metric import Metric, Number, Seen
 
-ACTIVE = 0.01  # variance of a posterior mean
+ACTIVE = 0.01  # variance of a posterior mean above which a latent is active
 
 
 def sums(seen: Seen) -> Tensors:
-    """Those of each level's latents."""
+    """Return the sums of each level's latents; {} for a codec without a likelihood."""
     if not isinstance(seen.codec, Bounded):
         return {}
     return by_level("latents", [latents.sums([level]) for level in seen.latents])

@@ -1,4 +1,4 @@
-"""How probable images are to a codec with a likelihood, in bits a subpixel of the 8-bit image."""
+"""Bounds on the log-probability of images, for codecs with a likelihood, in bits per subpixel of the 8-bit image."""
 
 import math
 
@@ -9,7 +9,7 @@ from .metric import Metric, Number, Seen
 
 
 def bits(codec: Bounded, batch: Batch, draws: int) -> Tensors:
-    """Bits a subpixel of each image, fp64 [B] a name; `bits_per_dim_iw` only with several draws.
+    """Return bits per subpixel of each image, fp64 [B] by name; `bits_per_dim_iw` only with several draws.
 
     The bounds are those of Burda, Grosse, Salakhutdinov 2016, "Importance weighted autoencoders": equation 3 with the
     KL in closed form, and equation 8, −log p(x) ≤ −log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x).
@@ -19,7 +19,7 @@ def bits(codec: Bounded, batch: Batch, draws: int) -> Tensors:
     for draw in range(draws):
         bound = codec.bound(batch, draw)
         distortion = distortion + bound.distortion.double() / draws
-        rate = rate + bound.rate.double() / draws  # of all but the coarsest level it depends on the draw
+        rate = rate + bound.rate.double() / draws  # depends on the draw except at the coarsest level
         log_weights = torch.logaddexp(log_weights, bound.log_ratio.double() - bound.distortion.double())
     values = {"bits_per_dim": distortion + rate.sum(0)}
     if draws > 1:

@@ -1,4 +1,4 @@
-"""How many codes of each codebook images use, and how evenly."""
+"""How many codes of each codebook are used, and how evenly."""
 
 import torch
 
@@ -8,7 +8,7 @@ from .metric import Metric, Number, Seen
 
 
 def sums(seen: Seen) -> Tensors:
-    """[K] of each codebook: how often each code occurs."""
+    """Return how often each code occurs, [K] for each codebook; {} for a codec without codebooks."""
     if not isinstance(seen.codec, Codebooks):
         return {}
     counts = {}

@@ -1,4 +1,4 @@
-"""What a metric is. How to add one: README.md, one folder up."""
+"""The interface of a metric. README.md, one folder up, explains how to add one."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,23 +10,23 @@ from ...interfaces import Batch, Codec, Tensors
 
 
 class Seen(NamedTuple):
-    """Some validation images and what a codec makes of them."""
+    """Some validation images and the codec's results for them."""
 
     codec: Codec
     batch: Batch
     reconstruction: Tensor  # uint8 [B, C, H, W]
-    latents: list[Tensor]  # what `encode` gives
-    draws: int  # latents to be drawn for each image, where any are
+    latents: list[Tensor]  # from `encode`
+    draws: int  # latents per image, for metrics that draw any
 
 
 class Number(NamedTuple):
-    """How people are shown a number."""
+    """How a number is displayed."""
 
-    words: str  # in the listing of one run; {draws} is the number of latents drawn for each image
-    form: str  # its format in the comparison and in the log
-    column: str = ""  # its heading in the comparison and its name in the log; "": it is in neither
-    logged: bool = True  # whether a validation's line in the log has it
-    absent: str = ""  # what is said where its metric has given other numbers, but not this one
+    words: str  # in the listing of one run; {draws} is the number of latents drawn per image
+    form: str  # format in the comparison and in the log
+    column: str = ""  # heading in the comparison and name in the log; "": in neither
+    logged: bool = True  # whether a validation's log line includes it
+    absent: str = ""  # explanation if the metric gave other numbers, but not this one
 
 
 def means(sums: Tensors, images: int) -> dict[str, float]:
@@ -35,15 +35,13 @@ def means(sums: Tensors, images: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Metric:
-    """Numbers of a codec over a validation set: sums over images, and what follows from them."""
+    """Numbers of a codec over a validation set, computed from sums over images."""
 
-    # All that `result` may give, in the order in which people read them. Those of one level or codebook among several
-    # are called name/levelN or codebookN/name, and have the words of `name`.
+    # All numbers that `result` may return, in reading order. Those of one level or codebook among several are named
+    # name/levelN or codebookN/name and use the words of `name`.
     numbers: Mapping[str, Number]
     protocol: Mapping[str, str]  # how they are measured, for evaluation.json
-    # What some images add, by name: of any shape, but of the same names and shapes for all images of a run. It is added
-    # up in fp64 over batches and ranks. {}: the metric is not for such a codec, or such images.
+    # The sums over some images, by name, with the same names and shapes for all images of a run. They are added in fp64
+    # over batches and ranks. {}: the metric does not apply to this codec or these images.
     sums: Callable[[Seen], Tensors]
-    result: Callable[[Tensors, int], dict[str, float]] = (
-        means  # (what was added up, number of images); not called for {}
-    )
+    result: Callable[[Tensors, int], dict[str, float]] = means  # (sums, number of images); not called for {}
