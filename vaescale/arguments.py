@@ -1,7 +1,7 @@
-"""The words of a command line: options and settings in any order.
+"""Parsing a command line: options and settings in any order.
 
-It imports nothing that takes time: a command reads its arguments before the seconds of imports, so `-h` and a wrong
-option are answered at once.
+Nothing slow is imported here. A command parses its arguments before the seconds of its other imports, so it answers
+`-h` and a wrong option at once.
 """
 
 import argparse
@@ -10,16 +10,16 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-NEAR = 0.8  # share of letters that an option and a misspelt one have in common
+NEAR = 0.8  # smallest similarity (share of common letters) between an option and a misspelt one
 
 
 def command(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help shows the description as it is written."""
+    """Returns a parser whose help keeps the line breaks of the description."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def training(description: str | None) -> argparse.ArgumentParser:
-    """The parser of launch/train.py; launch/run.py reads the same words."""
+    """Returns the parser of launch/train.py. launch/run.py parses the same arguments."""
     parser = command(description)
     parser.prog = "train.py"
     parser.add_argument("--config", required=True)
@@ -27,17 +27,18 @@ def training(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--take-over", action="store_true", help="the training on another host that holds the run directory is gone"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; the environment tells
+    # deepspeed passes --local_rank; it is ignored in favour of the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments among `words` (default: those of this process). The settings are in `overrides`.
+    """Parse `words` (default: the arguments of this process). The settings are in `overrides`.
 
-    An option that the parser does not have is probably a setting, and its key needs the imports to be known. So
-    `--steps 10` becomes the override `--steps=10`, which vaescale.config refuses with the key that is meant. Exits
-    with code 2, as argparse does, for other wrong words.
+    An unknown option is probably a setting, but the known keys need the slow imports. So `--steps 10` becomes the
+    override `--steps=10`, which vaescale.config refuses with a hint at the right key. For other invalid arguments
+    argparse exits with code 2.
     """
     words = list(sys.argv[1:] if words is None else words)
     options = re.findall(r"--[\w-]+", parser.format_usage())

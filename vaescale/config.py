@@ -1,8 +1,8 @@
-"""YAML and `key=value` overrides → one frozen dataclass. The only importer of OmegaConf.
+"""From YAML and `key=value` overrides to one frozen dataclass. This is the only module that imports OmegaConf.
 
-This file is the mechanics; each class's Config stands beside the class. A text means what the type of its setting says:
-names are kept as they are typed (007, on, 1e5, null), numbers are decimal (010 is ten; 1e5 and 128.0 are whole numbers,
-too), and what other readers of YAML make of 0x10, 1_000 or 1:30 is refused.
+Each class defines its Config next to itself. The type of a setting decides how its text is read. Names are kept as they
+are typed (007, on, 1e5, null; but null is "" where the default is ""). Numbers are decimal: 010 is ten, and 1e5 and
+128.0 are whole numbers, too. Other numbers of YAML (0x10, 1_000, 1:30) are refused.
 """
 
 import os
@@ -21,7 +21,7 @@ from .hints import known_keys, nearest_file, unknown_key
 from .ranges import require
 
 T = TypeVar("T")
-FILE = "config.yaml"  # of a run directory
+FILE = "config.yaml"  # in the run directory
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -31,9 +31,9 @@ TAGS = (TEXT, "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 
 class ConfigError(ValueError):
-    """The user's settings are wrong; the text is one sentence: what, where, what to do.
+    """The user's settings are wrong. The text is one sentence: what, where, and what to do.
 
-    It may quote files from others: it is made printable here.
+    The text may quote untrusted files, so the constructor makes it printable.
     """
 
     exit_code = 2
@@ -43,7 +43,7 @@ class ConfigError(ValueError):
 
 
 class UnknownKey(ConfigError):
-    """There is no such setting; `key` is its dotted name."""
+    """A setting does not exist. `key` is its dotted name."""
 
     def __init__(self, text: str, key: str) -> None:
         super().__init__(text)
@@ -51,22 +51,22 @@ class UnknownKey(ConfigError):
 
 
 class _Unknown(Exception):
-    """args: the key of no setting, its value, the names in its section."""
+    """args: the unknown key, its value, the names in its section."""
 
 
 class Plain(str):
-    """A text without quotes: it may be a name, a number, true or false, nothing, or in an override a list."""
+    """A text without quotes: a name, a number, true or false, nothing or, in an override, a list or a section."""
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (every scalar stays the text that it is)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (every scalar remains a text)
 
 
 def read(path: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """The YAML file with the overrides merged over it: sections, lists and texts, whose types are not yet known.
+    """Read the YAML file and merge the overrides over it. Returns sections, lists and texts, not yet typed.
 
-    Only `${other.key}` may interpolate: a resolver such as `${oc.env:…}` would let a file read any variable of this
-    process, and is refused.
+    `${other.key}` is the only interpolation. A resolver such as `${oc.env:…}` is refused, because it would let a file
+    read any environment variable. Raises ConfigError.
     """
     try:
         raw = _parsed(Path(path).read_text(encoding="utf-8"), str(path))
@@ -91,16 +91,17 @@ def read(path: str | Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def as_written(raw: dict[str, Any], section: str, key: str) -> str | None:
-    """The text of raw.section.key before any interpolation; None where there is none."""
+    """Returns the text of raw.section.key before interpolation, or None if it is not given."""
     given = _opened(raw.get(section), section)
     value = given.get(key) if isinstance(given, dict) else None
     return str(value) if isinstance(value, str) else None
 
 
 def check(schema: T, raw: dict[str, Any], source: str | Path) -> T:
-    """`raw` over the defaults `schema` (a dataclass instance), as a frozen object of its type.
+    """Merge `raw` over the defaults `schema` (a dataclass instance). Returns a frozen object of the schema's type.
 
-    An unknown key raises UnknownKey; a value of another type or outside its range, or a missing one, ConfigError.
+    source: the file, for messages. Raises UnknownKey for an unknown key, and ConfigError for a value that is missing,
+    of the wrong type or out of range.
     """
     try:
         typed = OmegaConf.structured(schema)
@@ -113,7 +114,7 @@ def check(schema: T, raw: dict[str, Any], source: str | Path) -> T:
     except _Unknown as unknown:
         key, value, siblings = unknown.args
         where = key.rpartition(".")[0]
-        known = [*known_keys(schema), *(f"{where}.{name}" for name in siblings if where)]  # or it is in a list
+        known = [*known_keys(schema), *(f"{where}.{name}" for name in siblings if where)]  # it may be inside a list
         raise UnknownKey(unknown_key(key, value, known, siblings), key) from None
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
@@ -129,10 +130,10 @@ def check(schema: T, raw: dict[str, Any], source: str | Path) -> T:
 
 
 def expanded(key: str, text: str) -> str:
-    """The path `text` of the setting `key` with `~`, `~user` and, in front, `$NAME` replaced by the folder that they
-    name, and `$USER` anywhere by the user's name. Raises ConfigError for what names no folder.
+    """Expand `~`, `~user` and `$NAME` at the beginning of the path `text`, and `$USER` anywhere.
 
-    No other variable is read: a file may come from a stranger, and a path ends in logs.
+    `$NAME` must be an absolute path of an existing folder. No other variable is read, because the file may be
+    untrusted and paths appear in logs. key: the setting, for messages. Raises ConfigError for anything else.
     """
     front = re.match(r"\$([A-Za-z_]\w*)(?=/|$)", text)
     if front and front[1] != "USER":
@@ -159,7 +160,7 @@ def expanded(key: str, text: str) -> str:
 
 
 def save(config: Any, path: Path) -> None:
-    """All of it or nothing; a file that says so already is left alone. Raises OSError."""
+    """Write the config atomically, unless the file already has this content. Raises OSError."""
     data = to_yaml(config).encode()
     if path.is_file() and path.read_bytes() == data:
         return
@@ -172,10 +173,10 @@ def to_yaml(config: Any) -> str:
 
 
 def _parsed(text: str, where: str) -> Any:
-    """Sections as dicts, lists, quoted texts as str and others as Plain."""
+    """Parse YAML into dicts, lists, str (quoted texts) and Plain (other texts)."""
     depth = 0
-    for event in yaml.parse(text):  # before there are nodes, which take the more time the deeper they are
-        if isinstance(event, yaml.AliasEvent):  # a few would be copied to more than any memory holds
+    for event in yaml.parse(text):  # check events first: composing deep nodes takes long
+        if isinstance(event, yaml.AliasEvent):  # a few nested aliases can expand beyond any memory
             raise ConfigError(
                 f"{_line(where, event)}: aliases such as *{event.anchor} are not read: write ${{other.key}} instead"
             )
@@ -214,7 +215,7 @@ def _flat(error: Exception) -> str:
 
 
 def _override(key: str, value: str) -> str:
-    """The text of an override; what is quoted loses its quotes."""
+    """Returns the text of an override: a str without quotes if it was quoted, else a Plain."""
     if value[:1] in ("'", '"'):
         try:
             quoted = _parsed(value, key)
@@ -226,7 +227,7 @@ def _override(key: str, value: str) -> str:
 
 
 def _opened(value: Any, key: str) -> Any:
-    """An override's text as the section or the list that it is, {} if it says nothing; other values as they are."""
+    """Parse a Plain text that is a section or a list; {} if it is empty or null. Other values are returned as is."""
     if not isinstance(value, Plain):
         return value
     if value in NOTHING:
@@ -272,7 +273,7 @@ def _refuse_resolvers(node: Any, where: str) -> None:
 
 
 def _section(given: Any, schema: Any, where: str) -> dict[str, Any]:
-    """schema: a dataclass or an instance of one, whose values are the defaults."""
+    """Convert the values of a section. schema: a dataclass, or an instance of one, whose values are the defaults."""
     given = _opened(given, where)
     if not isinstance(given, dict):
         raise ConfigError(f"{where} is a section, not a value: give its settings, as in {where}.name=…")
@@ -287,7 +288,7 @@ def _section(given: Any, schema: Any, where: str) -> dict[str, Any]:
 
 
 def _typed(given: Any, hint: Any, default: Any, key: str) -> Any:
-    """The value of the type `hint` that the text `given` means. An interpolation is left to OmegaConf."""
+    """Convert the text `given` to the type `hint`. Interpolations are left to OmegaConf."""
     if isinstance(given, str) and ("${" in given or given == "???"):
         return str(given)
     origin = get_origin(hint)
@@ -365,7 +366,7 @@ def _mapping(given: Any, key: str) -> dict[str, Any]:
 
 
 def _natural(given: Any, key: str) -> Any:
-    """What is passed on to a library: the types of JSON, from texts without quotes."""
+    """Convert a value that is passed to a library: texts without quotes become the types of JSON."""
     if isinstance(given, Plain) and given not in NOTHING:
         given = _opened(given, key)
     if isinstance(given, dict):
@@ -384,7 +385,7 @@ def _natural(given: Any, key: str) -> Any:
 
 
 def _writable(node: Any) -> None:
-    """Frozen dataclasses come read-only, at every level, and must take the user's values once."""
+    """Make a config writable at every level. OmegaConf makes those of frozen dataclasses read-only."""
     OmegaConf.set_readonly(node, False)
     for key in node:
         child = node._get_node(key)

@@ -1,4 +1,4 @@
-"""What to say about a key or a config file that does not exist: the nearest one that does."""
+"""Hints for a key or a config file that does not exist: the nearest existing ones."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -10,16 +10,16 @@ from typing import Any, get_type_hints
 
 from .files import printable
 
-NEAR = 0.7  # share of letters that two names have in common, from which on one may be meant by the other
-TIE = 0.1  # candidates whose shares differ by no more are all named
+NEAR = 0.7  # smallest similarity (share of common letters) at which one name is suggested for another
+TIE = 0.1  # candidates within this similarity of the best one are all suggested
 MOST = 3  # candidates in a sentence
 LONGEST = 100  # letters compared
-SHORT = 0.8  # the share that counts for a name and its short form
-BEGINNING = 3  # letters that may stand for the name which begins with them
+SHORT = 0.8  # smallest similarity between a name and its short form
+BEGINNING = 3  # letters of a name that are enough to be its short form
 
 
 def known_keys(schema: Any, where: str = "") -> Iterator[str]:
-    """The dotted keys of `schema` (a dataclass instance), sections included."""
+    """Yield the dotted keys of `schema` (a dataclass instance), including sections."""
     for name in get_type_hints(type(schema)):
         yield f"{where}{name}"
         if is_dataclass(inner := getattr(schema, name, None)):
@@ -27,10 +27,10 @@ def known_keys(schema: Any, where: str = "") -> Iterator[str]:
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
-    """The keys of `known` that `key` may mean, at most MOST, best first; [] if none is near.
+    """Returns the keys of `known` that `key` may mean: at most MOST, the best first; [] if none is similar.
 
-    They have the same last part or a close spelling, as a whole or in the last part. Neither case nor `_` and `-`
-    count, and a part may be shortened: accum for accumulation, lr for learning_rate, or the reverse.
+    A candidate has the same last part, or a similar spelling as a whole or in its last part. Case, `_` and `-` are
+    ignored. A part may be a short form of the other (accum for accumulation, lr for learning_rate), or the reverse.
     """
     if key in known:
         return [key]
@@ -42,11 +42,11 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
 
 
 def unknown_key(key: str, value: Any, known: Sequence[str], siblings: Sequence[str]) -> str:
-    """A sentence about a key that is not in `known`. siblings: the names in its section.
+    """Returns a sentence about a key that is not in `known`. siblings: the names in its section.
 
     The key begins with `--` if it was given as an option.
     """
-    while isinstance(value, dict) and len(value) == 1:  # optimiser.lr=1: the key is more than the unknown section
+    while isinstance(value, dict) and len(value) == 1:  # optimiser.lr=1: extend the unknown section to the full key
         name, value = next(iter(value.items()))
         key = f"{key}.{name}"
     near = nearest(key.lstrip("-"), known)
@@ -65,8 +65,10 @@ def unknown_key(key: str, value: Any, known: Sequence[str], siblings: Sequence[s
 
 
 def nearest_file(path: Path) -> Path | None:
-    """The YAML file that `path`, which is no file, may mean: in the folder that it names, in the same folder or in
-    configs/."""
+    """Returns the YAML file that `path`, which is no file, may mean, or None.
+
+    It is searched in `path` as a folder, next to `path` and in configs/.
+    """
     folders = {path: "config", path.parent: path.stem, Path("configs"): path.stem}
     best, share = None, 0.0
     for folder, stem in folders.items():
@@ -79,7 +81,7 @@ def nearest_file(path: Path) -> Path | None:
 
 
 def either(names: Sequence[str]) -> str:
-    """As in "a, b or c"."""
+    """Join names as in "a, b or c"."""
     return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
@@ -92,7 +94,7 @@ def _plain(key: str) -> str:
 
 
 def _likeness(key: str, other: str) -> float:
-    """Between 0 and 1. A key without a section may be meant with or without one."""
+    """Returns the similarity of two keys, 0 to 1. A key without a section is compared with and without one."""
     whole, last = _ratio(key, other), _ratio(_last(key), _last(other))
     return (whole + last) / 2 if "." in key else max(whole, last)
 
@@ -108,6 +110,6 @@ def _shortened(name: str, other: str) -> bool:
 
 
 def _initials(name: str) -> str:
-    """lr of learning_rate; "" of one word."""
+    """Returns the initials of a name, as lr for learning_rate; "" for a single word."""
     words = [word for word in name.lower().replace("-", "_").split("_") if word]
     return "".join(word[0] for word in words) if len(words) > 1 else ""
