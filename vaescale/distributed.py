@@ -1,4 +1,4 @@
-"""Ranks and their collectives, which are no-ops on one process."""
+"""Ranks, the process group and collectives. Collectives do nothing in a single process."""
 
 import ctypes
 import json
@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
-JOIN = 60.0  # seconds that a rank waits for the others to start, at the least
-COLLECTIVE = 1800.0  # seconds that it waits in a collective, at the least: torch's default for gloo
-LONG = 12  # times hang_timeout: what the watch allows for what is not a step, see training/watch.py
+JOIN = 60.0  # seconds that a rank waits at least for the others to start
+COLLECTIVE = 1800.0  # seconds that a rank waits at least in a collective: torch's default for gloo
+LONG = 12  # times hang_timeout: the watch's limit for phases other than steps, see lifecycle/watch.py
 
 
 class Unjoined(RuntimeError):
-    """The ranks have not found one another."""
+    """Not all ranks joined the process group in time."""
 
     exit_code = 1
 
 
 class Place(NamedTuple):
-    """Where this process stands, as its launcher says."""
+    """The rank of this process, its rank on the node, and the number of ranks, as set by the launcher."""
 
     rank: int
     local_rank: int
@@ -34,17 +34,17 @@ class Place(NamedTuple):
 
 
 class Misplaced(ValueError):
-    """The environment does not say where this process stands; the text is one sentence: what, and what to do."""
+    """The environment variables for the rank are invalid. The text is one sentence: what is wrong, and what to do."""
 
     exit_code = 2
 
 
 def place() -> Place:
-    """Read from RANK/LOCAL_RANK/WORLD_SIZE (deepspeed, torchrun) or the SLURM_* variables of `srun`.
+    """Returns this process's Place from RANK/LOCAL_RANK/WORLD_SIZE (deepspeed, torchrun) or srun's SLURM_* variables.
 
-    `sbatch` sets SLURM_PROCID for the batch shell too, so a job step is told by SLURM_STEP_ID together with more than
-    one task; everything else is one process. Raises Misplaced for variables that are left over, or of an interactive
-    shell: their ranks would wait for others that nobody starts.
+    `sbatch` sets SLURM_PROCID in the batch shell, too. So a job step is recognised by SLURM_STEP_ID and more than one
+    task; otherwise there is one process. Raises Misplaced if variables are invalid, incomplete or those of an
+    interactive shell: such a rank would wait for others that nobody starts.
     """
     env = os.environ
     if "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
@@ -60,7 +60,7 @@ def place() -> Place:
 
 
 def _place(rank: str, local_rank: str, world: str, advice: str) -> Place:
-    """From the variables of these names."""
+    """Returns the Place from the variables of these names. Raises Misplaced, with `advice` in its text."""
     env = os.environ
 
     def count(name: str, least: int) -> int:
@@ -84,15 +84,16 @@ def _place(rank: str, local_rank: str, world: str, advice: str) -> Place:
 
 
 def init(patience: float = 300.0) -> torch.device:
-    """Join the process group and return this rank's device. One process needs neither address nor port.
+    """Join the process group and return this rank's device. A single process needs neither address nor port.
 
-    patience: seconds that the ranks may start apart; one that waits longer raises Unjoined. 0: that of torch.
+    patience: hang_timeout in seconds. A rank waits so long, and at least JOIN, for the others to start (0: COLLECTIVE),
+    then raises Unjoined. Collectives time out after LONG times as long, and at least COLLECTIVE. Raises Misplaced.
     """
     rank, local_rank, world = place()
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
-        local_rank %= torch.cuda.device_count()  # SLURM may show each task its own device only
+        local_rank %= torch.cuda.device_count()  # under SLURM each task may see only its own device
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -100,7 +101,7 @@ def init(patience: float = 300.0) -> torch.device:
     if dist.is_initialized():
         return device
     backend = "nccl" if cuda else "gloo"
-    # DeepSpeed reads these three again, whoever launched us.
+    # DeepSpeed reads these variables, whatever the launcher is.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world))
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -116,7 +117,7 @@ def init(patience: float = 300.0) -> torch.device:
 
 
 def _met(place: Place, wait: timedelta) -> dist.Store:
-    """The store that all ranks have reached. torch waits for all of them here, and a rank that has died never comes."""
+    """Returns the store at which all ranks meet. torch waits here for all of them. Raises Unjoined after `wait`."""
     try:
         store, _, _ = next(rendezvous("env://", timeout=wait))
     except dist.DistError as error:
@@ -143,21 +144,21 @@ def rank() -> int:
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place. Every rank receives identical copies of the result."""
+    """Sum over ranks, in place. All ranks get identical results."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_(tensor: Tensor) -> Tensor:
-    """Rank 0's values on all ranks, in place."""
+    """Copy rank 0's values to all ranks, in place."""
     if world() > 1:
         dist.broadcast(tensor, 0)
     return tensor
 
 
 def tell(value: Any) -> Any:
-    """Rank 0's value on all ranks; it travels as JSON."""
+    """Returns rank 0's value on all ranks. It is sent as JSON. Collective."""
     if world() == 1:
         return value
     text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=_device())
@@ -168,14 +169,14 @@ def tell(value: Any) -> Any:
 
 
 def each(values: Tensor) -> Tensor:
-    """fp64 [W, …]: every rank's values, on every rank's host."""
+    """Returns the values of all ranks on every rank: fp64 [W, …] on the CPU. Collective."""
     table = torch.zeros(world(), *values.shape, dtype=torch.float64, device=_device())
     table[rank()] = values
     return sum_(table).cpu()
 
 
 def where(flag: bool) -> list[int]:
-    """The ranks whose flag it is."""
+    """Returns the ranks whose flag is true. Collective."""
     return each(torch.tensor(flag)).nonzero().flatten().tolist()
 
 
@@ -185,14 +186,17 @@ def barrier() -> None:
 
 
 def _keep_memory() -> None:
-    """As CUDA's allocator does by itself: glibc gives what is large back to the system, and every step would fetch its
-    activations anew, a page at a time: 18 % of the time of the quickstart's."""
+    """Keep freed memory in the process, as CUDA's allocator does.
+
+    glibc returns large blocks to the system, so every step would page its activations in again: 18 % of a quickstart
+    step's time.
+    """
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(MMAP_THRESHOLD, 2**25)  # the highest that it takes
+    mallopt(MMAP_THRESHOLD, 2**25)  # the highest value that it accepts
     mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _device() -> torch.device:
-    """Where the backend wants its tensors."""
+    """Returns the device on which the backend needs its tensors."""
     cuda = dist.is_initialized() and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

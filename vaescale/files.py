@@ -1,5 +1,4 @@
-"""Files: JSON within bounds that others may have written or damaged, hashes, sizes in words, and text that is safe to
-print."""
+"""Files: bounded reading of untrusted JSON, atomic writes, hashes, readable sizes, and text that is safe to print."""
 
 import json
 import math
@@ -14,16 +13,16 @@ from typing import Any, NoReturn
 
 import xxhash
 
-MOST_BYTES = 1 << 24  # of one JSON file, unless the caller says otherwise
+MOST_BYTES = 1 << 24  # of one JSON file, by default
 PART = 1 << 20  # bytes read at once
 MOST_DEPTH = 32  # levels of lists and objects
-JOINERS = "\u200c\u200d"  # format characters that ordinary words and emoji need
+JOINERS = "\u200c\u200d"  # format characters that occur in ordinary words and emoji
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The content of a regular file of at most `most` bytes; a pipe or a device is neither waited for nor read.
+    """Returns the content of a regular file of at most `most` bytes. It never blocks on a pipe or a device.
 
-    Raises OSError if it cannot be read, and ValueError with a phrase that says what is wrong with it.
+    Raises OSError if the file cannot be read, and ValueError, with a phrase, if it is too large or not regular.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
     try:
@@ -40,16 +39,16 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_json(path: Path, most: int = MOST_BYTES, lenient: bool = False) -> Any:
-    """The value in a JSON file; see `parse_json`. Raises OSError and ValueError as `read_bytes` does."""
+    """Returns the value in a JSON file. Raises OSError and ValueError as `read_bytes` and `parse_json` do."""
     return parse_json(read_bytes(path, most), lenient)
 
 
 def parse_json(data: bytes, lenient: bool = False) -> Any:
-    """The value of one JSON text in UTF-8, at most MOST_DEPTH levels deep and with no key twice in an object.
+    """Returns the value of a JSON text in UTF-8, at most MOST_DEPTH levels deep and without duplicate keys.
 
-    Every number is a 64-bit integer or a finite float; every string is valid Unicode. `lenient` accepts what other
-    programs write: NaN, infinities, integers of any size, half surrogate pairs, and damaged UTF-8 (read as U+FFFD).
-    Raises ValueError with a phrase that says what is wrong, and nothing else.
+    Every number is a 64-bit integer or a finite float, and every string is valid Unicode. `lenient` also accepts what
+    other programs write: NaN, infinities, integers of any size, half surrogate pairs, and damaged UTF-8 (read as
+    U+FFFD). Raises only ValueError, with a phrase that says what is wrong.
     """
     try:
         text = data.decode("utf-8-sig", "replace" if lenient else "strict")
@@ -62,15 +61,17 @@ def parse_json(data: bytes, lenient: bool = False) -> Any:
         raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep") from None
     if _deeper(text, MOST_DEPTH):
         raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
-    # Only an escape brings a surrogate, so hardly any text needs to be walked.
+    # Only escapes can produce surrogates, so few texts need the full check.
     if not lenient and re.search(r"\\u[dD][89a-fA-F]", text) and not _encodable(value):
         raise ValueError("it holds half of a surrogate pair")
     return value
 
 
 def printable(text: object, most: int = 1000) -> str:
-    """`text` with escapes in place of what could act on a terminal or hide in a log: control characters, line ends,
-    changes of writing direction, half surrogates. At most `most` characters of it."""
+    """Returns `text`, cut to `most` characters, with escapes for those that could act on a terminal or hide in a log.
+
+    These are control characters, line ends, changes of writing direction and half surrogates.
+    """
     shown = str(text)
     if len(shown) > most:
         shown = f"{shown[:most]}…"
@@ -80,20 +81,20 @@ def printable(text: object, most: int = 1000) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Whether it is printed as it is; names of classes, samples and files must be."""
+    """Returns whether `printable` would escape nothing, as is required of the names of classes, samples and files."""
     return text.isprintable() or all(map(_harmless, text))
 
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end: whoever finds `path` finds all of it."""
+    """Yield a temporary path to write to, and rename it to `path` at the end. So `path` is never incomplete."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial
     partial.replace(path)
 
 
 def file_hash(path: Path) -> str:
-    """xxh3 of its bytes, in hexadecimal. Raises OSError."""
+    """Returns the 64-bit xxh3 of a file, in hexadecimal. Raises OSError."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -102,7 +103,7 @@ def file_hash(path: Path) -> str:
 
 
 def readable_size(count: float) -> str:
-    """Of bytes, for people: "1.50 GiB"."""
+    """Format a number of bytes, as in "1.50 GiB"."""
     for power, unit in ((3, "GiB"), (2, "MiB")):
         if count >= 1024**power:
             return f"{count / 1024**power:.{power - 1}f} {unit}"
@@ -139,7 +140,7 @@ def _constant(name: str) -> NoReturn:
 
 
 def _any_whole(digits: str) -> int | float:
-    return int(digits) if len(digits) < 400 else float(digits)  # int() needs quadratic time, and refuses 4,301 digits
+    return int(digits) if len(digits) < 400 else float(digits)  # int() takes quadratic time and refuses 4,301 digits
 
 
 STRICT: dict[str, Any] = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _constant}
@@ -148,12 +149,12 @@ LENIENT: dict[str, Any] = {"parse_int": _any_whole}
 
 
 def _deeper(text: str, depth: int) -> bool:
-    """Whether the brackets of a valid JSON text are nested deeper than this."""
+    """Returns whether the brackets of a valid JSON text are nested deeper than `depth`."""
     if text.count("[") + text.count("{") <= depth:
         return False
     if "\\" in text:
         text = re.sub(r"\\.", "", text)
-    outside = "".join(text.split('"')[::2])  # of strings
+    outside = "".join(text.split('"')[::2])  # the text outside of strings
     brackets = outside.encode().translate(None, NO_BRACKETS).decode()
     for _ in range(depth):
         brackets = brackets.replace("[]", "").replace("{}", "")

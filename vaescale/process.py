@@ -1,7 +1,7 @@
-"""A process and what surrounds it: the reader of its output, its launcher, and the signals that it gets.
+"""The environment of a process: the reader of its output, its launcher, and its signals.
 
-It imports nothing that takes time: `start` is called before the seconds of imports in which a launcher may die and a
-user may press ^C.
+Nothing slow is imported here. A command calls `start` before the seconds of its other imports, during which the
+launcher may die or the user may press ^C.
 """
 
 import ctypes
@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-INTERRUPTED_CODE, STOPPED_CODE = 130, 75  # 128 + SIGINT; EX_TEMPFAIL
-TICK = 0.5  # seconds between looks at the launcher
-PARTING = 2.0  # seconds that the last word of a process that leaves at once may take
+INTERRUPTED_CODE, STOPPED_CODE = 130, 75  # exit codes: 128 + SIGINT; EX_TEMPFAIL
+TICK = 0.5  # seconds between checks of the launcher
+PARTING = 2.0  # seconds that the last action of an exiting process may take
 SET_DEATH_SIGNAL = 1  # linux/prctl.h
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # variables that torchrun and DeepSpeed's launch.py set
 
 
 class Listener:
-    """While it is entered, a thread hears the signals and calls `hear`: even while the main thread waits in a
-    collective, where no Python handler runs. What is ignored (nohup, a job in the background) stays ignored. To be
-    entered by the main thread."""
+    """A context manager in which a thread receives the signals and calls `hear`.
+
+    This works even while the main thread waits in a collective, where no Python handler runs. Signals that are ignored
+    (nohup, a background job) stay ignored. The main thread must enter it.
+    """
 
     def __init__(
         self,
@@ -35,7 +37,10 @@ class Listener:
         handle: Callable[[int], None] = lambda number: None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """handle: called, too, by the main thread as soon as it can be; tick: by the other one, every TICK seconds."""
+        """hear: called by the thread for each signal; handle: also called, by the main thread when it next can.
+
+        tick: called by the thread every TICK seconds, and after signals.
+        """
         self._hear, self._handle, self._tick = hear, handle, tick
 
     def __enter__(self) -> "Listener":
@@ -52,7 +57,7 @@ class Listener:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._outer)
-        os.write(self._signalled, b"\0")  # closing it is no end while a forked worker holds it, too
+        os.write(self._signalled, b"\0")  # ends the thread; a close would not if a forked worker holds the pipe, too
         os.close(self._signalled)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -65,12 +70,12 @@ class Listener:
                     if number == 0:
                         os.close(self._end)
                         return
-                    if number in SIGNALS:  # others may have handlers that wake us, too
+                    if number in SIGNALS:  # handlers of other signals write to the pipe, too
                         self._hear(number)
             self._tick()
 
 
-_masks: list[set[int | signal.Signals]] = []  # of the thread that forks
+_masks: list[set[int | signal.Signals]] = []  # signal masks of the forking thread
 
 
 def _before_fork() -> None:
@@ -82,7 +87,7 @@ def _after_fork() -> None:
 
 
 def _forked() -> None:
-    """What the child hears, it would otherwise write into its parent's pipe."""
+    """Remove the child's wakeup file descriptor: otherwise it would write its signals into its parent's pipe."""
     signal.set_wakeup_fd(-1)
     _after_fork()
 
@@ -91,7 +96,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 class _Start:
-    """What ends a command at once before training begins, when nothing is lost yet, and after it has failed."""
+    """Ends a command at once on a signal: before training begins, when nothing is lost yet, and after a failure."""
 
     def __init__(self) -> None:
         self.launcher = _parent()
@@ -115,42 +120,47 @@ _begun: _Start | None = None
 
 
 def start() -> None:
-    """The first thing that a command does. From then on a signal, or the death of the launcher, ends the
-    process at once, in one sentence and without a traceback, until `started` is called."""
+    """Make a signal or the death of the launcher end the process at once, until `started` is called.
+
+    The process prints one sentence and no traceback. A command calls this before anything else.
+    """
     global _begun
     forgive_output()
     _begun = _Start()
 
 
 def started() -> None:
-    """Training begins, and has its own ways to stop."""
+    """Say that training begins, which handles signals and the launcher's death by itself."""
     if _begun:
         _begun.training = True
 
 
 def ended() -> None:
-    """Training has ended well and all is saved: only ^C still ends the process."""
+    """Say that training has ended well and everything is saved: from now on only ^C ends the process."""
     if _begun:
         _begun.ended = True
 
 
 def hand_over() -> None:
-    """The command hears signals by itself from now on."""
+    """Stop listening: from now on the command handles signals by itself."""
     if _begun:
         _begun.listener.__exit__()
 
 
-_runners: dict[int, int] = {}  # DeepSpeed's launch.py → `deepspeed`, which has begun it and should outlive it
+_runners: dict[int, int] = {}  # pid of DeepSpeed's launch.py → pid of `deepspeed`, which started it
 
 
 def launcher() -> int:
-    """The process that waits for this rank. 0 if there is none: a shell may go while its one process stays, and SLURM
-    ends what it began by itself. To be called before distributed.init, which gives one process a rank, too."""
+    """Returns the pid of the launcher that waits for this rank, or 0 if there is none.
+
+    A single process has none, because it may outlive its shell. Tasks started by srun have none, because SLURM ends
+    them itself. Call this before distributed.init, which sets RANK even for one process.
+    """
     return _begun.launcher if _begun else _parent()
 
 
 def lost(launcher: int) -> bool:
-    """Whether it has died; or `deepspeed` has, whose launch.py would go on without it."""
+    """Returns whether the launcher has died, or `deepspeed` has, without which its launch.py would go on."""
     return os.getppid() != launcher or (launcher in _runners and _parent_of(launcher) != _runners[launcher])
 
 
@@ -165,7 +175,7 @@ def _parent() -> int:
 
 
 def _parent_of(pid: int) -> int:
-    """0 if it has died."""
+    """Returns the parent's pid, or 0 if the process `pid` has died."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -173,7 +183,7 @@ def _parent_of(pid: int) -> int:
 
 
 def _words(pid: int) -> list[bytes]:
-    """Its command line; [] if it has died."""
+    """Returns the command line of the process `pid`, or [] if it has died."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -181,8 +191,11 @@ def _words(pid: int) -> list[bytes]:
 
 
 def _adopted(parent: int) -> bool:
-    """Whether the parent is nobody's launcher but whoever adopts orphans: init, or launch/run.py. The launcher has
-    died then before this process had executed a line. Told only where the environment names a known launcher."""
+    """Returns whether the parent is not a launcher but a process that adopts orphans: init or launch/run.py.
+
+    Then the launcher died before this process executed its first line. Returns False unless the environment names one
+    of LAUNCHERS.
+    """
     if not any(name in os.environ for name in LAUNCHERS):
         return False
     words = _words(parent)
@@ -195,32 +208,37 @@ def _adopted(parent: int) -> bool:
 
 
 def leave(code: int, why: str, parting: Callable[[], None] | None = None) -> None:
-    """End this process now, from any thread. parting: what is done before, if it does not take long."""
+    """Print `why` and exit at once, from any thread. parting: called before the exit, for at most PARTING seconds."""
     rank = os.environ.get("RANK")
     say(f"{f'rank {rank}: ' if rank else ''}{why}")
     if parting:
-        last = threading.Thread(target=parting, daemon=True)  # the file system may hang
+        last = threading.Thread(target=parting, daemon=True)  # in a thread, since the file system may hang
         last.start()
         last.join(PARTING)
     os._exit(code)
 
 
 def say(line: str) -> None:
-    """To stderr, whoever holds its lock and whether anybody reads it."""
+    """Write a line to stderr, without taking its lock and without failing if nobody reads it."""
     with suppress(OSError):
         os.write(2, f"{line}\n".encode())
 
 
 def die_with_parent(parent: int) -> None:
-    """This process ends by SIGKILL as soon as the thread that has forked it ends, even if it is stopped (SIGSTOP)."""
+    """Let the kernel kill this process (SIGKILL) when the thread that forked it ends, even if it is stopped (SIGSTOP).
+
+    parent: the pid of the parent. Exits at once if it has already died.
+    """
     ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it has died before
+    if os.getppid() != parent:
         os._exit(1)
 
 
 class _Forgiving(io.FileIO):
-    """What cannot be written is dropped: the reader is gone (EPIPE), the disk is full (ENOSPC), the terminal is closed
-    (EIO), or it takes nothing now (EAGAIN)."""
+    """A file that drops what cannot be written.
+
+    The reader may be gone (EPIPE), the disk full (ENOSPC), the terminal closed (EIO) or not ready (EAGAIN).
+    """
 
     def write(self, data: "memoryview | bytes") -> int:  # type: ignore[override]
         try:
@@ -231,8 +249,8 @@ class _Forgiving(io.FileIO):
 
 
 def forgive_output() -> None:
-    """No failure of stdout or stderr raises any more, at exit neither, and no character that they cannot encode."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stdout's number would be given to the next file
+    """Replace stdout and stderr so that neither a failed write, even at exit, nor an unencodable character raises."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file could get a closed stdout's number
         pass
     os.close(spare)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -240,7 +258,7 @@ def forgive_output() -> None:
         if isinstance(getattr(getattr(old, "buffer", None), "raw", None), _Forgiving):
             continue
         if old is not None and not _is_file(old, number):
-            continue  # somebody has put something else there, as test runners do
+            continue  # it was replaced, for instance by a test runner
         with suppress(OSError):
             if old is not None:
                 old.flush()

@@ -1,10 +1,10 @@
-"""What each number of a Config may be, stated beside it, and the check that every value is of its kind.
+"""Ranges of the numbers in a Config, declared with each field, and the check of types and ranges.
 
     lr: float = ranged(3e-4, above=0)
     betas: tuple[float, float] = ranged((0.9, 0.99), least=0, below=1)
 
-A Config is a frozen dataclass of numbers, texts, Literals, lists, tuples and other such dataclasses. Each number in it
-is declared with `ranged`; a test walks all of them.
+A Config is a frozen dataclass of numbers, texts, Literals, lists, tuples and other such dataclasses. Each number is
+declared with `ranged`, which a test checks.
 """
 
 import math
@@ -15,12 +15,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .files import printable
 
 KEY = "range"
-LARGEST = 2**63  # whole numbers are below it, as in a tensor
+LARGEST = 2**63  # bound of whole numbers, as in an int64 tensor
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a number, or each of a list of numbers, must be besides finite; None: no such bound."""
+    """The bounds of a finite number, or of each number in a list; None: no such bound."""
 
     least: float | None = None
     above: float | None = None
@@ -28,7 +28,7 @@ class Range:
     below: float | None = None
 
     def missed(self, value: Any) -> str:
-        """What the number should be and is not, as in "at least 1"; "" if it is in the range."""
+        """Returns the bound that `value` violates, as in "at least 1", or "" if it is in the range."""
         if self.least is not None and not value >= self.least:
             return f"at least {self.least}"
         if self.above is not None and not value > self.above:
@@ -49,7 +49,7 @@ def ranged(
     most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field that holds a number or a list of them. Give at least one bound on each side that has one."""
+    """Returns a dataclass field for a number, or a list of numbers, with these bounds. A test requires a lower one."""
     metadata = {KEY: Range(least, above, most, below)}
     if factory is not MISSING:
         return field(default_factory=factory, metadata=metadata)
@@ -57,8 +57,11 @@ def ranged(
 
 
 def require(config: Any, where: str = "") -> None:
-    """Raises ValueError, one sentence that names the key under `where`, for a value of another type, outside its
-    Literal or outside its range. NaN and infinities are outside every range."""
+    """Check every value of a config. where: the section's dotted name, a prefix of the keys in messages.
+
+    Raises ValueError, one sentence with the key, for a value of the wrong type, outside its Literal or out of range.
+    NaN and infinities are outside every range.
+    """
     hints = get_type_hints(type(config))
     for one in fields(config):
         key = f"{where}.{one.name}" if where else one.name
