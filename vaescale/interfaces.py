@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     x: Tensor  # from the Reader; pictures are uint8 [B, C, H, W]
     label: Tensor  # int64 [B]
     attributes: Tensor  # fp32 [B, A]
-    sample: Tensor  # int64 [B]: in training the number g in the endless sequence, in validation that in the index
+    sample: Tensor  # int64 [B]: the number g in the endless sequence (training) or the number in the index (validation)
 
     @property
     def condition(self) -> Condition:
@@ -64,7 +64,7 @@ Tensors = dict[str, Tensor]
 
 
 def by_level(name: str, values: Sequence[T]) -> dict[str, T]:
-    """Returns the values, given coarse to fine, by name: "name/level0" … padded so that names sort in this order."""
+    """Returns values, given coarse to fine, by the names "name/level0" …, padded so that they sort in this order."""
     width = len(str(len(values) - 1))
     return {f"{name}/level{number:0{width}}": value for number, value in enumerate(values)}
 

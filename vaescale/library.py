@@ -65,10 +65,10 @@ class Trained:
         [B, C, H, W]; C is 1, 3 or 4. If the shape is ambiguous, channels are last in an array and first in a tensor.
         Pixels are uint8, or floats in [0, 1]. Raises ValueError for anything else.
 
-        Each picture is preprocessed like a validation image: turned upright, transparency on white, cropped to the
-        largest centred square, resized to data.size (bicubic), grey if data.channels=1. Only a JPEG of several times
-        that size may differ by a few grey levels, because the data pipeline decodes it at a reduced size. The path of
-        the JPEG gives the same pixels as the pipeline.
+        Each picture is preprocessed like a validation image: turned upright, composited onto white if transparent,
+        cropped to the largest centred square, resized to data.size (bicubic), grey if data.channels=1. Only a JPEG of
+        several times that size, given as a PIL image, may differ by a few grey levels, because the data pipeline
+        decodes it at a reduced size. Its path gives the pipeline's pixels.
         """
         images = list(self._squares(pictures))
         if not images:

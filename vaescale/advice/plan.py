@@ -29,7 +29,7 @@ from ..files import readable_size
 from ..settings import Config, build, micro_batch
 
 IMAGE = 110_000  # mean bytes of an ImageNet image
-DECODE = 2.2e-3  # seconds of one core to decode an image and crop it to 128 px: README, Speed
+DECODE = 2.2e-3  # seconds of one core to decode an image and crop it to 128 px: vaescale/data/README.md, Speed
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Unreadable(CheckpointError):
 
 class Found(NamedTuple):
     path: Path | None  # a valid checkpoint; None if there are no checkpoints at all
-    remarks: list[str]  # what is wrong with `latest` or with preferred checkpoints, one line each
+    remarks: list[str]  # one line for `latest` and for each checkpoint that was tried first, if damaged
 
 
 def save(

@@ -49,7 +49,7 @@ def flat(config: Any, where: str = "") -> Values:
 
 
 def changes(before: Values | None, config: Config) -> Changes:
-    """Returns the settings that differ, except `run`; after a change of model.kind, only that."""
+    """Returns the settings that differ, except `run`; only model.kind, if it differs."""
     now = flat(config)
     if before is None:
         return {}

@@ -35,16 +35,16 @@ class ClosedForm:
 
     @staticmethod
     def memory(model: PCA, config: Config, world: int) -> dict[str, float]:
-        """Returns bytes at the peak, which is during `solve`: the moments, their sum over ranks, the covariance, and
-        the eigensolver's workspace (3.6 times the moments, measured)."""
+        """Returns the estimated bytes while `solve` runs: the moments, their sum over ranks, the covariance, and the
+        workspace of the eigensolver, which alone takes 3.6 times the moments (measured)."""
         del config, world
         moments = moment_bytes(model)
         return {"moments": moments, "solution": 4 * moments, "buffers": sum(b.nbytes for b in model.buffers())}
 
     @torch.no_grad()
     def step(self, batches: Iterable[Batch], step: int) -> Tensors:
-        """Returns the loss of the solution that does not include these images yet: the mean squared error of pixels in
-        [0, 1]."""
+        """Add the images to the moments. The loss is that of the last solution, which does not include them yet: the
+        mean squared error of pixels in [0, 1]."""
         total: Tensors = {}
         for count, batch in enumerate(batches, start=1):
             output = self.model(batch, step)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..lifecycle.state import GUARD
 
-# Steps in the running statistics. A step can be a spike only after as many: in the first hundred, the usual length of
-# the warm-up, norms change anyway.
+# Steps in the running statistics. Only after this many can a step be a spike: norms change by themselves in the first
+# hundred steps, the usual length of the warm-up.
 MEMORY = 100
 DEVIATIONS = 6  # beyond chance; a loss that is always noisy has a larger deviation, hence a higher limit
 MOST = 0.25  # largest share of skipped steps, averaged over MEMORY steps

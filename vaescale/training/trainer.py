@@ -69,7 +69,7 @@ class Trainer:
         self.learner = LEARNERS[MODELS[config.model.kind].learner](self.model, config, samples)
         self.position = resume.resume(config, self.learner, self.slices)
         self.order = resume.order(config, self.slices)
-        if self.position.owed:  # unless an earlier process has caught up on it
+        if self.position.owed:  # unless an earlier process has done it since the checkpoint
             self.position.owed = not distributed.tell(validated(self.run, self.position.step))
         steps = self.learner.planned(config, lambda: samples, self.position.step, self.position.images)
         config = self.config = replace(config, steps=steps)
