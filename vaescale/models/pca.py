@@ -6,7 +6,7 @@ Tipping, Bishop 1999, "Probabilistic principal component analysis".
 With `patch: p` each image is a grid of p × p pixel patches, which are all samples of one PCA: [B, m, H/p, W/p].
 
 There is no gradient descent: the learner sums moments and `solve` computes the eigenvectors. With D = C·H·W (or C·p·p)
-this takes 2·D² operations per row, about 9·D³ for the solution, and about five matrices of 8·D² bytes on each rank.
+this takes 2·D² operations per row, about 9·D³ for the solution, and about seven matrices of 8·D² bytes on each rank.
 """
 
 import math
