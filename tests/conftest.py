@@ -1,4 +1,4 @@
-"""What several tests share: marks by folder, a tiny data set of real JPEGs, and launched processes that end."""
+"""Shared by several tests: marks by folder, a tiny data set of real JPEGs, and processes that end with the test."""
 
 import io
 import os
@@ -26,8 +26,8 @@ KINDS = {
     "cluster": "cluster",
 }
 
-# A shell starts what runs in the background with ^C ignored, nohup with SIGHUP ignored, and all processes that the
-# tests start would inherit that.
+# A shell starts background jobs with ^C ignored, and nohup ignores SIGHUP. All processes that the tests start would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def jpeg(seed: int, width: int = 40, height: int = 36) -> bytes:
-    """A smooth random picture: what JPEG is made for."""
+    """A smooth random picture, which JPEG compresses well."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
@@ -52,7 +52,7 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data.root with 90 training pictures in 5 shards and 11 for validation."""
+    """A data.root with 90 training pictures in 5 shards, and 11 validation pictures."""
     root = tmp_path_factory.mktemp("pictures")
     write(root / "train", samples(90), 20, [])
     write(root / "val", samples(11, seed=1), 4, [])
@@ -61,7 +61,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[None]:
-    """One for all tests of this process: DeepSpeed keeps what it derived from the first one."""
+    """One process group for all tests of this process, because DeepSpeed caches values derived from the first one."""
     distributed.init()
     yield
     distributed.finish()
@@ -78,7 +78,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """start(command, **environment) → a process in a session of its own; whatever is left of it ends with the test."""
+    """start(command, **environment) → a process in its own session, which is killed when the test ends."""
     begun: list[subprocess.Popen[str]] = []
 
     def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -110,7 +110,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, s
 
 
 def ranks(start: Start, count: int, arguments: list[str], slurm: bool = False) -> list[subprocess.Popen[str]]:
-    """`count` ranks of a script in the environment that a launcher (or `srun`) gives them: the quickest real launch."""
+    """Start `count` ranks of a script with the environment of a launcher (or `srun`): the fastest real launch."""
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS") if slurm else ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     step = {"SLURM_STEP_ID": "0"} if slurm else {}

@@ -1,4 +1,4 @@
-"""The cases that are trained on forked ranks, once for all tests here."""
+"""The cases that are trained on forked ranks, once for all tests of this folder."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT
 
 TINY = ROOT / "tests" / "integration" / "tiny.yaml"
-STEPS, BATCH, SEED = 12, 12, 0  # those of tiny.yaml
+STEPS, BATCH, SEED = 12, 12, 0  # as in tiny.yaml
 
 
 class Case(NamedTuple):
@@ -57,12 +57,12 @@ def overrides(case: Case, run: Path, pictures: Path) -> list[str]:
 
 
 def written(values: Mapping[str, object]) -> list[str]:
-    """As overrides are."""
+    """Settings as command-line overrides."""
     return [f"{key}={value}" for key, value in values.items()]
 
 
 def train(folder: Path, cases: list[Case], pictures: Path) -> None:
-    """Train the cases one after another; what each leaves lies in folder/NAME, its run in folder/NAME/run."""
+    """Train the cases one after another. Their results are in folder/NAME, their runs in folder/NAME/run."""
     forked(
         folder,
         [
@@ -73,12 +73,13 @@ def train(folder: Path, cases: list[Case], pictures: Path) -> None:
 
 
 def training(out: Path, config: Path, given: Sequence[str], world: int = 1) -> dict[str, Any]:
-    """The job of one training."""
+    """A job for `forked` that trains once."""
     return {"task": "train", "world": world, "out": str(out), "config": str(config), "overrides": list(given)}
 
 
 def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500, within: Sequence[str] = ()) -> None:
-    """Do the jobs of forked.py one after another, within so many seconds; or as what the command `within` runs."""
+    """Run the jobs with forked.py one after another, in at most `timeout` seconds. `within` is a command that forked.py
+    is run under."""
     for job in jobs:
         Path(job["out"]).mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -95,7 +96,7 @@ def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500, withi
         output, _ = process.communicate(timeout=timeout)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # whatever rank is left
+            os.killpg(process.pid, signal.SIGKILL)  # remaining ranks
     assert process.returncode == 0, output
 
 

@@ -1,10 +1,10 @@
-"""forked.py JOBS.json: import everything once, then do each job on freshly forked ranks, one job after another.
+"""forked.py JOBS.json: import everything once, then run each job on freshly forked ranks, one job after another.
 
-A job: {"task": one of TASKS, "world": W, "out": folder, …}, and "code" where its ranks do not end with 0, a list of
-each one's, or None where any will do; codes.json in `out` has them. What else a task reads and what each rank leaves in
-`out`, it says. "events" come from outside: [seconds after the start, what, to whom], see `happen`. Once a rank has
-failed, the others have "patience" seconds to end, if it is given, as launchers do. The cheapest test on real ranks: one
-import of torch and DeepSpeed serves all.
+This is the cheapest test on real ranks, because torch and DeepSpeed are imported only once. A job is {"task": one of
+TASKS, "world": W, "out": folder, …}. "code" is the expected exit code, if not 0: one for all ranks, a list with one per
+rank, or None for any. codes.json in `out` has the actual ones. The docstring of a task says which other keys it reads
+and what each rank writes to `out`. "events" are faults from outside: [seconds after the start, what, to whom], see
+`happen`. With "patience", once a rank has failed, the others are killed after that many seconds, as launchers do.
 """
 
 import gc
@@ -33,12 +33,12 @@ from vaescale.interfaces import Batch
 from vaescale.training.guard import MEMORY
 from vaescale.training.trainer import Trainer
 
-# Not every CPU has fast fp16, and DeepSpeed refuses it there; slow is good enough for a test.
+# DeepSpeed refuses fp16 on CPUs without fast fp16; slow is good enough for a test.
 get_accelerator().is_fp16_supported = lambda: True
 
 
 def main() -> int:
-    gc.freeze()  # what all ranks share is neither traversed nor copied
+    gc.freeze()  # shared objects are then neither traversed nor copied
     for job in json.loads(Path(sys.argv[1]).read_text()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -59,8 +59,9 @@ def main() -> int:
 
 
 def happen(job: dict[str, Any], children: list[int], over: threading.Event) -> None:
-    """What: a signal, to whom: a rank, "all", or a "worker" of rank 0's loader; or what: "touch", a file. The seconds
-    count from the fork, or if "training" is true from the first step that rank 0 of a `launch` reports."""
+    """Apply the events of a job. An event sends a signal to a rank, to "all" or to a "worker" of rank 0's loader, or
+    does "touch" on a file. The seconds count from the fork or, if "training" is true, from the first step that rank 0
+    of a `launch` reports."""
     output = Path(job["out"]) / "output-0.txt"
     while job.get("training") and not (output.exists() and b"\nstep " in output.read_bytes()):
         if over.wait(0.01):
@@ -84,7 +85,7 @@ def targets(children: list[int], whom: int | str) -> list[int]:
 
 
 def ended(children: list[int], patience: float | None) -> list[int]:
-    """Their exit codes."""
+    """Wait for all children and return their exit codes."""
     codes: dict[int, int] = {}
     launcher: threading.Timer | None = None
     while len(codes) < len(children):
@@ -111,7 +112,7 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
         return child
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["world"], "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in world.items()}})
-    # Ranks that stay on their core wake one another sooner: four on two cores take half the time.
+    # Ranks pinned to a core wake one another sooner: four on two cores take half the time.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     try:
@@ -127,12 +128,16 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
 
 
 def train(job: dict[str, Any]) -> None:
-    """Reads "config", "overrides" [key=value …]; where codes are to be lost after the first step, "stranded" [from,
-    to]; "broken" [[fault, rank, steps, micro-batches] …], see probe.broken; "faults", see inject.py; "omitted", the
-    steps that the learner is not told of; and "settled", the step from which on the guard takes itself to have seen
-    enough. Leaves what it had before its first step, taken-NAME.safetensors, the model's tensors, rank-R.safetensors,
-    the sample numbers that the rank saw, in order, rank-R.json, and all that it said or, being silent, would have said,
-    rank-R.txt."""
+    """Train a run in this process.
+
+    Reads "config"; "overrides" [key=value …]; "stranded" [from, to], codes to be lost after the first step; "broken"
+    [[fault, rank, steps, micro-batches] …], see probe.broken; "faults", see inject.py; "omitted", steps that the
+    learner does not run; "settled", the step at which the guard is made to believe that it has seen enough steps.
+
+    Writes taken-NAME.safetensors, the learner's tensors before the first step; rank-R.safetensors, the model's tensors;
+    rank-R.json, the numbers of the samples that the rank saw, in order; and rank-R.txt, its log lines, including those
+    that silent ranks do not print.
+    """
     out = Path(job["out"])
     inject.arm(job)
     trainer = Trainer(settings.load(job["config"], job["overrides"]))
@@ -152,7 +157,7 @@ def train(job: dict[str, Any]) -> None:
         held = list(batches)
         seen.extend(int(g) for batch in held for g in batch.sample)
         if number in job.get("omitted", []):
-            # The averages rest; their copies of the buffers follow what a report has cleared.
+            # The averages do not change; only their copies of the buffers follow what a report has cleared.
             trainer.learner.ema.update(trainer.model, number, metrics["skipped"].new_ones(()))
             return {**metrics, "skipped": metrics["skipped"].new_ones(())}
         if number == job.get("settled"):

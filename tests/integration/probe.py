@@ -1,8 +1,8 @@
-"""A model that is nothing but quantisers and a decoder, trained by the real learner and engine.
+"""A model of only quantisers and a decoder, trained by the real learner and engine.
 
-Its rows are made from the bytes of the batch, one by one and in fp32: no encoder rounds them otherwise on another
-number of ranks. So codebooks can be compared with those of one process to the last bits, while DeepSpeed wraps, casts
-and shards the decoder beside them.
+Its rows are computed from the bytes of the batch, elementwise and in fp32, because an encoder would round differently
+on another number of ranks. So codebooks can be compared with those of one process to the last bits, while DeepSpeed
+wraps, casts and shards the decoder next to them.
 """
 
 import json
@@ -25,9 +25,9 @@ from vaescale.nn.quantize import Config, VectorQuantizer, build
 from vaescale.nn.quantizer import Grouped
 from vaescale.training.descent import Descent, learning_rate
 
-STEPS, IMAGES, ROWS, DIM = 200, 16, 4, 6  # steps, images a step, rows an image, channels a row
-SEED = 18000  # of the images: with it no row is as near to two codes as rounding reaches, see test_codebooks.py
-# Cube roots, so that no two codes that are rows are equally far from a third row.
+STEPS, IMAGES, ROWS, DIM = 200, 16, 4, 6  # steps, images per step, rows per image, channels per row
+SEED = 18000  # of the images; no row is equally near to two codes within rounding, see test_codebooks.py
+# Cube roots, so that no two codes that are rows have the same distance to a third row.
 SCALE = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0]) ** (1 / 3) / 255
 KINDS = {
     "vq": {
@@ -57,7 +57,7 @@ class Case(NamedTuple):
 CASES = [Case(*given) for given in product(("fp32", "bf16", "fp16"), (0, 1, 2), (1, 4))]
 OTHERS = Case("bf16", 1, 2, "others")
 RESETS = [Case(*given) for given in product(("bf16", "fp16"), (0, 1, 2))]
-RESET, LATER, STRANDED = 10, 16, slice(10, 40)  # the step of the reset; steps when all is done; the codes that are lost
+RESET, LATER, STRANDED = 10, 16, slice(10, 40)  # step of the reset; number of steps at the end; codes that are lost
 
 
 class Probe(Model):
@@ -91,7 +91,7 @@ def rows(x: Tensor) -> Tensor:
 
 @cache
 def images(step: int) -> Tensor:
-    """The global batch of a step, uint8 [16, 3, 4, 2]. It drifts, so that codes die and are replaced all along."""
+    """The global batch of a step, uint8 [16, 3, 4, 2]. It drifts, so that codes die and are replaced throughout."""
     generator = torch.Generator().manual_seed(SEED + step)
     centre = 128 + 40 * torch.sin(torch.arange(DIM) + step / 30)
     x = centre + 24 * torch.randn(IMAGES, ROWS, DIM, generator=generator)
@@ -126,7 +126,7 @@ class Run:
 
 
 def alone(kinds: str, first: int = 0, until: int = STEPS, quantizer: Grouped | None = None) -> Grouped:
-    """The same quantisers on the joined batches, in one process, without learner, engine or DeepSpeed."""
+    """Train the same quantisers on the joined batches in one process, without learner, engine or DeepSpeed."""
     quantizer = quantizer or Probe(kinds).quantizer
     for step in range(first, until):
         quantizer(rows(images(step)).repeat(1, len(quantizer.parts)))
@@ -135,7 +135,7 @@ def alone(kinds: str, first: int = 0, until: int = STEPS, quantizer: Grouped | N
 
 
 def every_case(job: dict[str, Any]) -> None:
-    """All engines one after another, in one process group."""
+    """Train all cases one after another, in one process group."""
     for case in [*CASES, OTHERS]:
         run = Run(case)
         run.train(0, STEPS)
@@ -143,7 +143,8 @@ def every_case(job: dict[str, Any]) -> None:
 
 
 def every_reset(job: dict[str, Any]) -> None:
-    """Codes are stranded, a reset brings them back, training goes on; and so does another life, from a checkpoint."""
+    """Strand codes, let a reset replace them, and train on. Then train the last steps again, resumed from a checkpoint
+    that was saved after the reset."""
     out = Path(job["out"])
     for case in RESETS:
         run = Run(case)
@@ -167,7 +168,7 @@ def every_reset(job: dict[str, Any]) -> None:
 
 
 def strand(quantizer: nn.Module, codes: slice) -> None:
-    """Put codes far from all rows, as if they had learned there for long."""
+    """Move codes far from all rows, as if they had been trained there for long."""
     for part in quantizer.modules():
         if not isinstance(part, VectorQuantizer):
             continue
@@ -183,7 +184,8 @@ def strand(quantizer: nn.Module, codes: slice) -> None:
 def broken(
     model: Model, fault: str, steps: Container[int], micros: Container[int] = range(99)
 ) -> Callable[[Batch, int], Output]:
-    """Its forward pass, but in these steps and micro-batches an image is NaN, or the loss a thousand times as large."""
+    """Wrap the model's forward pass so that in these steps and micro-batches an image is NaN ("nan") or the loss is a
+    thousand times as large ("spike")."""
     whole, current, micro = model.forward, -1, 0
 
     def forward(batch: Batch, step: int) -> Output:
@@ -202,7 +204,7 @@ def broken(
 
 
 class Collectives(TorchDispatchMode):
-    """What travels between ranks: [name, entries] of each call."""
+    """Records collectives: [name, entries] of each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +217,8 @@ class Collectives(TorchDispatchMode):
 
 
 def collectives(job: dict[str, Any]) -> None:
-    """Leaves what rank 0 sent in the quantisers' update of a step with a reset and of one without; and in all of it."""
+    """Write the collectives of rank 0 in a step with a reset and one without: those of the quantisers' update, and all
+    of them."""
     run = Run(OTHERS)
     run.train(0, RESET)
     update, seen = run.model.update, []

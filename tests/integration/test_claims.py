@@ -1,5 +1,5 @@
-"""What is said of the families on the demo digits, measured on models that the trainer trained: narrower ones than
-those of configs/, and for fewer steps. `pytest -s` prints the numbers."""
+"""Claims about the model families on the demo digits, measured on trained models that are narrower than those of
+configs/ and trained for fewer steps. `pytest -s` prints the numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +55,7 @@ def families(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture(scope="module")
 def real(digits: Path) -> tuple[Batch, Batch]:
-    """(all training digits, all held-out digits), as the models see them."""
+    """(all training digits, all held-out digits), as input of the models."""
     slices = stream.ValidationSlices(stream.Config(root=str(digits), size=16, channels=1, workers=0))
     held_out = slices[range(len(slices.samples.index))].batch
     slices.samples = stream.Samples(digits / "train")
@@ -64,7 +64,7 @@ def real(digits: Path) -> tuple[Batch, Batch]:
 
 @pytest.fixture(scope="module")
 def frechet(real: tuple[Batch, Batch]) -> Callable[[Pixels], float]:
-    """Fréchet distance to the held-out digits in the space of the training digits' 32 leading components."""
+    """Fréchet distance to the held-out digits in the space of the 32 leading components of the training digits."""
     training, held_out = map(pixels, real)
     components = PCA(32).fit(training)
 
@@ -128,7 +128,7 @@ def test_the_middle_between_two_digits_is_nearer_to_digits_than_their_mean(
         (z,) = vae.encode(x)
     between = nearest(decoded(vae, (z[one] + z[two]) / 2))
     means = nearest((pixels(x.x[one]) + pixels(x.x[two])) / 2)
-    smooth = decoded(vae, z)  # so that no difference is owed to a decoder's blur
+    smooth = decoded(vae, z)  # so that the decoder's blur explains no difference
     smooth_means = nearest((smooth[one] + smooth[two]) / 2)
     print(
         f"\ndistance to the nearest training digit: between two of different class in the latents {between:.2f}, their "

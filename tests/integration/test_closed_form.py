@@ -26,7 +26,7 @@ def command(run: Path, pictures: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def rows(pictures: Path) -> torch.Tensor:
-    """fp64 [90, 768]: the training images as they are validated."""
+    """The training images without augmentation, fp64 [90, 768] in [0, 1]."""
     config = stream.Config(str(pictures), 16, augment=False, workers=0)
     x = stream.TrainSlices(config, seed=0)[range(90)].batch.x
     return x.flatten(1).double() / 255
@@ -41,8 +41,8 @@ def learned(run: Path, step: int = 8, patch: int = 0) -> PCA:
 def test_every_launcher_learns_scikit_learns_components(
     pictures: Path, rows: torch.Tensor, tmp_path: Path, start: Start
 ) -> None:
-    """90 images in eight batches of 12: six of the last one are the next epoch's. To the same bits on one rank and on
-    two, and on one that goes on where two stopped, with another batch size."""
+    """90 images are eight batches of 12, of which the last has six images of the next epoch. The result is
+    bit-identical on one rank, on two, and on one that resumes a run of two with another batch size."""
     port = ["--master_port", str(free_port())]
     runs = {"python": tmp_path / "python", "deepspeed": tmp_path / "deepspeed"}
     for process in (

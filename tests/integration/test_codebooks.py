@@ -1,4 +1,4 @@
-"""What must hold of codebooks on real ranks under real DeepSpeed, to the last bits: see probe.py."""
+"""Codebooks on real ranks under real DeepSpeed are correct to the last bits: see probe.py."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.integration.conftest import TINY, Case, forked, overrides
 from tests.integration.probe import CASES, LATER, OTHERS, RESET, RESETS, STRANDED
 from vaescale.nn.quantize import VectorQuantizer
 
-# 18 engines of 200 steps one after another: two or three minutes on two idle cores, far more on busy ones.
+# 19 engines of 200 steps one after another: two or three minutes on two idle cores, far more on busy ones.
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -22,7 +22,7 @@ class Alone(NamedTuple):
     """One process on the joined batches, without DeepSpeed."""
 
     state: dict[str, Tensor]
-    margin: float  # the least, over all rows, by which the nearest code is nearer than the second
+    margin: float  # minimum over all rows of the relative gap between the two smallest squared distances to codes
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -39,7 +39,7 @@ def cases(world: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """World size → what was left there; and of two ranks collectives.json."""
+    """World size → the folder of its results; that of two ranks has a collectives.json."""
     folder = tmp_path_factory.mktemp("resets")
     jobs = [{"task": "resets", "world": world, "out": str(folder / str(world))} for world in (1, 2, 4)]
     forked(folder, [*jobs, {**jobs[1], "task": "collectives"}])
@@ -67,14 +67,15 @@ def one_process(kinds: str) -> Alone:
 
 
 def state(folder: Path, name: str, rank: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-    """(the quantisers' state, the decoder's weight)."""
+    """(state of the quantisers, weight of the decoder)."""
     tensors = load_file(folder / f"{name}-rank-{rank}.safetensors")
     decoder = tensors.pop("decoder.weight")
     return {key.removeprefix("quantizer."): value for key, value in tensors.items()}, decoder
 
 
 def assert_same_up_to_sums(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To 1e-5 of each tensor's largest entry, since sums are rounded in another order; integers are equal."""
+    """Floats agree to 1e-5 of each tensor's largest entry, because sums are rounded in another order. Integers are
+    equal."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         bound = 1e-5 * float(value.abs().max()) if value.is_floating_point() else 0
@@ -85,18 +86,18 @@ def assert_same_up_to_sums(found: dict[str, Tensor], expected: dict[str, Tensor]
 
 @pytest.mark.parametrize("kinds", probe.KINDS)
 def test_no_row_lies_between_two_codes(alone: dict[str, Alone], kinds: str) -> None:
-    """What makes the next test exact: one row that fell to another code would move it by a thousandth. The squared
-    distances of a row to its nearest two codes differ by far more than the rounding of either, which is a few 2⁻²⁴ of
-    ‖z‖² + ‖e‖². Should it fail after a change of the quantisers, take another probe.SEED."""
+    """This makes the next test exact, where a single row assigned to another code would move it by a thousandth. The
+    squared distances of a row to its nearest two codes differ by far more than their rounding errors, which are a few
+    2⁻²⁴ of ‖z‖² + ‖e‖². If this fails after a change of the quantisers, take another probe.SEED."""
     assert alone[kinds].margin > 1e-6
 
 
 @pytest.mark.parametrize("case", [*CASES, OTHERS], ids=lambda case: case.name)
 def test_codebooks_are_those_of_one_process(cases: Path, alone: dict[str, Alone], world: int, case: probe.Case) -> None:
-    """After 200 steps: fp32, finite, the same bits on all ranks, and the same codebook, sums, counts, ages, resets and
-    moments as one process has that saw the joined batches and no DeepSpeed."""
+    """After 200 steps the state is fp32, finite and bit-identical on all ranks, with the same codebook, sums, counts,
+    ages, resets and moments as in one process on the joined batches without DeepSpeed."""
     found, decoder = state(cases, case.name)
-    # The decoder beside them was cast and did learn.
+    # The decoder next to them was cast and has learned.
     assert decoder.dtype == (torch.float16 if case.precision == "fp16" and case.zero else torch.float32)
     assert not torch.equal(decoder.float(), probe.Probe(case.kinds).decoder.weight)
     for name, value in found.items():
@@ -117,10 +118,10 @@ def test_neither_precision_nor_stage_nor_accumulation_moves_a_bit(cases: Path, c
 
 
 def test_one_all_reduce_a_step_sums_all_statistics(resets: dict[int, Path]) -> None:
-    """Of seven codebooks: counts, sums and, on a reset step, candidates; DeepSpeed's own traffic is not among it."""
+    """Counts, sums and, in a reset step, candidates of seven codebooks, without DeepSpeed's own collectives."""
     seen = json.loads((resets[2] / "collectives.json").read_text())
     codebooks = [(40, 6), (20, 3), (20, 3), (20, 6), (20, 6)]  # K, D of those that learn
-    counted = 2 * 60  # fsq's
+    counted = 2 * 60  # counts of fsq
     entries = counted + sum(k * d + k for k, d in codebooks)
     with_reset = entries + sum(k * d for k, d in codebooks)
     assert seen["updates"] == [[["allreduce_.default", with_reset]], [["allreduce_.default", entries]]]
@@ -146,8 +147,8 @@ def test_resets_choose_the_same_rows_on_any_number_of_ranks(
 @pytest.mark.parametrize("case", RESETS, ids=lambda case: case.name)
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_no_copy_of_a_codebook_undoes_a_reset(resets: dict[int, Path], count: int, case: probe.Case) -> None:
-    """Neither a master copy nor a moment nor a checkpoint: what follows a reset is what follows in one process without
-    DeepSpeed, and the same bits in another life of the run."""
+    """No master copy, moment or checkpoint undoes it: training after a reset equals training in one process without
+    DeepSpeed, and a resumed run is bit-identical."""
     reset, _ = state(resets[count], f"{case.name}-reset")
     for name in ("mean", "square", "steps"):
         assert not reset[f"parts.1.learner.{name}"][STRANDED].any()
@@ -171,8 +172,8 @@ def test_no_copy_of_a_codebook_undoes_a_reset(resets: dict[int, Path], count: in
 def test_a_run_comes_back_from_ninety_percent_dead_codes(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A real run of which 36 of 40 codes are lost after its first step: within 200 steps more than 95 % are used in a
-    window of 20 steps. Without resets less than 20 % ever are."""
+    """A real run loses 36 of its 40 codes after the first step. Within 200 steps more than 95 % are used in a window of
+    20 steps. Without resets less than 20 % are used in any window."""
     changes = ["steps=200", "every.report=20", "every.validate=200", "every.checkpoint=200"]
     changes += ["model.quantizer.codes=40", "model.quantizer.dead_after=20"]
     jobs = {}

@@ -63,7 +63,7 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_loss_curve_at_every_stage_and_world_size(trained: Path, case: Case) -> None:
-    """fp16's first steps only find the loss scale: there only the end is compared."""
+    """The first steps of fp16 only find the loss scale, so that its test only requires a falling loss."""
     curve, alone = (losses(trained / one.name / "run") for one in (case, Case(case.model)))
     if case.precision == "fp16":
         assert curve[-1] < curve[0] - 0.02
@@ -90,7 +90,7 @@ def test_killed_in_mid_run(trained: Path, pictures: Path, tmp_path: Path, start:
 
 @pytest.mark.parametrize("model", LEVELS)
 def test_what_there_is_to_see(trained: Path, start: Start, model: str) -> None:
-    """Per-level rates that sum to the rate, grids in TensorBoard; evaluation and samples by the usual commands."""
+    """The per-level rates sum to the rate, TensorBoard has the pictures, and the usual commands evaluate and sample."""
     run, levels = trained / Case(model).name / "run", range(LEVELS[model])
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     pictures = {"Val/Reconstructions", "Val/Samples", "Val/progressive", "Val/rates"}

@@ -1,4 +1,4 @@
-"""The commands that a user types, as processes."""
+"""The commands that a user types, run as processes."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_missing_data_are_one_sentence_that_tells_how(tmp_path: Path, start: Sta
     assert f"error: there are no shards in {tmp_path}/train: `python launch/shards.py prepare PICTURES" in output
     assert "Traceback" not in output
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {".lock", "run_status.json"}  # the latter for run.py and schedulers
+    assert left == {".lock", "run_status.json"}  # the status is for run.py and schedulers
 
 
 def test_a_dry_run_trains_nothing(tmp_path: Path, start: Start) -> None:
@@ -65,7 +65,7 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, start: Start) -> None:
 
 
 def test_too_many_damaged_samples_stop_all_ranks(pictures: Path, tmp_path: Path, start: Start) -> None:
-    """And the damaged ones are named."""
+    """The damaged samples are named."""
     whole = samples(40)
     write(
         tmp_path / "train",
@@ -103,7 +103,7 @@ def test_a_shard_that_vanishes_is_named_by_its_worker(pictures: Path, tmp_path: 
 def test_training_from_a_url_is_training_from_a_folder(
     trained: Path, pictures: Path, tmp_path: Path, start: Start
 ) -> None:
-    """Two ranks with a worker each share one cache behind a server that fails every fifth request."""
+    """Two ranks with one worker each share a cache, and the server fails every fifth request."""
     with serve(pictures, Faults(fail=5)) as url:
         for split, count in (("train", 5), ("val", 3)):
             pattern = f"{{000000..{count - 1:06d}}}.tar"
@@ -125,14 +125,14 @@ def test_training_from_a_url_is_training_from_a_folder(
 def test_kinds_of_quantizer_train_alike_on_one_and_two_ranks(
     pictures: Path, tmp_path: Path, start: Start, quantizer: list[str]
 ) -> None:
-    """Linear maps under ZeRO 1, several codebooks; the table of the evaluation names each of them."""
+    """Linear maps under ZeRO 1, and several codebooks, each of which the evaluation names."""
     for world in (1, 2):
         given = [f"model.quantizer.{override}" for override in quantizer]
         command = [*TRAIN, *overrides(Case(world, zero=world - 1), tmp_path / str(world), pictures), *given, "steps=6"]
         for process in ranks(start, world, command):
             code, output = finish(process)
             assert code == 0, output
-    # After a few steps a latent between two codes may fall to the other one when sums are rounded otherwise.
+    # After a few steps a latent between two codes may get the other one, because sums are rounded differently.
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-3)
     code, output = finish(start([sys.executable, "launch/evaluate.py", "--run", str(tmp_path / "2")]))
     assert code == 0, output
@@ -171,7 +171,7 @@ def test_several_runs_are_evaluated_into_one_table(trained: Path, tmp_path: Path
     assert len(rows) == 2
     for run, row in zip(runs, rows, strict=True):
         result = json.loads((run / "evaluation.json").read_text())
-        assert f"| 4 × 4, K = 24 | {result['mse']:.6f} |" in row  # no column of bits, which neither has
+        assert f"| 4 × 4, K = 24 | {result['mse']:.6f} |" in row  # no column of bits, because neither run has any
         assert f"{result['psnr']:.2f}" in row
     assert "do not compare" not in output
 

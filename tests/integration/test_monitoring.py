@@ -1,4 +1,4 @@
-"""What real runs report of their codebooks."""
+"""Codebook reports of real runs."""
 
 import json
 import shutil
@@ -10,13 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import Start, finish, ranks
 from tests.integration.conftest import Case
 
-# A codebook that cannot but collapse: eight codes for each row of the first batch, and no resets.
+# A codebook that must collapse: eight codes for each row of the first batch, and no resets.
 OVERRIDES = "model.quantizer.codes=1500 model.quantizer.reset_every=0 every.report=10 every.validate=1000"
 
 
 @pytest.mark.parametrize("case", [Case(2), Case(2, zero=1), Case(4, accumulation=3)], ids=str)
 def test_numbers_are_those_of_all_ranks(trained: Path, case: Case) -> None:
-    """Of the first steps, before the encoder magnifies the rounding of sums in another order: as one process has."""
+    """The numbers equal those of one process in the first steps, before the encoder amplifies rounding differences."""
     found, alone = codebook_lines(trained / case.name / "run"), codebook_lines(trained / Case(1).name / "run")
     assert len(alone) == 3
     for line, expected in zip(found, alone, strict=True):
@@ -38,7 +38,7 @@ def test_a_collapse_is_in_the_log_once_whatever_happens(pictures: Path, tmp_path
         code, output = finish(process)
         assert code == 0, output
         outputs.append(output)
-        # As if the first life had been killed right after the checkpoint of step 215.
+        # As if the first attempt had been killed right after the checkpoint of step 215.
         shutil.rmtree(tmp_path / "checkpoints" / "step-00000230")
         (tmp_path / "checkpoints" / "latest").write_text("step-00000215\n")
     (sentence,) = (line for line in outputs[0].splitlines() if "has collapsed" in line)

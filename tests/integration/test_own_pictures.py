@@ -1,4 +1,4 @@
-"""Two commands from 500 pictures, as people have them, to a training."""
+"""Two commands lead from 500 pictures, as users have them, to a training."""
 
 import io
 import sys
@@ -25,12 +25,12 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def pictures(root: Path, kind: str) -> None:
-    """503 files that count as pictures, three of them unreadable or cut, and seven that do not."""
+    """Write 503 files that count as pictures, three of them unreadable or truncated, and seven that do not."""
     drawn = np.random.default_rng(0)
     files = {f"IMG_{number:04d}.jpg": jpeg(number, 24, 20) for number in range(490)}
     files |= {f"DSC{number}.JPG": jpeg(500 + number, 20, 24) for number in range(4)}
     files |= {
-        "IMG_0001.png": png(drawn.integers(0, 256, (20, 20, 3), np.uint8)),  # beside IMG_0001.jpg
+        "IMG_0001.png": png(drawn.integers(0, 256, (20, 20, 3), np.uint8)),  # in addition to IMG_0001.jpg
         "grey.jpeg": jpeg(600, 1, 1),
         "clear.png": png(drawn.integers(0, 256, (9, 30, 4), np.uint8)),
         "deep.png": png(drawn.integers(0, 1 << 16, (20, 20), np.uint16)),
@@ -50,7 +50,7 @@ def pictures(root: Path, kind: str) -> None:
 
 
 def prepared(source: Path, mine: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first command, with what it says and what it makes."""
+    """Run the first command, and check its output and the shards that it writes."""
     pictures(source, kind)
     assert command("prepare", source, "--out", mine, "--val", 0.1, *(["--unlabelled"] if kind == "flat" else []))
     output = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""What must hold on real ranks under real DeepSpeed, at every precision and ZeRO stage."""
+"""Invariants on real ranks under real DeepSpeed, at every precision and ZeRO stage."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_codebooks_are_fp32_finite_and_the_same_bits_on_all_ranks(trained: Path,
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_all_ranks_together_see_what_one_rank_sees(trained: Path, pictures: Path, case: Case) -> None:
-    """As a multiset of keys and, step by step, as the same global batch."""
+    """The same multiset of keys and, in every step, the same global batch."""
     seen = [json.loads((trained / case.name / f"rank-{rank}.json").read_text()) for rank in range(case.world)]
     share = BATCH // case.world
     for step in range(STEPS):
@@ -51,17 +51,17 @@ def test_all_ranks_together_see_what_one_rank_sees(trained: Path, pictures: Path
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.precision == "fp32"], ids=lambda case: case.name)
 def test_fp32_training_is_that_of_one_process_on_the_joined_batch(trained: Path, case: Case) -> None:
-    """The loss curve, whatever the world size, the ZeRO stage and the accumulation: only sums are rounded in another
-    order. Codebooks and ages are compared in test_codebooks.py, where no encoder magnifies that rounding."""
+    """The loss curve is the same at every world size, ZeRO stage and accumulation, except that sums are rounded in
+    another order. test_codebooks.py compares codebooks and ages, without an encoder that amplifies this rounding."""
     alone = Case(1, learning=case.learning)
     assert losses(trained / case.name / "run") == pytest.approx(losses(trained / alone.name / "run"), rel=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_averaged_weights_come_with_the_codebook_of_their_model(trained: Path, pictures: Path, case: Case) -> None:
-    """What evaluation loads holds the codebook and all that it learns from to the bit, as the model of every rank and
-    its checkpoint do; all parameters are averages. The counts since the last report, which the model alone clears, are
-    of no use to evaluation."""
+    """The weights that evaluation loads have a bit-identical copy of the codebook and its learning state, as in the
+    checkpoint and in the model of rank 0; all parameters are averages. Only the counts since the last report differ,
+    because only the model clears them; evaluation does not use them."""
     run = trained / case.name / "run"
     saved = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
     loaded = settings.build(settings.load(TINY, overrides(case, run, pictures)))
@@ -80,8 +80,9 @@ def test_averaged_weights_come_with_the_codebook_of_their_model(trained: Path, p
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_has_the_same_losses_at_every_stage(trained: Path, precision: str) -> None:
-    """As one rank has. DeepSpeed's fp16 engine holds weights in half precision, and gradients travel so: now and then a
-    latent of this tiny net falls to another code, which moves that one step's loss by two or three percent."""
+    """The losses equal those of one rank. DeepSpeed's fp16 engine stores weights and communicates gradients in half
+    precision. So a latent of this tiny net sometimes gets another code, which moves the loss of that step by two or
+    three percent."""
     each, mean = (1e-3, 1e-3) if precision == "bf16" else (5e-2, 1e-2)
     alone = losses(trained / Case(1, precision).name / "run")
     for zero in (0, 1, 2):
@@ -98,7 +99,7 @@ def test_it_learns(trained: Path) -> None:
 
 
 def test_the_board_of_a_real_run(trained: Path) -> None:
-    """Every group of scalars, the pictures, the histogram and the config are there, at the steps they should be."""
+    """Every group of scalars, the pictures, the histogram and the config are present, at the right steps."""
     events = EventAccumulator(str(trained / Case(2).name / "run" / "tensorboard")).Reload()
     tags = events.Tags()
     groups = {name.split("/")[0] for name in tags["scalars"]}

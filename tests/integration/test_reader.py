@@ -1,7 +1,7 @@
-"""The seam between bytes and models: another reader than that of pictures, through a training on two ranks.
+"""The interface between bytes and models: a training on two ranks with a reader for other data than pictures.
 
-The samples are arrays of codes, int64 [2, 4, 4], as a tokenizer writes them; the model is no Codec: it tells the
-second map from the first one. As `python -m tests.integration.test_reader ROOT RUN` this file is one rank.
+The samples are arrays of codes, int64 [2, 4, 4], as a tokenizer writes them. The model is not a Codec: it predicts the
+second map from the first. `python -m tests.integration.test_reader ROOT RUN` runs this file as one rank.
 """
 
 import io
@@ -25,7 +25,7 @@ CODES, STEPS = 8, 6
 
 
 class Arrays:
-    """A Reader of .npy files; training adds 1 modulo CODES where (seed, g) says so."""
+    """A Reader of .npy files. Training adds 1 modulo CODES if seed + g is odd."""
 
     def require(self) -> None: ...
 
@@ -62,7 +62,7 @@ class Teller(Model):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 training arrays in three shards, one of them damaged, and 5 for validation."""
+    """40 training arrays in three shards, of which one array is damaged, and 5 validation arrays."""
     root = tmp_path_factory.mktemp("arrays")
     random = np.random.default_rng(0)
     for split, counts in (("train", (15, 15, 10)), ("val", (5,))):
@@ -83,8 +83,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_arrays_train_a_model_that_is_no_codec(root: Path, tmp_path: Path, start: Start) -> None:
-    """On two ranks as on one: the same samples in the same order, the same losses up to rounding; the damaged one is
-    replaced and counted; and what is learned is what the arrays hold."""
+    """Two ranks have the same losses as one, up to rounding. The damaged sample is replaced and counted, and the loss
+    falls because the second map follows from the first."""
     for world in (1, 2):
         for process in ranks(start, world, ["-m", __name__, str(root), str(tmp_path / str(world))]):
             code, output = finish(process)

@@ -1,4 +1,4 @@
-"""A run that stopped and was started again ends in the same bits as one that never did (its twin among CASES)."""
+"""A run that stopped and was resumed ends with the same bits as one that never stopped (its twin among CASES)."""
 
 import json
 import os
@@ -26,7 +26,7 @@ RESUMED = [
     Case(2, zero=2, learning="gradient", accumulation=2),
 ]
 
-OTHERS = {  # saved by … → taken up by …
+OTHERS = {  # saved by … → resumed by …
     Case(2, zero=1, accumulation=3): Case(1),
     Case(1, accumulation=3): Case(2, "fp16", 0, accumulation=2),
     Case(2, "fp16", 0): Case(2, "fp16", 1, accumulation=2),
@@ -35,7 +35,7 @@ OTHERS = {  # saved by … → taken up by …
 
 @pytest.mark.parametrize(("case", "step"), [(Case(1), 7), (Case(2), 2), (Case(2, zero=2), 10)], ids=str)
 def test_killed_anywhere(trained: Path, pictures: Path, tmp_path: Path, start: Start, case: Case, step: int) -> None:
-    """SIGKILL to all ranks once `step` is reported (2: before the first checkpoint); then the same command."""
+    """SIGKILL all ranks once `step` is reported (2 is before the first checkpoint), then run the same command again."""
     command = [*TRAIN, *overrides(case, tmp_path, pictures)]
     kill_at(ranks(start, case.world, command), step)
     assert not (tmp_path / "checkpoints" / f"step-{STEPS:08d}").exists()
@@ -47,7 +47,8 @@ def test_killed_anywhere(trained: Path, pictures: Path, tmp_path: Path, start: S
 
 @pytest.fixture(scope="module")
 def resumed(trained: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case of RESUMED taken up from its twin's checkpoint of step 8; and one of them by another world."""
+    """Every case of RESUMED resumed from the checkpoint of its twin at step 8, and the cases of OTHERS resumed with
+    other settings."""
     folder = tmp_path_factory.mktemp("resumed")
     for case in RESUMED:
         rewind(trained / case.name / "run", folder / case.name / "run")
@@ -60,29 +61,29 @@ def resumed(trained: Path, pictures: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("case", RESUMED, ids=str)
 def test_every_precision_and_stage_resumes_to_the_same_bits(trained: Path, resumed: Path, case: Case) -> None:
     seen = json.loads((resumed / case.name / "rank-0.json").read_text())
-    assert len(seen) == 4 * 12 // case.world  # four steps were made, not twelve
+    assert len(seen) == 4 * 12 // case.world  # four steps were trained, not twelve
     same_bits(resumed / case.name / "run", trained / case.name / "run")
 
 
 @pytest.mark.parametrize(("case", "other"), OTHERS.items(), ids=str)
 def test_another_world_stage_or_precision_may_resume(trained: Path, resumed: Path, case: Case, other: Case) -> None:
-    """The loss curve is that of never having changed, up to the precision's rounding."""
+    """The loss curve is the same as without the change, up to the rounding of the precision."""
     found, twin = losses(resumed / other.name / "run"), losses(trained / case.name / "run")
     assert len(found) == STEPS
     assert found == pytest.approx(twin, rel=1e-4 if other.precision == "fp32" else 2e-2)
 
 
-WORLDS = {4: 4, 8: 2, 10: 1, STEPS: 4}  # the step until which so many ranks train
+WORLDS = {4: 4, 8: 2, 10: 1, STEPS: 4}  # step → number of ranks that train up to it
 
 
 def test_the_world_may_change_time_and_again(trained: Path, pictures: Path, tmp_path: Path) -> None:
-    """4 → 2 → 1 → 4 ranks: what each takes up is what was saved, no sample comes twice or is left out, and the losses
+    """4 → 2 → 1 → 4 ranks: each attempt loads exactly what was saved, no sample is repeated or left out, and the losses
     are those of 4 ranks throughout."""
     run = tmp_path / "run"
     jobs = []
     for step, world in WORLDS.items():
         given = [*overrides(Case(world, accumulation=3), run, pictures), "keep=9", "every.checkpoint=100"]
-        asked = step - (world > 1)  # several ranks stop a step after one has seen it
+        asked = step - (world > 1)  # several ranks stop one step after a rank has seen the file
         fault = [] if step == STEPS else [["touch", 0, asked, str(run / "STOP")]]
         jobs.append({**training(tmp_path / str(step), TINY, given, world), "faults": fault})
     forked(tmp_path, jobs)
@@ -137,21 +138,21 @@ def kill_at(processes: Sequence[subprocess.Popen[str]], step: int) -> None:
 
 
 def rewind(run: Path, copy: Path) -> None:
-    """A copy of the run as it was when its checkpoint of step 8 was the newest."""
+    """Copy the run and make its checkpoint of step 8 the newest."""
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:08d}")
     (copy / "checkpoints" / "latest").write_text("step-00000008\n")
 
 
 def rewind_all(trained: Path, folder: Path, cases: Sequence[Any]) -> None:
-    """Each case's run in `trained`, to be taken up in `folder`. A case has a name and a world."""
+    """Copy and rewind the run of each case from `trained` to `folder`. A case has a name and a world."""
     for case in cases:
         (folder / case.name).mkdir()
         rewind(trained / case.name / "run", folder / case.name / "run")
 
 
 def went_on_to_the_same_bits(trained: Path, folder: Path, cases: Sequence[Any]) -> None:
-    """Each case, having made the four steps that were missing, not twelve."""
+    """Each case has trained the four missing steps, not twelve, and its run has the same bits."""
     for case in cases:
         assert len(json.loads((folder / case.name / "rank-0.json").read_text())) == 4 * 12 // case.world
         same_bits(folder / case.name / "run", trained / case.name / "run")

@@ -1,4 +1,4 @@
-"""Sampling through the commands that a user types, from the cheapest model that has a prior."""
+"""Sampling with the commands that a user types, from the cheapest model that has a prior."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import Start, finish, ranks
 from tests.integration.test_closed_form import command
 
-MODES = ["generate", "interpolate", "traverse", "vary"]  # a PCA is told nothing that could be swapped
+MODES = ["generate", "interpolate", "traverse", "vary"]  # a PCA has no condition to swap
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def files(run: Path) -> dict[str, bytes]:
 
 
 def test_the_same_command_gives_the_same_pictures(run: Path, start: Start) -> None:
-    """All that the model can do; with another seed, temperature and image another picture."""
+    """All modes that the model supports. Another seed, temperature or image changes the pictures that depend on it."""
     sample = [sys.executable, "launch/sample.py", "--run", str(run), "--count", "10"]
     before = (run / "metrics.jsonl").read_bytes()
     made = []
@@ -48,7 +48,7 @@ def test_the_same_command_gives_the_same_pictures(run: Path, start: Start) -> No
     with Image.open(run / "sample_generate.png") as picture:
         coldest = np.asarray(picture)[18 : 18 + 96, 4 : 4 + 4 * 100]
         images = [coldest[:, left : left + 96] for left in range(0, 400, 100)]
-        assert all(np.array_equal(images[0], image) for image in images)  # at temperature 0 all are the mean
+        assert all(np.array_equal(images[0], image) for image in images)  # at temperature 0 all are the mean image
 
     board = EventAccumulator(str(run / "tensorboard" / "samples")).Reload()
     assert board.Tags()["images"] == ["generate", "interpolate", "vary", "traverse"]

@@ -1,4 +1,4 @@
-"""`launch/shards.py` from outside, on shards that plain webdataset wrote."""
+"""`launch/shards.py` run as a command, on shards written by plain webdataset."""
 
 import os
 import re
@@ -28,7 +28,7 @@ BATCH = 24
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 7, laid out as timm/imagenet-1k-wds are, in a folder that may only be read."""
+    """Shards of 7 samples in the layout of timm/imagenet-1k-wds, in a read-only folder."""
     folder = tmp_path_factory.mktemp("foreign")
     with webdataset.ShardWriter(str(folder / "imagenet1k-train-%04d.tar"), maxcount=7, verbose=0) as writer:
         for i in range(COUNT):
@@ -43,7 +43,7 @@ def command(start: Start, *arguments: str | Path | int) -> tuple[int, str]:
 
 
 def test_the_order_from_outside(start: Start, foreign: Path, tmp_path: Path) -> None:
-    """Three epochs hold each key three times, once an epoch; every world and worker count prints the same batches."""
+    """Each of three epochs holds each key once, and every world size and worker count prints the same batches."""
     code, output = command(start, "index", foreign, "--out", tmp_path, "--pattern", "imagenet1k-train-{0000..0006}.tar")
     assert code == 0, output
     assert f"{COUNT} samples in 7 shards, labels 0 to 4" in output
@@ -129,7 +129,7 @@ def test_wrong_numbers_are_refused(arguments: list[str], monkeypatch: pytest.Mon
 
 
 def test_the_defaults_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are written out in the parser, which does not wait for the import of what they belong to."""
+    """The parser repeats them, to avoid importing the modules that define them."""
     parse = runpy.run_path("launch/shards.py")["parse"]
     monkeypatch.setattr(sys, "argv", ["shards.py", "order", "x", "--batch", "8"])
     order, run = parse(), stream.Config()
@@ -141,7 +141,8 @@ def test_the_defaults_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_preparation_leaves_no_process(start: Start, tmp_path: Path, number: int) -> None:
-    """Ctrl-C reaches all of its processes, the others the command alone; all end, and the same command goes on."""
+    """Ctrl-C reaches all processes of the command, the other signals only the main one. All processes end, and the same
+    command continues."""
     tree = tmp_path / "tree"
     for i in range(27):
         (tree / f"n{i % 3}").mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def test_a_stopped_preparation_leaves_no_process(start: Start, tmp_path: Path, n
     else:
         process.send_signal(number)
     code, output = finish(process)
-    assert code in (0, 130, -number), output  # 0: it was done before the signal came
+    assert code in (0, 130, -number), output  # 0: it finished before the signal
     assert "Traceback" not in output
     _, left = psutil.wait_procs(children, timeout=30)
     assert not left
@@ -172,7 +173,7 @@ def wait_for(happened: Callable[[], object]) -> None:
 
 
 def test_a_hostile_tar_from_outside(start: Start, tmp_path: Path) -> None:
-    """All of them at once, by several processes: each is named, nothing is made but the folder that was asked for."""
+    """All hostile tars at once, indexed by several processes: each is counted in the error, and no index is written."""
     (tmp_path / "shards").mkdir()
     for number, (members, _) in enumerate(HOSTILE.values()):
         tar(tmp_path / "shards" / f"{number:02d}.tar", *members, form=form_of(members))

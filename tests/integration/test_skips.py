@@ -1,4 +1,4 @@
-"""Steps that are not taken, on real ranks under real DeepSpeed."""
+"""Skipped steps, on real ranks under real DeepSpeed."""
 
 import json
 import re
@@ -23,8 +23,8 @@ STEPS, NAN, SETTLED = 16, 7, 11
 
 
 def spike(case: Case) -> int:
-    """A step. Of fp16 the last one: a thousand times as large, the scaled gradient overflows, and with another scale
-    what follows would be rounded otherwise."""
+    """The step of the spike. In fp16 it is the last step, because a gradient a thousand times as large overflows, and
+    the new loss scale would change the rounding of later steps."""
     return STEPS - 1 if case.precision == "fp16" else STEPS - 3
 
 
@@ -45,8 +45,8 @@ def twin(folder: Path, case: Case) -> Path:
 
 @pytest.fixture(scope="module")
 def skipped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each case with a NaN image on rank 1 and a spike on rank 0; the twins of some, whose learner is not told of those
-    steps; and a run with accumulation that is broken at both sides of its checkpoint of step 8."""
+    """Each case with a NaN image on rank 1 and a spike on rank 0; twins of some cases, whose learner does not run those
+    steps; and a run with accumulation that has NaN images before and after its checkpoint of step 8."""
     folder = tmp_path_factory.mktemp("skipped")
     jobs = []
     for case in CASES:
@@ -72,14 +72,14 @@ def test_a_fault_on_one_rank_reaches_nothing_on_any(skipped: Path, case: Case) -
 
 @pytest.mark.parametrize("case", TWINS, ids=lambda case: case.name)
 def test_a_skipped_step_leaves_no_trace(skipped: Path, case: Case) -> None:
-    """Weights, codebook, moments and averages end in the bits of the twin that never had those steps."""
+    """Weights, codebook, moments and averages have the same bits as the twin that never ran those steps."""
     one, other = saved(skipped / case.name), saved(twin(skipped, case))
     for name in ("model", "ema", "optimizer"):
         file = f"{name}.safetensors"
         assert (one / file).read_bytes() == (other / file).read_bytes(), name
     states = [json.loads((path / "state.json").read_text()) for path in (one, other)]
     shares = [state["gradient_norms"].pop("share") for state in states]
-    assert shares[0] > shares[1] == 0  # alone remembers that steps were skipped
+    assert shares[0] > shares[1] == 0  # only this records that steps were skipped
     assert states[0]["gradient_norms"] == states[1]["gradient_norms"]
     counts = states[1]["skipped"]
     counts["not finite"] += 1
@@ -89,7 +89,8 @@ def test_a_skipped_step_leaves_no_trace(skipped: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_log_names_the_step_the_reason_and_the_samples(skipped: Path, pictures: Path, case: Case) -> None:
-    """Of a loss that is not finite those of its rank; of a spike all. Every rank knows the same."""
+    """For a loss that is not finite the samples are those of its rank, for a spike those of all. All ranks log the
+    same."""
     *overflows, nan, large = skips(skipped / case.name)
     assert skips(skipped / case.name, rank=1) == [*overflows, nan, large]
     assert bool(overflows) == (case.precision == "fp16")
@@ -129,11 +130,11 @@ def test_the_board_counts_what_was_skipped(skipped: Path, case: Case) -> None:
 def test_a_run_resumed_between_skipped_steps_ends_in_the_same_bits(
     skipped: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """The row of skipped steps goes on across the checkpoint; no line of the log is lost to it."""
+    """The count of consecutive skipped steps continues across the checkpoint, and no log line is lost."""
     whole = skipped / SPLIT.name
     said = skips(whole)
     assert len(said) == 4
-    micro = keys(pictures, 6 * BATCH + np.arange(8, 10))  # rank 1 has samples 6 to 11 of a batch, two a micro-batch
+    micro = keys(pictures, 6 * BATCH + np.arange(8, 10))  # rank 1 has samples 6 to 11, two per micro-batch
     assert said[0] == f"step 7 skipped: the loss of rank 1 is not finite; its samples: {', '.join(micro)}"
     state = json.loads((whole / "run" / "checkpoints" / "step-00000008" / "state.json").read_text())
     assert state["gradient_norms"]["run"] == 2
@@ -147,7 +148,7 @@ def test_a_run_resumed_between_skipped_steps_ends_in_the_same_bits(
 
 
 def test_a_run_that_diverges_stops_with_3_and_a_diagnosis(pictures: Path, tmp_path: Path, start: Start) -> None:
-    """Truly so: the first step of this size throws the weights where no loss is finite."""
+    """A real divergence: the first step of this size moves the weights so far that no loss is finite."""
     given = ["optimizer.lr=1e30", "every.report=10", "every.checkpoint=10", "every.validate=1000", "steps=60"]
     command = [*TRAIN, *overrides(Case(2), tmp_path / "run", pictures), *given]
     outputs = []

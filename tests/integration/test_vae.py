@@ -1,4 +1,4 @@
-"""The VAE under real DeepSpeed: its noise, its dropped labels and its free bits depend on no rank and no history."""
+"""The VAE under real DeepSpeed: noise, dropped labels and free bits depend on neither the rank nor the history."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data.root of pictures with a label and, all but every fifth, an age in their JSON."""
+    """A data.root of pictures with a label and, except for every fifth, an age in their JSON."""
     root = tmp_path_factory.mktemp("described")
     for seed, (split, count) in enumerate({"train": 90, "val": 11}.items()):
         (root / split).mkdir()
@@ -56,7 +56,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, pictures: Path) -> None:
-    """Told label and age."""
+    """Train all cases, conditioned on label and age."""
     jobs = []
     for case in CASES:
         out = folder / case.name
@@ -75,9 +75,10 @@ def trained(described: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_is_that_of_one_process_on_the_joined_batch(trained: Path, case: Case) -> None:
-    """ζ and the dropped labels are functions of g, the free latents of the global batch: only sums are rounded in
-    another order, and in half precision the networks' outputs. fp16 is compared with fp16, whose first steps only find
-    the loss scale; there gradients travel in half precision, which moves single steps by two or three percent."""
+    """ζ and the dropped labels depend on g, and the free latents on the global batch. So only sums, and in half
+    precision the outputs of the networks, are rounded differently. fp16 is compared with fp16, whose first steps only
+    find the loss scale. It communicates gradients in half precision, which moves single steps by two or three
+    percent."""
     alone = Case(1, "fp16", 1) if case.precision == "fp16" else Case(1)
     curve, expected = losses(trained / case.name / "run"), losses(trained / alone.name / "run")
     assert curve == pytest.approx(expected, rel={"fp32": 1e-5, "bf16": 1e-2, "fp16": 5e-2}[case.precision])
@@ -92,7 +93,7 @@ def test_training_is_that_of_one_process_on_the_joined_batch(trained: Path, case
 
 
 def test_free_bits_and_warm_up_were_at_work(trained: Path) -> None:
-    """Else the test above would compare nothing of them."""
+    """Otherwise the test above would not cover them."""
     rates = load_file(trained / Case(1).name / "rank-0.safetensors")["rates"]
     free = 0.003  # tiny_vae.yaml
     assert (rates < free).any()
@@ -100,7 +101,7 @@ def test_free_bits_and_warm_up_were_at_work(trained: Path) -> None:
 
 
 def test_the_attributes_were_at_work(trained: Path) -> None:
-    """What stands for an age that is not said has been learned."""
+    """The value that replaces a missing age has been learned."""
     weights = load_file(trained / Case(1).name / "rank-0.safetensors")
     assert weights["conditioner.unknown"].abs() > 1e-3
 
@@ -122,7 +123,7 @@ def test_a_label_that_the_model_does_not_know_is_one_sentence(pictures: Path, tm
 
 
 def test_bf16_is_fp32_to_a_hundredth_of_a_bit(tmp_path: Path) -> None:
-    """configs/vae_digits.yaml, shortened: bits/dim over the last steps of training."""
+    """A shortened configs/vae_digits.yaml: bits/dim over the last steps of training agree."""
     samples = list(digits.read())
     write(tmp_path / "digits" / "train", samples[:400], 100, [])
     write(tmp_path / "digits" / "val", samples[400:420], 100, [])
