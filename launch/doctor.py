@@ -1,10 +1,10 @@
-"""Before a long job: is all there that it needs? And of a run: how does it stand, and what is wrong with it?
+"""Check that everything is ready for a long job, or diagnose a run.
 
     python launch/doctor.py --config configs/quickstart.yaml [key=value …]
-    torchrun --nproc-per-node 8 launch/doctor.py --config …      as the job will be launched
-    python launch/doctor.py --run runs/quickstart
+    torchrun --nproc-per-node 8 launch/doctor.py --config …      launched as the job will be
+    python launch/doctor.py --run runs/quickstart                the state of a run, and what is wrong with it
 
-Each line says ok, warn or FAIL, what, and what to do. Exit code 1 if one says FAIL.
+Each line says ok, warn or FAIL, what was found, and what to do. Exit code 1 if a line says FAIL.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """Measure trained runs on their validation sets with their averaged weights.
 
     python launch/evaluate.py --run runs/quickstart [key=value …]
-    python launch/evaluate.py --run runs/a runs/b … [--iw K] [key=value …]     one table of all
+    python launch/evaluate.py --run runs/a runs/b … [--iw K] [key=value …]     one table of all runs
     python launch/evaluate.py --run runs/a/checkpoints/step-00000500 --out FILE
-    torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the -- torchrun takes --run for its own
+    torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the --, torchrun reads --run as its own option
 
-Writes evaluation.json (the numbers, and the protocol they were measured by) and reconstructions.png into each run
-directory; with --out FILE only the numbers, into that file: those of one run as evaluation.json has them, of several
-as a list. A run's evaluation.json is for its newest checkpoint, its own data and its own settings: everything else
-needs --out. Each validation image counts exactly once, on any number of ranks. The overrides hold for all the runs.
-Exit code 2: a run cannot be measured, or what was measured cannot be written; the numbers are printed all the same.
+Writes evaluation.json (the numbers and how they were measured) and reconstructions.png into each run directory. With
+--out FILE it writes only the numbers, into that file: like evaluation.json for one run, a list for several. A run's
+evaluation.json is reserved for its newest checkpoint, its own data and its own settings; everything else needs --out.
+Each validation image counts exactly once, on any number of ranks. The overrides apply to all runs. Exit code 2: a run
+cannot be measured, or the results cannot be written (they are still printed).
 """
 
 import argparse
@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
         type=int,
         default=1,
         metavar="K",
-        help="latents drawn for each image; more give a tighter bound of bits/dim, and take K times as long (1)",
+        help="latents drawn per image; more give a tighter bound on bits/dim and take K times as long (1)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, not into the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

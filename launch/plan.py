@@ -1,11 +1,11 @@
-"""What a training would cost on N nodes of G accelerators, before they are asked for.
+"""Estimate what a training costs on N nodes of G accelerators each.
 
     python launch/plan.py --config configs/vqvae_imagenet128.yaml --nodes 4 --accelerators 8 --step-time 0.11 \\
         --inside 200 --between 50 [key=value …]
 
---step-time: seconds of a step on one accelerator with its share of the batch (batch=SHARE; perf/seconds_per_step,
-where data/wait_share is small). --inside, --between: GB/s, as nccl-tests' busbw tells them, or the first lines of a
-training. The formulas stand in vaescale/advice/plan.py.
+--step-time: seconds per step on one accelerator with its share of the batch: train with batch=SHARE and read
+perf/seconds_per_step while data/wait_share is small. --inside, --between: GB/s, the busbw of nccl-tests, or the
+topology line of a training's log. The formulas are in vaescale/advice/plan.py.
 """
 
 import argparse
@@ -18,12 +18,19 @@ def parse() -> argparse.Namespace:
     parser = arguments.command(__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--accelerators", type=int, default=8, help="a node (default: 8)")
-    parser.add_argument("--step-time", type=float, required=True, help="seconds")
+    parser.add_argument("--accelerators", type=int, default=8, help="accelerators per node (default: 8)")
+    parser.add_argument("--step-time", type=float, required=True, help="seconds per step")
     parser.add_argument("--inside", type=float, required=True, help="GB/s through each accelerator, within a node")
     parser.add_argument("--between", type=float, default=12.5, help="GB/s into a node (default: 12.5, 100 Gbit/s)")
-    parser.add_argument("--jitter", type=float, default=0.02, help="of step times, as a share (default: 0.02, assumed)")
-    parser.add_argument("--latency", type=float, default=0.0, help="ms a step, however little is summed (default: 0)")
+    parser.add_argument(
+        "--jitter",
+        type=float,
+        default=0.02,
+        help="standard deviation of step times, as a share (default: 0.02, assumed)",
+    )
+    parser.add_argument(
+        "--latency", type=float, default=0.0, help="ms per step, however small the sums are (default: 0)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return arguments.parse(parser)
 

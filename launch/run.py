@@ -1,21 +1,21 @@
-"""Run a launcher, leave nothing of it behind, and return the code that its ranks mean.
+"""Run a launcher, pass signals on to its ranks, leave no process behind, and return the exit code of the run.
 
     python launch/run.py deepspeed launch/train.py --config configs/quickstart.yaml [key=value …]
     python launch/run.py torchrun --nproc-per-node 8 launch/train.py --config …
 
-    python launch/run.py --requeue srun … launch/train.py --config …          what launch/slurm/train.sbatch does
+    python launch/run.py --requeue srun … launch/train.py --config …          as launch/slurm/train.sbatch does
 
-Launchers lose their ranks' codes, and signals: `deepspeed` ends with 0 where its launch.py was killed, and with SIGTERM
-leaves its ranks alone. So the code is that of run_status.json (see launch/train.py for the codes); where that tells
-nothing of this life, the launcher's own, but never 0.
+Launchers lose signals and the exit codes of their ranks: `deepspeed` ends with 0 when its launch.py was killed, and
+leaves its ranks running after SIGTERM. The exit code is therefore the one in run_status.json (launch/train.py lists the
+codes). If this attempt wrote none, it is the launcher's own code, but never 0.
 
-SIGTERM, SIGUSR1, SIGHUP and the first ^C become the file RUN/STOP, which reaches the ranks wherever they are: they save
-and leave. The ranks of srun get signals from SLURM itself, and the file only for ^C. A second ^C, or one before
-training has begun, ends all of them at once, with code 130.
+SIGTERM, SIGUSR1, SIGHUP and the first ^C create the file RUN/STOP, which all ranks see wherever they run: they save and
+exit. Ranks under srun get signals from SLURM itself, and the file only for ^C. A second ^C, or one before training has
+started, ends all ranks at once, with code 130.
 
---requeue puts a SLURM job back into the queue where another life is worth it: the run was stopped by a signal or the
-job's end, or has failed of what it need not fail of again. Not if it was cancelled, or stopped by ^C or the file STOP,
-or has diverged, or makes no progress. A job whose node fails SLURM requeues itself.
+--requeue requeues the SLURM job if another attempt can succeed: the run was stopped by a signal or by the end of the
+job, or failed for a reason that need not come back. It does not after scancel, ^C or the file STOP, nor for a run that
+diverged or makes no progress. SLURM itself requeues a job whose node fails.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""Pictures of what a trained run has learned, from its averaged weights.
+"""Draw pictures of what a run has learned, with its averaged weights.
 
-    python launch/sample.py --run runs/vae_digits                                      all that the model can do
+    python launch/sample.py --run runs/vae_digits                                      everything the model supports
     python launch/sample.py --run runs/vae_digits generate --count 64 --seed 0 --temperature 0.7 1.0
     python launch/sample.py --run runs/vae_digits interpolate vary --images 3 17 --board [key=value …]
 
-    generate       images from the prior: the means of p(x|z), and beside them draws
-    interpolate    from each image to the next, along a line and along a great circle
-    vary           images like each image, from near to far
-    traverse       one latent changed at a time, the most active first
-    swap           the same latents under every class, and under other attributes
+    generate       samples from the prior: means of p(x|z), next to draws from it
+    interpolate    from one image to the next, linearly and along a great circle
+    vary           variations of each image, from close to far
+    traverse       one latent changed at a time, most active first
+    swap           the same latents with every class, and with other attributes
 
 Writes sample_MODE.png into the run directory, or into --out FOLDER; the same seed gives the same picture. --run may be
-a checkpoint, RUN/checkpoints/step-…, which needs --out. Exit code 2: there is no such run, its model has no such
-pictures, or they cannot be written.
+a checkpoint, RUN/checkpoints/step-…, which needs --out. Exit code 2: the run does not exist, its model does not support
+the pictures, or they cannot be written.
 """
 
 import argparse
@@ -26,14 +26,16 @@ def parse() -> argparse.Namespace:
     parser = arguments.command(__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("modes", nargs="*", metavar="MODE", help="one of the above; default: all of them")
-    parser.add_argument("--count", type=int, default=64, help="images that generate draws (64)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    parser.add_argument("--count", type=int, default=64, help="number of images for generate (64)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     parser.add_argument(
-        "--temperature", type=float, nargs="+", default=[1.0], help="of the prior that generate draws from (1)"
+        "--temperature", type=float, nargs="+", default=[1.0], help="temperatures of the prior for generate (1)"
     )
-    parser.add_argument("--images", type=int, nargs="+", metavar="N", help="validation images to begin from, from 0 on")
+    parser.add_argument(
+        "--images", type=int, nargs="+", metavar="N", help="validation images to start from, counted from 0"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pictures there, not into the run")
-    parser.add_argument("--board", action="store_true", help="show the pictures in TensorBoard, too")
+    parser.add_argument("--board", action="store_true", help="also show the pictures in TensorBoard")
     # Taken out first, or options of several values would swallow them.
     overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]
     given = arguments.parse(parser, [word for word in sys.argv[1:] if word not in overrides])

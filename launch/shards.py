@@ -7,8 +7,8 @@
     python launch/shards.py verify DIR                          read everything back
     python launch/shards.py order DIR --batch B --steps N       which rank and worker decodes which sample, step by step
 
-Each can be interrupted and run again, and goes on where it stopped. Exit codes: 0 done, 1 damaged shards were found
-(verify), 2 something cannot be read.
+Each command can be interrupted and run again, and continues where it stopped. Exit codes: 0 done, 1 damaged shards
+found (verify), 2 something cannot be read.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
         "--most-megapixels",
         type=positive,
         default=100,
-        help="of a picture; larger ones are left out (100); set data.most_megapixels alike",
+        help="leave out larger pictures (100); set data.most_megapixels to the same",
     )
     checking = argparse.ArgumentParser(add_help=False)
     checking.add_argument("--check", action="store_true", help="decode every picture, not only its header")

@@ -5,14 +5,15 @@
     torchrun --nproc-per-node 2 launch/train.py --config …
     python launch/train.py --config …                       one process
 
-To resume, run the same command. To stop after a save: SIGTERM, SIGUSR1, SIGHUP or SIGINT (^C) to any rank, or
-`touch RUN/STOP`; before the first step there is nothing to save, and these signals end the process at once. A second ^C
-ends it at once, too, and loses what came after the last save. Exit codes: 0 finished; 2 wrong settings, missing data,
-a run directory that another training uses, checkpoints or other files of the run that cannot be read or written; 3 too
-many steps were skipped, or weights are not finite; 4 a step did not end, see RUN/stacks; 75 stopped, run it again; 93
-failed at one step time and again, do not requeue; 130 ended at once by ^C; 1 anything else. The run directory's
-run_status.json says the same, and why. Not every launcher returns its ranks' code: `python launch/run.py deepspeed
-launch/train.py …` does.
+Run the same command again to resume. To stop with a checkpoint, send SIGTERM, SIGUSR1, SIGHUP or SIGINT (^C) to any
+rank, or `touch RUN/STOP`. Before the first step there is nothing to save, and these signals end the process at once. A
+second ^C ends it at once, too, and loses the steps since the last checkpoint.
+
+Exit codes: 0 finished; 2 wrong settings, missing data, a run directory that another training uses, or files of the run
+that cannot be read or written; 3 too many steps were skipped, or weights are not finite; 4 a step did not end, see
+RUN/stacks; 75 stopped, run the command again; 93 failed repeatedly at the same step, do not requeue; 130 ended at once
+by ^C; 1 any other error. run_status.json in the run directory has the same code and the reason. Not every launcher
+returns the code of its ranks; `python launch/run.py deepspeed launch/train.py …` does.
 """
 
 import argparse

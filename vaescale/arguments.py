@@ -22,14 +22,16 @@ def training(description: str | None) -> argparse.ArgumentParser:
     """Returns the parser of launch/train.py. launch/run.py parses the same arguments."""
     parser = command(description)
     parser.prog = "train.py"
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and exit")
+    parser.add_argument("--config", required=True, help="YAML file of settings; the ready ones are in configs/")
     parser.add_argument(
-        "--take-over", action="store_true", help="the training on another host that holds the run directory is gone"
+        "--dry-run", action="store_true", help="print the settings, batch, parameters and memory, and exit"
+    )
+    parser.add_argument(
+        "--take-over", action="store_true", help="the training on another host that locked the run directory is gone"
     )
     # deepspeed passes --local_rank; it is ignored in favour of the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     return parser
 
 

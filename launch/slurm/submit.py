@@ -1,11 +1,11 @@
 """Submit a training to SLURM.
 
     python launch/slurm/submit.py configs/vqvae_imagenet128.yaml --nodes 2 --time 24:00:00 data.root=/data/imagenet
-    python launch/slurm/submit.py … --sweep optimizer.lr=1e-4,3e-4,1e-3     a job array, a run directory for each
-    python launch/slurm/submit.py … --evaluate                              then launch/evaluate.py, when all is done
-    python launch/slurm/submit.py … --option partition=gpu --option account=x     whatever else sbatch takes
+    python launch/slurm/submit.py … --sweep optimizer.lr=1e-4,3e-4,1e-3     a job array, one run directory each
+    python launch/slurm/submit.py … --evaluate                              then launch/evaluate.py, once all are done
+    python launch/slurm/submit.py … --option partition=gpu --option account=x     other options of sbatch
 
-From the project's root, which all nodes must see. The settings are checked first, then the request, by
+Run it from the project's root, which all nodes must see. It checks the settings first, then the request with
 `sbatch --test-only`. Exit code 2 if either is wrong.
 """
 
@@ -19,10 +19,12 @@ def parse() -> argparse.Namespace:
     parser = arguments.command(__doc__)
     parser.add_argument("config")
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--accelerators", type=int, default=8, help="a node, one rank each (default: 8)")
+    parser.add_argument("--accelerators", type=int, default=8, help="accelerators per node, one rank each (default: 8)")
     parser.add_argument("--cpu", action="store_true", help="the ranks use no accelerators")
-    parser.add_argument("--cpus-per-task", type=int, default=8, help="of a rank, for its loader (default: 8)")
-    parser.add_argument("--time", required=True, help="of one life; the job requeues itself until the run has finished")
+    parser.add_argument("--cpus-per-task", type=int, default=8, help="CPUs of each rank, for its loader (default: 8)")
+    parser.add_argument(
+        "--time", required=True, help="time limit of one attempt; the job requeues itself until the run has finished"
+    )
     parser.add_argument("--sweep", metavar="KEY=A,B,C", help="a job array, one value each")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the run once it has finished")
     parser.add_argument(
