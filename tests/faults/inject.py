@@ -1,4 +1,4 @@
-"""The commands that a user types, on forked ranks, and what befalls them from outside: the product knows nothing of it.
+"""Runs the commands that a user types on forked ranks, and injects faults from outside, without hooks in the product.
 
 A fault is [name, rank, argument …]; see FAULTS.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import torch
-import torch._dynamo  # the commands check shapes with it: once for all forks, not 2 s in each
+import torch._dynamo  # the commands check shapes with it; imported once for all forks, not for 2 s in each
 
 from tests.lifecycle.test_checkpoint import flip, forge
 from vaescale import distributed
@@ -34,8 +34,8 @@ from vaescale.training.engine import Engine
 
 
 def launch(job: dict[str, Any]) -> None:
-    """Reads "command" [script, argument …] and "faults". Leaves code-R, the exit code, unless the rank was killed, and
-    all that was printed, output-R.txt."""
+    """Run a command as this rank. Reads "command" [script, argument …] and "faults". Writes output-R.txt, everything
+    printed, and code-R, the exit code, unless the rank is killed or leaves at once."""
     out, rank = Path(job["out"]), distributed.rank()
     (out / f"pid-{rank}").write_text(str(os.getpid()))
     distributed.barrier()
@@ -63,7 +63,7 @@ def arm(job: dict[str, Any]) -> None:
 
 
 def before(owner: Any, name: str, part: str, act: Callable[[Path], None]) -> None:
-    """Act on the path before the call of this name whose path ends so; an open file's path is known to the system."""
+    """Call `act` with the path before each call of owner.name whose first argument, a path or fd, ends with `part`."""
     whole = getattr(owner, name)
 
     def patched(path: Any, *arguments: Any, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def before(owner: Any, name: str, part: str, act: Callable[[Path], None]) -> Non
 
 
 def die(out: Path, point: str, step: int) -> None:
-    """SIGKILL to all ranks at this point of the save of this step."""
+    """SIGKILL all ranks at this point of the save of this step."""
 
     def kill() -> None:
         pids = [int(path.read_text()) for path in out.glob("pid-*")]
@@ -111,7 +111,7 @@ def die(out: Path, point: str, step: int) -> None:
 
 
 def fill(out: Path, step: int, disk: str, left: int) -> None:
-    """The disk has so many bytes left once the save of this step begins."""
+    """Fill the disk up to `left` bytes when the save of this step begins."""
 
     def act(path: Path) -> None:
         with (Path(disk) / "ballast").open("wb", buffering=0) as file:
@@ -124,7 +124,7 @@ def fill(out: Path, step: int, disk: str, left: int) -> None:
 
 
 def free(out: Path, step: int, disk: str) -> None:
-    """The disk is free again once the save of this step begins, and what is on it then stands in seen.txt; 0: now."""
+    """Free the disk when the save of this step begins, and write the checkpoints and any damage to seen.txt; 0: now."""
 
     def act(path: Path) -> None:
         there = sorted(path.parent.iterdir())
@@ -139,7 +139,7 @@ def free(out: Path, step: int, disk: str) -> None:
 
 
 def spoil(out: Path, step: int) -> None:
-    """An averaged weight is NaN from this step on; the training itself does not notice."""
+    """Set an averaged weight to NaN from this step on, which training itself does not notice."""
     whole = WeightEMA.update
 
     def update(self: WeightEMA, model: torch.nn.Module, now: int, *skipped: torch.Tensor) -> None:
@@ -151,7 +151,7 @@ def spoil(out: Path, step: int) -> None:
 
 
 def ask(out: Path, step: int, *names: str) -> None:
-    """These signals to this rank, all in one step and again in the save that follows."""
+    """Send these signals to this rank, all in one step, and again in the save that follows."""
     whole = Descent.step
 
     def send() -> None:
@@ -169,7 +169,7 @@ def ask(out: Path, step: int, *names: str) -> None:
 
 
 def insist(out: Path, step: int) -> None:
-    """^C to this rank in this step, and again while it does not come back from it."""
+    """Send ^C to this rank in this step, and again while the step does not return."""
 
     def act() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -181,7 +181,7 @@ def insist(out: Path, step: int) -> None:
 
 
 def touch(out: Path, step: int, file: str) -> None:
-    """A user's `touch FILE`, long enough ago to be seen after this step."""
+    """Create the file as a user would with `touch`, so that it is seen after this step."""
     whole = Descent.step
 
     def stepped(self: Descent, *arguments: Any) -> Any:
@@ -194,7 +194,7 @@ def touch(out: Path, step: int, file: str) -> None:
 
 
 def touch_unseen(out: Path, step: int, file: str) -> None:
-    """A user's `touch FILE` in this step, too late to be looked for again in this process."""
+    """Create the file as a user would with `touch`, after this process has looked for it for the last time."""
 
     def act() -> None:
         Path(file).touch()
@@ -204,12 +204,12 @@ def touch_unseen(out: Path, step: int, file: str) -> None:
 
 
 def hang(out: Path, step: int) -> None:
-    """This rank does not come back from this step."""
+    """Make this rank hang in this step."""
     _at_step(step, lambda: time.sleep(1000))
 
 
 def stand(out: Path, step: int) -> None:
-    """SIGSTOP to this rank in this step; whoever launched it kills it once rank 0 has gone."""
+    """SIGSTOP this rank in this step. Like a launcher, a shell kills it after rank 0 has ended."""
     pids = (out / "pid-0").read_text(), os.getpid()
 
     def act() -> None:
@@ -231,7 +231,7 @@ def _at_step(step: int, act: Callable[[], None]) -> None:
 
 
 def starve(out: Path, seconds: float, steps: int) -> None:
-    """This rank waits so long for its data in each of the first steps."""
+    """Delay the data of this rank by `seconds` in each of the first steps."""
     whole = trainer.Trainer.batches
 
     def slowed(self: trainer.Trainer) -> Any:
@@ -244,7 +244,7 @@ def starve(out: Path, seconds: float, steps: int) -> None:
 
 
 def dawdle(out: Path, seconds: float) -> None:
-    """The first validation takes so long."""
+    """Delay the first validation by `seconds`."""
     whole = trainer.evaluate
 
     def slowed(*arguments: Any, **options: Any) -> Any:
@@ -256,7 +256,7 @@ def dawdle(out: Path, seconds: float) -> None:
 
 
 def draw_slowly(out: Path, seconds: float) -> None:
-    """The pictures of the first validation take so long."""
+    """Delay the pictures of the first validation by `seconds`."""
     whole = trainer.show
 
     def slowed(*arguments: Any) -> Any:
@@ -268,7 +268,7 @@ def draw_slowly(out: Path, seconds: float) -> None:
 
 
 def interrupt(out: Path, victim: int) -> None:
-    """SIGTERM to this rank of them in the first batch of the first validation; batches-R counts those of each."""
+    """Send SIGTERM to rank `victim` in the first batch of the first validation; batches-R counts those of rank R."""
     measure, count = evaluate._measure, 0
 
     def measured(*arguments: Any) -> Any:
@@ -283,7 +283,7 @@ def interrupt(out: Path, victim: int) -> None:
 
 
 def harm(out: Path, run: str, how: str) -> None:
-    """Before this life: a bit of the newest checkpoint flips, or `latest` is emptied or gone."""
+    """Before this attempt, flip a bit of the newest checkpoint, or empty or remove `latest`."""
     latest = Path(run) / "checkpoints" / "latest"
     if how == "a flipped bit":
         path = max(latest.parent.glob("step-*")) / "optimizer.safetensors"
@@ -295,12 +295,12 @@ def harm(out: Path, run: str, how: str) -> None:
 
 
 def keep(out: Path, run: str) -> None:
-    """What stands in the run directory before this process, kept."""
+    """Copy the run directory as it was before this process to `kept`."""
     shutil.copytree(run, out / "kept")
 
 
 def block(out: Path, step: int, path: str) -> None:
-    """From this step on a folder stands where a file should; 0: from now on."""
+    """From this step on, put a folder in place of a file. Step 0: from now on."""
 
     def act() -> None:
         Path(path).unlink(missing_ok=True)
@@ -310,7 +310,7 @@ def block(out: Path, step: int, path: str) -> None:
 
 
 def rewrite(out: Path, source: str, run: str, changes: dict[str, Any]) -> None:
-    """A copy of another run, whose newest state.json says something else, or nothing (None); the manifest vouches."""
+    """Copy another run, and change or remove (None) entries of its newest state.json, with a matching manifest."""
     shutil.copytree(source, run)
     newest = max((Path(run) / "checkpoints").glob("step-*"))
     state = {**json.loads((newest / "state.json").read_text()), **changes}
@@ -319,13 +319,13 @@ def rewrite(out: Path, source: str, run: str, changes: dict[str, Any]) -> None:
 
 
 def keep_status(out: Path, run: str) -> None:
-    """What the life before has left of run_status.json, status.json."""
+    """Copy the run_status.json that the previous attempt left to status.json."""
     with suppress(FileNotFoundError):
         shutil.copy(Path(run) / "run_status.json", out / "status.json")
 
 
 def between(out: Path, step: int) -> None:
-    """SIGTERM to this rank between the first two micro-batches of this step."""
+    """Send SIGTERM to this rank between the first two micro-batches of this step."""
     micro_step, due = Engine.micro_step, False
 
     def arm() -> None:
@@ -344,18 +344,17 @@ def between(out: Path, step: int) -> None:
 
 
 def kill(out: Path, step: int) -> None:
-    """SIGKILL to this rank in this step."""
+    """SIGKILL this rank in this step."""
     _at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def kill_worker(out: Path, step: int) -> None:
-    """SIGKILL to a worker of this rank's loader in this step."""
+    """SIGKILL a worker of this rank's loader in this step."""
     _at_step(step, lambda: psutil.Process().children()[0].kill())
 
 
 def pester(out: Path, number: int) -> None:
-    """SIGUSR1 to this rank in its first save, before the file system is asked to do something for the number-th time,
-    and how many times there were in that save, asked.txt."""
+    """Send SIGUSR1 to this rank before the number-th file-system call of its first save; asked.txt counts the calls."""
     whole, count = Writer.save, -1
 
     def save(self: Writer, *arguments: Any) -> None:
@@ -379,12 +378,12 @@ def pester(out: Path, number: int) -> None:
 
 
 def ends(out: Path, seconds: float) -> None:
-    """The SLURM job ends in so many seconds."""
+    """Let the SLURM job end in `seconds`."""
     os.environ["SLURM_JOB_END_TIME"] = str(round(time.time() + seconds))
 
 
 def elsewhere(out: Path, folder: str) -> None:
-    """A node on which the same path is another folder."""
+    """Imitate a node on which the same relative path is another folder."""
     os.chdir(folder)
 
 

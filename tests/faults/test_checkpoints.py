@@ -1,7 +1,7 @@
-"""What befalls checkpoints, on the commands that a user types: whatever it is, the newest valid one is taken, what was
-wrong is said, and the run ends in the bits of the one that nothing befell.
+"""Faults of checkpoints, with the commands that a user types. In every case the newest valid checkpoint is used, the
+fault is reported, and the run ends with the same bits as an undisturbed one.
 
-Each test stands below the function that gives its jobs; all of them are done at once, by the fixture `befallen`.
+Each test follows the function that returns its jobs. The fixture `befallen` runs all jobs together.
 """
 
 import json
@@ -56,7 +56,7 @@ def train(run: Path, pictures: Path, *given: str, world: int = 1) -> list[str]:
 def end(out: Path) -> End:
     codes: list[int | None] = []
     for rank, code in enumerate(json.loads((out / "codes.json").read_text())):
-        file = out / f"code-{rank}"  # none is left by a rank that was killed, or has left at once
+        file = out / f"code-{rank}"  # missing if the rank was killed, or left at once
         codes.append(int(file.read_text()) if file.exists() else code if code > 0 else None)
     return End(codes, (out / "output-0.txt").read_text())
 
@@ -67,7 +67,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def twins(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs that nothing befell, N/run on N ranks."""
+    """Undisturbed runs, N/run on N ranks."""
     folder = tmp_path_factory.mktemp("twins")
     outs = {world: folder / str(world) for world in (1, 2)}
     forked(folder, [job(out, train(out / "run", pictures, world=world), world=world) for world, out in outs.items()])
@@ -96,7 +96,8 @@ def kills(folder: Path, twins: Path, pictures: Path) -> Jobs:
 
 @pytest.mark.parametrize(("world", "point"), KILLS)
 def test_killed_in_a_save(befallen: Path, twins: Path, world: int, point: str) -> None:
-    """All ranks, while the checkpoint of step 8 was being written: an interval is lost, and what was done meanwhile."""
+    """All ranks are killed while the checkpoint of step 8 is written. At most one interval is lost, plus the steps
+    trained during the save."""
     out = befallen / f"{world}-{point}"
     assert end(out).codes == [None] * world
     codes, output = end(out / "again")
@@ -190,8 +191,8 @@ def poisons(folder: Path, twins: Path, pictures: Path) -> Jobs:
 
 @pytest.mark.parametrize(("kind", "name"), POISONS)
 def test_a_poisoned_pickle_never_runs(befallen: Path, kind: str, name: str) -> None:
-    """In place of every file of the newest checkpoint, or of all, the manifest vouching for it; in `latest`, and as a
-    tag in config.yaml."""
+    """The pickle replaces every file of the newest checkpoint, or of all, with a matching manifest, and `latest`. A tag
+    in config.yaml is not run either."""
     codes, output = end(befallen / f"{kind}-{name}")
     assert not (befallen / "ran").exists()
     assert codes == [0 if kind == "newest" and name != "sample" else 2], output  # a VQ-VAE draws no samples
@@ -261,7 +262,8 @@ def beginnings(folder: Path, twins: Path, pictures: Path) -> Jobs:
 
 
 def test_a_new_run_may_begin_with_the_weights_of_another(befallen: Path, twins: Path) -> None:
-    """And nothing else of it; its own checkpoints come first. At ZeRO 1, whose optimiser has its own copy of them."""
+    """It takes only the weights, and its own checkpoints have precedence. Runs at ZeRO 1, where the optimiser has its
+    own copy of the weights."""
     other = twins / "1" / "run" / "checkpoints"
     codes, output = end(befallen / "new")
     assert codes == [0, 0], output
@@ -292,7 +294,7 @@ def test_weights_that_do_not_fit_are_one_sentence(befallen: Path) -> None:
     assert re.fullmatch(r"error: init_from=.* is neither a checkpoint nor a run directory that has one\n", output)
 
 
-# $0: bytes, $1: the folder; what is on it when the command has ended lies in FOLDER-after.
+# $0: size of the disk, $1: its folder. FOLDER-after is a copy of its content after the command has ended.
 ON_A_DISK = """
 disk="$1"; shift; mount -t tmpfs -o size="$0" tmpfs "$disk" || exit 77
 mkdir "$disk/passing" "$disk/lasting" "$disk/small"
@@ -301,8 +303,8 @@ mkdir "$disk/passing" "$disk/lasting" "$disk/small"
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(pictures: Path, tmp_path: Path) -> None:
-    """A real one. It fills when the save of step 8 begins: to the last byte, with the whole run on it, or with 40 KiB
-    left, of the 80 that a checkpoint takes."""
+    """A real disk, which fills when the save of step 8 begins: completely, with the whole run on it, or up to 40 KiB,
+    where a checkpoint takes 80."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(disk)]

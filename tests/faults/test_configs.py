@@ -1,4 +1,4 @@
-"""Config files that mean harm, or well: each is one sentence, before anything else is done."""
+"""Hostile and mistaken config files. Each gets a one-sentence error before anything else happens."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,12 +8,12 @@ import pytest
 from tests.faults.test_checkpoints import end, job, names, train
 from tests.integration.conftest import TINY, forked
 
-SOON = 10.0  # seconds, of which starting takes nearly all
+SOON = 10.0  # seconds, nearly all of them for the start
 
 
 class Hostile(NamedTuple):
-    text: str  # of the file; {ran}: a folder that must not come to be
-    words: str  # of the answer
+    text: str  # content of the file; {ran} is a folder that must not be created
+    words: str  # expected in the error
 
 
 BOMB = "\n".join(

@@ -1,7 +1,7 @@
-"""What a run directory is asked to bear: a second training, the same command once more, other settings, places that
-cannot be written, and what a stop has left. All on the commands that a user types.
+"""Unusual uses of a run directory: a second training, the same command again, other settings, paths that cannot be
+written, and remains of a stop. All with the commands that a user types.
 
-Each test stands below the function that gives its jobs; all of them are done at once, by the fixture `borne`.
+Each test follows the function that returns its jobs. The fixture `borne` runs all jobs together.
 """
 
 import json
@@ -26,7 +26,7 @@ def borne(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("borne")
 
     def make(name: str, *given: str, run: str = "", faults: list[list[Any]] | None = None, world: int = 1) -> Any:
-        """A training in folder/RUN, whose output lies in folder/NAME; RUN is NAME unless it is said."""
+        """A training in folder/runs/RUN with its output in folder/NAME. RUN defaults to NAME."""
         where = folder / "runs" / (run or name)
         command = train(where, pictures, f"steps={STEPS}", "every.checkpoint=2", *given, world=world)
         return {**job(folder / name, command, *(faults or []), world=world), "code": None}
@@ -55,7 +55,7 @@ def again(make: Make, folder: Path) -> Jobs:
 
 
 def test_a_finished_run_run_again_is_left_as_it_is(borne: Path) -> None:
-    """Byte for byte, config.yaml too, though settings have changed."""
+    """It is unchanged byte for byte, including config.yaml, although settings have changed."""
     before = files(borne / "same" / "kept")
     assert "config.yaml" in before
     for name in ("same", "lowered"):
@@ -127,7 +127,7 @@ def in_use(make: Make, folder: Path) -> Jobs:
 
 @pytest.mark.parametrize("name", ["held", "held-over"])
 def test_a_second_training_is_refused_on_all_ranks(borne: Path, name: str) -> None:
-    """And leaves no trace in the run directory of the first."""
+    """It leaves no trace in the run directory of the first."""
     codes, output = end(borne / name)
     assert codes == [2] * len(codes), output
     assert f"held is in use by another training, process {os.getpid()} on " in output
@@ -224,7 +224,7 @@ def ends(make: Make, folder: Path) -> Jobs:
 
 
 def test_a_status_that_cannot_be_written_at_the_end_fails_no_run(borne: Path) -> None:
-    """All is saved by then. Nor does a STOP that cannot be removed."""
+    """Everything is saved by then. A STOP file that cannot be removed does not fail the run either."""
     codes, output = end(borne / "mute")
     assert codes == [0], output
     assert "run_status.json cannot be written (Is a directory), and should say finished at step 4\n" in output

@@ -1,4 +1,4 @@
-"""Runs of many lives, each of which something ends; the last one ends in the bits of the run that nothing befell."""
+"""Runs of many attempts, each ended by a fault. The last attempt ends with the same bits as an undisturbed run."""
 
 import json
 import random
@@ -26,7 +26,7 @@ class Life(NamedTuple):
     what: str
     events: list[list[Any]]  # see forked.py
     faults: list[list[Any]]  # see inject.py
-    training: bool = True  # has begun when the events' seconds begin to count
+    training: bool = True  # whether the seconds of the events count from the start of training
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,13 @@ def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def start_up(out: Path) -> float:
-    """Seconds until training begins."""
+    """Seconds from the start of the ranks to the start of training."""
     return (out / "run" / "config.yaml").stat().st_mtime - (out / "pid-0").stat().st_mtime
 
 
 def live(folder: Path, pictures: Path, lives: Sequence[Life]) -> None:
-    """One after another, and a last one that nothing befalls; each leaves folder/NUMBER, see inject.launch."""
+    """Run the attempts one after another, and a last one without a fault. Each writes folder/NUMBER, see
+    inject.launch."""
     run = folder / "run"
     command = train(run, pictures, *GIVEN, world=2)
     jobs = []
@@ -54,19 +55,19 @@ def live(folder: Path, pictures: Path, lives: Sequence[Life]) -> None:
 
 
 def reached(out: Path) -> int:
-    """The last step that was reported."""
+    """The last reported step of an attempt."""
     steps = re.findall(r"^step +(\d+)/", (out / "output-0.txt").read_text(), re.MULTILINE)
     return int(steps[-1]) if steps else began(out)
 
 
 def began(out: Path) -> int:
-    """The step from which a life goes on."""
+    """The step at which an attempt resumed."""
     found = re.search(r"resumes at step (\d+):", (out / "output-0.txt").read_text())
     return int(found[1]) if found else 0
 
 
 def losses_at_each_end(folder: Path, lives: int) -> list[int]:
-    """Steps that were taken, and are taken again; a life that ended before it had resumed loses nothing."""
+    """Number of steps that had to be repeated after each attempt; one that ended before it resumed loses none."""
     lost = []
     at = 0
     for number in range(lives):
@@ -79,7 +80,7 @@ def losses_at_each_end(folder: Path, lives: int) -> list[int]:
 
 
 def test_killed_at_fifty_random_moments(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
-    """SIGKILL to both ranks: ten times while they start, forty times in training, saving and validation."""
+    """SIGKILL both ranks, ten times during start-up, and forty times during training, saves and validations."""
     dice = random.Random(0)
     begin = start_up(undisturbed)
     starts = [(False, dice.uniform(0, begin)) for _ in range(10)]
@@ -99,13 +100,13 @@ def test_killed_at_fifty_random_moments(undisturbed: Path, pictures: Path, tmp_p
     lost = losses_at_each_end(tmp_path, 51)
     print(f"steps lost by each of {len(lost)} kills, of intervals of {INTERVAL}: {sorted(lost)}")
     assert len(lost) >= 30
-    assert max(lost) < 2 * INTERVAL  # one, and what was trained while a save was being written
+    assert max(lost) < 2 * INTERVAL  # one interval, plus the steps trained during a save
     assert sorted(lost)[len(lost) // 2] <= INTERVAL
 
 
 class Fault(NamedTuple):
-    codes: list[int | None] | str  # None: killed; or in words
-    status: str  # as run_status.json has it after that life
+    codes: list[int | None] | str  # of each rank, None if killed; or a description
+    status: str  # in run_status.json after that attempt
 
 
 SOAK = {
@@ -138,11 +139,12 @@ def life(what: str, moment: float, run: Path) -> Life:
 
 
 def test_thirty_random_faults(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
-    """Each at a random moment of training; which one, is also drawn, after all have been once."""
+    """Thirty faults in random order, each at a random moment of training: each kind once, the others drawn at
+    random."""
     dice = random.Random(1)
     whats = [*SOAK, *dice.choices(list(SOAK), k=29 - len(SOAK))]
     dice.shuffle(whats)
-    whats.insert(0, "touch STOP")  # so that there is a checkpoint that may be damaged
+    whats.insert(0, "touch STOP")  # creates a checkpoint that can be damaged
     lives = [life(what, dice.uniform(0, 0.7), tmp_path / "run") for what in whats]
     live(tmp_path, pictures, lives)
 
@@ -173,12 +175,12 @@ def test_thirty_random_faults(undisturbed: Path, pictures: Path, tmp_path: Path)
 
 
 def seconds(out: Path) -> float:
-    """From the start of the ranks to the last line that rank 0 said."""
+    """Seconds from the start of the ranks to the last output of rank 0."""
     return (out / "output-0.txt").stat().st_mtime - (out / "pid-0").stat().st_mtime
 
 
 def test_a_signal_at_any_moment_of_a_save(undisturbed: Path, pictures: Path, tmp_path: Path) -> None:
-    """Twenty lives: before the number-th time that the first save asks something of the file system SIGUSR1 arrives."""
+    """In attempt N of twenty, SIGUSR1 arrives before the N-th file-system call of the first save."""
     run = tmp_path / "run"
     command = train(run, pictures, *GIVEN, world=2)
     times = range(1, 21)

@@ -1,5 +1,5 @@
-"""Forty lives of one run under `launch/run.py torchrun`. A signal ends each, at any moment from its first second on: to
-a rank, a loader's worker, the launcher, the wrapper, or the launcher and all its ranks.
+"""Forty attempts of one run under `launch/run.py torchrun`, each ended by a signal at any moment from its first second
+on. The signal goes to a rank, a loader worker, the launcher, the wrapper, or the launcher and all its ranks.
 
 Thirty more faults, on forked ranks without a launcher, are in test_lives.py.
 """
@@ -31,9 +31,9 @@ GIVEN = (f"steps={STEPS}", "zero=1", f"every.checkpoint={INTERVAL}", "every.vali
 GIVEN += ("data.workers=1", "hang_timeout=10")
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGKILL", "SIGSTOP")
 TARGETS = ("rank 0", "rank 1", "worker", "launcher", "wrapper", "group")
-SOON = 60.0  # seconds in which nothing may be left once the wrapper has ended: torchrun waits 30 s for a stopped rank
-START = 20.0  # seconds within which a fault in start-up falls
-PATIENCE = 400.0  # seconds until a life has ended, at most
+SOON = 60.0  # seconds after the wrapper by which all processes must end; torchrun waits 30 s for a stopped rank
+START = 20.0  # seconds from the start in which a start-up fault occurs
+PATIENCE = 400.0  # maximum seconds of an attempt
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
 
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]
 class Fault(NamedTuple):
     name: str  # a signal
     target: str
-    training: bool  # has begun when the seconds begin to count
+    training: bool  # whether the seconds count from the start of training
     moment: float  # seconds
     twice: bool = False
 
@@ -51,13 +51,13 @@ class Fault(NamedTuple):
 
     @property
     def harmless(self) -> bool:
-        """It ends nothing: the life is ended by SIGTERM to the wrapper afterwards."""
+        """Whether it ends nothing, so that SIGTERM to the wrapper ends the attempt afterwards."""
         if self.name == "SIGSTOP":
             return self.target not in ("rank 0", "rank 1", "worker") or not self.training
         return self.target == "worker" and (self.asks or not self.training)
 
     def codes(self) -> set[int]:
-        """With which the wrapper may end."""
+        """The exit codes that the wrapper may return."""
         number = signal.Signals[self.name]
         if self.harmless:
             return {75} if self.training or self.target != "worker" else {75, 2}
@@ -68,10 +68,10 @@ class Fault(NamedTuple):
                 return {4}
             if self.twice:
                 return {130}
-            # Sent to the launcher and to the ranks, ^C comes twice to them, and late under load.
+            # ^C to the launcher and the ranks reaches the ranks twice, the second time late under load.
             return {75, 130} if self.name == "SIGINT" and self.target == "group" else {75}
         trained = self._replace(training=True).codes()
-        before = {  # training has begun, which from outside cannot be told
+        before = {  # before training begins, which cannot be distinguished from outside
             "wrapper": {130 if number == signal.SIGINT else 75, -number},
             "launcher": {1, 128 + number},
             "group": {1, 128 + number},
@@ -80,7 +80,7 @@ class Fault(NamedTuple):
 
 
 def draw(dice: random.Random) -> list[Fault]:
-    """Each signal to each target, and some again; in training or in start-up."""
+    """Each signal to each target, and some again, during training or start-up."""
     pairs = [(name, target) for target in TARGETS for name in SIGNALS]
     pairs += dice.choices([pair for pair in pairs if pair[0] != "SIGSTOP"], k=FAULTS - len(pairs) - 1)
     faults = [Fault("SIGINT", "wrapper", True, 0.5, twice=True)]
@@ -92,7 +92,7 @@ def draw(dice: random.Random) -> list[Fault]:
 
 
 def until(found: Callable[[], object], life: "subprocess.Popen[bytes]") -> None:
-    """Wait until it is there, or the life is over."""
+    """Wait until `found` is true or the attempt has ended."""
     end = time.monotonic() + PATIENCE
     while not found() and life.poll() is None:
         assert time.monotonic() < end
@@ -100,7 +100,7 @@ def until(found: Callable[[], object], life: "subprocess.Popen[bytes]") -> None:
 
 
 def family(wrapper: int) -> dict[str, list[psutil.Process]]:
-    """The processes of each target, as far as they are there."""
+    """The processes of each target that exist."""
     with suppress(psutil.NoSuchProcess):
         launchers = psutil.Process(wrapper).children()[:1]
         ranks = [one for launcher in launchers for one in launcher.children() if "train.py" in " ".join(one.cmdline())]
@@ -138,7 +138,7 @@ def befall(fault: Fault, life: "subprocess.Popen[bytes]", trains: Callable[[], b
 
 
 def left(mark: str) -> list[psutil.Process]:
-    """What the life with this mark in its environment has left behind."""
+    """The remaining processes of the attempt with this mark in its environment."""
     found = []
     for one in psutil.process_iter():
         with suppress(psutil.Error):
@@ -148,7 +148,8 @@ def left(mark: str) -> list[psutil.Process]:
 
 
 def test_forty_random_signals(pictures: Path, tmp_path: Path) -> None:
-    """The same bits as undisturbed, no process left, and each life's code as promised."""
+    """The run has the same bits as an undisturbed one, no process remains, and each attempt's exit code is as
+    promised."""
     reference, run = tmp_path / "reference", tmp_path / "run"
     forked(tmp_path, [job(reference, train(reference / "run", pictures, *GIVEN, world=2), world=2)], timeout=2000)
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port"]

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, and runs that fail: what they leave, and that they go on to the same bits."""
+"""Runs that are asked to stop, and runs that fail: what they write, and that they resume to the same bits."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ from vaescale.advice.postmortem import read_metrics
 
 class Asked(NamedTuple):
     how: str
-    why: str  # as run_status.json says it
-    faults: list[list[Any]]  # of which rank and how
+    why: str  # in run_status.json
+    faults: list[list[Any]]  # see inject.py
     world: int = 1
-    step: int = 6  # the last one taken
+    step: int = 6  # the last one trained
     given: tuple[str, ...] = ()
 
 
-# One rank is told of what another was asked at the end of the next step.
+# A rank learns at the end of the next step that another one was asked to stop.
 ASKED = [
     Asked("SIGTERM to one of two, and SIGUSR1 after it", "SIGTERM", [["ask", 1, 5, "SIGTERM", "SIGUSR1"]], 2),
     Asked("SIGTERM to one of two, then the other", "SIGTERM", [["ask", 0, 5, "SIGTERM"], ["ask", 1, 6, "SIGTERM"]], 2),
@@ -35,15 +35,15 @@ ASKED = [
     Asked("the job ends", "the end of the SLURM job", [["ends", 0, 100]], step=1, given=("stop_before=200",)),
 ]
 LONG = ("accumulation=6", "every.validate=6")  # validations of five and of six batches
-# Where the run of ten samples a step, nine steps an epoch, is stopped by turns, and how.
+# Where a run of ten samples per step and nine steps per epoch is stopped, one after another, and how.
 EPOCHS = ("batch=10", "accumulation=2", "optimizer.warmup=4", "data.columns=5")
 PLACES = {
     2: "touch",  # while the learning rate rises
     5: "touch",  # right after codes were reset
-    6: "between",  # asked between two micro-batches
-    8: "touch",  # a step before the epoch ends
-    9: "touch",  # where it ends
-    10: "touch",  # a step after
+    6: "between",  # between two micro-batches
+    8: "touch",  # one step before the end of the epoch
+    9: "touch",  # at its end
+    10: "touch",  # one step after it
 }
 FAILING = ("optimizer.lr=1e30", "optimizer.patience=3")
 
@@ -116,7 +116,7 @@ def test_it_may_be_stopped_at_any_place(stopped: Path) -> None:
 
 
 def test_a_stop_does_not_wait_for_a_validation(stopped: Path) -> None:
-    """The next life makes up for it, and all that is measured is as if there had been no stop."""
+    """The next attempt validates instead, and measures the same as an uninterrupted run."""
     out = stopped / "cut"
     codes, output = end(out)
     assert codes == [75, 75], output
@@ -131,13 +131,13 @@ def test_a_stop_does_not_wait_for_a_validation(stopped: Path) -> None:
 
 
 def measured(run: Path) -> list[dict[str, Any]]:
-    """Of the log, what validations have found."""
+    """The validation results in the log."""
     lines = [line for line in read_metrics(run) if "val/psnr" in line]
     return [{key: line[key] for key in line if key == "step" or key.startswith("val/")} for line in lines]
 
 
 def test_a_second_interrupt_leaves_at_once_and_is_no_failure(stopped: Path) -> None:
-    """However often, and even though the other rank fails for want of the first."""
+    """This holds for repeated attempts, even though the other rank fails because the first is missing."""
     for life in range(3):
         out = stopped / f"impatient-{life}"
         codes, output = end(out)
@@ -151,7 +151,7 @@ def test_a_second_interrupt_leaves_at_once_and_is_no_failure(stopped: Path) -> N
 
 
 def test_the_same_failure_three_times_in_a_row_is_no_progress(stopped: Path) -> None:
-    """The fourth life is not the first of a new row."""
+    """The fourth attempt does not start a new count."""
     codes = [end(stopped / f"failing-{life}").codes for life in range(4)]
     assert codes == [[3, 3], [3, 3], [93, 93], [93, 93]]
     found = status(stopped / "failing")

@@ -1,4 +1,4 @@
-"""Runs that stop getting on: a rank that hangs, is stopped or slow, a launcher that is gone; and what is none of it."""
+"""Runs without progress: a rank that hangs, is stopped or slow, or a launcher that is gone; and some false alarms."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from vaescale.lifecycle.status import HUNG_CODE
 
 TIMEOUT = 3.0
 RUN = [sys.executable, str(ROOT / "launch" / "run.py")]
-SOON = 30.0  # seconds in which nothing may be left of a run whose launcher is gone
+SOON = 30.0  # seconds within which all processes of a run end after its launcher is gone
 
 
 LOST: dict[str, list[Any]] = {"a rank": ["kill", 1, 6], "a worker": ["kill worker", 1, 6]}
@@ -98,7 +98,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
 
 @pytest.mark.parametrize("what", LOST)
 def test_a_rank_or_a_worker_that_is_killed_ends_the_run(befallen: Path, what: str) -> None:
-    """The others leave by themselves, long before a launcher loses its patience, and the status says why."""
+    """The others end on their own, long before a launcher would kill them, and the status says why."""
     out = befallen / what
     codes, output = end(out)
     found = status(out / "run")
@@ -181,7 +181,7 @@ def last_step(run: Path) -> int:
 def test_a_launcher_that_is_killed_leaves_a_saved_run_and_no_orphan(
     pictures: Path, tmp_path: Path, start: Start
 ) -> None:
-    """And run.py, which was told of a kill, returns what the ranks meant."""
+    """run.py, whose child was killed, returns the exit code of the ranks."""
     run = tmp_path / "run"
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port"]
     process = start([*RUN, *torchrun, str(free_port()), *train(run, pictures, *ENDLESS, world=2)])
@@ -227,7 +227,7 @@ def test_the_wrapper_wants_to_know_the_run(start: Start) -> None:
     assert (code, output) == (2, "error: write launch/run.py LAUNCHER … launch/train.py --config C [key=value …]\n")
 
 
-# A launcher that loses codes: its one rank writes the status, starts somebody who stays, and goes with another code.
+# A launcher that loses exit codes: its only rank writes the status, leaves a process behind and exits with another one.
 LAUNCHER = """
 import subprocess, sys
 from pathlib import Path
@@ -268,12 +268,12 @@ def test_the_wrapper_returns_what_the_run_says(
     found, output = finish(start([*RUN, *command], PYTHONPATH=str(ROOT)), SOON)
     assert found == code, output
     assert not psutil.pid_exists(int(output.splitlines()[0]))
-    if how == "failed":  # again: that status is not this life's
+    if how == "failed":  # again: the old status does not count for a new attempt
         command[-2:] = ["never begun", "2"]
         assert finish(start([*RUN, *command], PYTHONPATH=str(ROOT)), SOON)[0] == 2
 
 
-# A launcher that does not end by itself, nor does what it has begun; and ranks that do not heed the file STOP.
+# A launcher that does not end on its own, nor does its child process; and ranks that ignore the STOP file.
 STUBBORN = """
 import signal, subprocess, sys, time
 from pathlib import Path
@@ -291,7 +291,7 @@ time.sleep(1000)
 
 @pytest.mark.parametrize("how", ["begun", "starting"])
 def test_the_wrapper_ends_all_at_once_at_the_second_interrupt(tmp_path: Path, start: Start, how: str) -> None:
-    """At the first one, if training has not begun."""
+    """Before training begins, it does so at the first interrupt."""
     script, run = tmp_path / "train.py", tmp_path / "run"
     script.write_text(STUBBORN)
     command = [*RUN, sys.executable, str(script), "--config", str(TINY), f"run={run}", "data.root=none", how]
@@ -301,7 +301,7 @@ def test_the_wrapper_ends_all_at_once_at_the_second_interrupt(tmp_path: Path, st
     process.send_signal(signal.SIGINT)
     if how == "begun":
         assert soon((run / "STOP").exists)
-        time.sleep(1)  # two within half a second are one
+        time.sleep(1)  # two interrupts within half a second count as one
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
     code, output = finish(process, SOON)
