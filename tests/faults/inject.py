@@ -27,7 +27,7 @@ from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
 from vaescale.lifecycle import stops
 from vaescale.lifecycle.checkpoint import verify
 from vaescale.lifecycle.writer import Writer
-from vaescale.training import trainer
+from vaescale.training import reporter, trainer
 from vaescale.training.descent import Descent
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import Engine
@@ -257,14 +257,14 @@ def dawdle(out: Path, seconds: float) -> None:
 
 def draw_slowly(out: Path, seconds: float) -> None:
     """Delay the pictures of the first validation by `seconds`."""
-    whole = trainer.show
+    whole = reporter.show
 
     def slowed(*arguments: Any) -> Any:
         time.sleep(seconds)
-        trainer.show = whole
+        reporter.show = whole
         return whole(*arguments)
 
-    trainer.show = slowed
+    reporter.show = slowed
 
 
 def interrupt(out: Path, victim: int) -> None:
