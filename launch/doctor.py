@@ -38,7 +38,7 @@ from vaescale.config import ConfigError
 
 def main(given: argparse.Namespace) -> int:
     if given.run:
-        return told(postmortem.read(given.run))
+        return told(postmortem.diagnose(given.run))
     try:
         return before(given.config, given.overrides)
     except distributed.Misplaced as error:

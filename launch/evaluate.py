@@ -140,7 +140,7 @@ def evaluate_run(
     device = distributed.init()
     model, step = trained.read_model(run, config, device)
     slices = stream.ValidationSlices(config.data)
-    index.check(*slices.indexes)
+    index.check_files(*slices.indexes)
     if replaces:
         check_record(run, slices, step, draws)
     assert isinstance(model, Codec)
@@ -160,7 +160,7 @@ def evaluate_run(
         "model": config.model.kind,
         "likelihood": likelihood.kind if likelihood else None,
         "parameters": parameters,
-        "latents": tables.describe(latents, sizes),
+        "latents": tables.latents_in_words(latents, sizes),
         **metrics,
         "draws": draws,
         "step": step,

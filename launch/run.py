@@ -84,7 +84,7 @@ class Asked:
         except OSError as error:
             print(f"error: {self.stop} cannot be made ({error.strerror}): press ^C twice to end at once", flush=True)
 
-    def heeded(self) -> None:
+    def acknowledge(self) -> None:
         """All have ended: nobody is left to heed the file."""
         if self.cancelled or not self.srun:
             with suppress(OSError):
@@ -110,7 +110,7 @@ def main(command: list[str], requeue: bool) -> int:
         preexec_fn=lambda: prctl(SET_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0),
     )
     code = ended(launcher, asked)
-    asked.heeded()
+    asked.acknowledge()
     if asked.at_once:
         return process.INTERRUPTED_CODE
     after = asked.status.read()

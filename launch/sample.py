@@ -54,7 +54,7 @@ from itertools import islice
 from vaescale import distributed, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
-from vaescale.evaluation.sample import MODES, Subject, Unable
+from vaescale.evaluation.sample import MODES, Subject, Unsupported
 from vaescale.interfaces import Batch, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import board, pictures
@@ -73,7 +73,7 @@ def main(given: argparse.Namespace) -> int:
             )
         subject, step = load(given)
         return write(run, subject, step, given.modes, given.board, given.out or given.run)
-    except (ConfigError, DataError, CheckpointError, distributed.Misplaced, Unable) as error:
+    except (ConfigError, DataError, CheckpointError, distributed.Misplaced, Unsupported) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -84,7 +84,7 @@ def load(given: argparse.Namespace) -> tuple[Subject, int]:
     """(the model and what it is shown on, the step of its weights)."""
     config = trained.read_config(given.run, given.overrides)
     slices = stream.ValidationSlices(config.data)
-    index.check(*slices.indexes)
+    index.check_files(*slices.indexes)
     total = len(slices.samples.index)
     if wrong := [number for number in given.images or () if not 0 <= number < total]:
         raise ConfigError(f"--images {wrong[0]}: the validation images are 0 to {total - 1}")
@@ -117,9 +117,9 @@ def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bo
     for mode in modes or MODES:
         try:
             made |= MODES[mode](subject)
-        except Unable as error:
+        except Unsupported as error:
             if modes:
-                raise Unable(f"{run} cannot {mode}: {error}") from None
+                raise Unsupported(f"{run} cannot {mode}: {error}") from None
             print(f"skipped {mode}: {error}")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bo
             f"{error.filename or out} cannot be written ({error.strerror}): make it writable, or give --out FOLDER"
         ) from None
     if not made:
-        raise Unable(f"{run} has no pictures to show: its model can do none of {', '.join(MODES)}")
+        raise Unsupported(f"{run} has no pictures to show: its model can do none of {', '.join(MODES)}")
     return 0
 
 

@@ -45,10 +45,10 @@ def main(given: argparse.Namespace) -> int:
         settings.check(config, world)
         # Imported only now, so that a typo is answered before DeepSpeed's import or a process group cost time.
         if given.dry_run:
-            from vaescale.advice.dry_run import describe
+            from vaescale.advice.dry_run import dry_run
 
             if distributed.place().rank == 0:
-                print(describe(config, distributed.place().world))
+                print(dry_run(config, distributed.place().world))
             return 0
         from vaescale.advice import preflight
         from vaescale.training.trainer import Trainer

@@ -62,7 +62,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (every scalar remains a text)
 
 
-def read(path: str | Path, overrides: list[str]) -> dict[str, Any]:
+def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
     """Read the YAML file and merge the overrides over it. Returns sections, lists and texts, not yet typed.
 
     `${other.key}` is the only interpolation. A resolver such as `${oc.env:…}` is refused, because it would let a file
@@ -97,7 +97,7 @@ def as_written(raw: dict[str, Any], section: str, key: str) -> str | None:
     return str(value) if isinstance(value, str) else None
 
 
-def check(schema: T, raw: dict[str, Any], source: str | Path) -> T:
+def typed(schema: T, raw: dict[str, Any], source: str | Path) -> T:
     """Merge `raw` over the defaults `schema` (a dataclass instance). Returns a frozen object of the schema's type.
 
     source: the file, for messages. Raises UnknownKey for an unknown key, and ConfigError for a value that is missing,

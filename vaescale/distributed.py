@@ -168,7 +168,7 @@ def tell(value: Any) -> Any:
     return json.loads(bytes(broadcast_(text).tolist()))
 
 
-def each(values: Tensor) -> Tensor:
+def gather(values: Tensor) -> Tensor:
     """Returns the values of all ranks on every rank: fp64 [W, …] on the CPU. Collective."""
     table = torch.zeros(world(), *values.shape, dtype=torch.float64, device=_device())
     table[rank()] = values
@@ -177,7 +177,7 @@ def each(values: Tensor) -> Tensor:
 
 def where(flag: bool) -> list[int]:
     """Returns the ranks whose flag is true. Collective."""
-    return each(torch.tensor(flag)).nonzero().flatten().tolist()
+    return gather(torch.tensor(flag)).nonzero().flatten().tolist()
 
 
 def barrier() -> None:

@@ -91,7 +91,7 @@ OWNED = {
 def load(path: str | Path, overrides: list[str]) -> Config:
     """Read a config file with overrides. Raises ConfigError, one sentence, for unknown keys and values that cannot
     work."""
-    return _checked(mechanics.read(path, overrides), path)
+    return _checked(mechanics.read_yaml(path, overrides), path)
 
 
 def _checked(raw: Any, path: str | Path) -> Config:
@@ -99,7 +99,7 @@ def _checked(raw: Any, path: str | Path) -> Config:
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
     try:
-        config = mechanics.check(Config(model=MODELS[kind].config()), raw, path)
+        config = mechanics.typed(Config(model=MODELS[kind].config()), raw, path)
     except mechanics.UnknownKey as error:
         others = [other for other, family in MODELS.items() if error.key in known_keys(Config(model=family.config()))]
         if not others:
@@ -112,7 +112,7 @@ def _checked(raw: Any, path: str | Path) -> Config:
 def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
     """Read a run's config.yaml with overrides. Returns the config, and the file's keys that this version does not know,
     which are ignored. Missing keys take their defaults. Raises ConfigError."""
-    raw = mechanics.read(path, overrides)
+    raw = mechanics.read_yaml(path, overrides)
     kind = mechanics.as_written(raw, "model", "kind")
     names = [override.partition("=")[0].strip().split(".") for override in overrides]
     given = {".".join(one[:depth]) for one in names for depth in range(1, len(one) + 1)}

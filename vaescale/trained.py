@@ -50,4 +50,4 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
     if distributed.rank() == 0:
         for remark in remarks:
             print(remark, file=sys.stderr)
-    return model.to(device).eval(), states.read(path, ["step"])["step"]
+    return model.to(device).eval(), states.read_checked(path, ["step"])["step"]

@@ -32,7 +32,7 @@ def write(run: Path, metrics: Metrics) -> None:
 
 
 def said(run: Path) -> str:
-    return "\n".join(map(str, postmortem.read(run)))
+    return "\n".join(map(str, postmortem.diagnose(run)))
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def healthy(tmp_path: Path) -> Path:
 
 
 def test_a_healthy_run_has_no_ills(healthy: Path) -> None:
-    assert [finding.level for finding in postmortem.read(healthy)] == ["ok", "ok"]
+    assert [finding.level for finding in postmortem.diagnose(healthy)] == ["ok", "ok"]
     assert "ok: running at step 1200, the last report 0 s ago, one every 2 s being usual" in said(healthy)
     for status in ("finished", "preempted"):
         Status(healthy, 0).end(status, "SIGTERM", 1200)
-        assert [finding.level for finding in postmortem.read(healthy)] == ["ok", "ok"]
+        assert [finding.level for finding in postmortem.diagnose(healthy)] == ["ok", "ok"]
 
 
 def test_a_run_that_says_nothing_any_more(healthy: Path) -> None:
@@ -103,7 +103,7 @@ def test_ills_are_read_off_the_metrics(healthy: Path, ill: str) -> None:
     metrics, words = ILLS[ill]
     write(healthy, metrics)
     assert words in said(healthy)
-    assert sum(finding.level != "ok" for finding in postmortem.read(healthy)) == 1
+    assert sum(finding.level != "ok" for finding in postmortem.diagnose(healthy)) == 1
 
 
 def test_an_alarm_is_repeated_as_the_run_said_it(healthy: Path) -> None:

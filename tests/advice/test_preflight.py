@@ -97,10 +97,10 @@ def test_samples_that_cannot_be_read(config: settings.Config, pictures: Path, tm
 
 
 def test_clocks_and_versions_that_differ(config: settings.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def each(own: torch.Tensor) -> torch.Tensor:
+    def gather(own: torch.Tensor) -> torch.Tensor:
         return torch.stack([own, own, own + 7])
 
-    monkeypatch.setattr(preflight.distributed, "each", each)
+    monkeypatch.setattr(preflight.distributed, "gather", gather)
     assert str(preflight.clocks()) == "warn: the ranks' clocks are 7.0 s apart: set them by NTP, or logs do not match"
     assert preflight.agreement(config).what == "rank 2 has other settings than rank 0"
 

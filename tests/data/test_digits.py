@@ -56,4 +56,4 @@ def test_training_on_grey_digits_sees_one_channel(root: Path) -> None:
 def test_without_scikit_learn_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "FILE", "no_such_package/digits.csv.gz")
     with pytest.raises(DataError, match=r"no_such_package/digits\.csv\.gz is not installed.*'vaescale\[demo\]'"):
-        list(digits.read())
+        list(digits.read_digits())

@@ -163,7 +163,7 @@ def test_exchanged_labels_are_seen(made: Path) -> None:
 
     edited(made, "samples.npy", exchange, forge=False)
     with pytest.raises(DataError, match=r"samples\.npy is not the file that was indexed"):
-        index.check(Index(made))
+        index.check_files(Index(made))
 
 
 @pytest.mark.parametrize(

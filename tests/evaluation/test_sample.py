@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaescale.evaluation import sample
-from vaescale.evaluation.sample import MODES, Subject, Unable
+from vaescale.evaluation.sample import MODES, Subject, Unsupported
 from vaescale.interfaces import Batch, Condition, Shape
 from vaescale.models.vqvae import VQVAE, Config
 
@@ -317,7 +317,7 @@ class Deaf(Linear):
 
 @pytest.mark.parametrize(("mode", "make", "why"), refusals())
 def test_what_a_codec_has_not_is_one_sentence(mode: str, make: Callable[[], Subject], why: str) -> None:
-    with pytest.raises(Unable, match=why):
+    with pytest.raises(Unsupported, match=why):
         MODES[mode](make())
 
 

@@ -79,7 +79,7 @@ def test_the_line_of_a_validation_says_what_there_is() -> None:
 
 def test_latents_are_described_by_their_shape() -> None:
     grid = torch.zeros(3, 32, 24)
-    assert tables.describe([torch.zeros(3, 16)], []) == "16"
-    assert tables.describe([grid], [512]) == "32 × 24, K = 512"
-    assert tables.describe([grid, grid], [512, 512]) == "2 × (32 × 24, K = 512)"
-    assert tables.describe([grid, torch.zeros(3, 16, 12)], [512, 64]) == "32 × 24, K = 512 + 16 × 12, K = 64"
+    assert tables.latents_in_words([torch.zeros(3, 16)], []) == "16"
+    assert tables.latents_in_words([grid], [512]) == "32 × 24, K = 512"
+    assert tables.latents_in_words([grid, grid], [512, 512]) == "2 × (32 × 24, K = 512)"
+    assert tables.latents_in_words([grid, torch.zeros(3, 16, 12)], [512, 64]) == "32 × 24, K = 512 + 16 × 12, K = 64"

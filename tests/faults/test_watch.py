@@ -80,7 +80,7 @@ def test_a_rank_that_hangs_ends_the_run_and_leaves_all_stacks(befallen: Path) ->
     assert "error: rank 1 of 2: nothing for" in output
     assert "left no stacks" not in output + (out / "output-0.txt").read_text()
     assert none_is_left(out)
-    sick = "\n".join(map(str, postmortem.read(out / "run")))
+    sick = "\n".join(map(str, postmortem.diagnose(out / "run")))
     assert "FAIL: failed at step 5 on rank" in sick
     assert re.search(r"warn: it hung: rank 1 of 2: nothing for .* in step 6, .*; it stands at inject\.py", sick)
     assert "to blame" in sick
@@ -92,7 +92,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
     assert names(out / "run" / "stacks") == ["rank-0.txt"]
     assert "error: rank 1 left no stacks" in (out / "output-0.txt").read_text()
     assert status(out / "run")["code"] == HUNG_CODE
-    assert "warn: rank 1 left no stacks" in "\n".join(map(str, postmortem.read(out / "run")))
+    assert "warn: rank 1 left no stacks" in "\n".join(map(str, postmortem.diagnose(out / "run")))
     assert none_is_left(out)
 
 

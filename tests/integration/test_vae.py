@@ -124,7 +124,7 @@ def test_a_label_that_the_model_does_not_know_is_one_sentence(pictures: Path, tm
 
 def test_bf16_is_fp32_to_a_hundredth_of_a_bit(tmp_path: Path) -> None:
     """A shortened configs/vae_digits.yaml: bits/dim over the last steps of training agree."""
-    samples = list(digits.read())
+    samples = list(digits.read_digits())
     write(tmp_path / "digits" / "train", samples[:400], 100, [])
     write(tmp_path / "digits" / "val", samples[400:420], 100, [])
     jobs = []

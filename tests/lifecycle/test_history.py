@@ -21,7 +21,7 @@ def load(run: Path, *overrides: str) -> settings.Config:
 def begun(run: Path, *overrides: str) -> dict[str, tuple[object, object]]:
     """What has changed since `run` was begun with tiny.yaml."""
     history.write(load(run), 0, {})
-    return history.changes(history.read(run), load(run, *overrides))
+    return history.changes(history.saved_settings(run), load(run, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def begun(run: Path, *overrides: str) -> dict[str, tuple[object, object]]:
 def test_what_differs_is_found(tmp_path: Path, overrides: list[str], changed: dict[str, object]) -> None:
     found = begun(tmp_path, *overrides)
     assert found == changed
-    history.check(tmp_path, found)
+    history.check_changes(tmp_path, found)
 
 
 @pytest.mark.parametrize(
@@ -54,16 +54,16 @@ def test_what_the_weights_depend_on_is_refused(tmp_path: Path, override: str, wo
     key = override.partition("=")[0]
     changed = begun(tmp_path, override, "steps=24")
     with pytest.raises(ConfigError, match=rf"with other settings \({words}\), which .* set {key}=.* again, or give"):
-        history.check(tmp_path, changed)
+        history.check_changes(tmp_path, changed)
 
 
 def test_another_kind_of_model_is_one_change(tmp_path: Path) -> None:
     history.write(load(tmp_path), 0, {})
     other = settings.load("configs/vae_digits.yaml", [f"run={tmp_path}"])
-    changed = history.changes(history.read(tmp_path), other)
+    changed = history.changes(history.saved_settings(tmp_path), other)
     assert changed == {"model.kind": ("vqvae", "vae")}
     with pytest.raises(ConfigError, match=r"model\.kind vqvae → vae"):
-        history.check(tmp_path, changed)
+        history.check_changes(tmp_path, changed)
 
 
 def edit(run: Path, section: str, **values: object) -> None:
@@ -84,8 +84,10 @@ def test_a_config_of_an_older_version(tmp_path: Path, capsys: pytest.CaptureFixt
     history.write(load(tmp_path), 0, {})
     edit(tmp_path, "", hang_timeout=None, old_one=3)
     edit(tmp_path, "model", gone="x")
-    assert history.changes(history.read(tmp_path), load(tmp_path)) == {}
-    assert history.changes(history.read(tmp_path), load(tmp_path, "hang_timeout=5")) == {"hang_timeout": (300.0, 5.0)}
+    assert history.changes(history.saved_settings(tmp_path), load(tmp_path)) == {}
+    assert history.changes(history.saved_settings(tmp_path), load(tmp_path, "hang_timeout=5")) == {
+        "hang_timeout": (300.0, 5.0)
+    }
 
     config = trained.read_config(tmp_path, ["data.workers=3"])
     assert config.data.workers == 3
@@ -99,9 +101,9 @@ def test_a_config_of_an_older_version(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_damaged_config_is_said_and_compared_with_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    assert history.read(tmp_path) is None
+    assert history.saved_settings(tmp_path) is None
     (tmp_path / "config.yaml").write_text(text)
-    assert history.read(tmp_path) is None
+    assert history.saved_settings(tmp_path) is None
     assert "config.yaml cannot be compared with today's settings" in capsys.readouterr().out
     assert history.changes(None, load(tmp_path, "data.size=32")) == {}
 
@@ -113,7 +115,7 @@ def test_each_change_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").stat().st_ino == before.st_ino  # not even written
     for step, override in ((8, "steps=24"), (16, "steps=36")):
         config = load(tmp_path, override, "optimizer.betas=[0.9,0.95]")
-        history.write(config, step, history.changes(history.read(tmp_path), config))
+        history.write(config, step, history.changes(history.saved_settings(tmp_path), config))
     lines = [json.loads(line) for line in (tmp_path / "config_history.jsonl").read_text().splitlines()]
     assert lines == [
         {"step": 8, "changes": {"steps": [12, 24], "optimizer.betas": [[0.9, 0.99], [0.9, 0.95]]}},

@@ -34,12 +34,12 @@ def write(run: Path, values: Any) -> Path:
 
 
 def test_a_state_of_version_1_is_read_with_its_defaults(tmp_path: Path) -> None:
-    found = state.read(write(tmp_path, OLD), state.KEYS)
+    found = state.read_checked(write(tmp_path, OLD), state.KEYS)
     assert found == {**OLD, "version": 1, "owed": False, "since": None}
 
 
 def test_a_state_of_today_is_read_as_it_is(tmp_path: Path) -> None:
-    assert state.read(write(tmp_path, NEW), state.KEYS) == NEW
+    assert state.read_checked(write(tmp_path, NEW), state.KEYS) == NEW
     guard = Guard(10.0, torch.device("cpu"))
     assert state.KEYS["gradient_norms"].sound(guard.state())
 
@@ -78,14 +78,14 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_makes_no_sense_is_named(tmp_path: Path, odd: str) -> None:
     values, words = ODD[odd]
     with pytest.raises(CheckpointError, match=rf"state\.json.*{words}.*take another checkpoint: write its name into"):
-        state.read(write(tmp_path, {**NEW, **values}), state.KEYS)
+        state.read_checked(write(tmp_path, {**NEW, **values}), state.KEYS)
 
 
 @pytest.mark.parametrize("key", [key for key, value in state.KEYS.items() if value.default is ...])
 def test_what_has_always_been_there_may_not_miss(tmp_path: Path, key: str) -> None:
     saved = write(tmp_path, {name: value for name, value in NEW.items() if name != key})
     with pytest.raises(CheckpointError, match=rf"state\.json has no {key}: take another"):
-        state.read(saved, state.KEYS)
+        state.read_checked(saved, state.KEYS)
 
 
 @pytest.mark.parametrize("text", [b"[]", b"{", b"\xff", b'{"step": NaN}', b"[" * 10**6, b""])
@@ -93,7 +93,7 @@ def test_a_file_that_is_no_state(tmp_path: Path, text: bytes) -> None:
     saved = write(tmp_path, NEW)
     (saved / "state.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
-        state.read(saved, state.KEYS)
+        state.read_checked(saved, state.KEYS)
 
 
 def test_a_position_knows_how_its_images_came(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_slow_rank_is_named_once_and_once_when_it_is_over(monkeypatch: pytest.
     one = Pace(nn.Identity(), torch.device("cpu"))
     for wait in waits:
         table = torch.tensor([[0.0, own] for own in others] + [[wait, 0.0]])
-        monkeypatch.setattr(pace.distributed, "each", lambda _, table=table: table)
+        monkeypatch.setattr(pace.distributed, "gather", lambda _, table=table: table)
         found += [one.report(0.0, 25, 25.0), one.report(0.0, 25, 25.0)]
     assert [bool(said) for said in found[1::2]] == [False, True, False, False, True, True]
     assert not any(found[::2])  # 25 steps are too few to tell by
@@ -183,7 +183,7 @@ def test_a_slow_rank_is_named_once_and_once_when_it_is_over(monkeypatch: pytest.
 
 def test_what_is_lost_in_a_step_is_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Pace(nn.Identity(), torch.device("cpu"))
-    monkeypatch.setattr(pace.distributed, "each", lambda _: torch.tensor([[0.0, 0.01], [0.0, 0.05]]))
+    monkeypatch.setattr(pace.distributed, "gather", lambda _: torch.tensor([[0.0, 0.01], [0.0, 0.05]]))
     assert one.report(0.0, 100, 100.0) == ""
     assert one.report(0.0, 100, 30.0).startswith("rank 1 takes 5.0 times")
 
@@ -192,7 +192,7 @@ def test_forward_passes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 1.5, 4.0, 4.25])
     monkeypatch.setattr(pace.time, "monotonic", lambda: next(clock))
     given: list[list[float]] = []
-    monkeypatch.setattr(pace.distributed, "each", lambda own: given.append(own.tolist()) or own[None])
+    monkeypatch.setattr(pace.distributed, "gather", lambda own: given.append(own.tolist()) or own[None])
     model = nn.Identity()
     one = Pace(model, torch.device("cpu"))
     for _ in range(2):

@@ -55,7 +55,7 @@ def heard(config: Config, encoder: Encoder, steps: int = 400, warmup: int = 0) -
         quantizer.update(step - 1, lr=1e-3)
         if step % 20 == 0:
             for level, usage in enumerate(quantizer.usages(clear=True)):
-                reading = alarm.read(usage, float(out.commitment[level]), step)
+                reading = alarm.reading_of(usage, float(out.commitment[level]), step)
                 said.append((step, alarm.watch(f"codebook{level}", reading, config, warmup, on)))
     return [(step, sentence) for step, sentence in said if sentence]
 

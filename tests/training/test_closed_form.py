@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA as Reference
 
 from tests.models.test_pca import batch, digits, textures
 from vaescale import settings
-from vaescale.advice.dry_run import describe
+from vaescale.advice.dry_run import dry_run
 from vaescale.config import ConfigError
 from vaescale.interfaces import Shape
 from vaescale.models.pca import PCA, Config
@@ -88,7 +88,7 @@ def test_nothing_is_averaged() -> None:
 
 def test_a_dry_run_says_the_steps_and_the_moments(pictures: Path) -> None:
     overrides = [f"data.root={pictures}", "data.channels=3", "batch=20"]
-    text = describe(settings.load(CONFIGS / "pca_digits.yaml", overrides), world=2)
+    text = dry_run(settings.load(CONFIGS / "pca_digits.yaml", overrides), world=2)
     assert "10 (micro) × 1 (accumulation) × 2 (world) = 20 images" in text
     assert "5 steps of 20 images" in text
     assert "steps: 5" in text

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vaescale import settings
-from vaescale.advice.dry_run import describe
+from vaescale.advice.dry_run import dry_run
 from vaescale.settings import Optimizer
 from vaescale.training.descent import activation_bytes, learning_rate
 from vaescale.training.ema import WeightEMA
@@ -71,7 +71,7 @@ def test_a_model_without_buffers_is_averaged() -> None:
 
 def test_a_dry_run_says_the_batch_arithmetic_and_the_memory() -> None:
     config = settings.load(QUICKSTART, ["batch=24", "accumulation=3", "zero=2", "steps=10"])
-    text = describe(config, world=4)
+    text = dry_run(config, world=4)
     assert "2 (micro) × 3 (accumulation) × 4 (world) = 24 images" in text
     assert "10 steps of 24 images" in text
     assert f"{sum(p.numel() for p in settings.build(config).parameters()) / 1e6:.3f} M" in text

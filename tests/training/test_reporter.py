@@ -96,7 +96,7 @@ def test_a_collapse_is_said_once_and_kept_for_the_doctor(tmp_path: Path) -> None
     assert sentence.startswith("latents have collapsed at step ")
     assert "lower it, or set model.likelihood.learned=true" in sentence
     assert reporter.position.alarms == ["latents"]
-    assert sentence in [finding.what for finding in postmortem.read(tmp_path)]
+    assert sentence in [finding.what for finding in postmortem.diagnose(tmp_path)]
     reporter.close("")
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

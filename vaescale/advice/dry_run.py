@@ -11,7 +11,7 @@ from ..settings import Config, build, micro_batch
 from ..training.learner import LEARNERS
 
 
-def describe(config: Config, world: int) -> str:
+def dry_run(config: Config, world: int) -> str:
     """Returns the resolved config, the batch arithmetic, the number of parameters, and the memory of one rank. Raises
     ConfigError; raises DataError if the number of steps depends on the training images and there is no index."""
     micro = micro_batch(config, world)

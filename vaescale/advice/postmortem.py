@@ -29,7 +29,7 @@ FEWER = 0.5  # share of the usual images per second below which there is a findi
 Metrics = list[dict[str, Any]]
 
 
-def read(run: Path) -> list[Finding]:
+def diagnose(run: Path) -> list[Finding]:
     metrics = read_metrics(run)
     parts = [status(run, metrics), stacks(run), checkpoints(run), losses(metrics), alarms(run, metrics), speed(metrics)]
     return [finding for part in parts for finding in part]

@@ -182,13 +182,13 @@ def index(config: Config) -> Finding:
 
 def all_reduce() -> Finding:
     begun = time.monotonic()
-    distributed.each(torch.zeros(1))
+    distributed.gather(torch.zeros(1))
     return Finding(OK, f"{distributed.world()} rank(s) meet in {1000 * (time.monotonic() - begun):.1f} ms")
 
 
 def clocks() -> Finding:
     distributed.barrier()
-    times = distributed.each(torch.tensor([time.time()], dtype=torch.float64))
+    times = distributed.gather(torch.tensor([time.time()], dtype=torch.float64))
     apart = float(times.max() - times.min())
     if apart > CLOCKS:
         return Finding(WARN, f"the ranks' clocks are {apart:.1f} s apart", "set them by NTP, or logs do not match")
@@ -199,7 +199,7 @@ def agreement(config: Config) -> Finding:
     packages = [f"{name} {_installed(name)}" for name in ("torch", "deepspeed", "numpy", "vaescale")]
     parts = {"settings": mechanics.to_yaml(config), "versions": f"{platform.python_version()} {packages}"}
     for name, part in parts.items():
-        known = distributed.each(torch.tensor(xxhash.xxh32_intdigest(part.encode()), dtype=torch.float64))
+        known = distributed.gather(torch.tensor(xxhash.xxh32_intdigest(part.encode()), dtype=torch.float64))
         others = (known != known[0]).nonzero().flatten().tolist()
         if others:
             ranks = ", ".join(map(str, others))

@@ -29,7 +29,7 @@ def write_digits(root: Path) -> dict[str, int]:
 
     Raises DataError if scikit-learn is not installed.
     """
-    digits = list(read())
+    digits = list(read_digits())
     order = permutation(len(digits), 0)
     counts = {}
     for split, chosen in (("train", order[:TRAINING]), ("val", order[TRAINING:])):
@@ -38,7 +38,7 @@ def write_digits(root: Path) -> dict[str, int]:
     return counts
 
 
-def read() -> Iterator[Sample]:
+def read_digits() -> Iterator[Sample]:
     """Yield all digits in file order, as grey PNGs of 8 × 8 pixels; the label is the digit."""
     with gzip.open(installed(FILE), "rt") as file:
         rows = np.loadtxt(file, dtype=np.int64, delimiter=",")

@@ -29,7 +29,7 @@ from ..files import atomically, file_hash, is_plain, printable, read_json
 from . import DataError, places
 from .missing import how_to_index, missing
 from .names import by_ending
-from .parallel import each
+from .parallel import in_processes
 from .places import Shard
 from .tar import MOST_BYTES, MOST_HEAD, Entry, Fields, scan
 
@@ -144,7 +144,7 @@ class Index:
         return ""
 
 
-def check(*indexes: Index) -> None:
+def check_files(*indexes: Index) -> None:
     """Call Index.check of each index on one rank of every node. Collective. Raises DataError on all ranks."""
     wrong = ""
     if distributed.place().local_rank == 0:
@@ -167,7 +167,7 @@ def build(
     """
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     jobs = [(root, name, fields, part_of(folder, name)) for name in names]
-    faults = [fault for fault in each(describe, jobs, processes, f"index {root}", "shard") if fault]
+    faults = [fault for fault in in_processes(describe_shard, jobs, processes, f"index {root}", "shard") if fault]
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise DataError(f"{len(faults)} of {len(names)} shards cannot be indexed: {'; '.join(faults[:SHOWN])}{more}")
@@ -180,7 +180,7 @@ def build(
     return Index(folder)
 
 
-def describe(root: str, name: str, fields: Fields, part: Path) -> str | None:
+def describe_shard(root: str, name: str, fields: Fields, part: Path) -> str | None:
     """Scan one shard and write its entries to `part`. Returns None, or a sentence on why the shard cannot be read."""
     try:
         told = places.state(root, name)

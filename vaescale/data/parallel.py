@@ -26,7 +26,7 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def each(
+def in_processes(
     work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], processes: int, doing: str, unit: str
 ) -> Iterator[Result]:
     """Yield work(*job) for each job, in order. An interrupt or the first error ends it; finished jobs stay finished."""

@@ -14,10 +14,10 @@ import xxhash
 
 from ..files import atomically, read_json
 from . import DataError, decode, names, shards
-from .index import PARTS, Index, build, describe, part_of
+from .index import PARTS, Index, build, describe_shard, part_of
 from .listing import EXAMPLES, Picture, listing
 from .order import permutation
-from .parallel import alone, each
+from .parallel import alone, in_processes
 from .tar import BLOCK, Fields
 
 PLAN = "prepared.json"  # records what the shards of a folder are made from
@@ -153,7 +153,7 @@ def _make_one(job: Job, classes: Sequence[str], processes: int) -> None:
     out = job.out
     shards.write_classes(out, classes)
     calls = [(out, number, part, job.settings) for number, part in enumerate(job.parts)]
-    lost = _say(each(_write, calls, processes, f"prepare {out}", "shard"))
+    lost = _say(in_processes(_write, calls, processes, f"prepare {out}", "shard"))
     if lost == sum(map(len, job.parts)):
         raise DataError(f"{out} would be empty: none of its {names.counted(lost, 'picture')} can be read")
     fields = Fields(most_megapixels=job.settings.most_megapixels)
@@ -249,11 +249,11 @@ def _write(out: Path, number: int, pictures: Sequence[Picture], settings: Settin
     report = Report([], [])
     fields = Fields(most_megapixels=settings.most_megapixels)
     (out / PARTS).mkdir(exist_ok=True)
-    if path.exists() and not describe(str(out), path.name, fields, part_of(out, path.name)):
+    if path.exists() and not describe_shard(str(out), path.name, fields, part_of(out, path.name)):
         return report
     shards.write_shard(path, _samples(pictures, settings, report))
     # Scan the shard now, while it is in the page cache.
-    if fault := describe(str(out), path.name, fields, part_of(out, path.name)):
+    if fault := describe_shard(str(out), path.name, fields, part_of(out, path.name)):
         raise DataError(fault)
     return report
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..files import atomically, file_hash, is_plain, read_json
 from . import DataError, decode, places
 from .index import Index, build
-from .parallel import alone, each
+from .parallel import alone, in_processes
 from .tar import Fields, checksum, scan
 
 
@@ -104,7 +104,7 @@ def verify(
     index = Index(folder)
     index.check()
     jobs = [(folder, number, most_megapixels if decoding else 0) for number in range(len(index.shards))]
-    return (finding for finding in each(examine, jobs, processes, f"verify {folder}", "shard") if finding)
+    return (finding for finding in in_processes(examine, jobs, processes, f"verify {folder}", "shard") if finding)
 
 
 def examine(folder: Path, number: int, most_megapixels: int) -> Finding | None:

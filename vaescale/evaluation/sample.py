@@ -30,7 +30,7 @@ SAMPLES = 16  # per temperature, in a picture
 TEMPERATURES = (0.7, 0.85, 1.0)
 
 
-class Unable(ValueError):
+class Unsupported(ValueError):
     """Raised if this codec has no such pictures; the message says why in one sentence."""
 
 
@@ -105,7 +105,7 @@ def interpolate(subject: Subject) -> dict[str, Picture]:
     than two images, or latents that are codes."""
     x = subject.shown
     if len(x.x) < 2:
-        raise Unable("interpolate needs two images")
+        raise Unsupported("interpolate needs two images")
     latents = _continuous(subject, "between two of them lies nothing")
     shares = torch.linspace(0, 1, PER_ROW + 1).tolist()
     images, rows = [], []
@@ -201,7 +201,7 @@ def swap(subject: Subject) -> dict[str, Picture]:
     """Decode the same latents under other conditions: every class, and each attribute at several standard deviations
     from its mean. Raises Unable if the model has no condition or ignores it."""
     if not subject.classes and not subject.attributes:
-        raise Unable("the model is told neither class nor attributes: there is nothing to swap")
+        raise Unsupported("the model is told neither class nor attributes: there is nothing to swap")
     x = subject.shown
     latents = subject.codec.encode(x)
     result = {}
@@ -209,7 +209,7 @@ def swap(subject: Subject) -> dict[str, Picture]:
         classes = _some(subject.classes)
         said = [x.condition._replace(label=torch.full_like(x.label, label)) for label in classes]
         columns = ["input", *classes.values()]
-        images = torch.stack([x.x, *_told(subject, latents, said)], dim=1).flatten(0, 1)
+        images = torch.stack([x.x, *_under(subject, latents, said)], dim=1).flatten(0, 1)
         result["swap_classes"] = grid(images, len(columns), columns, title="the latents of the input, every class")
     if subject.attributes:
         columns = [f"{value:+d}" for value in ATTRIBUTE_VALUES]
@@ -220,7 +220,7 @@ def swap(subject: Subject) -> dict[str, Picture]:
                 attributes = x.attributes.clone()
                 attributes[:, number] = value
                 said.append(x.condition._replace(attributes=attributes))
-            images = torch.stack([x.x, *_told(subject, latents, said)], dim=1)[:IMAGES].flatten(0, 1)
+            images = torch.stack([x.x, *_under(subject, latents, said)], dim=1)[:IMAGES].flatten(0, 1)
             blocks.append(grid(images, len(columns) + 1, ["input", *columns], title=f"{name}, in standard deviations"))
         result["swap_attributes"] = joined(blocks, axis=0)
     return result
@@ -257,7 +257,7 @@ def from_prior(
             try:
                 images.append(to_bytes(codec.decode(kept, part, temperature, draw)))
             except ValueError as error:
-                raise Unable(str(error)) from None
+                raise Unsupported(str(error)) from None
     return torch.cat(images)
 
 
@@ -300,7 +300,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _continuous(subject: Subject, why: str) -> list[Tensor]:
     latents = subject.codec.encode(subject.shown)
     if not all(level.is_floating_point() for level in latents):
-        raise Unable(f"the latents of this model are codes: {why}")
+        raise Unsupported(f"the latents of this model are codes: {why}")
     return latents
 
 
@@ -346,11 +346,11 @@ def _redrawn(
     return variations, [f"keep {kept}" for kept in fewer]
 
 
-def _told(subject: Subject, latents: list[Tensor], conditions: list[Condition]) -> list[Tensor]:
+def _under(subject: Subject, latents: list[Tensor], conditions: list[Condition]) -> list[Tensor]:
     """Decode the latents under each condition, uint8 [B, C, H, W] each. Raises Unable if the images are all equal."""
     images = [decoded(subject.codec, latents, condition) for condition in conditions]
     if len(images) > 1 and all(torch.equal(images[0], other) for other in images[1:]):
-        raise Unable("the pictures are the same whatever is said of them: the model takes no notice of it")
+        raise Unsupported("the pictures are the same whatever is said of them: the model takes no notice of it")
     return images
 
 

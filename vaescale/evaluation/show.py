@@ -34,7 +34,7 @@ def reconstructions(x: Tensor, y: Tensor) -> Picture:
 
 def samples(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:
     del latents
-    with suppress(sample.Unable):
+    with suppress(sample.Unsupported):
         yield "val/samples", sample.at_temperatures(codec, shown.condition)
 
 

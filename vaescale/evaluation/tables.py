@@ -78,7 +78,7 @@ def comparison(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def describe(latents: Sequence[Tensor], sizes: Sequence[int]) -> str:
+def latents_in_words(latents: Sequence[Tensor], sizes: Sequence[int]) -> str:
     """Describe the latents of one image, as in "16", "32 × 32, K = 512", "2 × (32 × 32, K = 512)".
 
     latents: [B, …] of each level; sizes: K of each codebook, empty if the latents are not codes.

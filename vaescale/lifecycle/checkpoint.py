@@ -224,12 +224,12 @@ def agreed(place: Path) -> Found:
             answer = {"error": str(error)}
         except OSError as error:
             answer = {"error": f"the checkpoints of {place} cannot be read ({error})"}
-        answer["print"] = _print(place, answer.get("path", ""))
+        answer["print"] = _fingerprint(place, answer.get("path", ""))
     answer = distributed.tell(answer)
     if "error" in answer:
         raise CheckpointError(answer["error"])
     path = answer["path"]
-    if others := distributed.where(_print(place, path) != answer["print"]):
+    if others := distributed.where(_fingerprint(place, path) != answer["print"]):
         what = f"the checkpoint {path}" if path else f"no checkpoint in {place}"
         raise CheckpointError(
             f"rank 0 finds {what}, and rank {', '.join(map(str, others))} {'does not' if path else 'finds some'}: the "
@@ -246,7 +246,7 @@ def _at(place: Path) -> Found:
     return Found(place, [])
 
 
-def _print(place: Path, path: str) -> str:
+def _fingerprint(place: Path, path: str) -> str:
     """Returns a fingerprint by which ranks compare what they see: the hash of the manifest, or without a path whether
     any checkpoints exist."""
     try:

@@ -23,7 +23,7 @@ Values = dict[str, Any]
 Changes = dict[str, tuple[Any, Any]]  # setting → (before, now)
 
 
-def read(run: Path) -> Values | None:
+def saved_settings(run: Path) -> Values | None:
     """Returns the settings in config.yaml, with defaults for missing ones; None if the file is missing or invalid."""
     path = run / mechanics.FILE
     if not path.exists():
@@ -59,7 +59,7 @@ def changes(before: Values | None, config: Config) -> Changes:
     return {key: (before[key], now[key]) for key in keys if before[key] != now[key]}
 
 
-def check(run: Path, changed: Changes) -> None:
+def check_changes(run: Path, changed: Changes) -> None:
     """Raises ConfigError if a setting in FIXED has changed."""
     fixed = {key: pair for key, pair in changed.items() if any(f"{key}.".startswith(f"{part}.") for part in FIXED)}
     if fixed:

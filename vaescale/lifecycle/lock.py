@@ -94,7 +94,7 @@ class Lock:
             if error.errno not in HELD + UNKNOWN:
                 raise
             locks = error.errno in HELD
-        holder = read(descriptor)
+        holder = read_holder(descriptor)
         here = bool(holder) and (holder["boot"] == _boot() or holder["host"] == socket.gethostname())
         if locks and held:
             if not here and self.take_over:
@@ -136,14 +136,14 @@ def held(run: Path) -> str:
         answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         if struct.unpack(FLOCK, answer)[0] == fcntl.F_UNLCK:
             return ""
-        return described(read(descriptor))
+        return described(read_holder(descriptor))
     except OSError:
         return ""
     finally:
         os.close(descriptor)
 
 
-def read(descriptor: int) -> dict[str, Any]:
+def read_holder(descriptor: int) -> dict[str, Any]:
     """Returns the entry in the file; {} if it is missing or invalid, or if the file is a copy (another inode)."""
     try:
         found = parse_json(os.pread(descriptor, MOST, 0))

@@ -52,7 +52,7 @@ class Pace:
         if self._steps < WINDOW:
             return ""
         own = torch.tensor([self._waited, self._forward]) / self._steps
-        said = self._judge([Work(*pair) for pair in distributed.each(own).tolist()], self._seconds / self._steps)
+        said = self._judge([Work(*pair) for pair in distributed.gather(own).tolist()], self._seconds / self._steps)
         self._steps, self._seconds, self._waited, self._forward = 0, 0.0, 0.0, 0.0
         return said
 

@@ -83,7 +83,7 @@ KEYS = {
 }
 
 
-def read(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
+def read_checked(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
     """Returns the values of these keys. Raises CheckpointError, one sentence, if a required key is missing, a value is
     invalid, values contradict each other, or a later version wrote the file."""
     path = checkpoint / STATE

@@ -71,7 +71,7 @@ class Stop:
         """Request a stop for one of REASONS, from any thread. The first request is kept."""
         self._asked = self._asked or why
 
-    def heeded(self) -> None:
+    def acknowledge(self) -> None:
         """Remove the file STOP, so that the next start does not stop again. Called after the run has stopped or
         finished."""
         if distributed.rank() == 0:

@@ -15,7 +15,7 @@ BYTES, ROUNDS = 2**24, 3  # size and number of timed all-reduces, after one that
 NAME = 64  # bytes of a name that are exchanged; longer names are cut
 
 
-def describe(device: torch.device) -> str:
+def topology(device: torch.device) -> str:
     """Returns the description as one sentence. Collective."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     backend, world = dist.get_backend(), distributed.world()
@@ -50,4 +50,4 @@ def everyones(text: str) -> list[str]:
     own = torch.zeros(NAME, dtype=torch.float64)
     data = text.encode()[:NAME]
     own[: len(data)] = torch.tensor(list(data), dtype=torch.float64)
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in distributed.each(own).byte().tolist()]
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in distributed.gather(own).byte().tolist()]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..interfaces import Shape
 from ..nn import gaussian
-from ..nn.blocks import Network, beside, decoder, encoder, he_
+from ..nn.blocks import Network, decoder, encoder, he_, with_condition
 from ..nn.likelihood import Likelihood
 from ..ranges import ranged
 from . import variational
@@ -57,32 +57,32 @@ class TwoLevels(Net):
             he_(self.q_top, last=False)
             he_(self.q_low, last=False)
 
-    def infer(self, x: Tensor, told: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
-        features = self.encoder(x, told)
+    def infer(self, x: Tensor, embedded: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
+        features = self.encoder(x, embedded)
         if self.q_low is None:
             q_low = gaussian.normal(features)
             low = draw(LOW, q_low)
-            q_top = gaussian.normal(self.q_top(beside(low.to(self.dtype), told)))
+            q_top = gaussian.normal(self.q_top(with_condition(low.to(self.dtype), embedded)))
             top = draw(TOP, q_top)
         else:
             features = F.relu(features)
             q_top = gaussian.normal(self.q_top(features))
             top = draw(TOP, q_top)
-            q_low = gaussian.normal(self.q_low(beside(features, top)))
+            q_low = gaussian.normal(self.q_low(with_condition(features, top)))
             low = draw(LOW, q_low)
-        p_low = self._prior(top, told)
+        p_low = self._prior(top, embedded)
         return low, [Level(top, q_top, gaussian.standard(top)), Level(low, q_low, p_low, follows=not self.top_down)]
 
-    def generate(self, told: Tensor | None, images: int, draw: Draw) -> Tensor:
+    def generate(self, embedded: Tensor | None, images: int, draw: Draw) -> Tensor:
         top = draw(TOP, self.standard(images, self.sizes[TOP]))
-        return draw(LOW, self._prior(top, told))
+        return draw(LOW, self._prior(top, embedded))
 
-    def read(self, h: Tensor, told: Tensor | None) -> Tensor:
-        return self.decoder(beside(h.to(self.dtype), told))
+    def output(self, h: Tensor, embedded: Tensor | None) -> Tensor:
+        return self.decoder(with_condition(h.to(self.dtype), embedded))
 
-    def _prior(self, top: Tensor, told: Tensor | None) -> gaussian.Normal:
+    def _prior(self, top: Tensor, embedded: Tensor | None) -> gaussian.Normal:
         """Return p(z1|z2)."""
-        return gaussian.normal(self.p_low(beside(top.to(self.dtype), told)))
+        return gaussian.normal(self.p_low(with_condition(top.to(self.dtype), embedded)))
 
 
 def build(config: Config, shape: Shape, seed: int = 0) -> Variational:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..interfaces import Shape
 from ..nn import gaussian
-from ..nn.blocks import Network, beside, decoder, encoder
+from ..nn.blocks import Network, decoder, encoder, with_condition
 from ..nn.likelihood import Likelihood
 from ..ranges import ranged
 from . import variational
@@ -35,17 +35,17 @@ class OneLevel(Net):
         self.encoder = encoder(config.network, shape, 2 * config.latents, condition)
         self.decoder = decoder(config.network, shape, config.latents + condition, likelihood.channels)
 
-    def infer(self, x: Tensor, told: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
-        q = gaussian.normal(self.encoder(x, told))
+    def infer(self, x: Tensor, embedded: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
+        q = gaussian.normal(self.encoder(x, embedded))
         z = draw(0, q)
         return z, [Level(z, q, gaussian.standard(q.mean))]
 
-    def generate(self, told: Tensor | None, images: int, draw: Draw) -> Tensor:
-        del told  # p(z) does not depend on the condition
+    def generate(self, embedded: Tensor | None, images: int, draw: Draw) -> Tensor:
+        del embedded  # p(z) does not depend on the condition
         return draw(0, self.standard(images, self.sizes[0]))
 
-    def read(self, h: Tensor, told: Tensor | None) -> Tensor:
-        return self.decoder(beside(h.to(self.dtype), told))
+    def output(self, h: Tensor, embedded: Tensor | None) -> Tensor:
+        return self.decoder(with_condition(h.to(self.dtype), embedded))
 
 
 def build(config: Config, shape: Shape, seed: int = 0) -> Variational:

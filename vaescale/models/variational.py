@@ -66,21 +66,21 @@ Draw = Callable[[int, Normal], Tensor]  # (level, its distribution) → z
 
 
 class Net(nn.Module, ABC):
-    """The networks of a model with L levels of latents. `told` is the condition as the networks read it, [B, E], or
+    """The networks of a model with L levels of latents. `embedded` is the condition as the networks read it, [B, E], or
     None. h is everything that p(x|z) depends on: a vector or a feature map, in a format private to the net."""
 
     sizes: list[int]  # D of each level, coarse to fine
 
     @abstractmethod
-    def infer(self, x: Tensor, told: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
+    def infer(self, x: Tensor, embedded: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
         """x [B, C, H, W] in [−0.5, 0.5] → (h, levels from coarse to fine), with z drawn from q."""
 
     @abstractmethod
-    def generate(self, told: Tensor | None, images: int, draw: Draw) -> Tensor:
+    def generate(self, embedded: Tensor | None, images: int, draw: Draw) -> Tensor:
         """Return h for this number of images, with z drawn from p, from the coarsest level to the finest."""
 
     @abstractmethod
-    def read(self, h: Tensor, told: Tensor | None) -> Tensor:
+    def output(self, h: Tensor, embedded: Tensor | None) -> Tensor:
         """h → input of the likelihood, [B, channels, H, W]."""
 
     @property
@@ -105,8 +105,8 @@ class Variational(Model):
         self.config = config
         self.seed = seed
         self.subpixels = shape.channels * shape.size**2
-        told = config.classes > 0 or shape.attributes > 0
-        self.conditioner = Conditioner(config.classes, config.embedding, shape.attributes) if told else None
+        conditional = config.classes > 0 or shape.attributes > 0
+        self.conditioner = Conditioner(config.classes, config.embedding, shape.attributes) if conditional else None
         self.likelihood = likelihoods.build(config.likelihood, shape.channels)
         self.net = net(self.conditioner.dim if self.conditioner else 0, self.likelihood)
         self.register_buffer("rates", torch.full((sum(self.net.sizes) if config.free_bits else 0,), torch.inf))
@@ -142,8 +142,8 @@ class Variational(Model):
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """Return each level's means of q(z|x), fp32 [B, D] or [B, D, h, w], or with a temperature draws around them
         from torch's default generator. Each level is conditioned on the values chosen at the levels before it."""
-        x, told = self._given(batch, batch.condition)
-        _, levels = self.net.infer(x, told, lambda _, q: _drawn(q, temperature))
+        x, embedded = self._given(batch, batch.condition)
+        _, levels = self.net.infer(x, embedded, lambda _, q: _drawn(q, temperature))
         return [level.z for level in levels]
 
     def decode(
@@ -154,13 +154,13 @@ class Variational(Model):
         if not latents and condition is None:
             raise ValueError("decode needs latents, or a condition that says how many images to draw")
         images = len(latents[0]) if latents else len(condition.label)  # type: ignore[union-attr]
-        told = self._told(condition, images)
+        embedded = self._embedded(condition, images)
 
         def given_or_drawn(level: int, p: Normal) -> Tensor:
             z = _drawn(p, temperature)  # always drawn, so that a level's noise does not depend on how many are given
             return latents[level] if level < len(latents) else z
 
-        output = self.net.read(self.net.generate(told, images, given_or_drawn), told)
+        output = self.net.output(self.net.generate(embedded, images, given_or_drawn), embedded)
         return self.likelihood.draw(output) if draw else self.likelihood.mean(output)
 
     def bound(self, batch: Batch, draw: int = 0) -> Bound:
@@ -186,13 +186,13 @@ class Variational(Model):
 
     def _infer(self, batch: Batch, condition: Condition, draw: Draw) -> tuple[Tensor, list[Level]]:
         """(input of the likelihood, levels)."""
-        x, told = self._given(batch, condition)
-        h, levels = self.net.infer(x, told, draw)
-        return self.net.read(h, told), levels
+        x, embedded = self._given(batch, condition)
+        h, levels = self.net.infer(x, embedded, draw)
+        return self.net.output(h, embedded), levels
 
     def _given(self, batch: Batch, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Image and condition as the networks read them."""
-        return (batch.x / 255 - 0.5).to(self.net.dtype), self._told(condition, len(batch.x))
+        return (batch.x / 255 - 0.5).to(self.net.dtype), self._embedded(condition, len(batch.x))
 
     def _noise(self, sample: Tensor, *keys: int) -> Draw:
         """Draw z from q with noise that depends only on the seed, the keys, the level and the sample number."""
@@ -215,7 +215,7 @@ class Variational(Model):
             self._pending.append(rates.detach().mean(0))
         return torch.where(self.rates > free, rates, free)
 
-    def _told(self, condition: Condition | None, images: int) -> Tensor | None:
+    def _embedded(self, condition: Condition | None, images: int) -> Tensor | None:
         """The condition as the networks read it, [B, E]."""
         if self.conditioner is None:
             return None

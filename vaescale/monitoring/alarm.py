@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     commitment: float
 
 
-def read(usage: Usage, commitment: float, step: int) -> Reading:
+def reading_of(usage: Usage, commitment: float, step: int) -> Reading:
     average = usage.average
     share = float(entropy_share(average))
     return Reading(step, len(average), float(average.sum()), float(usage_ema(average)), share, commitment)

@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         self.out = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return self.out(F.relu(self.hidden(beside(self.image(x), condition))))
+        return self.out(F.relu(self.hidden(with_condition(self.image(x), condition))))
 
 
 class Decoder(nn.Module):
@@ -102,7 +102,7 @@ class LinearEncoder(nn.Linear):
         super().__init__(shape.channels * shape.size**2 + condition, out)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return super().forward(beside(x.flatten(1), condition))
+        return super().forward(with_condition(x.flatten(1), condition))
 
 
 class LinearDecoder(nn.Linear):
@@ -116,7 +116,7 @@ class LinearDecoder(nn.Linear):
         return super().forward(z).unflatten(1, self.image)
 
 
-def beside(features: Tensor, condition: Tensor | None) -> Tensor:
+def with_condition(features: Tensor, condition: Tensor | None) -> Tensor:
     """Concatenate [B, F] and [B, E] to [B, F + E], in the features' data type, which autocast decides."""
     if condition is None:
         return features

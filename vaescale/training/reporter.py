@@ -129,7 +129,7 @@ class Reporter:
     def _codebook(self, name: str, usage: Usage, commitment: float, quantizer: Any) -> dict[str, float]:
         """Report one codebook: returns its scalars, writes its histogram, and logs when it collapses or recovers."""
         step, on = self.position.step, self.position.alarms
-        reading = alarm.read(usage, commitment, step)
+        reading = alarm.reading_of(usage, commitment, step)
         self._alarm(name, alarm.watch(name, reading, quantizer, self.config.optimizer.warmup, on))
         if self.board:
             self.board.code_counts(f"{name}/counts", usage.window, step)

@@ -68,7 +68,7 @@ def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
             begin(config, learner)
         return Position()
     parts = [part.name for part in fields(Position)]
-    state = states.read(found, ["version", *parts, "order", *learner.state()])
+    state = states.read_checked(found, ["version", *parts, "order", *learner.state()])
     if found.name != f"step-{state['step']:08d}":
         raise CheckpointError(f"{found} holds the state of step {state['step']}: give it its name back, or remove it")
     begun = {"version": 1, **state["order"]}  # version 1 did not record its number

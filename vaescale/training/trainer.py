@@ -16,7 +16,7 @@ import torch
 from .. import distributed, process
 from ..data import DataError, stream
 from ..data.decode import CAUSES
-from ..data.index import check as check_indexes
+from ..data.index import check_files
 from ..data.reader import Reader
 from ..evaluation.evaluate import evaluate
 from ..interfaces import Batch, Codec
@@ -55,7 +55,7 @@ class Trainer:
         self.slices = stream.TrainSlices(config.data, config.seed, reader)
         self.validation = stream.ValidationSlices(config.data, reader)
         self.indexes = (self.slices.samples.index, self.validation.samples.index)
-        check_indexes(*self.indexes)
+        check_files(*self.indexes)
         for index in self.indexes:
             check_labels(config, index)
         check_classes(config, *self.indexes)
@@ -86,8 +86,8 @@ class Trainer:
     def compare(self) -> None:
         """Read the settings of an earlier process. Raises ConfigError if its weights do not fit today's settings."""
         if checkpoint.there(self.run / "checkpoints"):
-            self.before = history.read(self.run)
-            history.check(self.run, history.changes(self.before, self.config))
+            self.before = history.saved_settings(self.run)
+            history.check_changes(self.run, history.changes(self.before, self.config))
 
     def left(self) -> bool:
         """Returns whether steps or a validation are pending."""
@@ -124,7 +124,7 @@ class Trainer:
             remarks.append(f"settings that have changed: {history.described(self.changes)}")
         if not self.left():
             remarks.append("there is nothing left to do, and all stays as it is; to go on, raise steps")
-        reporter.begin(self.banner(), topology.describe(self.device), remarks)
+        reporter.begin(self.banner(), topology.topology(self.device), remarks)
         batches = self.batches()
         first = position.step
         asked = self.validate(stop, watch) if position.owed else ""
@@ -157,7 +157,7 @@ class Trainer:
             reporter.window.paused += time.monotonic() - paused  # not counted in images/s
         with watch.doing("the last save"):
             self.writer.settle(wait=True, last=True)
-        stop.heeded()
+        stop.acknowledge()
         ended = f"stopped for {asked}, run the same command to go on" if asked else "finished"
         reporter.close(f"{ended} at step {position.step}: {self.run}")
         return asked
