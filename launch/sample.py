@@ -112,7 +112,8 @@ def load(given: argparse.Namespace) -> tuple[Subject, int]:
 
 
 def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bool, out: Path) -> int:
-    """Without modes: all there are, and for each that there is not a line that says why. Raises Unable otherwise."""
+    """Write the pictures of `modes`; without modes all that the model supports, and why it does not support the others.
+    Raises Unsupported if there are none."""
     made: dict[str, pictures.Picture] = {}
     for mode in modes or MODES:
         try:

@@ -5,8 +5,8 @@ samples, bytes and xxh3 of each shard. `samples.npy` holds one fixed-size record
 `attributes.npy` exists if the samples have attributes. The two arrays are memory-mapped, and nothing is unpickled. The
 shards may be in another folder or behind a URL.
 
-An index may come from an untrusted source. `Index` checks each field of index.json when it opens one. `check` compares
-the arrays with their hashes, and each record with its shard; every command that reads samples calls it first.
+An index may come from an untrusted source. `Index` checks each field of index.json when it opens one. `check_files`
+compares the arrays with their hashes, and each record with its shard; every command that reads samples calls it first.
 """
 
 import json

@@ -101,8 +101,8 @@ def generate(subject: Subject) -> dict[str, Picture]:
 @torch.no_grad()
 def interpolate(subject: Subject) -> dict[str, Picture]:
     """Interpolate between pairs of images, linearly and along a great circle (Shoemake 1985, "Animating rotation with
-    quaternion curves"). Both ends are reconstructions. The class is that of the nearer image. Raises Unable for fewer
-    than two images, or latents that are codes."""
+    quaternion curves"). Both ends are reconstructions. The class is that of the nearer image. Raises Unsupported for
+    fewer than two images, or latents that are codes."""
     x = subject.shown
     if len(x.x) < 2:
         raise Unsupported("interpolate needs two images")
@@ -129,7 +129,7 @@ def interpolate(subject: Subject) -> dict[str, Picture]:
 def vary(subject: Subject) -> dict[str, Picture]:
     """Draw variations of an image. One level of latents becomes μ + √(1 − a²) (z − μ) + a ζ, with the latents' mean μ
     and ζ of their standard deviations around 0, which preserves both. Of several levels the first k are kept and the
-    others drawn from the prior. Raises Unable for latents that are codes."""
+    others drawn from the prior. Raises Unsupported for latents that are codes."""
     latents = [level[:IMAGES] for level in _continuous(subject, "there is nothing to mix with noise")]
     x = Batch(*(tensor[:IMAGES] for tensor in subject.shown))
     if len(latents) == 1:
@@ -149,7 +149,7 @@ def vary(subject: Subject) -> dict[str, Picture]:
 @torch.no_grad()
 def at_temperatures(codec: Codec, condition: Condition) -> Picture:
     """Draw samples from the prior under these conditions, at increasing temperatures one below the other, from the same
-    noise. Raises Unable if there is no prior."""
+    noise. Raises Unsupported if there is no prior."""
     blocks = []
     for temperature in TEMPERATURES:
         images = from_prior(codec, in_turn(condition, SAMPLES), 0, temperature)
@@ -175,7 +175,7 @@ def progressive(codec: Codec, x: Batch) -> Picture:
 def traverse(subject: Subject) -> dict[str, Picture]:
     """Move one latent per row, the most active first (by the variance of its posterior mean, Burda et al. 2016), in
     steps of standard deviations away from the mean latents, and from those of the first image. Both use the condition
-    of the first image. Raises Unable for latents that are codes."""
+    of the first image. Raises Unsupported for latents that are codes."""
     latents = _continuous(subject, "there is no way from one to the next")
     spread, sizes = subject.spread, [level[0].numel() for level in latents]
     most = spread.activity.argsort(descending=True, stable=True)[:TRAVERSED].tolist()
@@ -199,7 +199,7 @@ def traverse(subject: Subject) -> dict[str, Picture]:
 @torch.no_grad()
 def swap(subject: Subject) -> dict[str, Picture]:
     """Decode the same latents under other conditions: every class, and each attribute at several standard deviations
-    from its mean. Raises Unable if the model has no condition or ignores it."""
+    from its mean. Raises Unsupported if the model has no condition or ignores it."""
     if not subject.classes and not subject.attributes:
         raise Unsupported("the model is told neither class nor attributes: there is nothing to swap")
     x = subject.shown
@@ -247,7 +247,7 @@ def from_prior(
     """Return samples from the prior, uint8 [B, C, H, W], with B that of the condition. They are the same for the same
     seed, and `draw` does not change the latents.
 
-    `given` fixes the coarsest levels of latents. Raises Unable if there is no prior.
+    `given` fixes the coarsest levels of latents. Raises Unsupported if there is no prior.
     """
     images = []
     for start in range(0, len(condition.label), AT_ONCE):
@@ -347,7 +347,7 @@ def _redrawn(
 
 
 def _under(subject: Subject, latents: list[Tensor], conditions: list[Condition]) -> list[Tensor]:
-    """Decode the latents under each condition, uint8 [B, C, H, W] each. Raises Unable if the images are all equal."""
+    """Decode the latents under each condition, uint8 [B, C, H, W] each. Raises Unsupported if all images are equal."""
     images = [decoded(subject.codec, latents, condition) for condition in conditions]
     if len(images) > 1 and all(torch.equal(images[0], other) for other in images[1:]):
         raise Unsupported("the pictures are the same whatever is said of them: the model takes no notice of it")
