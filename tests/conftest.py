@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaescale import distributed
 from vaescale.data.shards import Sample, write
 
 ROOT = Path(__file__).parent.parent
@@ -57,14 +56,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "train", samples(90), 20, [])
     write(root / "val", samples(11, seed=1), 4, [])
     return root
-
-
-@pytest.fixture(scope="session")
-def group() -> Iterator[None]:
-    """One process group for all tests of this process, because DeepSpeed caches values derived from the first one."""
-    distributed.init()
-    yield
-    distributed.finish()
 
 
 def free_port() -> int:

@@ -49,9 +49,11 @@ def test_a_typo_stops_the_launcher_with_2_and_a_suggestion(start: Start) -> None
 
 
 def test_missing_data_are_one_sentence_that_tells_how(tmp_path: Path, start: Start) -> None:
-    code, output = finish(start([sys.executable, *QUICKSTART, f"run={tmp_path / 'run'}", f"data.root={tmp_path}"]))
+    root = tmp_path / "data"  # next to nothing that could be meant
+    root.mkdir()
+    code, output = finish(start([sys.executable, *QUICKSTART, f"run={tmp_path / 'run'}", f"data.root={root}"]))
     assert code == 2
-    assert f"error: there are no shards in {tmp_path}/train: `python launch/shards.py prepare PICTURES" in output
+    assert f"error: there are no shards in {root}/train: `python launch/shards.py prepare PICTURES" in output
     assert "Traceback" not in output
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {".lock", "run_status.json"}  # the status is for run.py and schedulers
