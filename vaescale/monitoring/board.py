@@ -38,14 +38,12 @@ class Board:
         self._folder = str(run / "tensorboard")
         self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=step + 1)  # None: the disk is full
         self._lines = run / METRICS
-        partial = self._lines.with_suffix(".partial")
         self._last: dict[str, Any] = {}  # values of the last line
-        with partial.open("wb") as file:
+        with atomically(self._lines) as partial, partial.open("wb") as file:
             for line, values in read_lines(self._lines):
                 if values["step"] <= step:
                     file.write(line)
                     self._last = values
-        partial.replace(self._lines)
         self._alarms = read_alarms(run)
         if self._alarms.keys() - alarms:
             self._alarms = {name: said for name, said in self._alarms.items() if name in alarms}
