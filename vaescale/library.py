@@ -22,9 +22,8 @@ from torch import Tensor
 from . import settings, trained
 from .data import stream
 from .data.decode import Pixels, opened_image
-from .evaluation.sample import from_prior
+from .evaluation.sample import decoded, from_prior
 from .interfaces import Batch, Codebooks, Codec, Condition
-from .monitoring.pictures import to_bytes
 
 AT_ONCE = 32  # pictures per forward pass, as in launch/evaluate.py
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
@@ -94,14 +93,8 @@ class Trained:
         latents that do not fit this model, and if levels are left out and there is no prior.
         """
         levels = self._latents([latents] if isinstance(latents, Tensor) else [torch.as_tensor(one) for one in latents])
-        count = len(levels[0])
-        condition = self._condition(label, attributes, count)
-        parts = []
-        for start in range(0, count, AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            given = Condition(*(tensor[part].to(self.device) for tensor in condition))
-            parts.append(to_bytes(self.codec.decode([level[part] for level in levels], given)))
-        return _channels_last(torch.cat(parts))
+        condition = self._condition(label, attributes, len(levels[0]))
+        return _channels_last(decoded(self.codec, levels, condition))
 
     @torch.no_grad()
     def sample(
@@ -117,8 +110,7 @@ class Trained:
         if count < 1:
             raise ValueError(f"the number of samples must be at least 1, and not {count}")
         condition = self._condition(label, attributes, count)
-        given = Condition(*(tensor.to(self.device) for tensor in condition))
-        return _channels_last(from_prior(self.codec, given, seed, temperature))
+        return _channels_last(from_prior(self.codec, condition, seed, temperature))
 
     def _squares(self, pictures: Any) -> Iterator[Pixels]:
         """Yields each picture as uint8 [size, size, 3]."""
@@ -157,12 +149,13 @@ class Trained:
             )
         values = torch.as_tensor(float("nan") if attributes is None else attributes).float().cpu()
         try:
-            return Condition(labels.long().expand(count), values.expand(count, len(names)))
+            condition = Condition(labels.long().expand(count), values.expand(count, len(names)))
         except RuntimeError:
             raise ValueError(
                 f"{count} pictures need one label or {count}, and attributes [{len(names)}] or "
                 f"[{count}, {len(names)}]: found {tuple(labels.shape)} and {tuple(values.shape)}"
             ) from None
+        return Condition(*(tensor.to(self.device) for tensor in condition))
 
     @cached_property
     def _levels(self) -> list[Tensor]:
