@@ -88,7 +88,7 @@ def test_samples_that_cannot_be_read(config: settings.Config, pictures: Path, tm
     found = preflight.index(replace(config, data=replace(config.data, root=str(root))))
     words = {
         "none": "90 training and 11 validation images",
-        "index": "val: samples.npy is not the file that was indexed",
+        "index": "val is damaged (samples.npy does not match its hash in index.json)",
         "shard": "val: changed since it was indexed",
         "gone": "there are no shards in",
     }

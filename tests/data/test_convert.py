@@ -88,7 +88,7 @@ def test_16_bits_of_grey_are_kept(order: str) -> None:
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_values_without_a_known_white_are_left_out(kind: type) -> None:
-    with pytest.raises(Damaged, match=r"^values of neither 8 nor 16 bits$"):
+    with pytest.raises(Damaged, match=r"^bit depth is neither 8 nor 16$"):
         converted(stored(Image.fromarray(DEEP.astype(kind)), "TIFF"), 95)
 
 
@@ -165,20 +165,20 @@ def test_a_folder_of_everything(tmp_path: Path, kind: str, capsys: pytest.Captur
     assert command("prepare", source, "--unlabelled", "--out", tmp_path / "plain")
     output = capsys.readouterr().out.splitlines()
     assert output[:2] == [
-        f"{source}: 10 files: 2 pictures, 8 passed over: 3 tif, 1 bmp, 1 gif, 1 heic, 1 tiff, 1 txt",
-        "add --convert to take the 3 tif, 1 bmp, 1 gif, 1 heic, 1 tiff (for heic and heif also pip install "
-        "pillow-heif)",
+        f"{source}: 10 files: 2 images, 8 skipped: 3 tif, 1 bmp, 1 gif, 1 heic, 1 tiff, 1 txt",
+        "add --convert to include the 3 tif, 1 bmp, 1 gif, 1 heic, 1 tiff (heic and heif also need `pip install "
+        "pillow-heif`)",
     ]
     assert list(contents(tmp_path / "plain")) == ["1"]
     assert command("prepare", source, "--unlabelled", "--convert", "--out", tmp_path / "converted")
     output = capsys.readouterr().out.splitlines()
     assert output[:2] == [
-        f"{source}: 10 files: 8 pictures, 2 passed over: 1 heic, 1 txt",
-        "pip install pillow-heif to take the 1 heic",
+        f"{source}: 10 files: 8 images, 2 skipped: 1 heic, 1 txt",
+        "run `pip install pillow-heif` to include the 1 heic",
     ]
     assert sorted(line for line in output if line.startswith("left out")) == [
         "left out: 7 (not a picture)",
-        "left out: 8 (values of neither 8 nor 16 bits)",
+        "left out: 8 (bit depth is neither 8 nor 16)",
     ]
     made = contents(tmp_path / "converted")
     assert sorted(made) == ["1", "2", "3", "4", "5", "6"]
@@ -214,9 +214,9 @@ def test_heif_with_its_package(tmp_path: Path, heif: None, capsys: pytest.Captur
     source = tree(tmp_path / "d", "1.jpg")
     (source / "2.HEIC").write_bytes(data)
     assert command("prepare", source, "--unlabelled", "--out", tmp_path / "plain")
-    assert capsys.readouterr().out.splitlines()[1] == "add --convert to take the 1 heic"
+    assert capsys.readouterr().out.splitlines()[1] == "add --convert to include the 1 heic"
     assert command("prepare", source, "--unlabelled", "--convert", "--quality", 90, "--out", tmp_path / "out")
-    assert capsys.readouterr().out.startswith(f"{source}: 2 files: 2 pictures\n")
+    assert capsys.readouterr().out.startswith(f"{source}: 2 files: 2 images\n")
     assert contents(tmp_path / "out")["2"] == made
     small = ["--short-side", 40, "--quality", 90, "--out", tmp_path / "small"]
     assert command("prepare", source, "--unlabelled", "--convert", *small)

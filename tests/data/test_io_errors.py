@@ -130,7 +130,9 @@ def test_a_shard_that_is_another_thing(root: Path, what: str) -> None:
     (found,) = shards.verify(root / "train", decoding=False, processes=1)
     assert (found.shard, found.lost) == ("000000.tar", 7)
     if what != "folder":
-        with pytest.raises(DataError, match=r"000000\.tar (is damaged or cut|is no plain tar|is not a regular file)"):
+        with pytest.raises(
+            DataError, match=r"000000\.tar (is damaged or cut|is not a plain tar|is not a regular file)"
+        ):
             shards.index(str(root / "train"), root / "again", "*.tar", Fields(), 1)
 
 
@@ -237,6 +239,6 @@ def test_a_disk_that_takes_no_more(root: Path, tmp_path: Path, monkeypatch: pyte
 
     faults = Faults()
     monkeypatch.setattr(places._Watch, "relative_update", full)
-    with serve(root, faults) as url, pytest.raises(DataError, match=rf"takes no more \({os.strerror(number)}\)"):
+    with serve(root, faults) as url, pytest.raises(DataError, match=rf"cannot store it \({os.strerror(number)}\)"):
         places.fetch(f"{url}/val/000000.tar", tmp_path / "x")
     assert len(faults.requests) == 1

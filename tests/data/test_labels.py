@@ -74,7 +74,7 @@ def test_tables_of_numbers(tmp_path: Path, flat: Path, form: str, delimiter: str
     assert [one.label for one in made.pictures] == NUMBERS
     assert made.classes == ["0", "1", "2", "3"]
     assert listing(flat, tmp_path / "labels", list("wxyz")).classes == list("wxyz")
-    with pytest.raises(DataError, match="holds the class number 3, but --classes names only 2"):
+    with pytest.raises(DataError, match="contains the class number 3, but --classes names only 2"):
         listing(flat, tmp_path / "labels", ["w", "x"])
 
 
@@ -92,28 +92,28 @@ def test_lists_in_order(tmp_path: Path, flat: Path, text: str, expected: list[st
 
 
 WRONG = {
-    "a line is missing": (lines(",", NAMES[:3], PICTURES[:3]), r"do not name my photo\.jpg$"),
-    "other names": (lines(",", NAMES, list("abcd")), r"do not name 0\.jpg nor any other picture"),
-    "too few in order": ("cat\ndog\n", "have 2 lines, but there are 4 pictures"),
-    "conflict": (lines(",", NAMES) + "0.jpg,cat\n", r"give 0\.jpg two classes, golden retriever and cat"),
-    "no class": (lines(",", ["cat", "", "cat", "cat"]), r"give 1\.jpg no class \(an empty field\)"),
-    "no class, by spaces": ("0.jpg cat\n1.jpg\n22.05.jpg cat\nmy photo.jpg cat\n", r"give 1\.jpg no class"),
-    "-1": (lines(" ", [-1, 0, 1, 2]), r"give 0\.jpg no class \(-1\).*--unlabelled"),
-    "nan": (lines(",", [0, "nan", 1, 2]), r"give 1\.jpg no class \(nan\)"),
-    "None among numbers": (lines(",", [0, "None", 1, 2]), r"give 1\.jpg no class \(None\)"),
+    "a line is missing": (lines(",", NAMES[:3], PICTURES[:3]), r"has no line for my photo\.jpg: add it"),
+    "other names": (lines(",", NAMES, list("abcd")), r"names neither 0\.jpg nor any other image"),
+    "too few in order": ("cat\ndog\n", "has 2 lines for 4 images"),
+    "conflict": (lines(",", NAMES) + "0.jpg,cat\n", r"gives 0\.jpg two classes, golden retriever and cat"),
+    "no class": (lines(",", ["cat", "", "cat", "cat"]), r"gives 1\.jpg no class \(an empty field\)"),
+    "no class, by spaces": ("0.jpg cat\n1.jpg\n22.05.jpg cat\nmy photo.jpg cat\n", r"gives 1\.jpg no class"),
+    "-1": (lines(" ", [-1, 0, 1, 2]), r"gives 0\.jpg no class \(-1\).*--unlabelled"),
+    "nan": (lines(",", [0, "nan", 1, 2]), r"gives 1\.jpg no class \(nan\)"),
+    "None among numbers": (lines(",", [0, "None", 1, 2]), r"gives 1\.jpg no class \(None\)"),
     "an odd delimiter": (
         "0.jpg|cat\n1.jpg|dog\n22.05.jpg|cat\nmy_photo.jpg|dog\n",
-        r"by none of commas.*\(0\.jpg\|cat\)",
+        r"by commas, semicolons, tabs or spaces.*\(0\.jpg\|cat\)",
     ),
-    "-2": (lines(",", [0, -2, 1, 2]), "hold -2, which is no class number"),
-    "a measure": (lines(",", [0, 1.5, 1, 2]), r"hold 1\.5, which is no class number"),
-    "full width": (lines(",", [0, "１２", 1, 2]), "hold １２, which is no class number"),
-    "underscore": (lines(",", [0, "0_1", 1, 2]), "hold 0_1, which is no class number"),
-    "many columns": (lines(",", ["1,0,1"] * 4), "have more than two columns"),
-    "many columns, by spaces": (lines(" ", ["1 -1 1"] * 4), "have more than two columns"),
+    "-2": (lines(",", [0, -2, 1, 2]), "contains -2, which is not a class number"),
+    "a measure": (lines(",", [0, 1.5, 1, 2]), r"contains 1\.5, which is not a class number"),
+    "full width": (lines(",", [0, "１２", 1, 2]), "contains １２, which is not a class number"),
+    "underscore": (lines(",", [0, "0_1", 1, 2]), "contains 0_1, which is not a class number"),
+    "many columns": (lines(",", ["1,0,1"] * 4), "has more than two columns"),
+    "many columns, by spaces": (lines(" ", ["1 -1 1"] * 4), "has more than two columns"),
     "a comma in a class": (lines(",", ["eagle, golden", *NAMES[1:]]), "more than two columns.*quote"),
-    "a NUL": ("0.jpg,1\0\n", "cannot be read as CSV|do not name|no class number"),
-    "numbers in order": ("1\n2\n3\n1\n", r"are numbers without names: put .*meta\.mat"),
+    "a NUL": ("0.jpg,1\0\n", "cannot be read as CSV|names neither|has no line for|not a class number"),
+    "numbers in order": ("1\n2\n3\n1\n", r"has numbers without names: put .*meta\.mat"),
 }
 
 
@@ -135,5 +135,5 @@ def test_names_are_found_by_the_folders_they_give(tmp_path: Path) -> None:
     file.write_text("data/a/1.jpg,x\nb/1.jpg,y\n2,z\nGr\u00f6\u00dfe,x\n")
     assert read(root, file) == ["x", "y", "z", "x"]
     file.write_text("1.jpg,x\n2.jpg,y\n")
-    with pytest.raises(DataError, match=r"name 1\.jpg, and there are several: give their folders"):
+    with pytest.raises(DataError, match=r"names 1\.jpg, but several images have this name: write their folders"):
         read(root, file)

@@ -82,7 +82,7 @@ def test_hidden_files_are_neither_classes_nor_pictures(tmp_path: Path, kind: str
     made = listing(source, None, [])
     assert keys(made) == {"a/x": 0, "a/y": 0, "b/x": 1}
     assert made.classes == ["a", "b"]
-    assert made.notes == [f"{source}: 3 files: 3 pictures"]
+    assert made.notes == [f"{source}: 3 files: 3 images"]
 
 
 def test_hidden_shards_and_members_are_not_indexed(tmp_path: Path) -> None:
@@ -109,21 +109,21 @@ def test_what_is_passed_over_is_counted_by_ending(tmp_path: Path) -> None:
         **{"a/x": "jpg", "a/y": "jpg", "b/z": "jpg", "b/q": "jpg", "b/r": "webp"},
     }
     assert made.notes == [
-        f"{source}: 14 files: 5 pictures, 9 passed over: 3 without an ending, 2 tiff, 1 bmp, 1 csv, 1 heic, "
+        f"{source}: 14 files: 5 images, 9 skipped: 3 without an extension, 2 tiff, 1 bmp, 1 csv, 1 heic, "
         f"1 jpg (broken link)",
-        "add --convert to take the 2 tiff, 1 bmp, 1 heic (for heic and heif also pip install pillow-heif)",
+        "add --convert to include the 2 tiff, 1 bmp, 1 heic (heic and heif also need `pip install pillow-heif`)",
     ]
 
 
 def test_a_summary_is_bounded() -> None:
     passed = Counter({f"e{number}": number for number in range(1, 11)})
-    assert names.by_ending(passed) == "10 e10, 9 e9, 8 e8, 7 e7, 6 e6, 5 e5, 4 e4, 3 e3, 3 with other endings"
+    assert names.by_ending(passed) == "10 e10, 9 e9, 8 e8, 7 e7, 6 e6, 5 e5, 4 e4, 3 e3, 3 with other extensions"
 
 
 def test_a_class_folder_of_other_formats_says_what_it_holds(tmp_path: Path) -> None:
     tree(tmp_path, "a/x.jpg", "b/x.tif", "b/y.tif", "b/.hidden.jpg")
     with pytest.raises(
-        DataError, match=r"b holds no pictures \(2 tif\), and the .* or add --convert to take the 2 tif$"
+        DataError, match=r"b contains no images \(2 tif\); without it, the .* or add --convert to include the 2 tif$"
     ):
         listing(tmp_path, None, [])
 
@@ -152,7 +152,7 @@ def test_a_tar_of_class_folders_is_taken_with_its_classes(tmp_path: Path, wrappe
     members = [(f"{wrapper}{path}", jpeg(0)) for path in ("b/x.jpg", "a/sub/x.jpg", "a/x.jpg")]
     made = listing(tar(tmp_path / "t.tar", *members, (f"{wrapper}a/README.txt", b"")), None, [])
     assert keys(made) == {"a/x": 0, "a/sub/x": 0, "b/x": 1}
-    assert made.notes[0].endswith("4 files: 3 pictures, 1 passed over: 1 txt")
+    assert made.notes[0].endswith("4 files: 3 images, 1 skipped: 1 txt")
 
 
 def test_a_tar_may_hold_links_and_odd_names(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_tar_may_hold_links_and_odd_names(tmp_path: Path) -> None:
     link.type, link.linkname = tarfile.SYMTYPE, "x.jpg"
     made = listing(tar(tmp_path / "t.tar", ("a/x.jpg", jpeg(0)), link, ("b/y\x1b.jpg", jpeg(1))), None, [])
     assert keys(made) == {"a/x": 0, "b/y_": 1}
-    assert made.notes[0].endswith("3 files: 2 pictures, 1 passed over: 1 jpg (not a regular file)")
+    assert made.notes[0].endswith("3 files: 2 images, 1 skipped: 1 jpg (not a regular file)")
 
 
 def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None:
@@ -174,20 +174,20 @@ def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None
     with_zip = tar(tmp_path / "zip.tar", ("a/1.jpg", jpeg(1)), ("b.zip", (tmp_path / "flat.zip").read_bytes()))
     assert keys(listing(with_zip, None, [])) == {"a/1": 0}
     for source, message in (
-        (tmp_path / "flat.zip", "is a zip archive: unpack it, and give the folder"),
+        (tmp_path / "flat.zip", "is a zip archive: unpack it and give the folder"),
         (flat, "has no class folders: give .* --labels, or --unlabelled"),
         (packed(flat, tmp_path / "flat.tar"), "has no class folders: give .* --labels, or --unlabelled"),
         (tar(tmp_path / "val.tar", ("val/1.jpg", jpeg(0))), "has no class folders"),
-        (tar(tmp_path / "shard.tar", ("1.jpg", jpeg(0)), ("1.cls", b"1")), "these are shards, see `shards.py index`"),
-        (stray, r"has 2 class folders \(a, b\) and 1 picture beside them \(logo\.jpg\): move"),
-        (packed(stray, tmp_path / "stray.tar"), r"has 2 class folders \(a, b\) and 1 picture beside them"),
-        (tar(tmp_path / "splits.tar", *splits), "holds the splits train, val: extract it"),
-        (tar(tmp_path / "twice.tar", ("a/1.jpg", jpeg(0)), ("./a/1.jpg", jpeg(1))), "holds a/1.jpg twice"),
-        (same, "would have one name: rename one"),
-        (capital, "holds the splits Testing, Training: prepare one at a time"),
+        (tar(tmp_path / "shard.tar", ("1.jpg", jpeg(0)), ("1.cls", b"1")), "may be shards \\(see `shards.py index`\\)"),
+        (stray, r"has 2 class folders \(a, b\) and 1 image next to them \(logo\.jpg\): move"),
+        (packed(stray, tmp_path / "stray.tar"), r"has 2 class folders \(a, b\) and 1 image next to them"),
+        (tar(tmp_path / "splits.tar", *splits), "contains the splits train, val: extract it"),
+        (tar(tmp_path / "twice.tar", ("a/1.jpg", jpeg(0)), ("./a/1.jpg", jpeg(1))), "contains a/1.jpg twice"),
+        (same, "would get the same name: rename one"),
+        (capital, "contains the splits Testing, Training: prepare one split at a time"),
         (
             tree(tmp_path / "tifs", "a.tif"),
-            "holds no pictures .*, only 1 tif: add --convert to take the 1 tif, or give",
+            "contains no images .*, only 1 tif: add --convert to include the 1 tif, or give",
         ),
     ):
         with pytest.raises(DataError, match=message):
@@ -198,10 +198,7 @@ def test_a_folder_around_the_class_folders_is_said(tmp_path: Path) -> None:
     """It may be the one class that there is, whose pictures are sorted into folders."""
     around = listing(tree(tmp_path / "d", "images/a/1.jpg", "images/b/2.jpg"), None, [])
     assert around.classes == ["images"]
-    assert (
-        f"its pictures lie in 2 folders (a, b): if these are the classes, prepare {tmp_path}/d/images"
-        in around.notes[-1]
-    )
+    assert f"its images in 2 folders (a, b): if these are the classes, use {tmp_path}/d/images" in around.notes[-1]
     for paths in (("a/x/1.jpg", "b/x/2.jpg", "b/y/2.jpg"), ("a/1.jpg", "a/x/2.jpg", "a/y/2.jpg"), ("a/x/1.jpg",)):
         assert len(listing(tree(tmp_path / paths[0].replace("/", "-"), *paths), None, []).notes) == 1
 
@@ -229,7 +226,7 @@ def test_keys_are_distinct_and_printable(tmp_path: Path) -> None:
     }
     assert made.classes == ["St. Bernard", "a", "q"]
     (note,) = made.notes[1:]
-    assert note.startswith("5 keys cannot be the file's name")
+    assert note.startswith("5 images got a key other than the file name")
     assert note.isprintable()
     (prepared,) = prepare(source, tmp_path / "out", None, [], Settings(), 1)
     assert samples(prepared) == keys(made)
@@ -245,7 +242,7 @@ def test_validation_takes_the_classes_of_training(tmp_path: Path, capsys: pytest
     assert Index(tmp_path / "data/val").classes == ["a", "b", "c"]
     tree(tmp_path / "v", "d/1.jpg")
     assert command("prepare", validation, "--out", tmp_path / "data/test", code=2)
-    assert "has the class d, which is none of the 3" in capsys.readouterr().err
+    assert "has the class d, which is not one of the 3" in capsys.readouterr().err
 
 
 def test_unlabelled_training_gives_no_classes(tmp_path: Path) -> None:
@@ -290,7 +287,7 @@ def test_indexing_leaves_out_and_names_what_is_no_picture(tmp_path: Path, capsys
     assert samples(made) == {"2": 2, "3": 3}
     assert capsys.readouterr().out.splitlines() == [
         "left out: 1 in a.tar (not a picture)",
-        "passed over, in samples without a picture: 1 cls, 1 tif, 1 without an ending",
+        "skipped, in samples without an image: 1 cls, 1 tif, 1 without an extension",
     ]
     made = shards.index(str(tmp_path), tmp_path, "*.tar", Fields(check=True), 1)
     assert samples(made) == {"2": 2}

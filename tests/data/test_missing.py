@@ -53,7 +53,7 @@ def test_one_level_too_high_or_low(here: Path) -> None:
 def test_shards_that_are_not_split(here: Path) -> None:
     shards.write(Path("mine"), samples(2), 2, [])
     assert said(Path("mine")) == (
-        f"the shards in mine itself are not split, and {SHARDS} prepare PICTURES --out mine --val 0.1` makes "
+        f"the shards in mine itself are not split: run {SHARDS} prepare FOLDER --out mine --val 0.1`, which makes "
         f"mine/train and mine/val"
     )
 
@@ -61,8 +61,8 @@ def test_shards_that_are_not_split(here: Path) -> None:
 def test_validation_alone_is_missing(here: Path) -> None:
     shutil.rmtree(written(Path("mine")) / "val")
     assert said(Path("mine"), "val") == (
-        f"{SHARDS} prepare PICTURES --out mine/val` makes them from validation pictures; to split one folder of "
-        f"pictures, {SHARDS} prepare PICTURES --out DIR --val 0.1` makes DIR/train and DIR/val"
+        f"run {SHARDS} prepare FOLDER --out mine/val` with the validation images in FOLDER; to split one folder of "
+        f"images, {SHARDS} prepare FOLDER --out DIR --val 0.1` makes DIR/train and DIR/val"
     )
 
 
@@ -84,7 +84,7 @@ def test_pictures_in_place_of_shards(here: Path, paths: list[str], source: str) 
     """And the command that the sentence names does what it says."""
     tree(Path("pics"), *paths)
     assert said(Path("pics")) == (
-        f"pics holds pictures, not shards, so run {SHARDS} prepare {source} --out pics-shards --val 0.1` and set "
+        f"pics contains images, not shards, so run {SHARDS} prepare {source} --out pics-shards --val 0.1` and set "
         f"data.root=pics-shards"
     )
     assert said(here / "pics").endswith(f"--out {here}/pics-shards --val 0.1` and set data.root={here}/pics-shards")
@@ -93,8 +93,8 @@ def test_pictures_in_place_of_shards(here: Path, paths: list[str], source: str) 
 def test_pictures_that_are_split_already(here: Path) -> None:
     tree(Path("my pics"), "val/a/1.jpg", "train/a/1.jpg", "train/b/1.jpg")
     assert said(Path("my pics")) == (
-        f"my pics holds pictures, not shards, so prepare each split, one by {SHARDS} prepare 'my pics/train' --out "
-        f"'my pics-shards/train'` and the other likewise with --out 'my pics-shards/val', and set "
+        f"my pics contains images, not shards, so prepare each split: run {SHARDS} prepare 'my pics/train' --out "
+        f"'my pics-shards/train'`, do the same for the other split with --out 'my pics-shards/val', and set "
         f"'data.root=my pics-shards'"
     )
 
@@ -116,24 +116,24 @@ def test_files_in_place_of_a_folder(here: Path) -> None:
         f"pics.tar is a tar, so run {SHARDS} prepare pics.tar --out pics-shards --val 0.1` and set "
         f"data.root=pics-shards"
     )
-    assert said(Path("pics.zip")) == "pics.zip is no folder"
+    assert said(Path("pics.zip")) == "pics.zip is not a folder"
 
 
 def test_shards_of_others(here: Path) -> None:
     Path("wds").mkdir()
     tar(Path("wds/0.tar"), ("1.jpg", b""))
     assert said(Path("wds")) == (
-        f"if the tars in wds are webdataset shards, run {SHARDS} index wds --out DIR/train`, and the same for those of "
-        f"validation, and set data.root=DIR"
+        f"if the tars in wds are webdataset shards, run {SHARDS} index wds --out DIR/train`, do the same for the "
+        f"validation shards with --out DIR/val, and set data.root=DIR"
     )
 
 
 def test_the_demos_alone_name_their_commands(here: Path) -> None:
     for name, which in (("photos", "demo"), ("digits", "digits")):
-        assert said(Path("data", name)) == f"{SHARDS} {which} data/{name}` writes those of the demo"
-        assert said(here / "data" / name) == f"{SHARDS} {which} {here}/data/{name}` writes those of the demo"
+        assert said(Path("data", name)) == f"run {SHARDS} {which} data/{name}` to make those of the demo"
+        assert said(here / "data" / name) == f"run {SHARDS} {which} {here}/data/{name}` to make those of the demo"
         for root in (Path(name), Path("data/mine"), Path("data", name, "more")):
-            assert said(root) == f"{SHARDS} prepare PICTURES --out {root} --val 0.1` makes them from your pictures"
+            assert said(root) == f"run {SHARDS} prepare FOLDER --out {root} --val 0.1` with your images in FOLDER"
     tree(Path("data/photos"), "1.jpg")
     assert "prepare data/photos --unlabelled --out data/photos-shards --val 0.1`" in said(Path("data/photos"))
 
@@ -141,12 +141,12 @@ def test_the_demos_alone_name_their_commands(here: Path) -> None:
 def test_a_slip_of_the_pen(here: Path) -> None:
     written(Path("data/flowers"))
     assert said(Path("data/flower")) == "did you mean data.root=data/flowers?"
-    assert "prepare PICTURES --out data/cars" in said(Path("data/cars"))
+    assert "prepare FOLDER --out data/cars" in said(Path("data/cars"))
 
 
 def test_other_commands_than_a_training(here: Path) -> None:
     written(Path("mine"))
-    for folder, words in (("mine", "give mine/train"), ("none", f"{SHARDS} prepare PICTURES --out none` writes some")):
+    for folder, words in (("mine", "use mine/train"), ("none", f"run {SHARDS} prepare FOLDER --out none`")):
         with pytest.raises(DataError, match=re.escape(f"there are no shards in {folder}: {words}")):
             Index(Path(folder))
 

@@ -145,7 +145,7 @@ def test_the_flat_validation_set(tmp_path: Path, flat: Path, name: str, kind: st
 def test_classes_number_validation_as_training_does(tmp_path: Path, tree: Path) -> None:
     made = make(tree, tmp_path / "out", classes=["n00000000", *WNIDS])
     assert {key[:9]: label for key, (_, label) in contents(made).items()} == dict(zip(WNIDS, (1, 2, 3), strict=True))
-    with pytest.raises(DataError, match="class n15075141, which is none of the 2 given by --classes"):
+    with pytest.raises(DataError, match="class n15075141, which is not one of the 2 in --classes"):
         make(tree, tmp_path / "other", classes=WNIDS[:2])
 
 
@@ -214,24 +214,24 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
         (tmp_path / "pair" / name).write_bytes(b"x")
     for source, labels, message in (
         (tmp_path / "none", None, "does not exist"),
-        (tmp_path / "empty", None, "holds no pictures"),
-        (cut, None, "damaged or cut at byte"),
-        (flat, None, "has no class folders: give the file that holds its labels"),
-        (flat, tmp_path / "few.txt", "have 1 lines, but there are 7 pictures"),
-        (flat, tmp_path / "numbers.txt", r"are numbers without names: put the development kit's meta\.mat"),
-        (flat, tmp_path / "absent.txt", "cannot be read as text"),
-        (tmp_path / "splits", None, "holds the splits train, val: prepare one at a time"),
-        (tmp_path / "pair", tmp_path / "huge.txt", "hold 9999999999, which is no class number"),
-        (tmp_path / "hole", None, "n01 holds no pictures, and the classes after it"),
+        (tmp_path / "empty", None, "contains no images"),
+        (cut, None, "damaged or cut off at byte"),
+        (flat, None, "has no class folders: give its label file with --labels"),
+        (flat, tmp_path / "few.txt", "has 1 lines for 7 images"),
+        (flat, tmp_path / "numbers.txt", r"has numbers without names: put meta\.mat of the development kit"),
+        (flat, tmp_path / "absent.txt", "cannot be read as UTF-8 text"),
+        (tmp_path / "splits", None, "contains the splits train, val: prepare one split at a time"),
+        (tmp_path / "pair", tmp_path / "huge.txt", "contains 9999999999, which is not a class number"),
+        (tmp_path / "hole", None, "n01 contains no images; without it, the classes after it"),
     ):
         with pytest.raises(DataError, match=message):
             make(source, tmp_path / "out", labels=labels)
     assert not (tmp_path / "out").exists()
     make(tree, tmp_path / "out")
-    with pytest.raises(DataError, match=r"already holds other shards \(seed was 0, is now 1\)"):
+    with pytest.raises(DataError, match=r"already contains other shards \(seed was 0 and is now 1\)"):
         make(tree, tmp_path / "out", Settings(shard_mib=0.02, seed=1))
     (tmp_path / "out" / "prepared.json").unlink()
-    with pytest.raises(DataError, match="already holds shards that were not made by prepare"):
+    with pytest.raises(DataError, match="already contains shards that were not made by prepare"):
         make(tree, tmp_path / "out")
 
 
@@ -253,7 +253,7 @@ def test_what_lies_beside_pictures_is_passed_over(
     assert len(made) == len(EXPECTED) + 1
     assert made.classes == sorted([*WNIDS, "n01440765"])
     output = capsys.readouterr().out
-    assert ": 31 files: 29 pictures, 2 passed over: 1 jpg (broken link), 1 jpg (not a regular file)\n" in output
+    assert ": 31 files: 29 images, 2 skipped: 1 jpg (broken link), 1 jpg (not a regular file)\n" in output
     assert "left out: n01440765/empty (empty)\n" in output
 
 
@@ -270,7 +270,7 @@ def test_a_shard_that_went_is_made_again(tmp_path: Path, tree: Path, damage: str
 
 
 def test_two_at_once_are_told_apart(tmp_path: Path, tree: Path) -> None:
-    with alone(tmp_path / "out"), pytest.raises(DataError, match="another process is writing into"):
+    with alone(tmp_path / "out"), pytest.raises(DataError, match="another process is writing to"):
         make(tree, tmp_path / "out")
     assert len(make(tree, tmp_path / "out")) == len(EXPECTED)
 
@@ -280,7 +280,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
 ) -> None:
     free = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(DataError, match=r"needs 0\.0 GiB and its disk has 0\.0 left"):
+    with pytest.raises(DataError, match=r"needs 0\.0 GiB, but its disk has only 0\.0 GiB left"):
         make(tree, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
 
@@ -299,5 +299,5 @@ def test_the_listing_knows_where_pictures_lie(tar_of_tars: Path) -> None:
 def test_a_damaged_plan_is_one_sentence(tmp_path: Path, tree: Path, plan: bytes) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "prepared.json").write_bytes(plan)
-    with pytest.raises(DataError, match=r"out already holds (shards that were not made by prepare|other shards \()"):
+    with pytest.raises(DataError, match=r"out already contains (shards that were not made by prepare|other shards \()"):
         make(tree, tmp_path / "out")

@@ -75,7 +75,7 @@ def test_both_splits_share_classes(tmp_path: Path, kind: str, capsys: pytest.Cap
     assert set(two) == in_val(listing(source, None, []).pictures, 0.3)
     output = capsys.readouterr().out.splitlines()
     assert output == [
-        f"{source}: 30 files: 30 pictures",
+        f"{source}: 30 files: 30 images",
         f"{out}/train: {len(one)} samples in 1 shard, 3 classes",
         f"{out}/val: {len(two)} samples in 1 shard, 3 classes",
         f"train on them with data.root={out}",
@@ -140,11 +140,11 @@ def test_what_cannot_be_split_is_one_sentence(tmp_path: Path, capsys: pytest.Cap
         (
             "--val",
             0.0001,
-        ): f"error: --val 0.0001 leaves none of the 3 pictures in {few} for validation: raise it, or give",
+        ): f"error: --val 0.0001 assigns none of the 3 images in {few} to validation: raise it, or use",
         (
             "--val",
             0.9999,
-        ): f"error: --val 0.9999 leaves none of the 3 pictures in {few} for training: lower it, or give",
+        ): f"error: --val 0.9999 assigns none of the 3 images in {few} to training: lower it, or use",
     }
     for given, words in cases.items():
         assert command("prepare", few, "--unlabelled", "--out", out, *given, code=2)
@@ -155,10 +155,7 @@ def test_what_cannot_be_split_is_one_sentence(tmp_path: Path, capsys: pytest.Cap
     assert command("prepare", few, "--unlabelled", "--out", out / "train", "--val", 0.5, code=2)
     assert f"error: --val makes train and val inside of --out: give --out {out}, or leave" in capsys.readouterr().err
     assert command("prepare", few, "--out", out, "--val", 0.5, code=2)
-    assert (
-        "has no class folders: give the file that holds its labels with --labels, or --unlabelled"
-        in capsys.readouterr().err
-    )
+    assert "has no class folders: give its label file with --labels, or --unlabelled" in capsys.readouterr().err
     for wrong in ("0", "1", "10", "-0.1", "nan", "x"):
         with pytest.raises(SystemExit, match="2"):
             command("prepare", few, "--out", out, "--val", wrong)
@@ -170,10 +167,10 @@ def test_other_shards_are_refused_before_anything_is_written(tmp_path: Path) -> 
     source = tree(tmp_path / "d", *(f"{number}.jpg" for number in range(12)))
     out = tmp_path / "mine"
     prepare.prepare(source, out, None, [], HALF, 1, unlabelled=True)
-    with pytest.raises(DataError, match=r"train already holds other shards \(val was 0\.5, is now 0\.4\)"):
+    with pytest.raises(DataError, match=r"train already contains other shards \(val was 0\.5 and is now 0\.4\)"):
         prepare.prepare(source, out, None, [], Settings(val=0.4), 1, unlabelled=True)
     shutil.rmtree(out / "train")
-    with pytest.raises(DataError, match=r"val already holds other shards \(val was 0\.5, is now 0\.4\)"):
+    with pytest.raises(DataError, match=r"val already contains other shards \(val was 0\.5 and is now 0\.4\)"):
         prepare.prepare(source, out, None, [], Settings(val=0.4), 1, unlabelled=True)
     assert not list((out / "train").glob("*.tar"))
     assert not (out / "train" / "prepared.json").exists()
@@ -218,7 +215,7 @@ def test_a_split_that_no_picture_survives_is_one_sentence(tmp_path: Path) -> Non
     source = tree(tmp_path / "d", *(f"{number}.jpg" for number in range(12)))
     for key in in_val(listing(source, None, [], unlabelled=True).pictures, 0.2):
         (source / f"{key}.jpg").write_text("<html>404</html>")
-    with pytest.raises(DataError, match=r"out/val would be empty: none of its \d pictures? can be read"):
+    with pytest.raises(DataError, match=r"out/val would be empty: none of the \d images? can be read"):
         prepare.prepare(source, tmp_path / "out", None, [], Settings(val=0.2), 1, unlabelled=True)
 
 
@@ -229,5 +226,5 @@ def test_classes_without_training_pictures_are_named(tmp_path: Path, capsys: pyt
     absent = sorted(key.partition("/")[0] for key in in_val(listing(source, None, []).pictures, 0.5))
     assert len(absent) > 1
     more = ", …" if len(absent) > 3 else ""
-    words = f"{len(absent)} of 8 classes have pictures in val only ({', '.join(absent[:3])}{more}): another --seed"
+    words = f"{len(absent)} of 8 classes have images in val only ({', '.join(absent[:3])}{more}): another --seed"
     assert words in capsys.readouterr().out

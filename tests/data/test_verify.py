@@ -84,7 +84,7 @@ def test_verify_names_every_damaged_shard_and_its_losses(damaged: Path) -> None:
         assert (found[shards.name(number)].lost, found[shards.name(number)].samples) == (lost, PER_SHARD), NAMES[number]
     for number in (4, 5):
         assert "changed bytes; " in found[shards.name(number)].cause
-        assert "is damaged or cut at byte" in found[shards.name(number)].cause
+        assert "is damaged or cut off at byte" in found[shards.name(number)].cause
 
 
 def test_verify_finds_nothing_in_whole_shards(pictures: Path) -> None:
@@ -133,7 +133,7 @@ def test_training_replaces_what_has_changed_and_gives_no_half_sample(damaged: Pa
             one = original[f"0-{4 * PER_SHARD + sample:05d}"]
             assert int(decoded.batch.label[g]) == one.label
             assert slices.samples.read(sample) == (one.image, one.label)
-    assert slices.samples.name(PER_SHARD + 4)[1] == f"sample {PER_SHARD + 4}, its header is damaged"
+    assert slices.samples.name(PER_SHARD + 4)[1] == f"sample {PER_SHARD + 4} (its header is damaged)"
 
 
 def keep_only(index: Index, folder: Path, names: list[str]) -> None:

@@ -56,7 +56,7 @@ def test_the_bits_are_the_same_without_shared_memory(
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", share)
     assert same(take(pictures, workers=2), take(pictures))
-    said = "batches go through pipes, which is slower, for shared memory cannot be had (No space left on device (28))"
+    said = "shared memory is not available (No space left on device (28)): batches go through pipes, which is slower"
     assert capfd.readouterr().out.count(said) == 2  # once a worker
 
 
@@ -99,7 +99,10 @@ def test_shared_memory_that_is_too_small_or_fills_up(pictures: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert "all the same" in found.stdout
     assert "batches go through pipes, which is slower" in found.stdout
-    assert "no loader's workers can be started (No space left on device): the rank decodes by itself" in found.stdout
+    assert (
+        "loader workers cannot be started (No space left on device): this process decodes instead, which is slower"
+        in found.stdout
+    )
 
 
 def test_a_batch_that_cannot_be_sent_is_an_error(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

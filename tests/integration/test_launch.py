@@ -53,7 +53,7 @@ def test_missing_data_are_one_sentence_that_tells_how(tmp_path: Path, start: Sta
     root.mkdir()
     code, output = finish(start([sys.executable, *QUICKSTART, f"run={tmp_path / 'run'}", f"data.root={root}"]))
     assert code == 2
-    assert f"error: there are no shards in {root}/train: `python launch/shards.py prepare PICTURES" in output
+    assert f"error: there are no shards in {root}/train: run `python launch/shards.py prepare FOLDER" in output
     assert "Traceback" not in output
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {".lock", "run_status.json"}  # the status is for run.py and schedulers

@@ -54,8 +54,8 @@ def prepared(source: Path, mine: Path, kind: str, capsys: pytest.CaptureFixture[
     pictures(source, kind)
     assert command("prepare", source, "--out", mine, "--val", 0.1, *(["--unlabelled"] if kind == "flat" else []))
     output = capsys.readouterr().out.splitlines()
-    assert output[0] == f"{source}: 510 files: 503 pictures, 7 passed over: 3 tiff, 2 txt, 2 without an ending"
-    assert output[1] == "add --convert to take the 3 tiff"
+    assert output[0] == f"{source}: 510 files: 503 images, 7 skipped: 3 tiff, 2 txt, 2 without an extension"
+    assert output[1] == "add --convert to include the 3 tiff"
     assert output[-1] == f"train on them with data.root={mine}"
     left_out = {line.rpartition("/")[2].removeprefix("left out: ") for line in output if line.startswith("left out")}
     unreadable = {"error (not a picture)", "empty (empty)"}

@@ -97,8 +97,8 @@ def test_verify_from_outside(start: Start, foreign: Path, tmp_path: Path) -> Non
         (["verify", "{folder}"], "there are no shards"),
         (["order", "{folder}", "--batch", "4"], "there are no shards"),
         (["prepare", "{folder}/none", "--out", "{folder}"], "does not exist"),
-        (["index", "https://me:hunter2@host/shards"], "the URL on host carries credentials"),
-        (["index", "{folder}", "--pattern", "{{0..3"], "no file in|has an odd brace"),
+        (["index", "https://me:hunter2@host/shards"], "the URL on host contains credentials"),
+        (["index", "{folder}", "--pattern", "{{0..3"], "no file in|has an unmatched brace"),
     ],
 )
 def test_errors_are_one_sentence(start: Start, tmp_path: Path, arguments: list[str], message: str) -> None:

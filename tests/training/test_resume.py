@@ -38,7 +38,7 @@ def test_a_new_run_takes_the_newest_order(pictures: Path, tmp_path: Path) -> Non
 
 def test_an_order_of_a_later_version_is_refused(pictures: Path, tmp_path: Path) -> None:
     slices, config = begun(pictures, tmp_path, {"version": 3})
-    with pytest.raises(DataError, match="in version 3 of the order"):
+    with pytest.raises(DataError, match="uses version 3 of the sample order"):
         resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,7 @@ from . import DataError, names
 from .order import uniforms
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-CONVERTIBLE = ("TIFF", "BMP", "GIF")  # read by `converted`, which also reads HEIF if pillow-heif is installed
+CONVERTIBLE_FORMATS = ("TIFF", "BMP", "GIF")  # read by `converted`, which also reads HEIF if pillow-heif is installed
 MOST_MEGAPIXELS = 100  # the largest ImageNet picture has 40 megapixels; a decompression bomb claims far more
 # (scale, headroom): the JPEG decoder divides the sides by `scale` if the result is at least `headroom` times the
 # target size. Each headroom is the smallest multiple of 0.1 at which every demo photograph keeps a PSNR of 36 dB
@@ -44,7 +44,7 @@ TURNS = {o: (o > 4, o in (2, 3, 6, 7), o in (3, 4, 7, 8)) for o in range(1, 9)}
 
 
 TOO_LARGE = "too many pixels"
-DEPTH = "values of neither 8 nor 16 bits"
+DEPTH = "bit depth is neither 8 nor 16"
 CAUSES = ("not a picture", TOO_LARGE, "cut or corrupt", "changed since it was indexed")
 
 
@@ -55,7 +55,7 @@ class Damaged(ValueError):
 def require(decoder: Decoder) -> None:
     """Raises DataError if `decoder` is not installed."""
     if decoder == "turbo" and importlib.util.find_spec("simplejpeg") is None:
-        raise DataError("data.decoder=turbo needs the package simplejpeg: `pip install 'vaescale[turbo]'` brings it")
+        raise DataError("data.decoder=turbo needs the package simplejpeg: run `pip install 'vaescale[turbo]'`")
 
 
 def train_image(
@@ -222,9 +222,9 @@ def _header(data: bytes, most_megapixels: int, formats: tuple[str, ...] = FORMAT
 @lru_cache(1)
 def _convertible() -> tuple[str, ...]:
     if not names.has_heif():
-        return CONVERTIBLE
+        return CONVERTIBLE_FORMATS
     importlib.import_module("pillow_heif").register_heif_opener()
-    return (*CONVERTIBLE, "HEIF")
+    return (*CONVERTIBLE_FORMATS, "HEIF")
 
 
 def _of_8_or_16_bits(image: Image.Image) -> Image.Image:

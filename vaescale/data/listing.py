@@ -79,23 +79,23 @@ def listing(
     Raises DataError if something cannot be read or is ambiguous.
     """
     if not source.exists():
-        raise DataError(f"{source} does not exist: give a tree of class folders or a tar of pictures")
+        raise DataError(f"{source} does not exist: give a tree of class folders or a tar of images")
     passed: Counter[str] = Counter()
     flat = unlabelled or labels is not None
     notes: list[str] = []
     if source.is_dir():
         found = list(_in_folder(source, out, passed, convert))
     elif _begins(source, b"PK\3\4"):  # zipfile.is_zipfile would accept a tar with a zip at its end
-        raise DataError(f"{source} is a zip archive: unpack it, and give the folder")
+        raise DataError(f"{source} is a zip archive: unpack it and give the folder")
     else:
         found, wrapper = _unwrapped(source, list(_in_tar(source, passed, convert)), flat)
-        notes += [f"the class folders are those in {clean(wrapper)}/ of the tar"] if wrapper and not flat else []
+        notes += [f"class folders are those in {clean(wrapper)}/ of the tar"] if wrapper and not flat else []
     if not found:
         other = f", only {by_ending(passed)}" if passed else ""
         way = offer(passed, convert)
         raise DataError(
-            f"{source} holds no pictures ({', '.join(extensions(convert))}){other}: {way}{', or ' if way else ''}give "
-            f"a tree of class folders, a tar of them, the ILSVRC2012 training tar, or pictures without class folders "
+            f"{source} contains no images ({', '.join(extensions(convert))}){other}: {way}{', or ' if way else ''}give "
+            f"a tree of class folders, a tar of one, the ILSVRC2012 training tar, or images without class folders "
             f"together with --labels or --unlabelled"
         )
     notes.insert(0, f"{source}: {summary(len(found), passed)}")
@@ -127,7 +127,7 @@ def _keyed(source: Path, found: Sequence[Found], notes: list[str]) -> list[tuple
     number = 1
     for i, ((before, last), (key, one)) in enumerate(pairwise(list(keyed)), 1):
         if one.name == last.name:
-            raise DataError(f"{source} holds {clean(one.name)} twice: which of the two is meant is not known")
+            raise DataError(f"{source} contains {clean(one.name)} twice: remove one of the two")
         number = number + 1 if key == before else 1
         if number > 1:
             while f"{key}-{number}" in taken:
@@ -136,12 +136,12 @@ def _keyed(source: Path, found: Sequence[Found], notes: list[str]) -> list[tuple
             keyed[i] = (f"{key}-{number}", one)
     for key, one in keyed:
         if key != key_of(one.name) or clean(one.name) != one.name:
-            changed.append(f"{clean(one.name)} is {key}")
+            changed.append(f"{clean(one.name)} → {key}")
     if changed:
         more = ", …" if len(changed) > EXAMPLES else ""
         notes.append(
-            f"{counted(len(changed), 'key')} cannot be the file's name, which is taken or holds characters that no key "
-            f"may have: {', '.join(changed[:EXAMPLES])}{more}"
+            f"{counted(len(changed), 'image')} got a key other than the file name, which is taken or has characters "
+            f"that keys cannot have: {', '.join(changed[:EXAMPLES])}{more}"
         )
     return keyed
 
@@ -151,33 +151,32 @@ def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str], not
     folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
     names = set(folders) - {""}
     if not names:
-        shards = ": these are shards, see `shards.py index`" if passed["cls"] or passed["json"] else ""
+        shards = " and may be shards (see `shards.py index`)" if passed["cls"] or passed["json"] else ""
         raise DataError(
-            f"{source} has no class folders{shards}: give the file that holds its labels with --labels, or "
-            f"--unlabelled if it has none"
+            f"{source} has no class folders{shards}: give its label file with --labels, or --unlabelled if it has none"
         )
     if stray := folders.count(""):
         raise DataError(
             f"{source} has {counted(len(names), 'class folder')} ({', '.join(map(clean, sorted(names)[:EXAMPLES]))}"
-            f"{', …' if len(names) > EXAMPLES else ''}) and {counted(stray, 'picture')} "
-            f"beside them ({clean(paths[folders.index('')])}): move what is beside them away, or give --labels or "
+            f"{', …' if len(names) > EXAMPLES else ''}) and {counted(stray, 'image')} "
+            f"next to them ({clean(paths[folders.index('')])}): move these elsewhere, or give --labels or "
             f"--unlabelled"
         )
     if not source.is_dir() and _are_splits(names) and len(names) > 1:
         raise DataError(
-            f"{source} holds the splits {', '.join(sorted(names))}: extract it, and prepare one of them at a time"
+            f"{source} contains the splits {', '.join(sorted(names))}: extract it, and prepare one split at a time"
         )
     known: dict[str, str] = {}
     for name in sorted(names):
         if (other := known.setdefault(clean(name), name)) != name:
-            raise DataError(f"the class folders {name!a} and {other!a} of {source} would have one name: rename one")
+            raise DataError(f"the class folders {name!a} and {other!a} in {source} would get the same name: rename one")
     inside = {path.split("/")[1] for path in paths if path.count("/") > 1}
     if len(names) == 1 and len(inside) > 1 and all(path.count("/") > 1 for path in paths):
         (name,) = names
         notes.append(
-            f"there is one class, {clean(name)}, and its pictures lie in {len(inside)} folders "
+            f"there is one class, {clean(name)}, with its images in {len(inside)} folders "
             f"({', '.join(map(clean, sorted(inside)[:EXAMPLES]))}{', …' if len(inside) > EXAMPLES else ''}): if these "
-            f"are the classes, prepare {clean(str(source / name))}"
+            f"are the classes, use {clean(str(source / name))}"
         )
     return [clean(folder) for folder in folders]
 
@@ -195,7 +194,9 @@ def _in_folder(source: Path, out: Path | None, passed: Counter[str], convert: bo
         folders[:] = [one for one in folders if not is_hidden(one) and one not in shards and not _loops(folder, one)]
         if not inside:
             if folders and _are_splits(folders):
-                raise DataError(f"{source} holds the splits {', '.join(sorted(folders))}: prepare one at a time")
+                raise DataError(
+                    f"{source} contains the splits {', '.join(sorted(folders))}: prepare one split at a time"
+                )
             holds = {one: Counter() for one in folders}
         for name in names:
             if is_hidden(name):
@@ -212,8 +213,8 @@ def _in_folder(source: Path, out: Path | None, passed: Counter[str], convert: bo
         others = f" ({by_ending(holds[first])})" if holds[first] else ""
         way = offer(holds[first], convert)
         raise DataError(
-            f"{clean(str(source / first))} holds no pictures{others}, and the classes after it would be numbered "
-            f"otherwise: fill or remove it{f', or {way}' if way else ''}"
+            f"{clean(str(source / first))} contains no images{others}; without it, the classes after it would get "
+            f"other labels: fill or remove it{f', or {way}' if way else ''}"
         )
 
 

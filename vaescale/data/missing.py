@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from .names import CONVERTIBLE, HEIF, SPLITS, STORED, ending, is_hidden
+from .names import CONVERTIBLE_EXTENSIONS, HEIF, SPLITS, STORED, ending, is_hidden
 
 COMMAND = "python launch/shards.py"
 DEMOS = {"data/photos": "demo", "data/digits": "digits"}  # data.root in the demos' configs → the command that makes it
@@ -17,17 +17,17 @@ SHOWN = 3  # folders named in one sentence
 
 def how_to_index(folder: Path) -> str:
     place = _quoted(folder) if _has_tars(folder) else f"SHARDS --out {_quoted(folder)}"
-    return f"`{COMMAND} index {place}` makes it"
+    return f"run `{COMMAND} index {place}`"
 
 
 def missing(folder: Path) -> str:
     """Returns one sentence about the index missing in `folder` (data.root/train, data.root/val or any other)."""
     if _has_tars(folder):
-        return f"{folder} holds shards but no index: {how_to_index(folder)}"
+        return f"{folder} contains shards but no index: {how_to_index(folder)}"
     if folder.name in ("train", "val"):
         return f"there are no shards in {folder}: {_in_root(folder.parent, folder)}"
     inside = [folder / split for split in ("train", "val") if _has_index(folder / split)]
-    way = f"give {inside[0]}" if inside else f"`{COMMAND} prepare PICTURES --out {_quoted(folder)}` writes some"
+    way = f"use {inside[0]}" if inside else f"run `{COMMAND} prepare FOLDER --out {_quoted(folder)}`"
     return f"there are no shards in {folder}: {way}"
 
 
@@ -35,33 +35,33 @@ def _in_root(root: Path, folder: Path) -> str:
     """Returns what to do about data.root=`root`, whose subfolder `folder` holds no index."""
     if _has_index(root / "train"):
         return (
-            f"`{COMMAND} prepare PICTURES --out {_quoted(folder)}` makes them from validation pictures; to split one "
-            f"folder of pictures, `{COMMAND} prepare PICTURES --out DIR --val 0.1` makes DIR/train and DIR/val"
+            f"run `{COMMAND} prepare FOLDER --out {_quoted(folder)}` with the validation images in FOLDER; to split "
+            f"one folder of images, `{COMMAND} prepare FOLDER --out DIR --val 0.1` makes DIR/train and DIR/val"
         )
     if _has_index(root):
         if _is_root(root.parent):
             return f"data.root={root} is one level too low, so set {_setting(root.parent)}"
         return (
-            f"the shards in {root} itself are not split, and `{COMMAND} prepare PICTURES --out {_quoted(root)} "
-            f"--val 0.1` makes {root}/train and {root}/val"
+            f"the shards in {root} itself are not split: run `{COMMAND} prepare FOLDER --out {_quoted(root)} "
+            f"--val 0.1`, which makes {root}/train and {root}/val"
         )
     if below := [one for one in _folders(root) if _is_root(one)]:
         return f"data.root={root} is one level too high, so set {_settings(below)}"
     if root.is_file():
-        return _prepare(root, ()) if root.suffix == ".tar" else f"{root} is no folder"
+        return _prepare(root, ()) if root.suffix == ".tar" else f"{root} is not a folder"
     if found := _first_picture(root):
         return _prepare(root, found)
     if _has_tars(root):
         return (
-            f"if the tars in {root} are webdataset shards, run `{COMMAND} index {_quoted(root)} --out DIR/train`, and "
-            f"the same for those of validation, and set data.root=DIR"
+            f"if the tars in {root} are webdataset shards, run `{COMMAND} index {_quoted(root)} --out DIR/train`, do "
+            f"the same for the validation shards with --out DIR/val, and set data.root=DIR"
         )
     if demo := DEMOS.get("/".join(root.parts[-2:])):
-        return f"`{COMMAND} {demo} {_quoted(root)}` writes those of the demo"
+        return f"run `{COMMAND} {demo} {_quoted(root)}` to make those of the demo"
     near = {one.name: one for one in _folders(root.parent) if _is_root(one)}
     if names := difflib.get_close_matches(root.name, near, SHOWN):
         return f"did you mean {_settings([near[name] for name in names])}?"
-    return f"`{COMMAND} prepare PICTURES --out {_quoted(root)} --val 0.1` makes them from your pictures"
+    return f"run `{COMMAND} prepare FOLDER --out {_quoted(root)} --val 0.1` with your images in FOLDER"
 
 
 def _prepare(root: Path, picture: tuple[str, ...]) -> str:
@@ -72,18 +72,18 @@ def _prepare(root: Path, picture: tuple[str, ...]) -> str:
     base = root if root.name not in ("", "..") else root.resolve()
     out = base.with_name(f"{base.name.removesuffix('.tar')}-shards")
     command = f"{COMMAND} prepare {_quoted(source)}{_options(picture[1:] if splits else picture)} --out"
-    begin = f"{root} holds pictures, not shards" if picture else f"{root} is a tar"
+    begin = f"{root} contains images, not shards" if picture else f"{root} is a tar"
     if len(splits) > 1:
         return (
-            f"{begin}, so prepare each split, one by `{command} {_quoted(out / 'train')}` and the other likewise with "
-            f"--out {_quoted(out / 'val')}, and set {_setting(out)}"
+            f"{begin}, so prepare each split: run `{command} {_quoted(out / 'train')}`, do the same for the other "
+            f"split with --out {_quoted(out / 'val')}, and set {_setting(out)}"
         )
     return f"{begin}, so run `{command} {_quoted(out)} --val 0.1` and set {_setting(out)}"
 
 
 def _options(picture: tuple[str, ...]) -> str:
     flat = " --unlabelled" if len(picture) == 1 else ""
-    return f"{flat} --convert" if picture and ending(picture[-1]) in {**CONVERTIBLE, **HEIF} else flat
+    return f"{flat} --convert" if picture and ending(picture[-1]) in {**CONVERTIBLE_EXTENSIONS, **HEIF} else flat
 
 
 def _first_picture(root: Path) -> tuple[str, ...]:

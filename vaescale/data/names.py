@@ -1,7 +1,7 @@
 """The rules for what is a data file and how a sample is named, shared by all commands that list or read data.
 
 Hidden files and folders, and those that operating systems and editors leave behind, are ignored. Other files that are
-not pictures are skipped, counted by ending and reported.
+not pictures are skipped, counted by extension and reported.
 """
 
 import importlib.util
@@ -9,21 +9,21 @@ import unicodedata
 from collections import Counter
 from pathlib import PurePosixPath
 
-# File ending → the extension used in a shard.
+# Extension of a file → the extension used in a shard.
 EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp"}
 PICTURES = tuple(EXTENSIONS)
-# The same for the endings that `prepare --convert` adds: HEIF becomes JPEG, the others become PNG.
-CONVERTIBLE = {"tif": "png", "tiff": "png", "bmp": "png", "gif": "png"}
+# The same for the extensions that `prepare --convert` adds: HEIF becomes JPEG, the others become PNG.
+CONVERTIBLE_EXTENSIONS = {"tif": "png", "tiff": "png", "bmp": "png", "gif": "png"}
 HEIF = {"heic": "jpg", "heif": "jpg"}  # needs the package pillow-heif
-STORED = {**EXTENSIONS, **CONVERTIBLE, **HEIF}
+STORED = {**EXTENSIONS, **CONVERTIBLE_EXTENSIONS, **HEIF}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 LEFT_BEHIND = {
     *("__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found"),
     *("@eadir", "$recycle.bin", "system volume information"),
 }
 LONGEST_ENDING = 10  # characters
-SHOWN = 8  # endings in a summary
-NO_ENDING = "without an ending"
+SHOWN = 8  # extensions in a summary
+NO_ENDING = "without an extension"
 
 
 def is_hidden(path: str) -> bool:
@@ -40,10 +40,10 @@ def ending(path: str) -> str:
 
 
 def extensions(convert: bool) -> dict[str, str]:
-    """Returns the endings that `prepare` accepts, each with the extension used in a shard."""
+    """Returns the extensions that `prepare` accepts, each with the extension used in a shard."""
     if not convert:
         return EXTENSIONS
-    return {**EXTENSIONS, **CONVERTIBLE, **(HEIF if has_heif() else {})}
+    return {**EXTENSIONS, **CONVERTIBLE_EXTENSIONS, **(HEIF if has_heif() else {})}
 
 
 def has_heif() -> bool:
@@ -51,13 +51,13 @@ def has_heif() -> bool:
 
 
 def offer(passed: Counter[str], convert: bool) -> str:
-    """Returns `add --convert to take the 3 tiff` for skipped files, or "" if there are none that could be converted."""
+    """Returns `add --convert to include the 3 tiff` for skipped files, or "" if none could be converted."""
     heif = Counter({one: count for one, count in passed.items() if one in HEIF})
     if convert:
-        return f"pip install pillow-heif to take the {by_ending(heif)}" if heif else ""
-    taken = heif + Counter({one: count for one, count in passed.items() if one in CONVERTIBLE})
-    first = " (for heic and heif also pip install pillow-heif)" if heif and not has_heif() else ""
-    return f"add --convert to take the {by_ending(taken)}{first}" if taken else ""
+        return f"run `pip install pillow-heif` to include the {by_ending(heif)}" if heif else ""
+    taken = heif + Counter({one: count for one, count in passed.items() if one in CONVERTIBLE_EXTENSIONS})
+    first = " (heic and heif also need `pip install pillow-heif`)" if heif and not has_heif() else ""
+    return f"add --convert to include the {by_ending(taken)}{first}" if taken else ""
 
 
 def clean(text: str) -> str:
@@ -80,17 +80,17 @@ def key_of(path: str) -> str:
 
 
 def summary(pictures: int, passed: Counter[str]) -> str:
-    """Returns, for example, `510 files: 503 pictures, 7 passed over: 3 tiff, 2 txt, 2 without an ending`."""
-    total = f"{counted(pictures + passed.total(), 'file')}: {counted(pictures, 'picture')}"
-    return f"{total}, {passed.total()} passed over: {by_ending(passed)}" if passed else total
+    """Returns, for example, `510 files: 503 images, 7 skipped: 3 tiff, 2 txt, 2 without an extension`."""
+    total = f"{counted(pictures + passed.total(), 'file')}: {counted(pictures, 'image')}"
+    return f"{total}, {passed.total()} skipped: {by_ending(passed)}" if passed else total
 
 
 def by_ending(passed: Counter[str]) -> str:
-    """Returns, for example, `3 tiff, 2 txt, 2 without an ending`: the most frequent ending first."""
+    """Returns, for example, `3 tiff, 2 txt, 2 without an extension`: the most frequent extension first."""
     ranked = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{count} {name}" for name, count in ranked[:SHOWN]]
     if rest := sum(count for _, count in ranked[SHOWN:]):
-        shown.append(f"{rest} with other endings")
+        shown.append(f"{rest} with other extensions")
     return ", ".join(shown)
 
 

@@ -55,7 +55,7 @@ def alone(folder: Path) -> Iterator[None]:
             yield
             lock.unlink(missing_ok=True)
     except Timeout:
-        raise DataError(f"another process is writing into {folder}: wait until it ends, or end it") from None
+        raise DataError(f"another process is writing to {folder}: wait until it ends, or stop it") from None
 
 
 def _shared_out(
@@ -74,8 +74,8 @@ def _shared_out(
             yield future.result()
     except BrokenProcessPool:
         raise DataError(
-            f"{doing}: a process was killed, perhaps for want of memory: run the same command again, with fewer "
-            f"--processes; it goes on where it stopped"
+            f"{doing}: a process was killed, perhaps because memory ran out: run the same command again with fewer "
+            f"--processes; it continues where it stopped"
         ) from None
     finally:
         for child in multiprocessing.active_children():  # after an error they may still have hours of work to do

@@ -45,7 +45,7 @@ PASSING = {
 }
 REDIRECTS = ("TooManyRedirects", "NonHttpUrlRedirectClientError", "InvalidUrlRedirectClientError")  # of aiohttp
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # the disk cannot hold the file
-CHANGED = "its bytes are not those that were indexed"
+CHANGED = "its bytes differ from those that were indexed"
 
 
 Result = TypeVar("Result")
@@ -68,18 +68,20 @@ def check_place(place: str) -> str:
     Raises DataError otherwise. The message never contains a secret.
     """
     if "pipe:" in place or "::" in place or (re.match(r"\w+:", place) and not is_url(place)):
-        raise DataError("shards are read from a folder or a URL: pipes and chained protocols (pipe:, ::) are refused")
+        raise DataError(
+            "shards are read from a folder or a URL: pipes and chained protocols (pipe:, ::) are not supported"
+        )
     if is_url(place):
         try:
             url = urlsplit(place)
         except ValueError:
-            raise DataError("the URL of the shards is not a URL: check its brackets") from None
+            raise DataError("the URL of the shards is invalid: check its brackets") from None
         if url.scheme not in EXTRAS:
-            raise DataError(f"{url.scheme}:// is none of the protocols that shards are read by: {', '.join(EXTRAS)}")
+            raise DataError(f"{url.scheme}:// is not a supported protocol: use {', '.join(EXTRAS)}")
         if "@" in url.netloc or url.query:
             raise DataError(
-                f"the URL on {url.hostname} carries credentials or a query: leave them out, they would stand in the "
-                f"index and the log; ~/.netrc, AWS_*, GOOGLE_APPLICATION_CREDENTIALS and HF_TOKEN are read"
+                f"the URL on {url.hostname} contains credentials or a query, which would be stored in the index and "
+                f"the log: remove them, and use ~/.netrc, AWS_*, GOOGLE_APPLICATION_CREDENTIALS or HF_TOKEN"
             )
     return place
 
@@ -87,7 +89,9 @@ def check_place(place: str) -> str:
 def check_name(name: str) -> str:
     """Returns `name` unchanged if it is a plain relative path, as a shard's name must be. Raises DataError if not."""
     if not name or name.startswith("/") or ".." in name.split("/") or re.search(r"[:|?#%]", name) or not is_plain(name):
-        raise DataError(f"{name!r:.80} is no name that a shard may have: it must lie under its folder")
+        raise DataError(
+            f"{name!r:.80} is not a valid shard name: it must be a relative path in the folder, without any of :|?#%"
+        )
     return name
 
 
@@ -103,7 +107,7 @@ def names_in(root: str, pattern: str) -> list[str]:
     try:
         expanded = list(braceexpand(pattern))
     except ValueError:
-        raise DataError(f"the pattern {pattern} has an odd brace: write {{0000..1023}}") from None
+        raise DataError(f"the pattern {pattern} has an unmatched brace: write {{0000..1023}}") from None
     for one in expanded:
         check_name(one.replace("?", "*"))
         if not re.search(r"[*?\[]", one):
@@ -116,7 +120,7 @@ def names_in(root: str, pattern: str) -> list[str]:
         )
         found += [name for name in listed if not is_hidden(name)]
     if not found:
-        raise DataError(f"no file in {root} matches {pattern}: give the folder that holds the shards, or --pattern")
+        raise DataError(f"no file in {root} matches {pattern}: give the folder that contains the shards, or --pattern")
     if len(set(found)) < len(found):
         raise DataError(f"the pattern {pattern} names a shard twice")
     return [check_name(name) for name in found]
@@ -170,7 +174,7 @@ def patiently(work: Callable[[], Result]) -> Result:
 
 def unreadable(path: Path | str, error: OSError) -> DataError:
     why = error.strerror or type(error).__name__
-    return DataError(f"{path} cannot be read ({why}): check that it is there, its permissions and its file system")
+    return DataError(f"{path} cannot be read ({why}): check that it exists, its permissions and its file system")
 
 
 def _pause(attempt: int) -> None:
@@ -209,7 +213,7 @@ def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
             status = getattr(error, "status", None)
             wrong = f"{type(error).__name__} {status or ''}".strip()
             if isinstance(error, OSError) and error.errno in FULL:
-                wrong = f"{target.parent} takes no more ({os.strerror(error.errno)})"
+                wrong = f"{target.parent} cannot store it ({os.strerror(error.errno)})"
                 break
             if status in (401, 403, 410) or type(error).__name__ in REDIRECTS:  # asking again does not help
                 break
@@ -250,7 +254,7 @@ class _Watch(fsspec.Callback):
         if self._most is None:
             self._check_announced()
         if seconds > STALL and self._got < SLOWEST * seconds:
-            raise Unfit("it comes too slowly")
+            raise Unfit("the transfer is too slow")
 
     def late(self) -> bool:
         """Returns whether the last byte arrived too long ago."""
@@ -260,11 +264,12 @@ class _Watch(fsspec.Callback):
         most = MOST_UNANNOUNCED if self._announced is None else self._announced
         if self._got > most:
             raise Refused(
-                f"it has more than {most} bytes" + (", and announces no size" if most != self._announced else "")
+                f"it has more than {most} bytes"
+                + (", and the server announces no size" if most != self._announced else "")
             )
         free = shutil.disk_usage(self._target.parent).free
         if self._announced is not None and self._announced - self._got > free:
-            raise Refused(f"it has {self._announced} bytes, and {self._target.parent} has {free} left")
+            raise Refused(f"it has {self._announced} bytes, but {self._target.parent} has only {free} left")
 
 
 def _called(filesystem: Any, name: str, *arguments: Any, late: Callable[[], bool], **named: Any) -> Any:
@@ -279,7 +284,7 @@ def _called(filesystem: Any, name: str, *arguments: Any, late: Callable[[], bool
     while not concurrent.futures.wait([future], timeout=min(1.0, STALL / 4)).done:
         if late():
             future.cancel()
-            raise Unfit("nothing more of it comes")
+            raise Unfit("the transfer has stalled")
     return future.result()
 
 
@@ -297,7 +302,7 @@ def _bounded() -> type:
         async def start(self, connection: Any) -> aiohttp.ClientResponse:
             await asyncio.wait_for(super().start(connection), STALL)
             if (coding := self.headers.get("Content-Encoding", "identity")).lower() not in ("identity", ""):
-                raise Refused(f"the server sends it compressed (Content-Encoding: {coding[:20]}), unasked")
+                raise Refused(f"the server compresses it without being asked (Content-Encoding: {coding[:20]})")
             return self
 
         async def read(self) -> bytes:
@@ -306,7 +311,7 @@ def _bounded() -> type:
                 page += part
                 if len(page) > MOST_LISTED:
                     self.close()
-                    raise Refused(f"the page has more than {MOST_LISTED} bytes")
+                    raise Refused(f"the listing has more than {MOST_LISTED} bytes")
             self._body = bytes(page)
             return self._body
 
@@ -333,7 +338,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 def _uninstalled(url: str) -> DataError:
     protocol = urlsplit(url).scheme
-    return DataError(f"{protocol}:// needs a package: pip install 'vaescale[{EXTRAS[protocol]}]'")
+    return DataError(f"{protocol}:// needs another package: run `pip install 'vaescale[{EXTRAS[protocol]}]'`")
 
 
 def _listed(root: str, pattern: str) -> list[str]:
@@ -346,5 +351,5 @@ def _listed(root: str, pattern: str) -> list[str]:
     except Exception as error:
         why = str(error) if isinstance(error, Refused | Unfit) else type(error).__name__
         raise DataError(
-            f"{root} cannot be listed ({why}): name the shards with braces, --pattern 'x-{{000..127}}.tar'"
+            f"{root} cannot be listed ({why}): list the shards with braces, as in --pattern 'x-{{000..127}}.tar'"
         ) from None

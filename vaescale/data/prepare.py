@@ -102,17 +102,17 @@ def _check_split(
     """Raises DataError if a split is empty. Prints which classes have no training picture."""
     if not training or not validation:
         empty, way = ("validation", "raise") if not validation else ("training", "lower")
-        found = names.counted(len(training) + len(validation), "picture")
+        found = names.counted(len(training) + len(validation), "image")
         raise DataError(
-            f"--val {settings.val:g} leaves none of the {found} in {source} for {empty}: {way} it, or give another "
+            f"--val {settings.val:g} assigns none of the {found} in {source} to {empty}: {way} it, or use another "
             f"--seed"
         )
     present = {one.label for one in training}
     if absent := sorted({one.label for one in validation} - present):
         shown = ", ".join(classes[label] for label in absent[:EXAMPLES])
         print(
-            f"{len(absent)} of {len(classes)} classes have pictures in val only ({shown}"
-            f"{', …' if len(absent) > EXAMPLES else ''}): another --seed splits otherwise",
+            f"{len(absent)} of {len(classes)} classes have images in val only ({shown}"
+            f"{', …' if len(absent) > EXAMPLES else ''}): another --seed gives another split",
             flush=True,
         )
 
@@ -155,7 +155,7 @@ def _make_one(job: Job, classes: Sequence[str], processes: int) -> None:
     calls = [(out, number, part, job.settings) for number, part in enumerate(job.parts)]
     lost = _say(in_processes(_write, calls, processes, f"prepare {out}", "shard"))
     if lost == sum(map(len, job.parts)):
-        raise DataError(f"{out} would be empty: none of its {names.counted(lost, 'picture')} can be read")
+        raise DataError(f"{out} would be empty: none of the {names.counted(lost, 'image')} can be read")
     fields = Fields(most_megapixels=job.settings.most_megapixels)
     build(out, str(out), [shards.name(number) for number in range(len(calls))], fields, classes, processes)
 
@@ -181,9 +181,9 @@ def _say(reports: Iterator[Report]) -> int:
             print(f"left out: {line}", flush=True)
     if dark:
         print(
-            f"{names.counted(len(dark), 'picture')} of 16 bits use less than a quarter of their range and will be dark "
+            f"{names.counted(len(dark), '16-bit image')} will be dark, using less than a quarter of the range "
             f"({', '.join(dark[:EXAMPLES])}{', …' if len(dark) > EXAMPLES else ''}): multiply the values of 12-bit "
-            f"cameras by 16, or give the files an sBIT chunk",
+            f"cameras by 16, or add an sBIT chunk to the files",
             flush=True,
         )
     return left_out
@@ -207,12 +207,12 @@ def _refuse_others(job: Job) -> None:
     try:
         before = {**asdict(Settings()), **read_json(out / PLAN)}  # older versions had fewer settings
     except (FileNotFoundError, ValueError, TypeError):
-        raise DataError(f"{out} already holds shards that were not made by prepare: give an empty --out") from None
+        raise DataError(f"{out} already contains shards that were not made by prepare: give an empty --out") from None
     if before != plan:
         other = next(key for key in {**plan, **before} if before.get(key) != plan.get(key))
         raise DataError(
-            f"{out} already holds other shards ({other} was {before.get(other)}, is now {plan.get(other)}): give "
-            f"an empty --out, or the same settings and source to go on"
+            f"{out} already contains other shards ({other} was {before.get(other)} and is now {plan.get(other)}): "
+            f"give an empty --out, or use the same settings and source to continue"
         )
 
 
@@ -238,8 +238,8 @@ def _require_space(jobs: Sequence[Job]) -> None:
     free = shutil.disk_usage(out).free
     if need > free:
         raise DataError(
-            f"{out} needs {need / 2**30:.1f} GiB and its disk has {free / 2**30:.1f} left: "
-            f"free some, or give another --out"
+            f"{out} needs {need / 2**30:.1f} GiB, but its disk has only {free / 2**30:.1f} GiB left: "
+            f"free space, or give another --out"
         )
 
 

@@ -67,7 +67,7 @@ def write_classes(folder: Path, classes: Sequence[str]) -> None:
     """Write classes.json: the names of class 0, class 1, … Raises DataError for a name with control characters."""
     for name in classes:
         if not is_plain(name):
-            raise DataError(f"{name!r:.80} is no name that a class may have: leave control characters out of it")
+            raise DataError(f"{name!r:.80} is not a valid class name: remove its control characters")
     with atomically(folder / "classes.json") as partial:
         partial.write_text(json.dumps(list(classes), indent=0))
 
@@ -80,9 +80,9 @@ def read_classes(path: Path) -> list[str]:
     except OSError as error:
         raise places.unreadable(path, error) from None
     except ValueError as error:
-        raise DataError(f"{path} is no list of class names ({error}): mend or remove it") from None
+        raise DataError(f"{path} is not a list of class names ({error}): fix or remove it") from None
     if not isinstance(classes, list) or not all(isinstance(one, str) and is_plain(one) for one in classes):
-        raise DataError(f"{path} is no list of class names: mend or remove it")
+        raise DataError(f"{path} is not a list of class names: fix or remove it")
     return classes
 
 
@@ -119,7 +119,7 @@ def examine(folder: Path, number: int, most_megapixels: int) -> Finding | None:
             first = int(index.first[number])
             lost = _lost(path, index.records[first : first + shard.samples], most_megapixels)
             if intact:
-                return Finding(shard.name, lost, shard.samples, "its pictures do not decode") if lost else None
+                return Finding(shard.name, lost, shard.samples, "images do not decode") if lost else None
             return Finding(shard.name, lost, shard.samples, _cause(path, shard))
     except (OSError, DataError) as error:
         cause = (error.strerror or "it cannot be read") if isinstance(error, OSError) else str(error)

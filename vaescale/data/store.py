@@ -93,7 +93,9 @@ class Store:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode) or found.st_size != shard.bytes:
                 os.close(file)
-                raise DataError(f"the shard {path} has changed since it was indexed: verify the shards, or index anew")
+                raise DataError(
+                    f"the shard {path} has changed since it was indexed: verify the shards, or index them again"
+                )
             self._files[number] = file
         return self._files[number]
 
@@ -151,8 +153,8 @@ class Cache:
         least = (AHEAD + 1) * max(shard.bytes for shard in shards)
         if self.limit < min(least, total):
             raise DataError(
-                f"data.cache_gib={self.limit / 2**30:.3g} holds not even {AHEAD + 1} of these shards: give it at least "
-                f"{least / 2**30:.3g}"
+                f"data.cache_gib={self.limit / 2**30:.3g} is too small for {AHEAD + 1} of these shards: set it to at "
+                f"least {least / 2**30:.3g}"
             )
         try:
             self._require_room(shards, total)
@@ -167,8 +169,8 @@ class Cache:
         missing = min(self.limit, total) - sum(size for _, size, _ in held)
         if missing > (free := shutil.disk_usage(there).free):
             raise DataError(
-                f"data.cache={self.folder} may grow by {missing / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} "
-                f"left: set data.cache to another disk, or data.cache_gib lower"
+                f"data.cache={self.folder} may grow by {missing / 2**30:.3g} GiB, but its disk has only "
+                f"{free / 2**30:.3g} GiB left: set data.cache to another disk, or lower data.cache_gib"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock("lock"):  # shows before the first step that the folder is writable

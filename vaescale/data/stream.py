@@ -103,7 +103,7 @@ class Samples:
         """Returns (shard, key), for messages."""
         place = self.index.locate(sample)
         head = self.store.read(place.shard, place.offset - place.head, place.head)
-        return self.index.shards[place.shard].name, key_in(head) or f"sample {sample}, its header is damaged"
+        return self.index.shards[place.shard].name, key_in(head) or f"sample {sample} (its header is damaged)"
 
 
 class Attributes:
@@ -115,7 +115,7 @@ class Attributes:
         if names:
             known = training.attributes[:, _columns(training, names)]  # type: ignore[index]
             if empty := np.flatnonzero(np.isnan(known).all(axis=0)).tolist():
-                raise DataError(f"data.attributes: no sample of {training.folder} has a value of {names[empty[0]]}")
+                raise DataError(f"data.attributes: no sample in {training.folder} has a value for {names[empty[0]]}")
             self._mean = np.nanmean(known, axis=0, dtype=np.float64)
             self._deviation = np.maximum(np.nanstd(known, axis=0, dtype=np.float64), 1e-6)
 
@@ -132,7 +132,7 @@ def _columns(index: Index, names: list[str]) -> list[int]:
     for name in names:
         if name not in index.attribute_names:
             known = ", ".join(index.attribute_names) or "none"
-            raise DataError(f"data.attributes: the samples of {index.folder} have no {name}; they have {known}")
+            raise DataError(f"data.attributes: the samples in {index.folder} have no {name} (available: {known})")
     return [index.attribute_names.index(name) for name in names]
 
 
@@ -160,8 +160,8 @@ class TrainSlices(Dataset[Decoded]):
         """
         if version not in VERSIONS:
             raise DataError(
-                f"this run reads its samples in version {version!r} of the order, and the versions known here are "
-                f"{', '.join(map(str, VERSIONS))}: go on with the vaescale that began it"
+                f"this run uses version {version!r} of the sample order, but this version of vaescale knows only "
+                f"{', '.join(map(str, VERSIONS))}: continue with the version of vaescale that started the run"
             )
         self.order = Order(self.samples.index.sizes, self.config.columns, self.seed, version)
 
@@ -173,8 +173,8 @@ class TrainSlices(Dataset[Decoded]):
         if not self.samples.store.remote or need <= config.cache_gib:
             return ""
         return (
-            f"data.cache_gib={config.cache_gib:g} is less than the {walked} shards that a batch walks at once "
-            f"({need:.3g} GiB): each might be fetched many times; raise it, or lower data.columns"
+            f"data.cache_gib={config.cache_gib:g} is less than the {walked} shards that a batch reads from "
+            f"({need:.3g} GiB), so each may be fetched many times: raise it, or lower data.columns"
         )
 
     def __getitem__(self, gs: range) -> Decoded:
@@ -206,7 +206,7 @@ class TrainSlices(Dataset[Decoded]):
                 sample = int(mix(self.seed, g, attempt)) % len(self.samples.index)
         raise DataError(
             f"{IN_A_ROW} samples in a row are damaged, the last one {damage[-1].key} in {damage[-1].shard} "
-            f"({damage[-1].cause}): `python launch/shards.py verify {self.samples.index.folder}` names the shards"
+            f"({damage[-1].cause}): `python launch/shards.py verify {self.samples.index.folder}` lists the shards"
         )
 
 

@@ -78,7 +78,7 @@ def scan(path: Path, fields: Fields = Fields(), passed: Counter[str] | None = No
             for key, members in samples:
                 if key in keys or len({extension for extension, _ in members}) < len(members):
                     raise DataError(
-                        f"{path}: the key {key} occurs twice: which of the two samples it is nobody can say"
+                        f"{path}: the key {key} occurs twice: give each sample its own key and write the shard again"
                     )
                 keys.add(key)
                 yield _entry(file, path, key, members, fields)
@@ -114,7 +114,7 @@ def label_of(value: object) -> int:
 
 
 def damaged(path: Path, place: int) -> str:
-    return f"{path} is damaged or cut at byte {place}: fetch or write this shard again"
+    return f"{path} is damaged or cut off at byte {place}: fetch or write this shard again"
 
 
 def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInfo]:
@@ -129,7 +129,7 @@ def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInf
     except ODD as error:
         if getattr(error, "errno", None) in PASSING:
             raise  # the disk fails, not the tar
-        raise DataError(f"{path} is no plain tar file ({error}): only uncompressed ones can be read") from None
+        raise DataError(f"{path} is not a plain tar file ({error}): only uncompressed tars can be read") from None
     try:
         for member in tar:
             end = tar.offset
@@ -185,12 +185,12 @@ def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Field
     pictures = [(extension, member) for extension, member in members if extension in fields.extensions]
     if len(pictures) > 1:
         names = " and ".join(member.name for _, member in pictures)
-        raise DataError(f"{path}: the sample {key} has several pictures, {names}: choose one with --picture EXTENSION")
+        raise DataError(f"{path}: the sample {key} has several images, {names}: choose one with --picture EXTENSION")
     extension, picture = pictures[0]
     if picture.size > MOST_BYTES:
-        raise DataError(f"{path}: {picture.name} claims {picture.size} bytes, which no picture has")
+        raise DataError(f"{path}: {picture.name} claims {picture.size} bytes, too many for an image")
     if picture.offset_data - picture.offset > MOST_HEAD:
-        raise DataError(f"{path}: {picture.name} has a header of more than {MOST_HEAD} bytes, which no picture needs")
+        raise DataError(f"{path}: {picture.name} has a header of more than {MOST_HEAD} bytes, too many for an image")
     texts = {extension: member for extension, member in members if extension in ("cls", "json")}
     wanted = fields.attributes != () or (fields.label_field and not fields.unlabelled)
     record = _json(file, path, texts["json"]) if "json" in texts and wanted else {}
@@ -231,17 +231,17 @@ def _label(
     if value is None:
         if apart := _apart(path, f"{key}.{'json' if fields.label_field else 'cls'}", texts):
             raise DataError(
-                f"{path}: the members of the sample {key} are not side by side, {apart} is elsewhere in the tar: pack "
-                f"the files anew in the order of their names (tar --sort=name)"
+                f"{path}: the members of the sample {key} are not next to each other, {apart} is elsewhere in the tar: "
+                f"pack the files again, sorted by name (tar --sort=name)"
             )
         raise DataError(
-            f"{path}: the sample {key} has a picture but no class (no {where}): say --label-field NAME if its JSON "
-            f"holds the class, or --unlabelled if there are none"
+            f"{path}: the sample {key} has an image but no class (no {where}): give --label-field NAME if its JSON "
+            f"contains the class, or --unlabelled if there are no classes"
         )
     try:
         return label_of(value)
     except ValueError:
-        raise DataError(f"{path}: {where} holds {value!r:.60}, not a class number") from None
+        raise DataError(f"{path}: {where} contains {value!r:.60}, not a class number") from None
 
 
 def _field(record: object, name: str) -> object:
@@ -272,9 +272,9 @@ def _json(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> dict[str, obje
     try:
         record = parse_json(_text(file, path, member), lenient=True)
     except ValueError as error:
-        raise DataError(f"{path}: {member.name} holds no JSON object: {error}") from None
+        raise DataError(f"{path}: {member.name} is not a JSON object: {error}") from None
     if not isinstance(record, dict):
-        raise DataError(f"{path}: {member.name} holds no JSON object")
+        raise DataError(f"{path}: {member.name} is not a JSON object")
     return record
 
 
@@ -293,7 +293,7 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
 
 def _text(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> bytes:
     if member.size > MOST_TEXT:
-        raise DataError(f"{path}: {member.name} claims {member.size} bytes, which no class or JSON needs")
+        raise DataError(f"{path}: {member.name} claims {member.size} bytes, too many for a class or JSON")
     return _bytes(file, member)
 
 
@@ -304,9 +304,11 @@ def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 def _refuse(path: Path, member: tarfile.TarInfo) -> None:
     name = member.name
     if name.startswith("/") or ".." in name.split("/") or not is_plain(name):
-        raise DataError(f"{path}: the member {name!r:.100} has no name that a sample may have")
+        raise DataError(
+            f"{path}: the member {name!r:.100} does not have a valid name: it must be a printable relative path"
+        )
     if not member.isfile() or member.issparse():
-        raise DataError(f"{path}: the member {name} is a link, a device or sparse, not a plain file")
+        raise DataError(f"{path}: the member {name} is a link, a device or sparse, not a regular file")
 
 
 def _split(name: str) -> tuple[str, str]:

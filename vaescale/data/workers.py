@@ -69,7 +69,10 @@ class Loader(DataLoader[Any]):
         try:
             iterator: Any = super().__iter__()
         except OSError as error:  # no space for the semaphores, or the limit of processes is reached
-            print(f"no loader's workers can be started ({error.strerror}): the rank decodes by itself", flush=True)
+            print(
+                f"loader workers cannot be started ({error.strerror}): this process decodes instead, which is slower",
+                flush=True,
+            )
             yield from DataLoader(self.dataset, sampler=self.sampler, batch_size=None, collate_fn=_hand_over)
             return
         finally:
@@ -123,7 +126,7 @@ def _share(tensor: Tensor) -> "Tensor | _Copy":
     except RuntimeError as error:
         reason = str(error).rpartition(": ")[2]
     if not _full:
-        print(f"batches go through pipes, which is slower, for shared memory cannot be had ({reason})", flush=True)
+        print(f"shared memory is not available ({reason}): batches go through pipes, which is slower", flush=True)
     _full = True
     return _Copy(tensor.as_strided([tensor.numel()], [1]).numpy(), tuple(tensor.shape), tensor.stride())
 
