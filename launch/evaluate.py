@@ -54,7 +54,7 @@ from vaescale.monitoring import codebook, pictures
 BATCH = 32  # images at a time on one rank
 RECORD = "evaluation.json"
 # Settings that say how the images are read, and change no number.
-SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "most_megapixels")}
+SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "max_megapixels")}
 
 
 def main(given: argparse.Namespace) -> int:

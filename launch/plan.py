@@ -3,7 +3,7 @@
     python launch/plan.py --config configs/vqvae_imagenet128.yaml --nodes 4 --accelerators 8 --step-time 0.11 \\
         --inside 200 --between 50 [key=value …]
 
---step-time: seconds per step on one accelerator with its share of the batch: train with batch=SHARE and read
+--step-time: seconds per step on one accelerator with its share of the batch: train with global_batch=SHARE and read
 perf/seconds_per_step while data/wait_share is small. --inside, --between: GB/s, the busbw of nccl-tests, or the
 topology line of a training's log. The formulas are in vaescale/advice/plan.py.
 """

@@ -26,10 +26,10 @@ def parse() -> argparse.Namespace:
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--processes", type=positive, default=processors(), help="default: all cores")
     several.add_argument(
-        "--most-megapixels",
+        "--max-megapixels",
         type=positive,
         default=100,
-        help="leave out larger pictures (100); set data.most_megapixels to the same",
+        help="leave out larger pictures (100); set data.max_megapixels to the same",
     )
     checking = argparse.ArgumentParser(add_help=False)
     checking.add_argument("--check", action="store_true", help="decode every picture, not only its header")
@@ -203,7 +203,7 @@ def prepare_(arguments: argparse.Namespace) -> int:
         arguments.quality,
         arguments.shard_mib,
         arguments.seed,
-        arguments.most_megapixels,
+        arguments.max_megapixels,
         arguments.check,
         arguments.convert,
         arguments.val,
@@ -230,7 +230,7 @@ def index_(arguments: argparse.Namespace) -> int:
         arguments.label_field,
         arguments.unlabelled,
         None if arguments.attributes is None else tuple(arguments.attributes),
-        arguments.most_megapixels,
+        arguments.max_megapixels,
         arguments.check,
     )
     folder = arguments.out or Path(arguments.source)
@@ -244,7 +244,7 @@ def index_(arguments: argparse.Namespace) -> int:
 
 def verify_(arguments: argparse.Namespace) -> int:
     findings = []
-    for finding in shards.verify(arguments.folder, arguments.decode, arguments.processes, arguments.most_megapixels):
+    for finding in shards.verify(arguments.folder, arguments.decode, arguments.processes, arguments.max_megapixels):
         findings.append(finding)
         print(f"{finding.shard}: {finding.lost} of {finding.samples} samples lost: {finding.cause}", flush=True)
     lost = sum(finding.lost for finding in findings)

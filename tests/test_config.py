@@ -7,10 +7,12 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from vaescale import settings
-from vaescale.config import ConfigError, to_yaml
+from vaescale.config import ConfigError, save, to_yaml
 from vaescale.data import DataError, stream
+from vaescale.hints import known_keys
 from vaescale.models import MODELS
 from vaescale.ranges import KEY, Range, require
+from vaescale.renamed import RENAMED
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -32,11 +34,13 @@ def test_overrides_are_typed_and_frozen() -> None:
     with pytest.raises(AttributeError):
         config.steps = 8
     with pytest.raises(AttributeError):
-        config.model.quantizer.codes = 8
+        config.model.quantizer.codebook_size = 8
 
 
 def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
-    config = settings.load(QUICKSTART, ["model.quantizer.codes=99", "deepspeed.zero_optimization.overlap_comm=true"])
+    config = settings.load(
+        QUICKSTART, ["model.quantizer.codebook_size=99", "deepspeed.zero_optimization.overlap_comm=true"]
+    )
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config))
     assert settings.load(saved, []) == config
@@ -45,16 +49,20 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("model.quantizer.codez=5", "unknown key model.quantizer.codez: did you mean model.quantizer.codes?"),
+        ("model.quantizer.codez=5", "unknown key model.quantizer.codez: did you mean model.quantizer.codebook_size?"),
         ("stepz=5", "unknown key stepz: did you mean steps?"),
         ("zzz=5", "unknown key zzz: known are model, run"),
         ("lr=1e-3", "unknown key lr: did you mean optimizer.lr?"),
         ("workers=4", "unknown key workers: did you mean data.workers?"),
-        ("model.codes=512", "unknown key model.codes: did you mean model.quantizer.codes?"),
+        ("model.codes=512", "unknown key model.codes: did you mean model.quantizer.codebook_size?"),
         ("optimiser.lr=1", "unknown key optimiser.lr: did you mean optimizer.lr?"),
-        ("data.batch=4", "unknown key data.batch: did you mean batch?"),
-        ("batchsize=4", "unknown key batchsize: did you mean batch?"),
+        ("data.batch=4", "unknown key data.batch: did you mean global_batch?"),
+        ("batchsize=4", "unknown key batchsize: did you mean global_batch?"),
         ("kind=vae", "unknown key kind: did you mean model.kind or model.quantizer.kind?"),
+        (
+            "model.latents=8",
+            "model.latent_dim is a setting of model.kind=pca, autoencoder, vae, hvae or vdvae, not of vqvae",
+        ),
         ("model.beta=1", "model.beta is a setting of model.kind=vae, hvae or vdvae, not of vqvae"),
         ("--steps=10", "--steps is not an option: write steps=10"),
         ("--lr=1e-3", "--lr is not an option: write optimizer.lr=1e-3"),
@@ -65,7 +73,7 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("steps=soon", "steps=soon must be a whole number"),
         ("steps=1.5", "steps=1.5 must be a whole number"),
         ("steps=0", "steps=0 must be at least 1"),
-        ("zero=3", "zero=3 is none of 0, 1, 2"),
+        ("zero_stage=3", "zero_stage=3 is none of 0, 1, 2"),
         ("model.kind=vqva", "model.kind=vqva is none of the models: "),
         ("model.quantizer=5", "model.quantizer is a section, not a value"),
         ("steps", "'steps' is not an override"),
@@ -76,10 +84,10 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("model.kind=${nope}", "model.kind=${nope} is none of the models"),
         ("run=${nope}", "run: Interpolation key 'nope' not found"),
         ("data.workers=-1", "data.workers=-1 must be at least 0"),
-        ("ema=1", "ema=1.0 must be below 1"),
+        ("ema_decay=1", "ema_decay=1.0 must be below 1"),
         ("optimizer.lr=-1", "optimizer.lr=-1.0 must be above 0"),
         ("deepspeed.bf16.enabled=true", "deepspeed.bf16 is set by this trainer: use precision"),
-        ("deepspeed.zero_optimization.stage=2", "use zero instead"),
+        ("deepspeed.zero_optimization.stage=2", "use zero_stage instead"),
         ("data.root=https://me:hunter2@host/shards", "data.root is the folder of the index, not a URL"),
     ],
 )
@@ -116,7 +124,7 @@ def test_a_wrong_setting_is_one_sentence(override: str, sentence: str) -> None:
         ("--- {model: {kind: vqvae}}\n--- {}", "not valid YAML"),
         ("model: {kind: vqvae}\noptimiser:\n  lr: 1e-3", "unknown key optimiser.lr: did you mean optimizer.lr?"),
         ("model: {kind: vqvae}\noptimiser: {lr: 1, clip: 1}", "unknown key optimiser: did you mean optimizer?"),
-        ("model: {kind: vqvae, codes: 9}", "unknown key model.codes: did you mean model.quantizer.codes?"),
+        ("model: {kind: vqvae, codes: 9}", "unknown key model.codes: did you mean model.quantizer.codebook_size?"),
         (
             "model: {kind: vdvae, encoder: [{blockz: 1}]}",
             "unknown key model.encoder.blockz: did you mean model.encoder.b",
@@ -143,6 +151,69 @@ def test_a_key_of_another_version_is_left_out_and_a_wrong_override_is_not(tmp_pa
     for override in ("optimiser.lr=1", "--optimizer.lr=1", "lr=1", "optimizer.old=2", "elder.a=1", " elder.a.c =1"):
         with pytest.raises(ConfigError, match=re.escape(override.partition("=")[0].split(".")[0].strip())):
             settings.load_saved(path, [override])
+
+
+# The config.yaml of a run that was begun before the settings were renamed, at commit aee78a1.
+EARLIER = """
+model:
+  kind: vqvae
+  downsampling: 8
+  quantizer: {codes: 24, dim: 4, project: 2, entropy: 0.1, temperature: 2.0, decay: 0.9}
+run: runs/earlier
+batch: 12
+zero: 1
+ema: 0.9
+keep: 3
+data: {root: pictures, least_area: 0.5, most_megapixels: 7, damaged_share: 0.1, damaged_free: 4}
+optimizer: {clip: 2.0, warmup: 3, final: 0.2, patience: 5}
+"""
+EARLIER_VAE = """
+model: {kind: hvae, latents: 6, top_latents: 3, warmup: 9, classes: 2, embedding: 5, likelihood: {learned: false}}
+"""
+
+
+def test_a_run_begun_with_old_names_is_read_with_the_new_ones(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(EARLIER)
+    config, unknown = settings.load_saved(path, ["steps=7"])
+    assert (unknown, config.version, config.steps) == ([], 2, 7)
+    assert (config.global_batch, config.zero_stage, config.ema_decay, config.keep_last) == (12, 1, 0.9, 3)
+    quantizer, data, optimizer = config.model.quantizer, config.data, config.optimizer
+    assert (config.model.downsample_factor, quantizer.codebook_size, quantizer.codebook_dim) == (8, 24, 2)
+    assert (quantizer.entropy_weight, quantizer.entropy_temperature, quantizer.ema_decay) == (0.1, 2.0, 0.9)
+    assert (data.min_crop_area, data.max_megapixels, data.max_damaged_ratio, data.damaged_allowance) == (0.5, 7, 0.1, 4)
+    assert (optimizer.grad_clip, optimizer.warmup_steps) == (2.0, 3)
+    assert (optimizer.final_lr_ratio, optimizer.max_skipped_steps) == (0.2, 5)
+
+    path.write_text(EARLIER_VAE)
+    config, unknown = settings.load_saved(path, [])
+    model = config.model
+    assert (unknown, model.latent_dim, model.top_latent_dim, model.beta_warmup_steps) == ([], 6, 3, 9)
+    assert (model.embedding_dim, model.likelihood.learned_variance) == (5, False)
+
+    save(config, path)  # a second reading finds the new names
+    assert settings.load_saved(path, []) == (config, [])
+
+
+def test_settings_of_a_later_version_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {kind: vqvae}\nversion: 3")
+    for read in (settings.load, settings.load_saved):
+        with pytest.raises(ConfigError, match=r"by a later version of vaescale \(version 3 of the settings, known"):
+            read(path, [])
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    kinds = [kind for kind, family in MODELS.items() if new in known_keys(settings.Config(model=family.config()))]
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"model: {{kind: {kinds[0]}}}")
+    for read in (settings.load, settings.load_saved):
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'{old} is called {new} now')}$"):
+            read(path, [f"{old}=1"])
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'--{old} is not an option: write {new}=1')}$"):
+        settings.load(path, [f"--{old}=1"])
+    assert all(old not in known_keys(settings.Config(model=family.config())) for family in MODELS.values())
 
 
 @pytest.mark.parametrize(
@@ -247,7 +318,7 @@ def test_numbers_are_decimal(tmp_path: Path, way: str) -> None:
                 read(key, text)
             assert str(error.value).startswith(f"{key}") or f": {key}" in str(error.value), (key, text)
             assert len(str(error.value)) < 300
-    assert given(["zero=1.0", "data.channels=01"]).zero == 1
+    assert given(["zero_stage=1.0", "data.channels=01"]).zero_stage == 1
     for text in ("1.5", "true", "x", ""):
         with pytest.raises(ConfigError):
             read("zero", text)
@@ -356,12 +427,30 @@ def test_every_bound_holds() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        *("optimizer.lr=nan", "optimizer.lr=0", "optimizer.clip=inf", "optimizer.betas=[0.9,1.5]", "ema=-0.1"),
-        *("optimizer.betas=[0.9]", "optimizer.betas=0.9", "optimizer.betas=[0.9,nan]", "optimizer.final=-1"),
-        *("optimizer.weight_decay=-1", "data.least_area=0", "data.least_area=2", "data.damaged_share=2", "seed=-1"),
+        *(
+            "optimizer.lr=nan",
+            "optimizer.lr=0",
+            "optimizer.grad_clip=inf",
+            "optimizer.betas=[0.9,1.5]",
+            "ema_decay=-0.1",
+        ),
+        *("optimizer.betas=[0.9]", "optimizer.betas=0.9", "optimizer.betas=[0.9,nan]", "optimizer.final_lr_ratio=-1"),
+        *(
+            "optimizer.weight_decay=-1",
+            "data.min_crop_area=0",
+            "data.min_crop_area=2",
+            "data.max_damaged_ratio=2",
+            "seed=-1",
+        ),
         *("seed=99999999999999999999999", "seed=17592186044416", "model.quantizer.beta=-1", "model.variance=0"),
-        *("model.residual_blocks=-1", "model.residual_width=0", "model.quantizer.decay=1", "stop_before=-1"),
-        *("keep_every=-500", "steps=9223372036854775808", "data.damaged_free=-1", "data.channels=2", "precision=fp8"),
+        *("model.residual_blocks=-1", "model.residual_width=0", "model.quantizer.ema_decay=1", "stop_before=-1"),
+        *(
+            "keep_every=-500",
+            "steps=9223372036854775808",
+            "data.damaged_allowance=-1",
+            "data.channels=2",
+            "precision=fp8",
+        ),
         *("hang_timeout=1e300", "model.quantizer.levels=[8,0]", "model.quantizer.levels=8", "data.cache_gib=-1"),
     ],
 )
@@ -435,18 +524,18 @@ def test_the_launcher_means_the_same_run_directory(tmp_path: Path, monkeypatch: 
 
 
 def test_a_batch_that_does_not_divide_names_two_that_do() -> None:
-    config = settings.load(QUICKSTART, ["batch=20", "accumulation=3"])
-    with pytest.raises(ConfigError, match="take batch=18 or batch=24"):
+    config = settings.load(QUICKSTART, ["global_batch=20", "accumulation=3"])
+    with pytest.raises(ConfigError, match="take global_batch=18 or global_batch=24"):
         settings.check(config, world=2)
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("model.downsampling=3", "power of two"),
+        ("model.downsample_factor=3", "power of two"),
         ("model.width=1", "model.width=1 must be at least 2"),
-        ("model.quantizer.codes=0", "model.quantizer.codes=0 must be at least 2"),
-        ("model.quantizer.kind=fsq", "set project=4 and codes=1000"),
+        ("model.quantizer.codebook_size=0", "model.quantizer.codebook_size=0 must be at least 2"),
+        ("model.quantizer.kind=fsq", "set codebook_dim=4 and codebook_size=1000"),
         ("model.quantizer.kind=lfq", "must be 2 to the power of the 64 channels"),
         ("data.size=130", "data.size=130 does not fit the model, which would decode 128 px: take data.size=128"),
     ],
@@ -460,9 +549,9 @@ def test_a_model_that_cannot_work_is_refused_before_training(override: str, sent
     "overrides",
     [
         ["kind=simvq", "depth=2"],
-        ["kind=fsq", "levels=[8,5,5,5]", "codes=1000", "project=4"],
-        ["kind=lfq", "project=9", "gradient=rotation"],
-        ["metric=cosine", "project=8", "groups=2", "depth=3", "init=kmeans"],
+        ["kind=fsq", "levels=[8,5,5,5]", "codebook_size=1000", "codebook_dim=4"],
+        ["kind=lfq", "codebook_dim=9", "gradient=rotation"],
+        ["metric=cosine", "codebook_dim=8", "groups=2", "depth=3", "init=kmeans"],
     ],
     ids=" ".join,
 )

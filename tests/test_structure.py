@@ -7,21 +7,22 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vaescale"
-BASE = {"files", "hints", "interfaces", "distributed", "process", "ranges", "config"}
+BASE = {"files", "renamed", "hints", "interfaces", "distributed", "process", "ranges", "config"}
 BELOW = {*BASE, "nn", "models", "data", "settings", "monitoring", "lifecycle"}
 LAYERS = {  # package or file → those it may import beside itself
     "arguments": set(),
     "files": set(),
-    "hints": {"files"},
+    "hints": {"files", "renamed"},
     "interfaces": set(),
     "distributed": set(),
     "process": set(),
     "ranges": {"files"},
+    "renamed": set(),
     "config": {"files", "hints", "ranges"},
     "nn": {"interfaces", "distributed", "ranges"},
     "models": {"interfaces", "distributed", "ranges", "nn"},
     "data": {"files", "interfaces", "distributed", "process", "ranges"},
-    "settings": {"hints", "interfaces", "config", "ranges", "models", "data"},
+    "settings": {"hints", "renamed", "interfaces", "config", "ranges", "models", "data"},
     "monitoring": {"files", "interfaces"},
     "evaluation": {"files", "interfaces", "distributed", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},

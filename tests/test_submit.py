@@ -54,7 +54,7 @@ def executed(folder: Path, words: list[str], **variables: str) -> list[str]:
 
 
 Submitted = Callable[..., list[str]]
-COMMON = ["data.root=/a b/*", "optimizer.warmup=3"]
+COMMON = ["data.root=/a b/*", "optimizer.warmup_steps=3"]
 
 
 @pytest.mark.parametrize("run", ["runs/one", "it's a run=1", "a  b/*/?"])

@@ -62,12 +62,8 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (every scalar remains a text)
 
 
-def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """Read the YAML file and merge the overrides over it. Returns sections, lists and texts, not yet typed.
-
-    `${other.key}` is the only interpolation. A resolver such as `${oc.env:…}` is refused, because it would let a file
-    read any environment variable. Raises ConfigError.
-    """
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file. Returns sections, lists and texts, not yet typed. Raises ConfigError."""
     try:
         raw = _parsed(Path(path).read_text(encoding="utf-8"), str(path))
     except (FileNotFoundError, IsADirectoryError):
@@ -80,14 +76,22 @@ def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"{printable(path)} is not valid YAML: {_flat(error)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{printable(path)} holds no settings: it must be a mapping of key: value")
-    for override in overrides:
-        key, equals, value = override.partition("=")
+    return raw
+
+
+def override(raw: dict[str, Any], overrides: list[str]) -> None:
+    """Merge `key=value` overrides over the settings `raw`, in place.
+
+    `${other.key}` is the only interpolation. A resolver such as `${oc.env:…}` is refused, because it would let a file
+    read any environment variable. Raises ConfigError.
+    """
+    for given in overrides:
+        key, equals, value = given.partition("=")
         names = key.strip().split(".")
         if not equals or not all(names):
-            raise ConfigError(f"'{printable(override)}' is not an override: write key=value, as in steps=100")
+            raise ConfigError(f"'{printable(given)}' is not an override: write key=value, as in steps=100")
         _put(raw, names, _override(key, value))
     _refuse_resolvers(raw, "")
-    return raw
 
 
 def as_written(raw: dict[str, Any], section: str, key: str) -> str | None:

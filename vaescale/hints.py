@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from .files import printable
+from .renamed import RENAMED
 
 NEAR = 0.7  # smallest similarity (share of common letters) at which one name is suggested for another
 TIE = 0.1  # candidates within this similarity of the best one are all suggested
@@ -30,15 +31,18 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
     """Returns the keys of `known` that `key` may mean: at most MOST, the best first; [] if none is similar.
 
     A candidate has the same last part, or a similar spelling as a whole or in its last part. Case, `_` and `-` are
-    ignored. A part may be a short form of the other (accum for accumulation, lr for learning_rate), or the reverse.
+    ignored. A part may be a short form of the other (accum for accumulation, lr for learning_rate), or the reverse. A
+    former name stands for the present one.
     """
-    if key in known:
-        return [key]
-    scores = {other: _likeness(key, other) for other in known}
+    names = {name: name for name in known} | {old: new for old, new in RENAMED.items() if new in known}
+    if key in names:
+        return [names[key]]
+    scores = {other: _likeness(key, other) for other in names}
     least = max(NEAR, max(scores.values(), default=0.0) - TIE)
     near = {other for other, score in scores.items() if score >= least}
-    same = {other for other in known if _plain(_last(other)) == _plain(_last(key))}
-    return sorted(near if near & same else near | same, key=lambda other: (-scores[other], other))[:MOST]
+    same = {other for other in names if _plain(_last(other)) == _plain(_last(key))}
+    best = sorted(near if near & same else near | same, key=lambda other: (-scores[other], other))
+    return list(dict.fromkeys(names[other] for other in best))[:MOST]
 
 
 def unknown_key(key: str, value: Any, known: Sequence[str], siblings: Sequence[str]) -> str:
@@ -50,12 +54,15 @@ def unknown_key(key: str, value: Any, known: Sequence[str], siblings: Sequence[s
         name, value = next(iter(value.items()))
         key = f"{key}.{name}"
     near = nearest(key.lstrip("-"), known)
+    former = near == [RENAMED.get(key.lstrip("-"))]
     if not key.startswith("--"):
+        if former:
+            return f"{key} is called {near[0]} now"
         hint = f"did you mean {either(near)}?" if near else f"known are {', '.join(siblings)}"
         return f"unknown key {printable(key, 60)}: {hint}"
     text = shlex.quote(printable(value, 60)) if isinstance(value, str) and value else "…"
     settings = [f"{name}={text}" for name in near]
-    if near and _plain(_last(near[0])) == _plain(_last(key)):
+    if former or (near and _plain(_last(near[0])) == _plain(_last(key))):
         hint = f"write {either(settings)}"
     elif near:
         hint = f"did you mean {either(settings)}? -h lists the options"

@@ -17,6 +17,7 @@ from .hints import either, known_keys
 from .interfaces import Batch, Codec, Model, Shape
 from .models import MODELS
 from .ranges import ranged, require
+from .renamed import RENAMED, VERSION, rename
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Optimizer:
     lr: float = ranged(3e-4, above=0)
     betas: tuple[float, float] = ranged((0.9, 0.99), least=0, below=1)
     weight_decay: float = ranged(0.0, least=0)
-    clip: float = ranged(1.0, least=0)  # largest global gradient norm; 0: no clipping
-    warmup: int = ranged(100, least=0)  # steps
-    final: float = ranged(0.05, least=0, most=1)  # learning rate at the last step, as a share of lr
+    grad_clip: float = ranged(1.0, least=0)  # largest global gradient norm; 0: no clipping
+    warmup_steps: int = ranged(100, least=0)  # steps
+    final_lr_ratio: float = ranged(0.05, least=0, most=1)  # learning rate at the last step, as a share of lr
     # A step is skipped if its gradient norm exceeds `spike` times the running geometric mean, and its logarithm exceeds
     # the mean logarithm by six standard deviations; 0: only if it is not finite.
     spike: float = ranged(10.0, least=0)
     # The run stops after this many skipped steps in a row, or if over a quarter of the last hundred were skipped.
-    patience: int = ranged(20, least=1)
+    max_skipped_steps: int = ranged(20, least=1)
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ class Config:
     run: str = "runs/run"  # the run directory; running the same command again resumes it
     seed: int = ranged(0, least=0, below=2**44)  # so that seeds derived from it fit into 64 bits
     steps: int = ranged(1000, least=1)
-    batch: int = ranged(128, least=1)  # images per step, over all ranks and accumulated micro-batches
+    global_batch: int = ranged(128, least=1)  # images per step, over all ranks and accumulated micro-batches
     accumulation: int = ranged(1, least=1)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    zero: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
-    ema: float = ranged(0.999, least=0, below=1)  # decay of the averaged weights that validation and evaluation use
-    keep: int = ranged(2, least=1)  # newest checkpoints that are kept
+    zero_stage: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
+    ema_decay: float = ranged(
+        0.999, least=0, below=1
+    )  # decay of the averaged weights that validation and evaluation use
+    keep_last: int = ranged(2, least=1)  # newest checkpoints that are kept
     # The run saves and stops this many seconds before the end of its SLURM job.
     stop_before: float = ranged(120.0, least=0)
     # The run ends itself after this many seconds without a step, or after ten times the longest of the last hundred
@@ -69,6 +72,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     every: Every = field(default_factory=Every)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
+    version: int = ranged(VERSION, least=VERSION, most=VERSION)  # of the names of settings
 
 
 SHOWN = 5  # classes named in one line
@@ -76,12 +80,12 @@ SHOWN = 5  # classes named in one line
 
 # DeepSpeed settings that follow from the fields above, and are refused in `deepspeed`.
 OWNED = {
-    "train_batch_size": "batch",
-    "train_micro_batch_size_per_gpu": "batch and accumulation",
+    "train_batch_size": "global_batch",
+    "train_micro_batch_size_per_gpu": "global_batch and accumulation",
     "gradient_accumulation_steps": "accumulation",
-    "gradient_clipping": "optimizer.clip",
+    "gradient_clipping": "optimizer.grad_clip",
     "optimizer": "optimizer",
-    "scheduler": "optimizer.warmup and optimizer.final",
+    "scheduler": "optimizer.warmup_steps and optimizer.final_lr_ratio",
     "torch_autocast": "precision",
     "fp16": "precision",
     "bf16": "precision",
@@ -91,28 +95,40 @@ OWNED = {
 def load(path: str | Path, overrides: list[str]) -> Config:
     """Read a config file with overrides. Raises ConfigError, one sentence, for unknown keys and values that cannot
     work."""
-    return _checked(mechanics.read_yaml(path, overrides), path)
+    raw = mechanics.read_yaml(path)
+    mechanics.override(raw, overrides)
+    return _checked(raw, path)
 
 
 def _checked(raw: Any, path: str | Path) -> Config:
+    version = str(raw.get("version"))
+    if version.isdigit() and int(version) > VERSION:
+        raise ConfigError(
+            f"{path} was written by a later version of vaescale (version {version} of the settings, known are 1 to "
+            f"{VERSION}): install that version"
+        )
     kind = mechanics.as_written(raw, "model", "kind")
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
     try:
         config = mechanics.typed(Config(model=MODELS[kind].config()), raw, path)
     except mechanics.UnknownKey as error:
-        others = [other for other, family in MODELS.items() if error.key in known_keys(Config(model=family.config()))]
-        if not others:
+        key = RENAMED.get(error.key, error.key)
+        others = [other for other, family in MODELS.items() if key in known_keys(Config(model=family.config()))]
+        if not others or kind in others:
             raise
-        raise ConfigError(f"{error.key} is a setting of model.kind={either(others)}, not of {kind}") from None
+        raise ConfigError(f"{key} is a setting of model.kind={either(others)}, not of {kind}") from None
     _require(config)
     return _located(config)
 
 
 def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
     """Read a run's config.yaml with overrides. Returns the config, and the file's keys that this version does not know,
-    which are ignored. Missing keys take their defaults. Raises ConfigError."""
-    raw = mechanics.read_yaml(path, overrides)
+    which are ignored. Renamed keys get their new names, and missing ones their defaults. Raises ConfigError."""
+    raw = mechanics.read_yaml(path)
+    if "version" not in raw:
+        rename(raw)
+    mechanics.override(raw, overrides)
     kind = mechanics.as_written(raw, "model", "kind")
     names = [override.partition("=")[0].strip().split(".") for override in overrides]
     given = {".".join(one[:depth]) for one in names for depth in range(1, len(one) + 1)}
@@ -177,13 +193,13 @@ def check(config: Config, world: int) -> None:
 def micro_batch(config: Config, world: int) -> int:
     """Returns the images of one forward pass on one rank. Raises ConfigError if the batch does not divide evenly."""
     parts = config.accumulation * world
-    if config.batch % parts:
-        lower = config.batch // parts * parts
+    if config.global_batch % parts:
+        lower = config.global_batch // parts * parts
         raise ConfigError(
-            f"batch={config.batch} cannot be split into {config.accumulation} micro-batches on {world} ranks: "
-            f"take batch={lower or parts} or batch={lower + parts}"
+            f"global_batch={config.global_batch} cannot be split into {config.accumulation} micro-batches on {world} "
+            f"ranks: take global_batch={lower or parts} or global_batch={lower + parts}"
         )
-    return config.batch // parts
+    return config.global_batch // parts
 
 
 def check_labels(config: Config, index: Index) -> None:
@@ -257,4 +273,4 @@ def _require(config: Config) -> None:
         if key in OWNED:
             raise ConfigError(f"deepspeed.{key} is set by this trainer: use {OWNED[key]} instead")
     if "stage" in (config.deepspeed.get("zero_optimization") or {}):
-        raise ConfigError("deepspeed.zero_optimization.stage is set by this trainer: use zero instead")
+        raise ConfigError("deepspeed.zero_optimization.stage is set by this trainer: use zero_stage instead")

@@ -97,7 +97,7 @@ def searches(z: Tensor, codebook: Tensor) -> Iterator[Pair]:
 
 def statistics(z: Tensor, codebook: Tensor) -> Iterator[Pair]:
     found = nearest(z, codebook)
-    quantizer = VectorQuantizer(Config(codes=len(codebook), dim=z.shape[1]), 0)
+    quantizer = VectorQuantizer(Config(codebook_size=len(codebook), dim=z.shape[1]), 0)
 
     def ours() -> tuple[Tensor, Tensor]:
         return quantizer._sums(z, found)
@@ -114,7 +114,7 @@ def steps(z: Tensor, codebook: Tensor) -> Iterator[Pair]:
 
     codes, dim = codebook.shape
     theirs = VectorQuantize(dim=dim, codebook_size=codes, kmeans_init=False, threshold_ema_dead_code=2).to(z.device)
-    ours = VectorQuantizer(Config(codes=codes, dim=dim), 0).to(z.device)
+    ours = VectorQuantizer(Config(codebook_size=codes, dim=dim), 0).to(z.device)
     target = 5 if codes <= 1024 else 12
     what = "vector-quantize-pytorch, a training step"
     yield Pair(what, lambda: theirs(z[None]), lambda: (ours(z), ours.update(11, 0.0)), None if z.is_cuda else target)

@@ -37,7 +37,7 @@ SIZE = 64  # pixels a side: 16 × 16 latents
 BATCH = 8  # 2,048 latents a step
 COUNTED = 64  # training batches whose codes are counted
 WIDTH = 32
-OPTIMIZER = Optimizer(lr=2e-3, warmup=50)
+OPTIMIZER = Optimizer(lr=2e-3, warmup_steps=50)
 # Of FSQ: their product is near K, and none is below 5, as its paper advises.
 LEVELS = {512: [8, 8, 8], 2048: [8, 8, 6, 5], 8192: [8, 8, 5, 5, 5], 16384: [8, 8, 8, 6, 5]}
 MEASURES = {"usage": "{:.1%}", "perplexity": "{:.0f}", "psnr": "{:.2f}", "seconds": "{:.0f}"}
@@ -121,7 +121,7 @@ class Images:
     """Every batch of a run, decoded once for all of its cells."""
 
     def __init__(self, root: Path, seed: int, steps: int) -> None:
-        config = stream.Config(str(root), size=SIZE, least_area=0.8, columns=BATCH, workers=0)
+        config = stream.Config(str(root), size=SIZE, min_crop_area=0.8, columns=BATCH, workers=0)
         loader = stream.train_loader(stream.TrainSlices(config, seed), 0, BATCH, 1, 0, 1, pin=False)
         self.train = list(islice(loader, max(steps, COUNTED)))
         self.validation = list(stream.validation_loader(stream.ValidationSlices(config), BATCH, 0, 1, pin=False))
@@ -165,7 +165,7 @@ def train(vqvae: VQVAE, images: Images, steps: int) -> None:
             group["lr"] = lr
         adam.zero_grad()
         vqvae(batch, step).loss.backward()
-        torch.nn.utils.clip_grad_norm_(vqvae.parameters(), OPTIMIZER.clip)
+        torch.nn.utils.clip_grad_norm_(vqvae.parameters(), OPTIMIZER.grad_clip)
         adam.step()
         vqvae.update(step, lr)
 

@@ -36,7 +36,7 @@ COUNT = 300  # pictures
 PER_SHARD = 100
 SIZE = 128
 BATCH = 50
-LEAST_AREA = 0.25
+MIN_CROP_AREA = 0.25
 SHAPES = ((500, 375), (500, 333), (375, 500), (500, 400))  # the usual ones of ImageNet
 SHORT_SIDE = 160  # of the prepared shards
 QUALITY = 95
@@ -206,7 +206,7 @@ def damage(root: Path, rounds: int) -> Row:
 def load(root: Path, decoder: decode.Decoder, workers: int = 0) -> int:
     """The training stream as float batches in [0, 1]; returns how many samples were found damaged."""
     config = stream.Config(
-        root=str(root), size=SIZE, least_area=LEAST_AREA, columns=64, workers=workers, decoder=decoder
+        root=str(root), size=SIZE, min_crop_area=MIN_CROP_AREA, columns=64, workers=workers, decoder=decoder
     )
     # As train_loader, but for an end: workers of an endless one decode ahead what would never be delivered.
     ranges = islice(stream.train_ranges(0, BATCH, 1, 0, 1), epochs(workers) * COUNT // BATCH)
@@ -234,7 +234,7 @@ def crops(files: Iterable[bytes], decoder: decode.Decoder) -> Iterator[decode.Pi
 
 
 def crop(data: bytes, g: int, flip: bool, decoder: decode.Decoder) -> decode.Pixels:
-    return decode.train_image(data, SIZE, LEAST_AREA, flip, 0, g, decoder)
+    return decode.train_image(data, SIZE, MIN_CROP_AREA, flip, 0, g, decoder)
 
 
 def exhaust(items: Iterable[object]) -> None:
@@ -252,7 +252,7 @@ def random_resized_crop(image: Image.Image, filter_: Image.Resampling, rng: rand
     area = image.width * image.height
     box = (0, 0, *image.size)
     for _ in range(10):
-        target, ratio = area * rng.uniform(LEAST_AREA, 1), (4 / 3) ** rng.uniform(-1, 1)
+        target, ratio = area * rng.uniform(MIN_CROP_AREA, 1), (4 / 3) ** rng.uniform(-1, 1)
         width, height = round((target * ratio) ** 0.5), round((target / ratio) ** 0.5)
         if width <= image.width and height <= image.height:
             left, upper = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
@@ -277,7 +277,7 @@ def centre_square(data: bytes) -> np.ndarray:
 def expected_crop(data: bytes, g: int) -> np.ndarray:
     """Full decoding, then the crop that `train_image` draws for g, moved to the grid it decodes on."""
     image = Image.open(io.BytesIO(data))
-    box = decode._random_box(image.size, LEAST_AREA, uniforms(0, g, np.arange(decode.DRAWS)))
+    box = decode._random_box(image.size, MIN_CROP_AREA, uniforms(0, g, np.arange(decode.DRAWS)))
     scale = decode._reduction(image, min(box[2] - box[0], box[3] - box[1]), SIZE)
     part = image.convert("RGB").crop(tuple(x // scale * scale for x in box))
     return np.asarray(part.resize((SIZE, SIZE), BICUBIC))

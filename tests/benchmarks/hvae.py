@@ -36,12 +36,13 @@ def main() -> None:
     device = distributed.init()
     cuda = device.type == "cuda"
     precision = "bf16" if cuda else "fp32"
-    config = settings.load(arguments.config, [f"batch={arguments.batch}", f"precision={precision}"])
+    config = settings.load(arguments.config, [f"global_batch={arguments.batch}", f"precision={precision}"])
     if arguments.only:
         print(f"{measure_memory(arguments.only, config, device):.0f}")
         return
     print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}, batch {config.batch}\n"
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}, "
+        f"batch {config.global_batch}\n"
     )
     print("| side | images/s | ours, images/s | theirs ÷ ours, time | peak memory, MiB |\n|---|---:|---:|---:|---:|")
     ours = SIDES["ours"](config, device)
@@ -50,7 +51,7 @@ def main() -> None:
         if name == "ours":
             continue
         clock = clock_of(device.type)
-        theirs, own, ratio = paired(build(config, device), ours, config.batch, arguments.rounds, clock)
+        theirs, own, ratio = paired(build(config, device), ours, config.global_batch, arguments.rounds, clock)
         memory = in_its_own_process(name, arguments)
         print(f"| {name} | {1000 / theirs:.3f} | {1000 / own:.3f} | {ratio:.3f} | {memory} |", flush=True)
     distributed.finish()
@@ -89,12 +90,12 @@ def by_hand(model: Model, config: Config) -> Work:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = model(batch, step).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), given.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), given.grad_clip)
         adam.step()
         adam.zero_grad()
         model.update(step, given.lr)
         with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - config.ema)
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - config.ema_decay)
             for copied, buffer in zip(averaged.buffers(), model.buffers(), strict=True):
                 copied.copy_(buffer)
 
@@ -133,7 +134,7 @@ def built(config: Config, device: torch.device) -> Model:
 
 
 def images(config: Config, device: torch.device) -> Batch:
-    batch = settings.blank(config, config.batch)
+    batch = settings.blank(config, config.global_batch)
     x = torch.randint(0, 256, batch.x.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return batch._replace(x=x).to(device)
 

@@ -23,7 +23,7 @@ CASES = {
     "quickstart, 1 image a rank": (2, []),
     "quickstart at width 256, 1 image a rank": (2, ["model.width=256", "model.residual_width=256"]),
 }
-TINY = ["model.width=8", "model.residual_width=8", "model.quantizer.codes=16"]
+TINY = ["model.width=8", "model.residual_width=8", "model.quantizer.codebook_size=16"]
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -37,12 +37,12 @@ def main() -> None:
     common = [f"data.root={arguments.data}", f"steps={arguments.steps}", "data.workers=0", "every.report=10"]
     common += ["every.validate=100000", "every.checkpoint=100000"]
     config = str(ROOT / "configs" / "quickstart.yaml")
-    alone, _ = measured(1, config, [*common, *TINY, "batch=1"])
-    together, _ = measured(2, config, [*common, *TINY, "batch=2"])
+    alone, _ = measured(1, config, [*common, *TINY, "global_batch=1"])
+    together, _ = measured(2, config, [*common, *TINY, "global_batch=2"])
     for name, (batch, given) in CASES.items():
         given = [*common, *given]
-        compute, _ = measured(1, config, [*given, f"batch={batch // 2}"])
-        found, output = measured(2, config, [*given, f"batch={batch}"])
+        compute, _ = measured(1, config, [*given, f"global_batch={batch // 2}"])
+        found, output = measured(2, config, [*given, f"global_batch={batch}"])
         number, unit = re.findall(r"([\d.]+) (\w+)/s through each rank", output)[0]
         size = summed_bytes(settings.build(settings.load(config, given)))
         cluster = Cluster(1, 2, float(number) * UNITS[unit], 1.0, latency=together - alone)

@@ -34,7 +34,7 @@ def test_hvae() -> None:
 
 
 def test_overhead(pictures: Path) -> None:
-    lines = run("overhead.py", "--data", str(pictures), "--builds", "1", "--rounds", "1", "batch=1").splitlines()
+    lines = run("overhead.py", "--data", str(pictures), "--builds", "1", "--rounds", "1", "global_batch=1").splitlines()
     rows = [line.split(" | ") for line in lines if "≤" in line]
     assert [row[0] for row in rows] == [
         "| a training step",

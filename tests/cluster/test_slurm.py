@@ -118,7 +118,7 @@ def test_what_cannot_work_fails_once(slurm: Slurm, pictures: Path, tmp_path: Pat
 def test_what_makes_no_progress_is_not_requeued(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
     """It has failed twice of the same, at the same step, and does so again."""
     run = tmp_path / "run"
-    failing = [*given(run, pictures), "optimizer.lr=1e30", "optimizer.patience=3"]
+    failing = [*given(run, pictures), "optimizer.lr=1e30", "optimizer.max_skipped_steps=3"]
     job = slurm.submit(TINY, *failing)
     assert slurm.wait_for(job) == "FAILED"
     assert (slurm.job(job, "ExitCode"), slurm.job(job, "Restarts")) == ("3:0", "0")

@@ -108,8 +108,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
     for kind in ("TIFF", "BMP", "GIF", "PNG"):
         data = stored(Image.new("L", (2000, 1001)), kind)
         with pytest.raises(Damaged, match=r"^too many pixels$"):
-            converted(data, 95, most_megapixels=2)
-        converted(data, 95, most_megapixels=3)
+            converted(data, 95, max_megapixels=2)
+        converted(data, 95, max_megapixels=3)
 
 
 def test_hostile_bytes_are_damaged_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:

@@ -91,11 +91,13 @@ def test_crops_have_the_asked_area_and_ratio() -> None:
     assert (width * height).max() > 0.9 * 120_000
 
 
-def torchvision_box(size: tuple[int, int], least_area: float, random: np.random.Generator) -> tuple[int, int, int, int]:
+def torchvision_box(
+    size: tuple[int, int], min_crop_area: float, random: np.random.Generator
+) -> tuple[int, int, int, int]:
     """RandomResizedCrop.get_params of torchvision 0.20 at ratio=(3/4, 4/3): (left, upper, right, lower)."""
     width, height = size
     for _ in range(10):
-        area = width * height * random.uniform(least_area, 1)
+        area = width * height * random.uniform(min_crop_area, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -111,22 +113,22 @@ def torchvision_box(size: tuple[int, int], least_area: float, random: np.random.
     return left, upper, left + w, upper + h
 
 
-# least_area, and the largest share of the picture that a crop of an allowed ratio covers
+# min_crop_area, and the largest share of the picture that a crop of an allowed ratio covers
 WIDE = [((1600, 900), 0.75), ((3000, 300), 4 / 30), ((500, 333), 444 / 500), ((333, 500), 444 / 500), ((400, 300), 1)]
 
 
-@pytest.mark.parametrize("least_area", [0.8, 0.25])
+@pytest.mark.parametrize("min_crop_area", [0.8, 0.25])
 @pytest.mark.parametrize(("size", "largest"), WIDE, ids=str)
-def test_crops_are_distributed_as_torchvisions(size: tuple[int, int], largest: float, least_area: float) -> None:
+def test_crops_are_distributed_as_torchvisions(size: tuple[int, int], largest: float, min_crop_area: float) -> None:
     """Areas, ratios and places of 4,000 crops of each, by their largest distance of cumulative distributions
     (Kolmogorov and Smirnov: 1.95 √(2/n) is passed once in a thousand)."""
     count, random = 4000, np.random.default_rng(0)
     draws = [decode._draws(0, block) for block in range(-(-count // decode.BLOCK))]
-    ours = np.array([decode._random_box(size, least_area, one) for one in np.concatenate(draws)[:count]])
-    theirs = np.array([torchvision_box(size, least_area, random) for _ in range(count)])
+    ours = np.array([decode._random_box(size, min_crop_area, one) for one in np.concatenate(draws)[:count]])
+    theirs = np.array([torchvision_box(size, min_crop_area, random) for _ in range(count)])
     for left, upper, right, lower in (ours.T, theirs.T):
         area = (right - left) * (lower - upper) / (size[0] * size[1])
-        assert area.min() >= min(least_area, largest) - 0.005
+        assert area.min() >= min(min_crop_area, largest) - 0.005
         assert area.max() <= largest + 0.005
     for name, value in {
         "area": lambda b: (b[2] - b[0]) * (b[3] - b[1]),
@@ -448,7 +450,7 @@ def test_the_limit_of_a_size_can_be_set(kind: str) -> None:
     """Far above Pillow's own, which refuses 179 megapixels; the setting of one call does not last."""
     data = claims(kind, 15_000, 14_000)
     decode.check(data, 210)
-    for limit in (decode.MOST_MEGAPIXELS, 209):
+    for limit in (decode.MAX_MEGAPIXELS, 209):
         with pytest.raises(decode.Damaged, match="too many pixels"):
             decode.check(data, limit)
     big = encode(Image.new("L", (1001, 1000)), kind)

@@ -43,7 +43,7 @@ def test_both_splits_have_ten_named_classes_in_shuffled_order(root: Path) -> Non
 
 def test_training_on_grey_digits_sees_one_channel(root: Path) -> None:
     """At 16 px, undistorted where no crop is asked for: halved again they are the stored pixels, nearly."""
-    config = stream.Config(root=str(root), size=16, channels=1, least_area=1.0, flip=False, workers=0)
+    config = stream.Config(root=str(root), size=16, channels=1, min_crop_area=1.0, flip=False, workers=0)
     slices = stream.TrainSlices(config, seed=0)
     batch = slices[range(32)].batch
     assert batch.x.shape == (32, 1, 16, 16)

@@ -293,7 +293,7 @@ def test_the_same_seed_gives_the_same_picture_and_leaves_torchs_alone(mode: str,
 
 def refusals() -> list[tuple[str, Callable[[], Subject], str]]:
     def codes() -> Subject:
-        model = VQVAE(Config(width=4, residual_width=2, downsampling=2), Shape(1, SIDE))
+        model = VQVAE(Config(width=4, residual_width=2, downsample_factor=2), Shape(1, SIDE))
         return subject(model, classes=[], attributes=[])
 
     no_prior = Linear(prior=False)

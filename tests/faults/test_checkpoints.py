@@ -88,7 +88,7 @@ def kills(folder: Path, twins: Path, pictures: Path) -> Jobs:
     jobs = []
     for world, point in KILLS:
         out = folder / f"{world}-{point}"
-        command = train(out / "run", pictures, "keep=1", world=world)
+        command = train(out / "run", pictures, "keep_last=1", world=world)
         jobs.append(job(out, command, ["die", 0, point, 8], world=world, killed=True))
         jobs.append(job(out / "again", command, world=world))
     return jobs
@@ -249,7 +249,7 @@ def test_ranks_that_see_other_files_stop(befallen: Path, sees: int) -> None:
 
 def beginnings(folder: Path, twins: Path, pictures: Path) -> Jobs:
     other = twins / "1" / "run"
-    given = [f"init_from={other}", "zero=1", "optimizer.lr=1e-30", "every.checkpoint=1"]
+    given = [f"init_from={other}", "zero_stage=1", "optimizer.lr=1e-30", "every.checkpoint=1"]
     command = train(folder / "new" / "run", pictures, *given, world=2)
     one = f"init_from={other / 'checkpoints' / 'step-00000008'}"
     return [
@@ -313,14 +313,14 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(pictures: Path, tmp_path: Pa
     for name in ("lasting", "small"):
         (tmp_path / name / "run").mkdir(parents=True)
         (tmp_path / name / "run" / "checkpoints").symlink_to(disk / name)
-    passing = train(disk / "passing", pictures, "keep=1", "steps=20", world=2)
-    lasting = train(tmp_path / "lasting" / "run", pictures, "keep=1", "steps=20", world=2)
+    passing = train(disk / "passing", pictures, "keep_last=1", "steps=20", world=2)
+    lasting = train(tmp_path / "lasting" / "run", pictures, "keep_last=1", "steps=20", world=2)
     jobs = [
         job(tmp_path / "passing", passing, ["fill", 0, 8, str(disk), 0], ["free", 0, 12, str(disk)], world=2),
         job(tmp_path / "lasting", lasting, ["fill", 0, 8, str(disk), 40960], world=2),
         job(tmp_path / "still", lasting, world=2),
         job(tmp_path / "freed", lasting, ["free", 0, 0, str(disk)], world=2),
-        job(tmp_path / "small", train(tmp_path / "small" / "run", pictures, "keep=50")),
+        job(tmp_path / "small", train(tmp_path / "small" / "run", pictures, "keep_last=50")),
     ]
     forked(tmp_path, jobs, within=["unshare", "-m", "sh", "-c", ON_A_DISK, "3m", str(disk)])
 
@@ -349,7 +349,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(pictures: Path, tmp_path: Pa
     codes, output = end(tmp_path / "still")
     assert codes == [2, 2], output
     assert re.search(
-        r"error: .*2 checkpoints of .* KiB \(keep=1, one being written\) do not fit into .* KiB are", output
+        r"error: .*2 checkpoints of .* KiB \(keep_last=1, one being written\) do not fit into .* KiB are", output
     )
     codes, output = end(tmp_path / "freed")
     assert codes == [0, 0], output

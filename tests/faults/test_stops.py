@@ -36,7 +36,7 @@ ASKED = [
 ]
 LONG = ("accumulation=6", "every.validate=6")  # validations of five and of six batches
 # Where a run of ten samples per step and nine steps per epoch is stopped, one after another, and how.
-EPOCHS = ("batch=10", "accumulation=2", "optimizer.warmup=4", "data.columns=5")
+EPOCHS = ("global_batch=10", "accumulation=2", "optimizer.warmup_steps=4", "data.columns=5")
 PLACES = {
     2: "touch",  # while the learning rate rises
     5: "touch",  # right after codes were reset
@@ -45,7 +45,7 @@ PLACES = {
     9: "touch",  # at its end
     10: "touch",  # one step after it
 }
-FAILING = ("optimizer.lr=1e30", "optimizer.patience=3")
+FAILING = ("optimizer.lr=1e30", "optimizer.max_skipped_steps=3")
 
 
 @pytest.fixture(scope="module")

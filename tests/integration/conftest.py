@@ -49,7 +49,7 @@ def overrides(case: Case, run: Path, pictures: Path) -> list[str]:
         "run": run,
         "data.root": pictures,
         "precision": case.precision,
-        "zero": case.zero,
+        "zero_stage": case.zero,
         "accumulation": case.accumulation,
         "model.quantizer.learning": case.learning,
     }

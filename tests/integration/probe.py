@@ -31,14 +31,14 @@ SEED = 18000  # of the images; no row is equally near to two codes within roundi
 SCALE = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0]) ** (1 / 3) / 255
 KINDS = {
     "vq": {
-        "ema": Config(codes=40, dim=DIM, dead_after=5),
-        "gradient": Config(codes=40, dim=DIM, dead_after=5, learning="gradient"),
+        "ema": Config(codebook_size=40, dim=DIM, dead_after=5),
+        "gradient": Config(codebook_size=40, dim=DIM, dead_after=5, learning="gradient"),
     },
     "others": {
-        "cosine, k-means": Config(codes=40, dim=DIM, dead_after=5, metric="cosine", init="kmeans"),
-        "groups": Config(codes=20, dim=DIM, dead_after=5, groups=2),
-        "residual": Config(codes=20, dim=DIM, dead_after=5, depth=2),
-        "fsq": Config(kind="fsq", codes=60, dim=DIM, levels=[5, 4, 3], groups=2),
+        "cosine, k-means": Config(codebook_size=40, dim=DIM, dead_after=5, metric="cosine", init="kmeans"),
+        "groups": Config(codebook_size=20, dim=DIM, dead_after=5, groups=2),
+        "residual": Config(codebook_size=20, dim=DIM, dead_after=5, depth=2),
+        "fsq": Config(kind="fsq", codebook_size=60, dim=DIM, levels=[5, 4, 3], groups=2),
     },
 }
 
@@ -106,10 +106,10 @@ def batches(step: int, accumulation: int) -> Iterator[Batch]:
 
 
 def settings_of(case: Case) -> settings.Config:
-    optimizer = settings.Optimizer(lr=2e-2, warmup=10)
-    given = {"precision": case.precision, "zero": case.zero, "accumulation": case.accumulation}
+    optimizer = settings.Optimizer(lr=2e-2, warmup_steps=10)
+    given = {"precision": case.precision, "zero_stage": case.zero, "accumulation": case.accumulation}
     small = {"zero_optimization": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
-    return settings.Config(None, steps=STEPS, batch=IMAGES, optimizer=optimizer, deepspeed=small, **given)
+    return settings.Config(None, steps=STEPS, global_batch=IMAGES, optimizer=optimizer, deepspeed=small, **given)
 
 
 class Run:

@@ -16,12 +16,12 @@ from vaescale.data import stream
 from vaescale.interfaces import Shape
 from vaescale.models.pca import PCA, Config
 
-SETTINGS = ["data.channels=3", "data.workers=0", "model.latents=8", "every.validate=3", "every.checkpoint=3"]
+SETTINGS = ["data.channels=3", "data.workers=0", "model.latent_dim=8", "every.validate=3", "every.checkpoint=3"]
 
 
 def command(run: Path, pictures: Path, *overrides: str) -> list[str]:
     config = ["launch/train.py", "--config", "configs/pca_digits.yaml"]
-    return [*config, f"run={run}", f"data.root={pictures}", "batch=12", *SETTINGS, *overrides]
+    return [*config, f"run={run}", f"data.root={pictures}", "global_batch=12", *SETTINGS, *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def rows(pictures: Path) -> torch.Tensor:
 
 
 def learned(run: Path, step: int = 8, patch: int = 0) -> PCA:
-    model = PCA(Config(latents=8, patch=patch), Shape(3, 16))
+    model = PCA(Config(latent_dim=8, patch=patch), Shape(3, 16))
     model.load_state_dict(load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors"))
     return model
 
@@ -57,7 +57,7 @@ def test_every_launcher_learns_scikit_learns_components(
     shutil.copytree(runs["deepspeed"], resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000008")
     (resumed / "checkpoints" / "latest").write_text("step-00000006\n")
-    code, output = finish(start([sys.executable, *command(resumed, pictures, "batch=7")]))
+    code, output = finish(start([sys.executable, *command(resumed, pictures, "global_batch=7")]))
     assert code == 0, output
     assert "resumes at step 6" in output
     one = (runs["python"] / "checkpoints/step-00000008/model.safetensors").read_bytes()

@@ -175,7 +175,7 @@ def test_a_run_comes_back_from_ninety_percent_dead_codes(
     """A real run loses 36 of its 40 codes after the first step. Within 200 steps more than 95 % are used in a window of
     20 steps. Without resets less than 20 % are used in any window."""
     changes = ["steps=200", "every.report=20", "every.validate=200", "every.checkpoint=200"]
-    changes += ["model.quantizer.codes=40", "model.quantizer.dead_after=20"]
+    changes += ["model.quantizer.codebook_size=40", "model.quantizer.dead_after=20"]
     jobs = {}
     for count, learning, every in [
         (1, "ema", 10),

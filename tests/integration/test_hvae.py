@@ -20,7 +20,7 @@ class Case(NamedTuple):
     model: str
     world: int = 1
     precision: str = "fp32"
-    zero: int = 0
+    zero_stage: int = 0
     accumulation: int = 1
     checkpointing: bool = False
 
@@ -31,13 +31,13 @@ class Case(NamedTuple):
 
 CASES = [
     Case("vdvae"),
-    Case("vdvae", zero=1, accumulation=3),
-    *(Case("vdvae", 2, zero=zero) for zero in (0, 1, 2)),
+    Case("vdvae", zero_stage=1, accumulation=3),
+    *(Case("vdvae", 2, zero_stage=zero) for zero in (0, 1, 2)),
     Case("vdvae", 2, checkpointing=True),
     Case("vdvae", 2, "bf16"),
     Case("vdvae", 2, "fp16", 1),
     Case("hvae"),
-    Case("hvae", 2, zero=2),
+    Case("hvae", 2, zero_stage=2),
 ]
 
 

@@ -44,7 +44,7 @@ def test_a_typo_stops_the_launcher_with_2_and_a_suggestion(start: Start) -> None
     command = [str(BIN / "deepspeed"), "--master_port", port, *QUICKSTART, "--model.codes", "5"]
     code, output = finish(start(command))
     assert code == 2
-    assert "error: --model.codes is not an option: write model.quantizer.codes=5\n" in output
+    assert "error: --model.codes is not an option: write model.quantizer.codebook_size=5\n" in output
     assert "Traceback" not in output
 
 
@@ -60,7 +60,9 @@ def test_missing_data_are_one_sentence_that_tells_how(tmp_path: Path, start: Sta
 
 
 def test_a_dry_run_trains_nothing(tmp_path: Path, start: Start) -> None:
-    code, output = finish(start([sys.executable, *QUICKSTART, "--dry-run", f"run={tmp_path / 'run'}", "batch=32"]))
+    code, output = finish(
+        start([sys.executable, *QUICKSTART, "--dry-run", f"run={tmp_path / 'run'}", "global_batch=32"])
+    )
     assert code == 0, output
     assert "32 (micro) × 1 (accumulation) × 1 (world) = 32 images" in output
     assert not (tmp_path / "run").exists()
@@ -79,7 +81,7 @@ def test_too_many_damaged_samples_stop_all_ranks(pictures: Path, tmp_path: Path,
     command = [
         *TRAIN,
         *overrides(Case(2), tmp_path / "run", tmp_path),
-        "data.damaged_free=2",
+        "data.damaged_allowance=2",
         "data.workers=1",
     ]
     outputs = []
@@ -121,7 +123,7 @@ def test_training_from_a_url_is_training_from_a_folder(
 
 @pytest.mark.parametrize(
     "quantizer",
-    [["kind=simvq", "gradient=rotation"], ["metric=cosine", "project=3", "depth=2", "init=kmeans"]],
+    [["kind=simvq", "gradient=rotation"], ["metric=cosine", "codebook_dim=3", "depth=2", "init=kmeans"]],
     ids=" ".join,
 )
 def test_kinds_of_quantizer_train_alike_on_one_and_two_ranks(

@@ -11,7 +11,7 @@ from tests.conftest import Start, finish, ranks
 from tests.integration.conftest import Case
 
 # A codebook that must collapse: eight codes for each row of the first batch, and no resets.
-OVERRIDES = "model.quantizer.codes=1500 model.quantizer.reset_every=0 every.report=10 every.validate=1000"
+OVERRIDES = "model.quantizer.codebook_size=1500 model.quantizer.reset_every=0 every.report=10 every.validate=1000"
 
 
 @pytest.mark.parametrize("case", [Case(2), Case(2, zero=1), Case(4, accumulation=3)], ids=str)

@@ -113,4 +113,4 @@ def test_the_board_of_a_real_run(trained: Path) -> None:
     assert [event.step for event in events.Images("Val/Reconstructions")] == [6, 12]
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     assert not any("damaged" in name for name in tags["scalars"])
-    assert "codes: 24" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "codebook_size: 24" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()

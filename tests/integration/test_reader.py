@@ -112,8 +112,15 @@ if __name__ == "__main__":
 
     models.MODELS["teller"] = Family(Config, Teller)
     data = stream.Config(root=sys.argv[1], columns=4, workers=0)
-    optimizer = settings.Optimizer(lr=0.5, warmup=1)
+    optimizer = settings.Optimizer(lr=0.5, warmup_steps=1)
     every = settings.Every(report=1, validate=3, checkpoint=3)
-    given = {"steps": STEPS, "batch": 20, "precision": "fp32", "data": data, "optimizer": optimizer, "every": every}
+    given = {
+        "steps": STEPS,
+        "global_batch": 20,
+        "precision": "fp32",
+        "data": data,
+        "optimizer": optimizer,
+        "every": every,
+    }
     Trainer(settings.Config(Config(), run=sys.argv[2], **given), reader=Arrays()).train()
     distributed.finish()

@@ -82,7 +82,7 @@ def test_the_world_may_change_time_and_again(trained: Path, pictures: Path, tmp_
     run = tmp_path / "run"
     jobs = []
     for step, world in WORLDS.items():
-        given = [*overrides(Case(world, accumulation=3), run, pictures), "keep=9", "every.checkpoint=100"]
+        given = [*overrides(Case(world, accumulation=3), run, pictures), "keep_last=9", "every.checkpoint=100"]
         asked = step - (world > 1)  # several ranks stop one step after a rank has seen the file
         fault = [] if step == STEPS else [["touch", 0, asked, str(run / "STOP")]]
         jobs.append({**training(tmp_path / str(step), TINY, given, world), "faults": fault})

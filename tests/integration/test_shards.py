@@ -136,7 +136,7 @@ def test_the_defaults_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("columns", "workers", "cache", "cache_gib"):
         assert getattr(order, name) == getattr(run, name)
     monkeypatch.setattr(sys, "argv", ["shards.py", "verify", "x"])
-    assert parse().most_megapixels == run.most_megapixels
+    assert parse().max_megapixels == run.max_megapixels
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

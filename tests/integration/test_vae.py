@@ -23,7 +23,7 @@ TINY_VAE = Path(__file__).parent / "tiny_vae.yaml"
 class Case(NamedTuple):
     world: int
     precision: str = "fp32"
-    zero: int = 0
+    zero_stage: int = 0
     accumulation: int = 1
 
     @property
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case(1),
-    Case(2, zero=1, accumulation=3),
+    Case(2, zero_stage=1, accumulation=3),
     Case(2, "bf16"),
     Case(1, "fp16", 1),
     Case(2, "fp16", 1),

@@ -26,7 +26,7 @@ OLD: dict[str, Any] = {
     "order": {"seed": 0, "data.columns": 8, "data": "ba054536"},
 }
 SINCE = {"batch": 12, "step": 0, "images": 0}
-NEW = {**OLD, "version": 2, "owed": True, "since": SINCE}
+NEW = {**OLD, "version": 3, "validation_due": True, "since": SINCE}
 
 
 def write(run: Path, values: Any) -> Path:
@@ -35,11 +35,13 @@ def write(run: Path, values: Any) -> Path:
 
 def test_a_state_of_version_1_is_read_with_its_defaults(tmp_path: Path) -> None:
     found = state.read_checked(write(tmp_path, OLD), state.KEYS)
-    assert found == {**OLD, "version": 1, "owed": False, "since": None}
+    assert found == {**OLD, "version": 1, "validation_due": False, "since": None}
 
 
 def test_a_state_of_today_is_read_as_it_is(tmp_path: Path) -> None:
     assert state.read_checked(write(tmp_path, NEW), state.KEYS) == NEW
+    second = {key: value for key, value in NEW.items() if key != "validation_due"} | {"version": 2, "owed": True}
+    assert state.read_checked(write(tmp_path / "2", second), state.KEYS) == {**NEW, "version": 2}
     guard = Guard(10.0, torch.device("cpu"))
     assert state.KEYS["gradient_norms"].sound(guard.state())
 
@@ -60,7 +62,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "a cause of its own": ({"damaged": {"x\x1b[31m": 1}}, "damaged is"),
     "steps without images": ({"images": 0, "since": {"batch": 0, "step": 0, "images": 0}}, "since is"),
     "alarms": ({"alarms": [3]}, "alarms is"),
-    "owed": ({"owed": "no"}, "owed is no instead of true or false"),
+    "validation due": ({"validation_due": "no"}, "validation_due is no instead of true or false"),
     "optimizer steps": ({"optimizer_steps": 5}, "the optimizer cannot have taken 5 steps by step 4"),
     "a scale of 0": ({"scaler": {"scale": 0}}, "scaler is"),
     "a scale in words": ({"scaler": {"cur_scale": "big"}}, "scaler is"),
@@ -68,7 +70,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "a norm without a name": ({"gradient_norms": {"judge": 1.0}}, "gradient_norms is"),
     "a negative variance": ({"gradient_norms": {"variance": -1.0}}, "gradient_norms is"),
     "the order": ({"order": [0]}, "order is"),
-    "a later version": ({"version": 3}, r"by a later version of vaescale \(state 3, known are 1 to 2\)"),
+    "a later version": ({"version": 4}, r"by a later version of vaescale \(state 4, known are 1 to 3\)"),
     "a version that is none": ({"version": None}, "version is None instead of a whole number"),
     "an escape": ({"alarms": "\x1b[31m"}, r"alarms is \\x1b\[31m instead"),
 }

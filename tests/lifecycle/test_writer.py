@@ -120,7 +120,9 @@ def test_room_is_asked_for_at_the_start(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30 * 2**30))
     writing = writer(tmp_path / "not" / "yet")
     writing.check_room(10 * 2**30, 100)
-    with pytest.raises(CheckpointError, match=r"3 checkpoints of 11\.00 GiB \(keep=2, one being written\) do not fit"):
+    with pytest.raises(
+        CheckpointError, match=r"3 checkpoints of 11\.00 GiB \(keep_last=2, one being written\) do not fit"
+    ):
         writing.check_room(11 * 2**30, 100)
     writer(tmp_path, keep_every=50).check_room(6 * 2**30, 100)
     with pytest.raises(CheckpointError, match=r"5 checkpoints .* one being written, and those of keep_every=50\)"):

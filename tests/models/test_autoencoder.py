@@ -10,7 +10,7 @@ from vaescale.nn.blocks import Network
 def model(kind: str, channels: int = 3) -> Autoencoder:
     torch.manual_seed(0)
     network = Network(kind=kind, width=4, halvings=2, hidden=16)
-    return Autoencoder(Config(latents=6, network=network), Shape(channels, 16))
+    return Autoencoder(Config(latent_dim=6, network=network), Shape(channels, 16))
 
 
 def images(channels: int = 3) -> torch.Tensor:

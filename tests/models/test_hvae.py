@@ -20,12 +20,14 @@ BOTH = pytest.mark.parametrize("posterior", ["bottom-up", "top-down"])
 
 def model(shape: Shape = COLOUR, **changes: object) -> Variational:
     torch.manual_seed(0)
-    return build(Config(**{"latents": 4, "top_latents": 2, "network": NETWORK, **changes}), shape)
+    return build(Config(**{"latent_dim": 4, "top_latent_dim": 2, "network": NETWORK, **changes}), shape)
 
 
 def test_top_down_the_image_reaches_the_posteriors_at_the_first_step() -> None:
     """How much each layer's output deviates over images: by torch's default it shrinks 2.4 times at each ReLU."""
-    vae = model(posterior="top-down", network=Network(width=16, halvings=2, hidden=128), latents=16, top_latents=8)
+    vae = model(
+        posterior="top-down", network=Network(width=16, halvings=2, hidden=128), latent_dim=16, top_latent_dim=8
+    )
     path = [vae.net.encoder.hidden, vae.net.encoder.out, vae.net.q_top[0], vae.net.q_top[2]]
     deviations = []
     for layer in path:
@@ -83,8 +85,8 @@ class Exact:
 
 @pytest.fixture(scope="module")
 def linear() -> tuple[Variational, Exact]:
-    given = likelihood.Config(variance=C, learned=False)
-    vae = model(Shape(1, SIDE), latents=LOW, top_latents=TOP, network=Network(kind="linear"), likelihood=given)
+    given = likelihood.Config(variance=C, learned_variance=False)
+    vae = model(Shape(1, SIDE), latent_dim=LOW, top_latent_dim=TOP, network=Network(kind="linear"), likelihood=given)
     exact = Exact()
     exact.fill(vae)
     return vae.requires_grad_(False), exact

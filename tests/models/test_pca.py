@@ -30,7 +30,7 @@ def textures() -> torch.Tensor:
 
 
 def fitted(x: torch.Tensor, dim: int, patch: int = 0) -> PCA:
-    model = PCA(Config(latents=dim, patch=patch), Shape(x.shape[1], x.shape[2]))
+    model = PCA(Config(latent_dim=dim, patch=patch), Shape(x.shape[1], x.shape[2]))
     moments = model.moments()
     for part in x.split(100):
         model.count(moments, batch(part), torch.ones(len(part), dtype=torch.bool))
@@ -40,14 +40,14 @@ def fitted(x: torch.Tensor, dim: int, patch: int = 0) -> PCA:
 
 def equal(model: PCA, rows: NDArray[np.float64]) -> Reference:
     """rows: fp64 [N, D] in [0, 1]. The model's are fp32 copies of fp64 numbers: they differ by their rounding, 6e-8."""
-    reference = Reference(model.config.latents, svd_solver="full").fit(rows)
+    reference = Reference(model.config.latent_dim, svd_solver="full").fit(rows)
     np.testing.assert_allclose(model.mean, reference.mean_, atol=1e-6)
     signs = np.sign((model.components.numpy() * reference.components_).sum(1, keepdims=True))
     np.testing.assert_allclose(model.components, signs * reference.components_, atol=1e-6)
     np.testing.assert_allclose(model.variance, reference.explained_variance_, rtol=1e-6)
     # Of fewer rows than dimensions the other eigenvalues are zero; scikit-learn leaves them out of the mean,
     # Tipping and Bishop (equation 8) do not.
-    (count, size), dim = rows.shape, model.config.latents
+    (count, size), dim = rows.shape, model.config.latent_dim
     noise = reference.noise_variance_ * (min(count, size) - dim) / (size - dim)
     np.testing.assert_allclose(model.noise, noise, rtol=1e-6)
     np.testing.assert_allclose(model.explained(), reference.explained_variance_ratio_.sum(), rtol=1e-6)
@@ -181,7 +181,7 @@ def test_components_without_variance_are_no_nan() -> None:
     [
         (Config(), Shape(3, 128), r"a PCA of 49152 subpixels needs a covariance of 18\.0 GiB.*set model\.patch"),
         (Config(patch=3), Shape(1, 8), r"model\.patch=3 does not divide data\.size=8"),
-        (Config(latents=64), Shape(1, 8), r"model\.latents=64 must lie between 1 and 63"),
+        (Config(latent_dim=64), Shape(1, 8), r"model\.latent_dim=64 must lie between 1 and 63"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(config: Config, shape: Shape, sentence: str) -> None:

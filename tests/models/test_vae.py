@@ -20,7 +20,7 @@ COLOUR = Shape(3, 8)
 
 def model(shape: Shape = COLOUR, seed: int = 0, **changes: object) -> Variational:
     torch.manual_seed(0)
-    return build(Config(**{"latents": 4, "network": NETWORK, **changes}), shape, seed)
+    return build(Config(**{"latent_dim": 4, "network": NETWORK, **changes}), shape, seed)
 
 
 def batch(count: int = 6, channels: int = 3, size: int = 8, attributes: int = 0, first: int = 0) -> Batch:
@@ -63,9 +63,9 @@ def best_log_likelihood(images: Tensor) -> float:
 def linear(images: Tensor) -> Variational:
     vae = model(
         Shape(1, SIDE),
-        latents=LATENTS,
+        latent_dim=LATENTS,
         network=Network(kind="linear"),
-        likelihood=likelihood.Config(variance=VARIANCE, learned=False),
+        likelihood=likelihood.Config(variance=VARIANCE, learned_variance=False),
     )
     steps = 1000
     adam = torch.optim.Adam(vae.parameters(), 0.1, (0.9, 0.95))
@@ -102,9 +102,9 @@ def test_importance_weighting_rises_from_the_elbo_to_the_log_likelihood(images: 
     """
     vae = model(
         Shape(1, SIDE),
-        latents=LATENTS,
+        latent_dim=LATENTS,
         network=Network(kind="linear"),
-        likelihood=likelihood.Config(variance=0.3, learned=False),
+        likelihood=likelihood.Config(variance=0.3, learned_variance=False),
     ).requires_grad_(False)
     draws = 2**13
     bound = vae.bound(whole(images[:50].repeat(draws, 1, 1, 1)))
@@ -136,7 +136,7 @@ def test_importance_weighting_rises_from_the_elbo_to_the_log_likelihood(images: 
 
 def test_the_loss_is_the_elbo_in_nats_a_subpixel() -> None:
     """Written out: C ‖x − f‖² + KL and the constants of a Gaussian, with the very noise of the sample numbers."""
-    vae, seen = model(likelihood=likelihood.Config(variance=0.02, learned=False)), batch()
+    vae, seen = model(likelihood=likelihood.Config(variance=0.02, learned_variance=False)), batch()
     out = vae(seen, 0)
     x = seen.x / 255
     mean, log_std = vae.net.encoder(x - 0.5).chunk(2, dim=1)
@@ -164,7 +164,7 @@ def test_gradients_reach_every_parameter(kind: str, channels: int, network: Netw
         network=network,
         likelihood=likelihood.Config(kind=kind, components=2),
         classes=3,
-        embedding=2,
+        embedding_dim=2,
     )
     seen = batch(channels=channels, attributes=2)
     seen.label[0], seen.attributes[0] = -1, torch.nan
@@ -180,10 +180,10 @@ def test_beta_and_warm_up_weigh_the_kl_alone() -> None:
     rate = plain.metrics["rate"] / 192
     for vae, step, weight in (
         (model(beta=4.0), 0, 4.0),
-        (model(beta=4.0, warmup=8), 0, 0.5),
-        (model(beta=4.0, warmup=8), 3, 2.0),
-        (model(warmup=8), 7, 1.0),
-        (model(warmup=8), 800, 1.0),
+        (model(beta=4.0, beta_warmup_steps=8), 0, 0.5),
+        (model(beta=4.0, beta_warmup_steps=8), 3, 2.0),
+        (model(beta_warmup_steps=8), 7, 1.0),
+        (model(beta_warmup_steps=8), 800, 1.0),
         (model(beta=0.0), 5, 0.0),
     ):
         out = vae(seen, step)
@@ -255,7 +255,7 @@ def test_the_noise_of_a_bound_is_decided_by_the_numbers_of_sample_and_draw() -> 
 
 
 def test_samples_come_from_the_prior_and_the_likelihood() -> None:
-    vae = model(latents=1, network=Network(kind="linear"), likelihood=likelihood.Config(variance=0.04)).eval()
+    vae = model(latent_dim=1, network=Network(kind="linear"), likelihood=likelihood.Config(variance=0.04)).eval()
     nothing = Condition(torch.full((4000,), -1), torch.zeros(4000, 0))
     slope = vae.net.decoder.weight.detach().flatten()
     means = vae.decode([], nothing, temperature=0.5).detach().flatten(1)
@@ -335,8 +335,8 @@ def test_a_conditional_vae_learns_what_the_label_says() -> None:
     levels = torch.tensor([40, 120, 220], dtype=torch.uint8)
     rates = {}
     for classes in (0, 3):
-        given = likelihood.Config(variance=0.01, learned=False)
-        vae = model(Shape(1, 8), likelihood=given, classes=classes, embedding=4)
+        given = likelihood.Config(variance=0.01, learned_variance=False)
+        vae = model(Shape(1, 8), likelihood=given, classes=classes, embedding_dim=4)
         adam = torch.optim.Adam(vae.parameters(), 1e-2)
         for step in range(150):
             label = torch.arange(30) % 3
@@ -381,7 +381,7 @@ def test_half_weights_serve() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"latents": 0}, r"model\.latents=0"),
+        ({"latent_dim": 0}, r"model\.latent_dim=0"),
         ({"beta": -1.0}, r"model\.beta=-1"),
         ({"label_dropout": 1.0}, r"model\.label_dropout=1"),
         ({"classes": -1}, r"model\.classes=-1"),

@@ -24,7 +24,7 @@ MIXTURE = likelihood.Config(kind="logistic-mixture", components=2)
 
 def model(shape: Shape = COLOUR, **changes: object) -> Variational:
     torch.manual_seed(0)
-    given = {"width": 8, "bottleneck": 4, "latents": 3, "encoder": DOWN, "decoder": UP, "likelihood": MIXTURE}
+    given = {"width": 8, "bottleneck": 4, "latent_dim": 3, "encoder": DOWN, "decoder": UP, "likelihood": MIXTURE}
     return build(Config(**{**given, **changes}), shape)
 
 

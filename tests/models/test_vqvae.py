@@ -8,7 +8,7 @@ from vaescale.nn import quantize
 
 def model(**changes: object) -> VQVAE:
     torch.manual_seed(0)
-    config = Config(width=16, residual_width=8, quantizer=quantize.Config(codes=32, dim=8), **changes)
+    config = Config(width=16, residual_width=8, quantizer=quantize.Config(codebook_size=32, dim=8), **changes)
     return VQVAE(config, Shape())
 
 
@@ -17,11 +17,11 @@ def batch(count: int = 4, size: int = 32) -> Batch:
     return Batch(x, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 0), torch.arange(count))
 
 
-@pytest.mark.parametrize("downsampling", [2, 4, 8, 16])
-def test_shapes(downsampling: int) -> None:
-    vqvae = model(downsampling=downsampling)
+@pytest.mark.parametrize("downsample_factor", [2, 4, 8, 16])
+def test_shapes(downsample_factor: int) -> None:
+    vqvae = model(downsample_factor=downsample_factor)
     (codes,) = vqvae.encode(batch())
-    assert codes.shape == (4, 32 // downsampling, 32 // downsampling)
+    assert codes.shape == (4, 32 // downsample_factor, 32 // downsample_factor)
     assert codes.dtype == torch.int64
     assert vqvae.decode([codes]).shape == (4, 3, 32, 32)
 
@@ -31,7 +31,7 @@ def test_the_papers_setting_has_the_papers_codes() -> None:
     with torch.device("meta"):
         vqvae = VQVAE(Config(), Shape())
     assert vqvae.config.width == 256
-    assert vqvae.config.quantizer.codes == 512
+    assert vqvae.config.quantizer.codebook_size == 512
     features = vqvae.encoder(torch.empty(1, 3, 128, 128, device="meta"))
     assert features.shape == (1, 64, 32, 32)
 
@@ -52,7 +52,7 @@ def test_the_loss_is_its_parts() -> None:
 
 
 def test_each_codebook_has_its_name_and_its_commitment() -> None:
-    quantizer = quantize.Config(codes=32, dim=8, depth=2)
+    quantizer = quantize.Config(codebook_size=32, dim=8, depth=2)
     vqvae, images = VQVAE(Config(width=16, residual_width=8, quantizer=quantizer), Shape()), batch()
     out = vqvae(images, 0)
     assert list(vqvae.usage(clear=False)) == ["codebook0", "codebook1"]

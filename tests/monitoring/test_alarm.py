@@ -60,10 +60,10 @@ def heard(config: Config, encoder: Encoder, steps: int = 400, warmup: int = 0) -
     return [(step, sentence) for step, sentence in said if sentence]
 
 
-VQ = Config(codes=256, dim=DIM)
-GRADIENT = Config(codes=256, dim=DIM, learning="gradient")
-FSQ = Config(kind="fsq", codes=60, dim=3, levels=[5, 4, 3])
-LFQ = Config(kind="lfq", codes=256, dim=DIM, entropy=0.1)
+VQ = Config(codebook_size=256, dim=DIM)
+GRADIENT = Config(codebook_size=256, dim=DIM, learning="gradient")
+FSQ = Config(kind="fsq", codebook_size=60, dim=3, levels=[5, 4, 3])
+LFQ = Config(kind="lfq", codebook_size=256, dim=DIM, entropy_weight=0.1)
 
 
 @pytest.mark.parametrize("encoder", [healthy, background])
@@ -72,10 +72,10 @@ LFQ = Config(kind="lfq", codes=256, dim=DIM, entropy=0.1)
     [
         VQ,
         GRADIENT,
-        Config(codes=256, dim=DIM, reset_every=0),
-        Config(codes=256, dim=DIM, metric="cosine", init="kmeans"),
-        Config(codes=64, dim=DIM, depth=3),
-        Config(codes=64, dim=DIM, groups=2),
+        Config(codebook_size=256, dim=DIM, reset_every=0),
+        Config(codebook_size=256, dim=DIM, metric="cosine", init="kmeans"),
+        Config(codebook_size=64, dim=DIM, depth=3),
+        Config(codebook_size=64, dim=DIM, groups=2),
         FSQ,
         LFQ,
     ],
@@ -92,12 +92,16 @@ def test_nothing_is_said_of_healthy_codebooks(config: Config, encoder: Encoder) 
         (GRADIENT, point, "The encoder gives one output for everything"),
         (VQ, runaway, "Dead codes are replaced, and die again"),
         (GRADIENT, runaway, "Dead codes are replaced, and die again"),
-        (Config(codes=256, dim=DIM, reset_every=0), runaway, "since model.quantizer.reset_every=0: set it to 10"),
-        (Config(codes=256, dim=DIM, reset_every=0), moved, "since model.quantizer.reset_every=0: set it to 10"),
-        (Config(codes=256, dim=DIM, dead_after=5000), moved, "waits model.quantizer.dead_after=5000 steps"),
-        (Config(kind="simvq", codes=256, dim=DIM), moved, "faster than their one map could follow"),
+        (
+            Config(codebook_size=256, dim=DIM, reset_every=0),
+            runaway,
+            "since model.quantizer.reset_every=0: set it to 10",
+        ),
+        (Config(codebook_size=256, dim=DIM, reset_every=0), moved, "since model.quantizer.reset_every=0: set it to 10"),
+        (Config(codebook_size=256, dim=DIM, dead_after=5000), moved, "waits model.quantizer.dead_after=5000 steps"),
+        (Config(kind="simvq", codebook_size=256, dim=DIM), moved, "faster than their one map could follow"),
         (FSQ, point, "The encoder reaches few of the levels"),
-        (LFQ, point, "raise model.quantizer.entropy above 0.1"),
+        (LFQ, point, "raise model.quantizer.entropy_weight above 0.1"),
     ],
     ids=str,
 )
@@ -113,7 +117,7 @@ def test_resets_cure_what_moved_and_nothing_is_said() -> None:
 
 
 def test_a_first_step_that_is_not_finite_only_delays_the_beginning() -> None:
-    assert heard(Config(codes=256, dim=DIM, reset_every=0), broken) == []
+    assert heard(Config(codebook_size=256, dim=DIM, reset_every=0), broken) == []
 
 
 def test_each_codebook_has_its_own_alarm() -> None:
@@ -122,7 +126,7 @@ def test_each_codebook_has_its_own_alarm() -> None:
     def half(step: int, generator: torch.Generator) -> Tensor:
         return torch.cat([healthy(step, generator)[:, :4], point(step, generator)[:, :4]], dim=1)
 
-    ((_, sentence),) = heard(Config(codes=256, dim=DIM, groups=2), half)
+    ((_, sentence),) = heard(Config(codebook_size=256, dim=DIM, groups=2), half)
     assert sentence.startswith("codebook1 has collapsed")
 
 
@@ -166,6 +170,6 @@ def test_few_bits_are_a_collapse_though_all_codes_are_in_use() -> None:
 
 
 def test_what_is_set_already_is_not_advised() -> None:
-    narrow = Config(project=8, metric="cosine")
+    narrow = Config(codebook_dim=8, metric="cosine")
     assert "model.quantizer.metric=cosine" in alarm.cause(reading(0.1), VQ)
     assert "model.quantizer.metric=cosine" not in alarm.cause(reading(0.1), narrow)

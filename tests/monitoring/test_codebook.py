@@ -18,10 +18,10 @@ DIM = 12
 @pytest.mark.parametrize(
     "config",
     [
-        Config(codes=30, dim=DIM, dead_after=3, reset_every=4),
-        Config(codes=30, dim=DIM, learning="gradient", groups=2, depth=2, dead_after=3, reset_every=4),
-        Config(kind="fsq", codes=60, dim=DIM, levels=[5, 4, 3], project=6, groups=2),
-        Config(kind="lfq", codes=64, dim=DIM, groups=2),
+        Config(codebook_size=30, dim=DIM, dead_after=3, reset_every=4),
+        Config(codebook_size=30, dim=DIM, learning="gradient", groups=2, depth=2, dead_after=3, reset_every=4),
+        Config(kind="fsq", codebook_size=60, dim=DIM, levels=[5, 4, 3], codebook_dim=6, groups=2),
+        Config(kind="lfq", codebook_size=64, dim=DIM, groups=2),
     ],
     ids=str,
 )
@@ -58,7 +58,7 @@ def test_numbers_are_those_of_a_plain_count(config: Config) -> None:
 
 def test_resets_are_a_mean_over_the_steps_of_the_window() -> None:
     """Rows at one point: of 9 codes, all but one die, and are replaced every fourth step."""
-    quantizer = build(Config(codes=9, dim=2, dead_after=1, reset_every=4), seed=0)
+    quantizer = build(Config(codebook_size=9, dim=2, dead_after=1, reset_every=4), seed=0)
     for step in range(17):
         quantizer(torch.full((20, 2), 0.5))
         quantizer.update(step, lr=0.1)
@@ -72,7 +72,7 @@ def test_resets_are_a_mean_over_the_steps_of_the_window() -> None:
 @pytest.mark.parametrize("kind", ["vq", "simvq"])
 def test_commitment_is_each_codebooks_own(kind: str) -> None:
     """Groups of residuals: the squared distance between what each codebook is given and the code it takes."""
-    config = Config(kind=kind, codes=30, dim=DIM, groups=2, depth=3)  # type: ignore[arg-type]
+    config = Config(kind=kind, codebook_size=30, dim=DIM, groups=2, depth=3)  # type: ignore[arg-type]
     torch.manual_seed(0)
     quantizer = build(config, seed=3)
     for step, z in enumerate(batches(8, 80, DIM)):
@@ -140,10 +140,10 @@ def test_of_many_codes_evenly_spread_ones_are_shown() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        Config(codes=20, dim=6, depth=2),
-        Config(codes=20, dim=6, groups=2),
-        Config(kind="fsq", codes=60, dim=6, levels=[5, 4, 3], project=3),
-        Config(kind="lfq", codes=64, dim=6),
+        Config(codebook_size=20, dim=6, depth=2),
+        Config(codebook_size=20, dim=6, groups=2),
+        Config(kind="fsq", codebook_size=60, dim=6, levels=[5, 4, 3], codebook_dim=3),
+        Config(kind="lfq", codebook_size=64, dim=6),
     ],
     ids=str,
 )

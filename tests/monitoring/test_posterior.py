@@ -39,8 +39,8 @@ def test_a_collapse_is_said_once_with_its_cause() -> None:
     assert step == SETTLE
     assert sentence == (
         "latents have collapsed at step 500: they carry 0.004 nats an image, and the decoder ignores them. The KL "
-        "costs its full price before the decoder has learned to use the latents: set model.warmup to about a tenth "
-        "of steps, or model.free_bits=0.1"
+        "costs its full price before the decoder has learned to use the latents: set model.beta_warmup_steps to about "
+        "a tenth of steps, or model.free_bits=0.1"
     )
 
 
@@ -80,7 +80,7 @@ def test_it_is_said_when_it_is_over() -> None:
 def test_units_that_tell_nothing_are_a_collapse_whatever_the_rate() -> None:
     """As under free bits, which let rates stay where they are."""
     on: list[str] = []
-    posterior = Posterior(vae.Config(free_bits=0.5, warmup=100), 0, on)
+    posterior = Posterior(vae.Config(free_bits=0.5, beta_warmup_steps=100), 0, on)
     assert posterior.validation(1000, active=0) is None  # nothing is known of rates: it may be no VAE
     assert posterior.report(1000, EVERY, [16.0]) is None
     assert posterior.validation(599, active=0) is None
@@ -108,11 +108,11 @@ def test_rates_that_are_no_numbers_are_no_collapse() -> None:
 
 
 def test_what_is_set_already_is_not_advised() -> None:
-    fixed = likelihood.Config(variance=2.0, learned=False)
+    fixed = likelihood.Config(variance=2.0, learned_variance=False)
     assert "lower model.beta=4 to 1" in cause(vae.Config(beta=4, likelihood=fixed))
     assert "model.likelihood.variance=2" in cause(hvae.Config(likelihood=fixed))
-    assert "model.warmup to about a tenth" in cause(vdvae.Config())
-    assert "model.free_bits=0.1, or raise model.warmup=50" in cause(vae.Config(warmup=50))
-    last = cause(vae.Config(warmup=50, free_bits=0.1))
-    assert "lower optimizer.lr or raise optimizer.warmup" in last
+    assert "model.beta_warmup_steps to about a tenth" in cause(vdvae.Config())
+    assert "model.free_bits=0.1, or raise model.beta_warmup_steps=50" in cause(vae.Config(beta_warmup_steps=50))
+    last = cause(vae.Config(beta_warmup_steps=50, free_bits=0.1))
+    assert "lower optimizer.lr or raise optimizer.warmup_steps" in last
     assert "model." not in last

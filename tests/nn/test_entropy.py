@@ -113,8 +113,8 @@ def test_quantizers_add_the_entropy_loss() -> None:
     z = torch.randn(40, 6)
     for kind in (VectorQuantizer, SimVQ):
         torch.manual_seed(0)
-        plain = kind(Config(codes=20, dim=6))
-        weighted = kind(Config(codes=20, dim=6, entropy=0.3, temperature=0.5))
+        plain = kind(Config(codebook_size=20, dim=6))
+        weighted = kind(Config(codebook_size=20, dim=6, entropy_weight=0.3, entropy_temperature=0.5))
         weighted.load_state_dict(plain.state_dict())
         leaves = [z.clone().requires_grad_() for _ in range(2)]
         codebook = plain._codebook() if isinstance(plain, SimVQ) else plain.codebook

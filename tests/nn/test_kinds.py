@@ -19,25 +19,25 @@ from vaescale.nn.quantizer import MOST, pass_through
 DIM = 12
 FSQ_LEVELS = [5, 4, 3]
 KINDS = {
-    "vq": Config(codes=20, dim=DIM),
-    "vq by gradient": Config(codes=20, dim=DIM, learning="gradient"),
-    "cosine": Config(codes=20, dim=DIM, metric="cosine"),
-    "k-means": Config(codes=20, dim=DIM, init="kmeans"),
-    "uniform": Config(codes=20, dim=DIM, init="uniform"),
-    "simvq": Config(kind="simvq", codes=20, dim=DIM),
-    "fsq": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=3),
-    "fsq in groups": Config(kind="fsq", codes=60, dim=DIM, levels=FSQ_LEVELS, project=6, groups=2),
-    "lfq": Config(kind="lfq", codes=2**DIM, dim=DIM, entropy=0.1),
-    "lfq in groups": Config(kind="lfq", codes=8, dim=DIM, project=6, groups=2, entropy=0.1),
-    "vq with entropy": Config(codes=20, dim=DIM, entropy=0.1, temperature=2.0),
-    "cosine with entropy": Config(codes=20, dim=DIM, metric="cosine", entropy=0.1),
-    "simvq with entropy": Config(kind="simvq", codes=20, dim=DIM, entropy=0.1),
-    "rotation": Config(codes=20, dim=DIM, gradient="rotation"),
-    "projected cosine": Config(codes=20, dim=DIM, project=4, metric="cosine"),
-    "groups": Config(codes=20, dim=DIM, groups=3),
-    "residual": Config(codes=20, dim=DIM, depth=3),
-    "residual simvq": Config(kind="simvq", codes=20, dim=DIM, depth=2),
-    "groups of residuals": Config(codes=20, dim=DIM, groups=2, depth=3, project=8, metric="cosine"),
+    "vq": Config(codebook_size=20, dim=DIM),
+    "vq by gradient": Config(codebook_size=20, dim=DIM, learning="gradient"),
+    "cosine": Config(codebook_size=20, dim=DIM, metric="cosine"),
+    "k-means": Config(codebook_size=20, dim=DIM, init="kmeans"),
+    "uniform": Config(codebook_size=20, dim=DIM, init="uniform"),
+    "simvq": Config(kind="simvq", codebook_size=20, dim=DIM),
+    "fsq": Config(kind="fsq", codebook_size=60, dim=DIM, levels=FSQ_LEVELS, codebook_dim=3),
+    "fsq in groups": Config(kind="fsq", codebook_size=60, dim=DIM, levels=FSQ_LEVELS, codebook_dim=6, groups=2),
+    "lfq": Config(kind="lfq", codebook_size=2**DIM, dim=DIM, entropy_weight=0.1),
+    "lfq in groups": Config(kind="lfq", codebook_size=8, dim=DIM, codebook_dim=6, groups=2, entropy_weight=0.1),
+    "vq with entropy": Config(codebook_size=20, dim=DIM, entropy_weight=0.1, entropy_temperature=2.0),
+    "cosine with entropy": Config(codebook_size=20, dim=DIM, metric="cosine", entropy_weight=0.1),
+    "simvq with entropy": Config(kind="simvq", codebook_size=20, dim=DIM, entropy_weight=0.1),
+    "rotation": Config(codebook_size=20, dim=DIM, gradient="rotation"),
+    "projected cosine": Config(codebook_size=20, dim=DIM, codebook_dim=4, metric="cosine"),
+    "groups": Config(codebook_size=20, dim=DIM, groups=3),
+    "residual": Config(codebook_size=20, dim=DIM, depth=3),
+    "residual simvq": Config(kind="simvq", codebook_size=20, dim=DIM, depth=2),
+    "groups of residuals": Config(codebook_size=20, dim=DIM, groups=2, depth=3, codebook_dim=8, metric="cosine"),
 }
 
 
@@ -118,7 +118,7 @@ def test_cosine_is_the_largest_cosine() -> None:
 
 def test_simvq_learns_its_map_as_autograd_does() -> None:
     """Against the loss written out for a codebook C W^T that is looked up row by row."""
-    quantizer = SimVQ(Config(kind="simvq", codes=20, dim=6, beta=0.3))
+    quantizer = SimVQ(Config(kind="simvq", codebook_size=20, dim=6, beta=0.3))
     z = torch.randn(40, 6, requires_grad=True)
     quantizer(z).loss.backward()
     basis, weight = quantizer.basis.clone(), quantizer.map.weight.detach().clone().requires_grad_()
@@ -135,7 +135,7 @@ def test_simvq_learns_its_map_as_autograd_does() -> None:
 def test_fsq_is_the_grid_of_the_paper(levels: list[int]) -> None:
     """All products of the levels' integers, halved as in the paper's code; each code is one point and is reached."""
     count = int(np.prod(levels))
-    quantizer = FSQ(Config(kind="fsq", codes=count, dim=len(levels), levels=levels))
+    quantizer = FSQ(Config(kind="fsq", codebook_size=count, dim=len(levels), levels=levels))
     points = quantizer.lookup(torch.arange(count))
     grid = [[(i - level // 2) / (level // 2) for i in range(level)] for level in levels]
     assert sorted(map(tuple, points.tolist())) == sorted(
@@ -148,7 +148,7 @@ def test_fsq_is_the_grid_of_the_paper(levels: list[int]) -> None:
 
 def test_fsq_gradient_is_that_of_its_bound() -> None:
     """Rounding passes the gradient on; what is left is d/dz of the tanh, here by finite differences in float64."""
-    quantizer = FSQ(Config(kind="fsq", codes=60, dim=3, levels=FSQ_LEVELS))
+    quantizer = FSQ(Config(kind="fsq", codebook_size=60, dim=3, levels=FSQ_LEVELS))
     z = torch.randn(30, 3, requires_grad=True)
     quantizer(z).z.sum().backward()
     step = 1e-5
@@ -160,7 +160,7 @@ def test_fsq_gradient_is_that_of_its_bound() -> None:
 @pytest.mark.parametrize("levels", [3, 4, 5, 8, 16])
 def test_every_fsq_channel_learns_where_training_begins(levels: int) -> None:
     """Two levels do not: their gradient at z = 0 is 0.001, and one of their codes is used."""
-    quantizer = FSQ(Config(kind="fsq", codes=levels**2, dim=2, levels=[levels] * 2))
+    quantizer = FSQ(Config(kind="fsq", codebook_size=levels**2, dim=2, levels=[levels] * 2))
     z = torch.zeros(1, 2, requires_grad=True)
     quantizer(z).z.sum().backward()
     assert z.grad.min() > 0.6
@@ -171,7 +171,7 @@ def test_every_fsq_channel_learns_where_training_begins(levels: int) -> None:
 @pytest.mark.parametrize("bits", [1, 5, 6])
 def test_lfq_entropies_are_those_over_all_codes(bits: int) -> None:
     """Softmax over every code written out in float64, and its gradient."""
-    quantizer = LFQ(Config(kind="lfq", codes=2**bits, dim=bits, temperature=0.7))
+    quantizer = LFQ(Config(kind="lfq", codebook_size=2**bits, dim=bits, entropy_temperature=0.7))
     z = torch.randn(50, bits, dtype=torch.float64, requires_grad=True)
     z2 = z.detach().clone().requires_grad_()
     every = quantizer.lookup(torch.arange(2**bits)).double()
@@ -185,7 +185,7 @@ def test_lfq_entropies_are_those_over_all_codes(bits: int) -> None:
 
 
 def test_lfq_of_two_to_the_eighteen_codes_holds_no_large_matrix() -> None:
-    quantizer = LFQ(Config(kind="lfq", codes=2**18, dim=18, entropy=0.1))
+    quantizer = LFQ(Config(kind="lfq", codebook_size=2**18, dim=18, entropy_weight=0.1))
     largest = [0]
 
     class Watch(TorchDispatchMode):
@@ -260,7 +260,7 @@ def test_depth_serves_cosine_as_it_serves_euclidean(learning: Any, init: Any) ->
     unit = F.normalize(z, dim=1)
     errors = []
     for depth in (1, 2, 4):
-        common = {"codes": 32, "dim": 8, "depth": depth, "init": init, "learning": learning, "decay": 0.8}
+        common = {"codebook_size": 32, "dim": 8, "depth": depth, "init": init, "learning": learning, "ema_decay": 0.8}
         cosine, euclidean = fitted(Config(metric="cosine", **common), z), fitted(Config(**common), unit)
         out = cosine(z)
         if depth > 1:
@@ -274,7 +274,7 @@ def test_depth_serves_cosine_as_it_serves_euclidean(learning: Any, init: Any) ->
 
 @pytest.mark.parametrize("gradient", ["straight-through", "rotation"])
 def test_the_gradient_of_a_cosine_stack_is_that_of_its_normalisation(gradient: Any) -> None:
-    config = Config(codes=20, dim=8, depth=3, metric="cosine", gradient=gradient, beta=0.0)
+    config = Config(codebook_size=20, dim=8, depth=3, metric="cosine", gradient=gradient, beta=0.0)
     z = (3 * torch.randn(50, 8)).requires_grad_()
     quantizer = fitted(config, z.detach())
     weight = torch.randn(50, 8)
@@ -310,10 +310,10 @@ def test_groups_are_independent() -> None:
 def test_kmeans_is_that_of_scikit_learn() -> None:
     """From the same beginning, the rows that are drawn, after the same number of rounds."""
     rows = torch.cat(batches(1, 400, DIM))
-    drawn = VectorQuantizer(Config(codes=10, dim=DIM), seed=5)
+    drawn = VectorQuantizer(Config(codebook_size=10, dim=DIM), seed=5)
     drawn(rows)
     drawn.update(0, lr=0.0)
-    clustered = VectorQuantizer(Config(codes=10, dim=DIM, init="kmeans"), seed=5)
+    clustered = VectorQuantizer(Config(codebook_size=10, dim=DIM, init="kmeans"), seed=5)
     for part in rows.chunk(4):
         clustered(part)
     clustered.update(0, lr=0.0)
@@ -325,7 +325,7 @@ def test_kmeans_is_that_of_scikit_learn() -> None:
 @pytest.mark.parametrize("learning", ["ema", "gradient"])
 def test_a_uniform_codebook_is_neither_replaced_nor_idle(learning: Literal["ema", "gradient"]) -> None:
     """From the first step on it learns what torch or the EMA's recursion would, and codes without rows stay."""
-    config = Config(codes=50, dim=DIM, init="uniform", learning=learning, dead_after=3)
+    config = Config(codebook_size=50, dim=DIM, init="uniform", learning=learning, dead_after=3)
     quantizer = VectorQuantizer(config, begin=2)  # as a third level, which would wait for two others
     e = quantizer.codebook.clone()
     assert e.abs().max() <= 1 / 50
@@ -354,15 +354,15 @@ def test_a_uniform_codebook_is_neither_replaced_nor_idle(learning: Literal["ema"
     ("change", "message"),
     [
         ({"groups": 5}, "groups=5 must divide the 12 channels"),
-        ({"kind": "fsq"}, "set project=4 and codes=1000"),
+        ({"kind": "fsq"}, "set codebook_dim=4 and codebook_size=1000"),
         ({"kind": "fsq", "depth": 2}, "leaves no rest to quantise"),
-        ({"project": -1}, "project=-1 must be at least 0"),
+        ({"codebook_dim": -1}, "codebook_dim=-1 must be at least 0"),
         ({"depth": 0}, "depth=0 must be at least 1"),
-        ({"entropy": -0.1}, "entropy=-0.1 must be at least 0"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
-        ({"kind": "fsq", "entropy": 0.1}, "set entropy=0"),
-        ({"kind": "fsq", "levels": [2] * DIM, "codes": 2**DIM}, r"levels=\[2, .* must be 3 or more each"),
-        ({"kind": "fsq", "levels": [5, 1], "codes": 5, "project": 2}, "must be 3 or more each"),
+        ({"entropy_weight": -0.1}, "entropy_weight=-0.1 must be at least 0"),
+        ({"entropy_temperature": 0.0}, "entropy_temperature=0.0 must be above 0"),
+        ({"kind": "fsq", "entropy_weight": 0.1}, "set entropy_weight=0"),
+        ({"kind": "fsq", "levels": [2] * DIM, "codebook_size": 2**DIM}, r"levels=\[2, .* must be 3 or more each"),
+        ({"kind": "fsq", "levels": [5, 1], "codebook_size": 5, "codebook_dim": 2}, "must be 3 or more each"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(change: dict[str, object], message: str) -> None:
@@ -372,7 +372,7 @@ def test_what_cannot_be_built_is_one_sentence(change: dict[str, object], message
 
 def test_dead_codes_of_every_level_return() -> None:
     """Levels begin one after the other; 60 steps on nearly all codes of all of them are in use."""
-    config = Config(codes=32, dim=DIM, depth=3, dead_after=5, reset_every=5)
+    config = Config(codebook_size=32, dim=DIM, depth=3, dead_after=5, reset_every=5)
     torch.manual_seed(0)
     quantizer = build(config, seed=3)
     for step, z in enumerate(batches(60, 1000, DIM)):

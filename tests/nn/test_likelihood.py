@@ -75,7 +75,7 @@ def test_the_mixture_is_the_papers() -> None:
 
 
 def test_the_discretised_gaussian_is_a_difference_of_cdfs() -> None:
-    likelihood = made("discretised-gaussian", variance=0.04, learned=False)
+    likelihood = made("discretised-gaussian", variance=0.04, learned_variance=False)
     output = outputs(likelihood, 50, 0.3)
     normal = Normal((output.double().flatten() + 0.5)[:, None], 0.2)
     edges = (torch.arange(257, dtype=torch.float64) - 0.5) / 255
@@ -125,7 +125,7 @@ def test_a_learned_variance_becomes_the_mean_squared_error() -> None:
 
 
 def test_a_given_variance_is_not_learned_and_weighs_the_squared_error() -> None:
-    likelihood = made("gaussian", variance=0.02, learned=False)
+    likelihood = made("gaussian", variance=0.02, learned_variance=False)
     assert not list(likelihood.parameters())
     x = torch.randint(0, 256, (2, 1, 4, 4), dtype=torch.uint8)
     near, far = x / 255 - 0.5, torch.zeros(2, 1, 4, 4)

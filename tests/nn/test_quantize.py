@@ -34,7 +34,7 @@ def place_codes(quantizer: VectorQuantizer, codebook: Tensor) -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_lookup_of_codes_is_z(learning: str) -> None:
-    quantizer = VectorQuantizer(Config(codes=20, dim=6, learning=learning))
+    quantizer = VectorQuantizer(Config(codebook_size=20, dim=6, learning=learning))
     z = torch.randn(2, 3, 5, 6)
     out = quantizer(z)
     assert out.codes.shape == (2, 3, 5)
@@ -45,7 +45,7 @@ def test_lookup_of_codes_is_z(learning: str) -> None:
 
 def test_loss_and_gradient_are_those_of_the_paper() -> None:
     """Equation 3 by autograd, on a codebook that is a parameter."""
-    quantizer = VectorQuantizer(Config(codes=20, dim=6, beta=0.3, learning="gradient"))
+    quantizer = VectorQuantizer(Config(codebook_size=20, dim=6, beta=0.3, learning="gradient"))
     quantizer.codebook.copy_(torch.randn(20, 6))
     z = torch.randn(50, 6, requires_grad=True)
     target = torch.randn(50, 6)
@@ -64,7 +64,7 @@ def test_loss_and_gradient_are_those_of_the_paper() -> None:
 
 def test_ema_is_the_published_recursion() -> None:
     """Appendix A.1, equations 6 to 8, in float64, one row at a time."""
-    config = Config(codes=10, dim=3, decay=0.9, reset_every=0)
+    config = Config(codebook_size=10, dim=3, ema_decay=0.9, reset_every=0)
     quantizer = VectorQuantizer(config)
     place_codes(quantizer, torch.randn(10, 3))
     e = quantizer.codebook.double().numpy().copy()
@@ -85,7 +85,7 @@ def test_ema_is_the_published_recursion() -> None:
 
 def test_gradient_learning_is_torchs_adam_on_a_parameter() -> None:
     """Straight-through VQ-VAE gradients by autograd and torch.optim.Adam, on the joined micro-batches."""
-    quantizer = VectorQuantizer(Config(codes=10, dim=3, learning="gradient", reset_every=0))
+    quantizer = VectorQuantizer(Config(codebook_size=10, dim=3, learning="gradient", reset_every=0))
     place_codes(quantizer, torch.randn(10, 3))
     e = torch.nn.Parameter(quantizer.codebook.double().clone())
     adam = torch.optim.Adam([e], lr=0.02)
@@ -102,7 +102,7 @@ def test_gradient_learning_is_torchs_adam_on_a_parameter() -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_accumulated_micro_batches_are_one_batch(learning: str) -> None:
-    whole, parts = (VectorQuantizer(Config(codes=16, dim=4, learning=learning)) for _ in range(2))
+    whole, parts = (VectorQuantizer(Config(codebook_size=16, dim=4, learning=learning)) for _ in range(2))
     parts.load_state_dict(whole.state_dict())
     for step, z in enumerate(batches(30, 64, 4), start=1):
         whole(z)
@@ -116,7 +116,7 @@ def test_accumulated_micro_batches_are_one_batch(learning: str) -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_the_first_update_puts_every_code_on_a_row(learning: str) -> None:
-    quantizer = VectorQuantizer(Config(codes=64, dim=4, learning=learning, reset_every=0))
+    quantizer = VectorQuantizer(Config(codebook_size=64, dim=4, learning=learning, reset_every=0))
     (z,) = batches(1, 512, 4)
     quantizer(z)
     quantizer.update(0, lr=0.01)
@@ -133,7 +133,7 @@ BEGINNINGS = [{"init": init, "learning": learning} for init in ("samples", "kmea
 @pytest.mark.parametrize("changes", [*BEGINNINGS, {"depth": 3}, {"depth": 2, "groups": 2, "metric": "cosine"}], ids=str)
 def test_a_codebook_of_another_run_is_not_placed_anew(changes: dict[str, Any]) -> None:
     """At step 0 of the run that takes it up it learns as in any step of its own: nothing is replaced or dropped."""
-    config = Config(codes=16, dim=4, reset_every=10, **changes)
+    config = Config(codebook_size=16, dim=4, reset_every=10, **changes)
     rows = batches(30, 100, 4)
     first, second, own = build(config, seed=1), build(config, seed=2), build(config, seed=1)
     for step in range(25):
@@ -155,7 +155,7 @@ def test_a_codebook_of_another_run_is_not_placed_anew(changes: dict[str, Any]) -
 def test_a_first_step_that_is_taken_back_is_made_up_for(changes: dict[str, Any], skipped: list[int]) -> None:
     """All codes start on rows, each level's on what the level before leaves over, however many first steps are skipped,
     and without resets."""
-    config = Config(codes=16, dim=4, reset_every=0, **changes)
+    config = Config(codebook_size=16, dim=4, reset_every=0, **changes)
     quantizer = build(config, seed=1)
     for step, z in enumerate(batches(26, 100, 4)):
         before = {name: value.clone() for name, value in quantizer.state_dict().items()}
@@ -178,7 +178,7 @@ def test_a_first_step_that_is_taken_back_is_made_up_for(changes: dict[str, Any],
 @pytest.mark.parametrize("learning", LEARNING)
 def test_dead_codes_return(learning: str) -> None:
     """At the start all codes but three lie far from every row, and 200 steps later nearly all are in use."""
-    config = Config(codes=64, dim=4, learning=learning, reset_every=10, dead_after=20)
+    config = Config(codebook_size=64, dim=4, learning=learning, reset_every=10, dead_after=20)
     quantizer = VectorQuantizer(config)
     codebook = torch.randn(64, 4)
     codebook[3:] += 1000.0
@@ -195,7 +195,7 @@ def test_dead_codes_return(learning: str) -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_a_reset_takes_a_row_and_forgets_the_past(learning: str) -> None:
-    quantizer = VectorQuantizer(Config(codes=8, dim=4, learning=learning, reset_every=4, dead_after=3))
+    quantizer = VectorQuantizer(Config(codebook_size=8, dim=4, learning=learning, reset_every=4, dead_after=3))
     codebook = torch.randn(8, 4)
     codebook[5:] += 1000.0
     place_codes(quantizer, codebook)
@@ -218,7 +218,7 @@ def test_a_reset_takes_a_row_and_forgets_the_past(learning: str) -> None:
 
 @pytest.mark.parametrize("learning", LEARNING)
 def test_a_nan_cannot_poison_the_codebook(learning: str) -> None:
-    quantizer = VectorQuantizer(Config(codes=8, dim=4, learning=learning))
+    quantizer = VectorQuantizer(Config(codebook_size=8, dim=4, learning=learning))
     for step, z in enumerate(batches(12, 32, 4), start=1):
         if step == 10:  # a reset step too
             z[7, 2] = float("nan")
@@ -233,7 +233,7 @@ def test_a_nan_cannot_poison_the_codebook(learning: str) -> None:
 
 
 def test_usage_is_a_plain_count() -> None:
-    config = Config(codes=30, dim=3, reset_every=0)
+    config = Config(codebook_size=30, dim=3, reset_every=0)
     quantizer = VectorQuantizer(config)
     place_codes(quantizer, torch.randn(30, 3))
     window: list[np.ndarray] = []
@@ -262,7 +262,7 @@ def test_usage_is_a_plain_count() -> None:
 
 
 def test_quantisation_is_an_fp32_island() -> None:
-    quantizer = VectorQuantizer(Config(codes=300, dim=8))
+    quantizer = VectorQuantizer(Config(codebook_size=300, dim=8))
     quantizer.codebook.copy_(torch.randn(300, 8))
     z = torch.randn(500, 8).bfloat16()
     plain = quantizer(z.float())
@@ -275,7 +275,7 @@ def test_quantisation_is_an_fp32_island() -> None:
 
 
 def test_evaluation_leaves_no_trace() -> None:
-    quantizer = VectorQuantizer(Config(codes=8, dim=4)).eval()
+    quantizer = VectorQuantizer(Config(codebook_size=8, dim=4)).eval()
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     quantizer(torch.randn(10, 4))
     assert not quantizer._seen

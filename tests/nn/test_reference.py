@@ -23,7 +23,7 @@ def test_the_codebook_is_that_of_vector_quantize_pytorch(metric: str) -> None:
     codebook = 3 * torch.randn(32, 8, generator=generator)
     if metric == "cosine":
         codebook = F.normalize(codebook, dim=1)
-    ours = VectorQuantizer(Config(codes=32, dim=8, decay=0.9, metric=metric, reset_every=0))
+    ours = VectorQuantizer(Config(codebook_size=32, dim=8, ema_decay=0.9, metric=metric, reset_every=0))
     place_codes(ours, codebook)
     theirs = VectorQuantize(8, 32, decay=0.9, eps=LAPLACE, use_cosine_sim=metric == "cosine", threshold_ema_dead_code=0)
     theirs.codebook = codebook

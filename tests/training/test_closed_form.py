@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 def learner(samples: int) -> ClosedForm:
     config = settings.load(CONFIGS / "pca_digits.yaml", [])
-    return ClosedForm(PCA(Config(latents=4), Shape(3, 8)), config, samples)
+    return ClosedForm(PCA(Config(latent_dim=4), Shape(3, 8)), config, samples)
 
 
 def test_what_lies_beyond_the_epoch_does_not_count() -> None:
@@ -76,7 +76,7 @@ def test_the_training_loss_is_that_of_the_last_solution() -> None:
     ids=["scratch", "resumed", "resumed with twice the batch", "finished"],
 )
 def test_a_run_has_as_many_steps_as_one_epoch(position: tuple[int, int], steps: int) -> None:
-    config = settings.load(CONFIGS / "pca_digits.yaml", ["batch=128", "steps=3"])
+    config = settings.load(CONFIGS / "pca_digits.yaml", ["global_batch=128", "steps=3"])
     assert ClosedForm.planned(config, lambda: 1500, *position) == steps
 
 
@@ -87,7 +87,7 @@ def test_nothing_is_averaged() -> None:
 
 
 def test_a_dry_run_says_the_steps_and_the_moments(pictures: Path) -> None:
-    overrides = [f"data.root={pictures}", "data.channels=3", "batch=20"]
+    overrides = [f"data.root={pictures}", "data.channels=3", "global_batch=20"]
     text = dry_run(settings.load(CONFIGS / "pca_digits.yaml", overrides), world=2)
     assert "10 (micro) × 1 (accumulation) × 2 (world) = 20 images" in text
     assert "5 steps of 20 images" in text
@@ -106,7 +106,7 @@ def test_a_linear_autoencoder_finds_the_principal_subspace_by_other_axes(group: 
     """All digits in each step, ten latents: the eleventh eigenvalue is .77 of the tenth, and the gap decides how soon
     the subspaces meet."""
     x = digits()
-    overrides = ["data.size=8", "steps=1000", f"batch={len(x)}"]
+    overrides = ["data.size=8", "steps=1000", f"global_batch={len(x)}"]
     config = settings.load(CONFIGS / "ae_linear_digits.yaml", overrides)
     torch.manual_seed(0)
     model = settings.build(config)

@@ -50,13 +50,15 @@ def test_what_deepspeed_is_told(group: None) -> None:
 
 def test_fp16_weights_without_hardware_are_one_sentence(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    with pytest.raises(ConfigError, match="precision=fp16 with zero=1 needs hardware with fp16: take zero=0"):
+    with pytest.raises(
+        ConfigError, match="precision=fp16 with zero_stage=1 needs hardware with fp16: take zero_stage=0"
+    ):
         deepspeed_config("fp16", 1, 1.0, 1, 1, {})
 
 
 def test_one_step_is_that_of_plain_torch(group: None) -> None:
     """Ten steps against a hand-written loop with AdamW and clipping."""
-    config = load("optimizer.clip=0.5", "optimizer.weight_decay=0.1")
+    config = load("optimizer.grad_clip=0.5", "optimizer.weight_decay=0.1")
     torch.manual_seed(0)
     ours, plain = settings.build(config), settings.build(config)
     plain.load_state_dict(ours.state_dict())
@@ -80,7 +82,7 @@ def test_two_engines_share_a_step_and_a_verdict(group: None, zero: int) -> None:
     """A critic and what it judges, of two micro-batches, against plain torch, bit for bit. In the first one's pass the
     critic is called without its engine and frozen. In the third step the critic's gradient is not finite: neither
     moves."""
-    optimizer = settings.Optimizer(lr=1e-2, clip=0.5, weight_decay=0.1)
+    optimizer = settings.Optimizer(lr=1e-2, grad_clip=0.5, weight_decay=0.1)
 
     def nets() -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
@@ -166,10 +168,10 @@ def test_a_nan_gradient_moves_nothing(group: None) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["zero=0"],
-        ["zero=1", "model.quantizer.learning=gradient"],
-        ["zero=2", "model.quantizer.metric=cosine", "model.quantizer.depth=2"],
-        ["model.quantizer.kind=lfq", "model.quantizer.codes=16"],
+        ["zero_stage=0"],
+        ["zero_stage=1", "model.quantizer.learning=gradient"],
+        ["zero_stage=2", "model.quantizer.metric=cosine", "model.quantizer.depth=2"],
+        ["model.quantizer.kind=lfq", "model.quantizer.codebook_size=16"],
         ["vae"],
     ],
     ids=" ".join,
@@ -234,7 +236,7 @@ def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest
     """Neither for a loss that is not finite nor for a spike; and not below 1, where an overflow is none any more and
     DeepSpeed would raise."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-    config = load("precision=fp16", f"zero={zero}", "steps=100")
+    config = load("precision=fp16", f"zero_stage={zero}", "steps=100")
     torch.manual_seed(0)
     model = settings.build(config)
     learner = Descent(model, config)
@@ -273,7 +275,14 @@ def test_half_weights_are_averaged_as_their_masters(group: None, monkeypatch: py
     """In fp32, skipped steps left out; half weights round away what a small step moves. And taken up from a
     checkpoint, the averages go on with the same bits."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-    config = load("precision=fp16", f"zero={zero}", "steps=100", "optimizer.lr=1e-5", "optimizer.warmup=0", "ema=0.9")
+    config = load(
+        "precision=fp16",
+        f"zero_stage={zero}",
+        "steps=100",
+        "optimizer.lr=1e-5",
+        "optimizer.warmup_steps=0",
+        "ema_decay=0.9",
+    )
     torch.manual_seed(0)
     model = settings.build(config)
     learner = Descent(model, config)
@@ -312,7 +321,7 @@ def test_an_engine_does_not_inherit_the_autocast_of_another(group: None, monkeyp
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
 
     def losses(zero: int) -> list[float]:
-        config = load("precision=fp16", f"zero={zero}")
+        config = load("precision=fp16", f"zero_stage={zero}")
         torch.manual_seed(0)
         model = settings.build(config)
         learner = Descent(model, config)

@@ -14,7 +14,7 @@ TINY = Path(__file__).parent.parent / "integration"
 
 def test_a_linear_autoencoder_has_two_flops_a_weight_and_pass() -> None:
     """Forward, gradient of the weights, and gradient of the input, which the first layer does not need."""
-    given = ["run=run", "data.root=data", "model.latents=10", "data.size=16", "data.channels=1"]
+    given = ["run=run", "data.root=data", "model.latent_dim=10", "data.size=16", "data.channels=1"]
     config = settings.load(CONFIGS / "ae_linear_digits.yaml", given)
     assert flops.per_image(config) == 2 * (2 * 256 * 10) + 3 * (2 * 10 * 256)
 

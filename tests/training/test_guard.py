@@ -143,8 +143,8 @@ def test_the_diagnosis_says_why_and_what_to_do() -> None:
     spike = diagnosis(Skip(142, SPIKE, 1234.5, 1.25, 20, 0.1, []), 2, 10.0)
     assert spike == (
         "20 steps in a row were skipped, the last of them step 143: the gradient norm is 1.23e+03, where 1.25 is "
-        "usual; no skipped step has moved the weights: lower optimizer.lr or raise optimizer.warmup, and look at the "
-        "samples named above; if that does not help, go on from an older checkpoint; "
+        "usual; no skipped step has moved the weights: lower optimizer.lr or raise optimizer.warmup_steps, and look at "
+        "the samples named above; if that does not help, go on from an older checkpoint; "
         "if gradients are to stay so large, raise optimizer.spike=10 (0: no limit)"
     )
     text = diagnosis(Skip(142, NOT_FINITE, math.nan, 1.25, 20, 0.1, [0]), 1, 10.0)

@@ -17,7 +17,7 @@ QUICKSTART = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    optimizer = Optimizer(lr=2.0, warmup=10, final=0.1)
+    optimizer = Optimizer(lr=2.0, warmup_steps=10, final_lr_ratio=0.1)
     rates = [learning_rate(optimizer, step, 110) for step in range(110)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == rates[10] == 2.0
@@ -70,12 +70,12 @@ def test_a_model_without_buffers_is_averaged() -> None:
 
 
 def test_a_dry_run_says_the_batch_arithmetic_and_the_memory() -> None:
-    config = settings.load(QUICKSTART, ["batch=24", "accumulation=3", "zero=2", "steps=10"])
+    config = settings.load(QUICKSTART, ["global_batch=24", "accumulation=3", "zero_stage=2", "steps=10"])
     text = dry_run(config, world=4)
     assert "2 (micro) × 3 (accumulation) × 4 (world) = 24 images" in text
     assert "10 steps of 24 images" in text
     assert f"{sum(p.numel() for p in settings.build(config).parameters()) / 1e6:.3f} M" in text
-    assert "codes: 512" in text
+    assert "codebook_size: 512" in text
 
 
 def test_activations_are_counted() -> None:

@@ -28,7 +28,7 @@ def test_the_model_of_the_page_trains(group: None, tmp_path: Path, monkeypatch: 
     (tmp_path / "c.yaml").write_text(
         "model: {kind: patches}\ndata: {size: 16}\nprecision: fp32\noptimizer: {lr: 1e-2}\n"
     )
-    config = settings.load(tmp_path / "c.yaml", ["steps=150", "batch=8", "run=none"])
+    config = settings.load(tmp_path / "c.yaml", ["steps=150", "global_batch=8", "run=none"])
     settings.check(config, world=1)
     torch.manual_seed(0)
     model = settings.build(config)

@@ -17,7 +17,7 @@ from vaescale.training.reporter import COMPARED, Reporter, compared
 from vaescale.training.resume import Position
 
 CONFIGS = Path(__file__).parent.parent / "integration"
-BLIND = ["model.likelihood.learned=false", "model.likelihood.variance=100", "model.network.hidden=8"]
+BLIND = ["model.likelihood.learned_variance=false", "model.likelihood.variance=100", "model.network.hidden=8"]
 
 
 class Descent:
@@ -62,7 +62,7 @@ def test_runs_are_compared_by_settings_that_exist() -> None:
     for config in ("tiny.yaml", "tiny_vae.yaml"):
         found |= compared(settings.load(CONFIGS / config, ["run=run", "data.root=data"]))
     assert found.keys() == set(COMPARED)
-    assert (found["model.quantizer.codes"], found["model.beta"], found["optimizer.lr"]) == (24, 1.0, 0.01)
+    assert (found["model.quantizer.codebook_size"], found["model.beta"], found["optimizer.lr"]) == (24, 1.0, 0.01)
 
 
 def test_damaged_samples_are_counted_once_there_are_any(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_damaged_samples_are_counted_once_there_are_any(tmp_path: Path) -> None:
 
 def test_model_flops_are_reported_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vaescale.training.reporter.peak", lambda config, device: 1e9)
-    reporter, said = trained(tmp_path, "tiny_vae.yaml", ["batch=32"], range(50))
+    reporter, said = trained(tmp_path, "tiny_vae.yaml", ["global_batch=32"], range(50))
     reporter.close("")
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").open())
     assert line["perf/step_flops"] == 32 * per_image(reporter.config)
@@ -94,7 +94,7 @@ def test_a_collapse_is_said_once_and_kept_for_the_doctor(tmp_path: Path) -> None
     reporter, said = trained(tmp_path, "tiny_hvae.yaml", BLIND, range(400, 600))
     (sentence,) = (line for line in said if "latents" in line)
     assert sentence.startswith("latents have collapsed at step ")
-    assert "lower it, or set model.likelihood.learned=true" in sentence
+    assert "lower it, or set model.likelihood.learned_variance=true" in sentence
     assert reporter.position.alarms == ["latents"]
     assert sentence in [finding.what for finding in postmortem.diagnose(tmp_path)]
     reporter.close("")

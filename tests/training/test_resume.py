@@ -47,6 +47,6 @@ def begun(pictures: Path, run: Path, version: dict[str, int]) -> tuple[TrainSlic
     data = Config(root=str(pictures), size=16, columns=8, workers=0)
     slices = TrainSlices(data, seed=7)
     order = {"seed": 7, "data.columns": 8, "data": slices.samples.index.fingerprint(), **version}
-    state = {"step": 2, "images": 32, "damaged": {}, "alarms": [], "owed": False, "order": order}
+    state = {"step": 2, "images": 32, "damaged": {}, "alarms": [], "validation_due": False, "order": order}
     checkpoint.save(run / "checkpoints", 2, {"model": {"weight": torch.ones(1)}}, state, keep=1)
     return slices, SimpleNamespace(run=str(run), init_from="", seed=7, data=data)

@@ -22,8 +22,9 @@ def dry_run(config: Config, world: int) -> str:
     parts = ", ".join(f"{name} {readable_size(value)}" for name, value in memory.items())
     lines = [
         mechanics.to_yaml(config),
-        f"batch       {micro} (micro) × {config.accumulation} (accumulation) × {world} (world) = {config.batch} images",
-        f"run         {config.steps} steps of {config.batch} images",
+        f"batch       {micro} (micro) × {config.accumulation} (accumulation) × {world} (world) = "
+        f"{config.global_batch} images",
+        f"run         {config.steps} steps of {config.global_batch} images",
         f"parameters  {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M",
         f"memory      {readable_size(sum(memory.values()))} a rank, estimated: {parts}",
     ]

@@ -73,7 +73,7 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
     seconds = step_seconds(compute, size, cluster)
     exposed = cluster.exposed * sums(size, cluster)
     saved = 4 * (size - buffers) + 2 * buffers
-    speed = config.batch / seconds
+    speed = config.global_batch / seconds
     hours = config.steps * seconds / 3600
     try:
         index = Index(Path(config.data.root) / "train")
@@ -92,6 +92,6 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
         f"{readable_size(node * image)}/s from storage, {readable_size(speed * image)}/s in all "
         f"(images of {readable_size(image)}, from {source})",
         f"length      {hours:.3g} hours, {hours * cluster.world:.3g} device-hours, for {config.steps} steps, "
-        f"{config.steps * config.batch} images",
+        f"{config.steps * config.global_batch} images",
         f"checkpoint  {readable_size(saved)}: weights, their average, AdamW's two moments, buffers",
     ]

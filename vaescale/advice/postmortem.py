@@ -114,7 +114,7 @@ def checkpoints(run: Path) -> list[Finding]:
 
 def losses(metrics: Metrics) -> list[Finding]:
     """Returns findings on divergence, and on skipped steps."""
-    slower = "lower optimizer.lr or raise optimizer.warmup"
+    slower = "lower optimizer.lr or raise optimizer.warmup_steps"
     lines = [line for line in metrics if "train/loss" in line]
     if not lines:
         return []

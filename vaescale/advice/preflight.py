@@ -213,7 +213,7 @@ def one_step(config: Config) -> Finding:
     run = Path(config.run)
     beside = run.absolute().with_name(distributed.tell(f".doctor-{os.getpid()}"))
     every = replace(config.every, report=1, validate=2**60, checkpoint=2**60)
-    brief = replace(config, run=str(beside), every=every, keep=1, keep_every=0)
+    brief = replace(config, run=str(beside), every=every, keep_last=1, keep_every=0)
     if distributed.rank() == 0:
         beside.mkdir(parents=True)
         (beside / "STOP").touch()  # stops the trainer after the first step, or on several ranks after the second
@@ -225,7 +225,9 @@ def one_step(config: Config) -> Finding:
             seconds = time.monotonic() - begun
             saved = newest(beside / "checkpoints").path if distributed.rank() == 0 else None
             size = sum(file.stat().st_size for file in saved.iterdir()) if saved else 0
-            Writer(run / "checkpoints", config.keep, config.keep_every, trainer.console).check_room(size, config.steps)
+            Writer(run / "checkpoints", config.keep_last, config.keep_every, trainer.console).check_room(
+                size, config.steps
+            )
     except Exception as error:  # any error here would have ended the run
         return Finding(FAIL, f"no step can be taken and saved ({type(error).__name__}: {error})")
     finally:

@@ -21,7 +21,7 @@ from .order import uniforms
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 CONVERTIBLE_FORMATS = ("TIFF", "BMP", "GIF")  # read by `converted`, which also reads HEIF if pillow-heif is installed
-MOST_MEGAPIXELS = 100  # the largest ImageNet picture has 40 megapixels; a decompression bomb claims far more
+MAX_MEGAPIXELS = 100  # the largest ImageNet picture has 40 megapixels; a decompression bomb claims far more
 # (scale, headroom): the JPEG decoder divides the sides by `scale` if the result is at least `headroom` times the
 # target size. Each headroom is the smallest multiple of 0.1 at which every demo photograph keeps a PSNR of 36 dB
 # against full decoding. The decoder drops high frequencies block by block; dropping more needs more headroom.
@@ -61,23 +61,23 @@ def require(decoder: Decoder) -> None:
 def train_image(
     data: bytes,
     size: int,
-    least_area: float,
+    min_crop_area: float,
     flip: bool,
     seed: int,
     g: int,
     decoder: Decoder = "pillow",
-    most_megapixels: int = MOST_MEGAPIXELS,
+    max_megapixels: int = MAX_MEGAPIXELS,
 ) -> Pixels:
     """Decode one training image: random-resized-crop (Szegedy et al. 2015, section 6) to uint8 [size, size, 3].
 
-    The crop covers a share of the picture between `least_area` and 1, at an aspect ratio between 3/4 and 4/3. If no
-    draw fits, it is the largest centred crop in that range of ratios. With `least_area` 1 it is the centred square, as
-    in validation. With `flip` the image is mirrored with probability 1/2. All draws are functions of (seed, g).
+    The crop covers a share of the picture between `min_crop_area` and 1, at an aspect ratio between 3/4 and 4/3. If no
+    draw fits, it is the largest centred crop in that range of ratios. With `min_crop_area` 1 it is the centred square,
+    as in validation. With `flip` the image is mirrored with probability 1/2. All draws are functions of (seed, g).
     Raises Damaged.
     """
     draws = _draws(seed, g // BLOCK)[g % BLOCK]
-    image, turn, (width, height) = _open(data, most_megapixels)
-    left, upper, right, lower = _random_box((width, height), least_area, draws)
+    image, turn, (width, height) = _open(data, max_megapixels)
+    left, upper, right, lower = _random_box((width, height), min_crop_area, draws)
     scale = _reduction(image, min(right - left, lower - upper), size)
     # Rounded to whole pixels of the reduced picture: the crop is random, so an offset of a few pixels does no harm.
     box = (left // scale, upper // scale, right // scale, lower // scale)
@@ -92,12 +92,12 @@ def train_image(
     return pixels
 
 
-def validation_image(data: bytes, size: int, most_megapixels: int = MOST_MEGAPIXELS) -> Pixels:
+def validation_image(data: bytes, size: int, max_megapixels: int = MAX_MEGAPIXELS) -> Pixels:
     """Decode one validation image: the largest centred square, resized to uint8 [size, size, 3].
 
     This equals "resize the short side to `size`, then crop the centre", in one resampling. Raises Damaged.
     """
-    image, turn, _ = _open(data, most_megapixels)
+    image, turn, _ = _open(data, max_megapixels)
     stored = image.size
     scale = _reduction(image, min(stored), size)
     _decode(image, scale)
@@ -125,32 +125,32 @@ def _square(image: Image.Image, stored: tuple[int, int], scale: int, size: int) 
     return np.asarray(_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def prepared(data: bytes, short_side: int, quality: int, most_megapixels: int = MOST_MEGAPIXELS) -> bytes:
+def prepared(data: bytes, short_side: int, quality: int, max_megapixels: int = MAX_MEGAPIXELS) -> bytes:
     """Re-encode a picture as an upright RGB JPEG without metadata, its short side at most `short_side` pixels.
 
     Chroma is not subsampled: training crops of so small a picture are hardly reduced, so the loss would show. The
     output is deterministic. Raises Damaged.
     """
-    image, turn, _ = _open(data, most_megapixels)
+    image, turn, _ = _open(data, max_megapixels)
     _decode(image)
     factor = min(1.0, short_side / min(image.size))
     size = (round(image.width * factor), round(image.height * factor))
     return _jpeg(_turned(np.asarray(_rgb(image).resize(size, Image.Resampling.LANCZOS)), turn), quality)
 
 
-def converted(data: bytes, quality: int, most_megapixels: int = MOST_MEGAPIXELS) -> bytes:
+def converted(data: bytes, quality: int, max_megapixels: int = MAX_MEGAPIXELS) -> bytes:
     """Convert the first picture of a TIFF, BMP, GIF or HEIF file: upright, 8 bits or 16-bit grey, no metadata.
 
     The result is a PNG. HEIF, which is lossy itself, becomes a JPEG of this quality, or a PNG if `quality` is 0.
     Bytes in one of FORMATS are returned unchanged. Raises Damaged.
     """
     try:
-        _header(data, most_megapixels)
+        _header(data, max_megapixels)
         return data
     except Damaged as error:
         if str(error) == TOO_LARGE:
             raise
-    image = _header(data, most_megapixels, _convertible())
+    image = _header(data, max_megapixels, _convertible())
     lossy = image.format == "HEIF"
     with _damaged("cut or corrupt", (Exception,)):  # these decoders raise any kind of exception
         image.load()  # for TIFF and HEIF this also turns the picture upright
@@ -165,22 +165,22 @@ def converted(data: bytes, quality: int, most_megapixels: int = MOST_MEGAPIXELS)
     return file.getvalue()
 
 
-def check(data: bytes, most_megapixels: int = MOST_MEGAPIXELS, pixels: bool = False) -> None:
+def check(data: bytes, max_megapixels: int = MAX_MEGAPIXELS, pixels: bool = False) -> None:
     """Raises Damaged if the header is not that of a picture or, with `pixels`, if the picture does not decode."""
     if pixels:
-        validation_image(data, 1, most_megapixels)  # reads all of it, at the smallest size that the decoder offers
+        validation_image(data, 1, max_megapixels)  # reads all of it, at the smallest size that the decoder offers
     else:
-        _header(data, most_megapixels)
+        _header(data, max_megapixels)
 
 
-def is_dark(data: bytes, most_megapixels: int = MOST_MEGAPIXELS) -> bool:
+def is_dark(data: bytes, max_megapixels: int = MAX_MEGAPIXELS) -> bool:
     """Returns whether the bytes are a 16-bit PNG that decodes to values below DARK only. Raises Damaged.
 
     Such a file probably holds the 8 to 14 bits of a camera, stored without scaling.
     """
     if not data.startswith(PNG) or data[24:25] != b"\x10":  # the bit depth in IHDR
         return False
-    return int(np.asarray(_rgb(_open(data, most_megapixels)[0])).max()) < DARK
+    return int(np.asarray(_rgb(_open(data, max_megapixels)[0])).max()) < DARK
 
 
 def grey(pixels: Pixels) -> Pixels:
@@ -204,9 +204,9 @@ def _damaged(cause: str, raised: tuple[type[Exception], ...] = RAISED) -> Iterat
         raise Damaged(cause) from None
 
 
-def _header(data: bytes, most_megapixels: int, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def _header(data: bytes, max_megapixels: int, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open a picture without decoding it, so a refused size allocates nothing. Raises Damaged."""
-    most = most_megapixels * 1_000_000
+    most = max_megapixels * 1_000_000
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses more than twice as many
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
@@ -240,9 +240,9 @@ def _jpeg(pixels: Pixels, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _open(data: bytes, most_megapixels: int) -> tuple[Image.Image, Turn, tuple[int, int]]:
+def _open(data: bytes, max_megapixels: int) -> tuple[Image.Image, Turn, tuple[int, int]]:
     """Returns (the picture, how to turn it upright, its upright size)."""
-    image = _header(data, most_megapixels)
+    image = _header(data, max_megapixels)
     if image.format == "PNG":
         _decode(image)  # the orientation may follow the pixels
     turn = _turn(image)
@@ -353,19 +353,19 @@ def _draws(seed: int, block: int) -> NDArray[np.float64]:
     return uniforms(seed, np.arange(block * BLOCK, (block + 1) * BLOCK)[:, None], np.arange(DRAWS))
 
 
-def _random_box(size: tuple[int, int], least_area: float, draws: NDArray[np.float64]) -> Box:
+def _random_box(size: tuple[int, int], min_crop_area: float, draws: NDArray[np.float64]) -> Box:
     """Draw a box as torchvision's RandomResizedCrop does: the first of TRIES boxes that fits.
 
-    If none fits, the box is the largest centred one with an allowed ratio. It covers less than `least_area` only if
-    every allowed box does. If `least_area` is 1, the box is the centred square.
+    If none fits, the box is the largest centred one with an allowed ratio. It covers less than `min_crop_area` only if
+    every allowed box does. If `min_crop_area` is 1, the box is the centred square.
     """
     width, height = size
-    if least_area == 1:
+    if min_crop_area == 1:
         side = min(size)
         x, y = (width - side) // 2, (height - side) // 2
         return x, y, x + side, y + side
     for area, ratio, left, top in draws[:-1].reshape(4, TRIES).T.tolist():
-        area = (least_area + (1 - least_area) * area) * width * height
+        area = (min_crop_area + (1 - min_crop_area) * area) * width * height
         ratio = WIDEST ** (2 * ratio - 1)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 1 <= w <= width and 1 <= h <= height:

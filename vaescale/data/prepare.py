@@ -30,7 +30,7 @@ class Settings:
     quality: int = 95  # of re-encoded JPEGs
     shard_mib: float = 128.0
     seed: int = 0
-    most_megapixels: int = decode.MOST_MEGAPIXELS  # larger pictures are left out
+    max_megapixels: int = decode.MAX_MEGAPIXELS  # larger pictures are left out
     check: bool = False  # decode every picture, not only its header
     convert: bool = False  # accept TIFF, BMP, GIF and HEIF, too
     val: float = 0.0  # share of the pictures in the validation split; 0: no splits
@@ -156,7 +156,7 @@ def _make_one(job: Job, classes: Sequence[str], processes: int) -> None:
     lost = _say(in_processes(_write, calls, processes, f"prepare {out}", "shard"))
     if lost == sum(map(len, job.parts)):
         raise DataError(f"{out} would be empty: none of the {names.counted(lost, 'image')} can be read")
-    fields = Fields(most_megapixels=job.settings.most_megapixels)
+    fields = Fields(max_megapixels=job.settings.max_megapixels)
     build(out, str(out), [shards.name(number) for number in range(len(calls))], fields, classes, processes)
 
 
@@ -247,7 +247,7 @@ def _write(out: Path, number: int, pictures: Sequence[Picture], settings: Settin
     """Write one shard and its entries for the index, unless the shard exists and is readable."""
     path = out / shards.name(number)
     report = Report([], [])
-    fields = Fields(most_megapixels=settings.most_megapixels)
+    fields = Fields(max_megapixels=settings.max_megapixels)
     (out / PARTS).mkdir(exist_ok=True)
     if path.exists() and not describe_shard(str(out), path.name, fields, part_of(out, path.name)):
         return report
@@ -279,7 +279,7 @@ def _bytes_of(picture: Picture, settings: Settings, dark: list[str] | None = Non
         raise DataError(f"{picture.path} has become shorter since it was listed: run the same command again")
     if not data:
         return b"", "empty"
-    most = settings.most_megapixels
+    most = settings.max_megapixels
     try:
         if settings.convert:
             data = decode.converted(data, 0 if settings.short_side else settings.quality, most)
@@ -289,6 +289,6 @@ def _bytes_of(picture: Picture, settings: Settings, dark: list[str] | None = Non
         if settings.short_side:
             data = decode.prepared(data, settings.short_side, settings.quality, most)
     except decode.Damaged as error:
-        larger = f", more than the {most} megapixels of --most-megapixels" if str(error) == decode.TOO_LARGE else ""
+        larger = f", more than the {most} megapixels of --max-megapixels" if str(error) == decode.TOO_LARGE else ""
         return b"", f"{error}{larger}"
     return data, ""

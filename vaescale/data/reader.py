@@ -42,11 +42,11 @@ class Pictures:
 
     size: int
     channels: int
-    least_area: float
+    min_crop_area: float
     flip: bool
     augment: bool
     decoder: decode.Decoder
-    most_megapixels: int
+    max_megapixels: int
 
     def require(self) -> None:
         decode.require(self.decoder)
@@ -55,11 +55,11 @@ class Pictures:
         if not self.augment:
             return self.validation(data)
         return decode.train_image(
-            data, self.size, self.least_area, self.flip, seed, g, self.decoder, self.most_megapixels
+            data, self.size, self.min_crop_area, self.flip, seed, g, self.decoder, self.max_megapixels
         )
 
     def validation(self, data: bytes) -> decode.Pixels:
-        return decode.validation_image(data, self.size, self.most_megapixels)
+        return decode.validation_image(data, self.size, self.max_megapixels)
 
     def stack(self, samples: list[decode.Pixels]) -> Tensor:
         pictures = samples if self.channels == 3 else [decode.grey(picture) for picture in samples]

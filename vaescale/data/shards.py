@@ -95,7 +95,7 @@ def index(source: str, folder: Path, pattern: str, fields: Fields, processes: in
 
 
 def verify(
-    folder: Path, decoding: bool, processes: int, most_megapixels: int = decode.MOST_MEGAPIXELS
+    folder: Path, decoding: bool, processes: int, max_megapixels: int = decode.MAX_MEGAPIXELS
 ) -> Iterator[Finding]:
     """Read every shard of an index and, with `decoding`, decode every picture. Returns an iterator over the faults.
 
@@ -103,21 +103,21 @@ def verify(
     """
     index = Index(folder)
     index.check()
-    jobs = [(folder, number, most_megapixels if decoding else 0) for number in range(len(index.shards))]
+    jobs = [(folder, number, max_megapixels if decoding else 0) for number in range(len(index.shards))]
     return (finding for finding in in_processes(examine, jobs, processes, f"verify {folder}", "shard") if finding)
 
 
-def examine(folder: Path, number: int, most_megapixels: int) -> Finding | None:
-    """Returns what is wrong with one shard, or None. most_megapixels: the limit for pictures; 0: do not decode them."""
+def examine(folder: Path, number: int, max_megapixels: int) -> Finding | None:
+    """Returns what is wrong with one shard, or None. max_megapixels: the limit for pictures; 0: do not decode them."""
     index = _opened(folder)
     shard = index.shards[number]
     try:
         with places.local(index.root, shard.name) as path:
             intact = path.stat().st_size == shard.bytes and file_hash(path) == shard.xxh3
-            if intact and not most_megapixels:
+            if intact and not max_megapixels:
                 return None
             first = int(index.first[number])
-            lost = _lost(path, index.records[first : first + shard.samples], most_megapixels)
+            lost = _lost(path, index.records[first : first + shard.samples], max_megapixels)
             if intact:
                 return Finding(shard.name, lost, shard.samples, "images do not decode") if lost else None
             return Finding(shard.name, lost, shard.samples, _cause(path, shard))
@@ -132,18 +132,18 @@ def _opened(folder: Path) -> Index:
     return Index(folder)
 
 
-def _lost(path: Path, records: NDArray[np.void], most_megapixels: int) -> int:
+def _lost(path: Path, records: NDArray[np.void], max_megapixels: int) -> int:
     lost = 0
     with path.open("rb") as file:
         for offset, length, _, _, check in records.tolist():
             data = os.pread(file.fileno(), length, offset)
-            lost += checksum(data) != check or (most_megapixels > 0 and not _decodes(data, most_megapixels))
+            lost += checksum(data) != check or (max_megapixels > 0 and not _decodes(data, max_megapixels))
     return lost
 
 
-def _decodes(data: bytes, most_megapixels: int) -> bool:
+def _decodes(data: bytes, max_megapixels: int) -> bool:
     try:
-        decode.check(data, most_megapixels, pixels=True)
+        decode.check(data, max_megapixels, pixels=True)
     except decode.Damaged:
         return False
     return True

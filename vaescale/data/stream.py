@@ -31,7 +31,7 @@ class Config:
     channels: Literal[1, 3] = 3  # 1: grey
     attributes: list[str] = field(default_factory=list)  # attributes of the index that the model gets, in this order
     # random-resized-crop: smallest share of a picture's area; 1: the centred square, no random crop
-    least_area: float = ranged(0.25, above=0, most=1)
+    min_crop_area: float = ranged(0.25, above=0, most=1)
     flip: bool = True
     augment: bool = True  # false: training images are made like validation images, without random crop or flip
     columns: int = ranged(256, least=1, most=2**40)  # columns of the order (see order.py); fixed for a whole run
@@ -41,9 +41,9 @@ class Config:
     cache: str = "~/.cache/vaescale"  # local folder for shards fetched from a URL
     cache_gib: float = ranged(100.0, least=0, below=2**30)  # limit of the cache, for all processes of a node
     # Larger pictures count as damaged, since a few bytes may claim any size.
-    most_megapixels: int = ranged(decode.MOST_MEGAPIXELS, least=1, most=2**32)
-    damaged_share: float = ranged(0.001, least=0, most=1)  # of the samples seen; a larger share stops the run
-    damaged_free: int = ranged(10, least=0)  # this many are always allowed, so that one does not stop a short run
+    max_megapixels: int = ranged(decode.MAX_MEGAPIXELS, least=1, most=2**32)
+    max_damaged_ratio: float = ranged(0.001, least=0, most=1)  # of the samples seen; a larger share stops the run
+    damaged_allowance: int = ranged(10, least=0)  # this many are always allowed, so that one does not stop a short run
 
 
 def pictures(config: Config) -> Reader:
@@ -51,11 +51,11 @@ def pictures(config: Config) -> Reader:
     return Pictures(
         config.size,
         config.channels,
-        config.least_area,
+        config.min_crop_area,
         config.flip,
         config.augment,
         config.decoder,
-        config.most_megapixels,
+        config.max_megapixels,
     )
 
 
@@ -235,7 +235,7 @@ class ValidationSlices(Dataset[Decoded]):
             except decode.Damaged as error:
                 shard, key = self.samples.name(number)
                 # A validation result over fewer samples than stated would not be comparable with others.
-                larger = ": raise data.most_megapixels" if str(error) == decode.TOO_LARGE else ""
+                larger = ": raise data.max_megapixels" if str(error) == decode.TOO_LARGE else ""
                 raise DataError(f"validation sample {key} in {shard} is damaged: {error}{larger}") from None
             labels.append(label)
         return Decoded(_batch(self.reader.stack(read), labels, self.attributes(list(numbers)), list(numbers)), [])

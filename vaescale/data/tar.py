@@ -48,7 +48,7 @@ class Fields:
     label_field: str = ""  # field of the sample's JSON with the class number; "": it is in the .cls
     unlabelled: bool = False  # every label is 0
     attributes: tuple[str, ...] | None = None  # numbers in the JSON to keep; None: all
-    most_megapixels: int = decode.MOST_MEGAPIXELS  # larger pictures are left out
+    max_megapixels: int = decode.MAX_MEGAPIXELS  # larger pictures are left out
     check: bool = False  # decode every picture, not only its header
 
 
@@ -209,7 +209,7 @@ def _entry(file: BinaryIO, path: Path, key: str, members: Members, fields: Field
 
 def _fault(data: bytes, fields: Fields) -> str:
     try:
-        decode.check(data, fields.most_megapixels, fields.check)
+        decode.check(data, fields.max_megapixels, fields.check)
     except decode.Damaged as error:
         return str(error)
     return ""

@@ -11,7 +11,8 @@ from ..data.decode import CAUSES
 from ..files import printable
 from .checkpoint import STATE, CheckpointError, read_state
 
-VERSION = 2  # version 1 did not record its number; it has no "since", and its first files no "owed"
+VERSION = 3  # version 1 did not record its number and has no "since"
+RENAMED = {"owed": "validation_due"}  # since version 3; the first files have neither
 MOST = 2**60  # bound on counts such as steps and images
 GUARD = ("count", "mean", "variance", "run", "share")  # the guard's statistics of gradient norms
 
@@ -73,7 +74,7 @@ KEYS = {
     "since": Key(since, "counts of batch, step and images", None),
     "damaged": Key(causes, "counts by cause", {}),
     "alarms": Key(names, "a list of names", []),
-    "owed": Key(lambda value: isinstance(value, bool), "true or false", False),
+    "validation_due": Key(lambda value: isinstance(value, bool), "true or false", False),
     "order": Key(order, "numbers and words by name"),
     # Keys of Descent:
     "optimizer_steps": Key(whole, "a whole number, 0 or more"),
@@ -95,6 +96,7 @@ def read_checked(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
             f"{path} was written by a later version of vaescale (state {version}, known are 1 to {VERSION}): "
             f"install that version, or {other}"
         )
+    found = {RENAMED.get(key, key): value for key, value in found.items()}
     state = {key: found.get(key, KEYS[key].default) for key in keys}
     for key, value in state.items():
         if value is ...:

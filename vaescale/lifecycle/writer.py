@@ -50,7 +50,7 @@ class Writer:
                 error = f"checkpoints cannot be saved in {self.folder}, since {there} is no folder that can be written"
             elif free + held < count * size:
                 error = (
-                    f"{count} checkpoints of {readable_size(size)} (keep={self.keep}, one being written"
+                    f"{count} checkpoints of {readable_size(size)} (keep_last={self.keep}, one being written"
                     f"{f', and those of keep_every={self.keep_every}' if self.keep_every else ''}) do not fit into "
                     f"{self.folder}: {readable_size(free)} are free, and {readable_size(held)} taken by those that are "
                     f"there: make room, lower keep, or give another run=…"
@@ -68,7 +68,7 @@ class Writer:
         if spoilt:
             raise Diverged(
                 f"the checkpoint of step {step} is not written, for {spoilt} is not finite: go on from the one before "
-                f"by the same command, with a lower optimizer.lr or a longer optimizer.warmup"
+                f"by the same command, with a lower optimizer.lr or a longer optimizer.warmup_steps"
             )
         if distributed.rank() == 0:
             held = {

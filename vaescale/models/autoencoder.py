@@ -20,7 +20,7 @@ from ..ranges import ranged, require
 @dataclass(frozen=True)
 class Config:
     kind: str = "autoencoder"
-    latents: int = ranged(32, least=1, most=2**20)  # m
+    latent_dim: int = ranged(32, least=1, most=2**20)  # m
     network: Network = field(default_factory=Network)
 
 
@@ -30,8 +30,8 @@ class Autoencoder(Model):
         super().__init__()
         require(config, "model")
         self.config = config
-        self.encoder = encoder(config.network, shape, config.latents)
-        self.decoder = decoder(config.network, shape, config.latents, shape.channels)
+        self.encoder = encoder(config.network, shape, config.latent_dim)
+        self.decoder = decoder(config.network, shape, config.latent_dim, shape.channels)
 
     def forward(self, batch: Batch, step: int) -> Output:
         """Return the squared error of pixels in [0, 1] as the loss, summed over each image and averaged over images."""

@@ -30,8 +30,8 @@ TOP, LOW = 0, 1  # levels, coarse to fine: z2 and z1
 @dataclass(frozen=True)
 class Config(variational.Config):
     kind: str = "hvae"
-    latents: int = ranged(32, least=1, most=2**20)  # of z1
-    top_latents: int = ranged(8, least=1, most=2**20)  # of z2
+    latent_dim: int = ranged(32, least=1, most=2**20)  # of z1
+    top_latent_dim: int = ranged(8, least=1, most=2**20)  # of z2
     posterior: Literal["bottom-up", "top-down"] = "bottom-up"
     network: Network = field(default_factory=Network)
 
@@ -41,7 +41,7 @@ class TwoLevels(Net):
         super().__init__()
         if config.posterior == "top-down" and config.network.kind == "linear":
             raise ValueError("model.posterior=top-down is not linear: take bottom-up with model.network.kind=linear")
-        low, top = config.latents, config.top_latents
+        low, top = config.latent_dim, config.top_latent_dim
         self.sizes = [top, low]
         self.top_down = config.posterior == "top-down"
         vector = config.network.hidden if self.top_down else 2 * low

@@ -31,7 +31,7 @@ SHOWN = 15  # components that `basis` shows
 @dataclass(frozen=True)
 class Config:
     kind: str = "pca"
-    latents: int = ranged(32, least=1)  # m, components
+    latent_dim: int = ranged(32, least=1)  # m, components
     patch: int = ranged(0, least=0)  # p, pixels per side; 0: the whole image is one patch
 
 
@@ -62,17 +62,17 @@ class PCA(Model):
                 f"a PCA of {size} subpixels needs a covariance of {8 * size**2 / 2**30:.1f} GiB; above {LARGEST} it "
                 f"is refused: set model.patch to a side that divides data.size={shape.size}, as in model.patch=8"
             )
-        if not 1 <= config.latents < size:
+        if not 1 <= config.latent_dim < size:
             raise ValueError(
-                f"model.latents={config.latents} must lie between 1 and {size - 1}, below the number of subpixels"
+                f"model.latent_dim={config.latent_dim} must lie between 1 and {size - 1}, below the number of subpixels"
             )
         self.mean: Tensor
         self.components: Tensor
         self.variance: Tensor
         self.noise: Tensor
         self.register_buffer("mean", torch.full((size,), 0.5))  # μ
-        self.register_buffer("components", torch.zeros(config.latents, size))  # the rows of Vᵀ
-        self.register_buffer("variance", torch.zeros(config.latents))  # λ, descending
+        self.register_buffer("components", torch.zeros(config.latent_dim, size))  # the rows of Vᵀ
+        self.register_buffer("variance", torch.zeros(config.latent_dim))  # λ, descending
         self.register_buffer("noise", torch.zeros(()))  # σ²
 
     def forward(self, batch: Batch, step: int) -> Output:
@@ -97,7 +97,7 @@ class PCA(Model):
             u = rearrange(latents[0], "b m h w -> b (h w) m") if self.config.patch else latents[0][:, None]
         elif condition is not None:
             patches = (self.shape.size // self.side) ** 2
-            noise = torch.randn(len(condition.label), patches, self.config.latents, device=self.mean.device)
+            noise = torch.randn(len(condition.label), patches, self.config.latent_dim, device=self.mean.device)
             u = temperature * self._prior().sqrt() * noise
         else:
             raise ValueError("decode needs latents, or a condition that says how many images to draw")
@@ -140,19 +140,19 @@ class PCA(Model):
         if distributed.rank() == 0:
             mean, matrix = covariance(**sums)
             values, vectors = torch.linalg.eigh(matrix)  # ascending
-            values, vectors = values.clamp(min=0) / 255**2, vectors[:, -self.config.latents :].flip(1).T
+            values, vectors = values.clamp(min=0) / 255**2, vectors[:, -self.config.latent_dim :].flip(1).T
             largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
             self.mean.copy_(mean / 255)
             self.components.copy_(vectors * largest.sign())
-            self.variance.copy_(values[-self.config.latents :].flip(0))
-            self.noise.copy_(values[: -self.config.latents].mean())
+            self.variance.copy_(values[-self.config.latent_dim :].flip(0))
+            self.noise.copy_(values[: -self.config.latent_dim].mean())
         for buffer in self.buffers():
             distributed.broadcast_(buffer)
 
     def explained(self) -> Tensor:
         """Return the share of the variance that the components explain, in [0, 1]."""
         held = self.variance.sum()
-        return held / (held + self.noise * (len(self.mean) - self.config.latents)).clamp(min=1e-12)
+        return held / (held + self.noise * (len(self.mean) - self.config.latent_dim)).clamp(min=1e-12)
 
     def basis(self) -> Tensor:
         """Return the mean and the leading components as images [k, C, p, p]: of a patch, if `patch` is set."""

@@ -24,16 +24,16 @@ from .variational import Draw, Level, Net, Variational
 @dataclass(frozen=True)
 class Config(variational.Config):
     kind: str = "vae"
-    latents: int = ranged(64, least=1, most=2**20)  # m
+    latent_dim: int = ranged(64, least=1, most=2**20)  # m
     network: Network = field(default_factory=Network)
 
 
 class OneLevel(Net):
     def __init__(self, config: Config, shape: Shape, condition: int, likelihood: Likelihood) -> None:
         super().__init__()
-        self.sizes = [config.latents]
-        self.encoder = encoder(config.network, shape, 2 * config.latents, condition)
-        self.decoder = decoder(config.network, shape, config.latents + condition, likelihood.channels)
+        self.sizes = [config.latent_dim]
+        self.encoder = encoder(config.network, shape, 2 * config.latent_dim, condition)
+        self.decoder = decoder(config.network, shape, config.latent_dim + condition, likelihood.channels)
 
     def infer(self, x: Tensor, embedded: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
         q = gaussian.normal(self.encoder(x, embedded))

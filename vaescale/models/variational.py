@@ -31,11 +31,11 @@ POSTERIOR, DROPOUT, BOUND = 0, 1, 2  # noise keys, one per purpose
 class Config:
     likelihood: likelihoods.Config = field(default_factory=likelihoods.Config)
     beta: float = ranged(1.0, least=0)  # weight of the KL (Higgins et al. 2017); at 1 the loss is the negative ELBO
-    warmup: int = ranged(0, least=0)  # steps over which β rises linearly from 0 (Bowman et al. 2016)
+    beta_warmup_steps: int = ranged(0, least=0)  # steps over which β rises linearly from 0 (Bowman et al. 2016)
     # λ, in nats per latent (per channel of feature maps): a KL with a mean below λ costs λ (Kingma et al. 2016, eq. 15)
     free_bits: float = ranged(0.0, least=0)
     classes: int = ranged(0, least=0, most=2**24)  # labels 0 … classes − 1; 0: the model has no label input
-    embedding: int = ranged(32, least=1, most=2**16)  # channels of the label embedding
+    embedding_dim: int = ranged(32, least=1, most=2**16)  # channels of the label embedding
     # share of training images whose whole condition, label and attributes, is dropped
     label_dropout: float = ranged(0.0, least=0, below=1)
 
@@ -106,7 +106,7 @@ class Variational(Model):
         self.seed = seed
         self.subpixels = shape.channels * shape.size**2
         conditional = config.classes > 0 or shape.attributes > 0
-        self.conditioner = Conditioner(config.classes, config.embedding, shape.attributes) if conditional else None
+        self.conditioner = Conditioner(config.classes, config.embedding_dim, shape.attributes) if conditional else None
         self.likelihood = likelihoods.build(config.likelihood, shape.channels)
         self.net = net(self.conditioner.dim if self.conditioner else 0, self.likelihood)
         self.register_buffer("rates", torch.full((sum(self.net.sizes) if config.free_bits else 0,), torch.inf))
@@ -172,7 +172,7 @@ class Variational(Model):
         )
 
     def beta(self, step: int) -> float:
-        warmup = self.config.warmup
+        warmup = self.config.beta_warmup_steps
         return self.config.beta * min(1.0, (step + 1) / max(1, warmup))
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ class Config(variational.Config):
     kind: str = "vdvae"
     width: int = ranged(384, least=1, most=2**16)  # channels of h
     bottleneck: int = ranged(96, least=1, most=2**16)  # channels inside a block
-    latents: int = ranged(16, least=1, most=2**16)  # D, channels of z
+    latent_dim: int = ranged(16, least=1, most=2**16)  # D, channels of z
     # The encoder reads (x / 255 − ½) · scale. The authors' code subtracts the mean of the data and divides by its
     # standard deviation; 4 comes close to that and gains 0.13 bits/dim in 200 steps (configs/README.md). The default is
     # 1 because earlier runs used it, and their configs do not set it.
@@ -87,7 +87,7 @@ class Stochastic(nn.Module):
 
     def __init__(self, config: Config, size: int, number: int, count: int) -> None:
         super().__init__()
-        width, hidden, latents = config.width, config.bottleneck, config.latents
+        width, hidden, latents = config.width, config.bottleneck, config.latent_dim
         self.number = number
         self.split = [2 * latents, width]
         scale = math.sqrt(1 / count)
@@ -139,7 +139,7 @@ class TopDown(Net):
         _require(config, shape)
         self.encoder = Encoder(config, shape.channels)
         places = [stage.size for stage in config.decoder for _ in range(stage.blocks)]
-        self.sizes = [config.latents] * len(places)
+        self.sizes = [config.latent_dim] * len(places)
         self.blocks = nn.ModuleList(Stochastic(config, size, number, len(places)) for number, size in enumerate(places))
         self.places = places
         stages = [stage.size for stage in config.decoder]

@@ -23,7 +23,7 @@ from ..ranges import ranged, require
 @dataclass(frozen=True)
 class Config:
     kind: str = "vqvae"
-    downsampling: int = ranged(4, least=2, most=1024)  # f, a power of two: log2(f) strided convolutions
+    downsample_factor: int = ranged(4, least=2, most=1024)  # f, a power of two: log2(f) strided convolutions
     # hidden units; the outermost convolution of each side has half of them
     width: int = ranged(256, least=2, most=2**16)
     residual_blocks: int = ranged(2, least=0, most=4096)
@@ -39,9 +39,9 @@ class VQVAE(Model):
         super().__init__()
         require(config, "model")
         self.config = config
-        halvings = config.downsampling.bit_length() - 1
-        if config.downsampling != 2**halvings or halvings < 1:
-            raise ValueError(f"model.downsampling={config.downsampling} must be a power of two, at least 2")
+        halvings = config.downsample_factor.bit_length() - 1
+        if config.downsample_factor != 2**halvings or halvings < 1:
+            raise ValueError(f"model.downsample_factor={config.downsample_factor} must be a power of two, at least 2")
         width, dim = config.width, config.quantizer.dim
         channels = [shape.channels, width // 2, *[width] * (halvings - 1)]
 

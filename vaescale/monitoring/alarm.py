@@ -71,11 +71,11 @@ def sentence(name: str, reading: Reading, settings: Any, begins: bool) -> str:
 
 def cause(reading: Reading, settings: Any) -> str:
     """Return the likeliest cause of a collapse, with the setting to change."""
-    slower = "lower optimizer.lr or raise optimizer.warmup"
+    slower = "lower optimizer.lr or raise optimizer.warmup_steps"
     if settings.kind == "lfq":
         return (
-            f"The entropy loss is too weak to spread the bits: raise model.quantizer.entropy above "
-            f"{settings.entropy}, or {slower}"
+            f"The entropy loss is too weak to spread the bits: raise model.quantizer.entropy_weight above "
+            f"{settings.entropy_weight}, or {slower}"
         )
     if settings.kind == "fsq":
         return f"The encoder reaches few of the levels, which no reset can help: {slower}, or take fewer levels"
@@ -90,8 +90,8 @@ def cause(reading: Reading, settings: Any) -> str:
         return "Codes that died stay dead, since model.quantizer.reset_every=0: set it to 10"
     if settings.dead_after > SLOW:
         return f"A dead code waits model.quantizer.dead_after={settings.dead_after} steps to be replaced: set it to 50"
-    narrow = ", or compare in a small space with model.quantizer.project=8 model.quantizer.metric=cosine"
+    narrow = ", or compare in a small space with model.quantizer.codebook_dim=8 model.quantizer.metric=cosine"
     return (
         f"Dead codes are replaced, and die again as the encoder moves away from them: {slower}"
-        f"{'' if settings.project and settings.metric == 'cosine' else narrow}"
+        f"{'' if settings.codebook_dim and settings.metric == 'cosine' else narrow}"
     )

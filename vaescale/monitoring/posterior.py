@@ -60,7 +60,7 @@ class Posterior:
         return f"{state}, and {active} are active"
 
     def _warming(self, step: int) -> bool:
-        return step < max(self.warmup, self.settings.warmup) + SETTLE
+        return step < max(self.warmup, self.settings.beta_warmup_steps) + SETTLE
 
     def _begun(self, step: int, state: str) -> str:
         self.on.append(NAME)
@@ -96,20 +96,20 @@ def cause(settings: Any) -> str:
     noise = settings.likelihood
     if settings.beta > 1:
         return f"The KL weighs more than the reconstruction: lower model.beta={settings.beta:g} to 1"
-    if "gaussian" in noise.kind and not noise.learned:  # Lucas et al. 2019, "Don't blame the ELBO!"
+    if "gaussian" in noise.kind and not noise.learned_variance:  # Lucas et al. 2019, "Don't blame the ELBO!"
         return (
             f"model.likelihood.variance={noise.variance:g} says that pixels are so noisy that there is little to tell: "
-            f"lower it, or set model.likelihood.learned=true"
+            f"lower it, or set model.likelihood.learned_variance=true"
         )
-    if not settings.warmup:
+    if not settings.beta_warmup_steps:
         return (
-            "The KL costs its full price before the decoder has learned to use the latents: set model.warmup to about "
-            "a tenth of steps, or model.free_bits=0.1"
+            "The KL costs its full price before the decoder has learned to use the latents: set "
+            "model.beta_warmup_steps to about a tenth of steps, or model.free_bits=0.1"
         )
     if not settings.free_bits:
         return (
             f"The decoder does not learn to use the latents while the KL is cheap: set model.free_bits=0.1, or raise "
-            f"model.warmup={settings.warmup}"
+            f"model.beta_warmup_steps={settings.beta_warmup_steps}"
         )
-    slower = "lower optimizer.lr or raise optimizer.warmup"
+    slower = "lower optimizer.lr or raise optimizer.warmup_steps"
     return f"KL warm-up and free bits are set, and the encoder still says nothing: {slower}"

@@ -32,7 +32,7 @@ class Config:
     kind: Literal["gaussian", "discretised-gaussian", "logistic-mixture", "bernoulli"] = "gaussian"
     # For the Gaussians: c, the variance of a pixel in [0, 1] given the latents. The squared error has weight 1/(2c).
     variance: float = ranged(0.06, above=0)
-    learned: bool = True  # learn one c for all pixels, starting at `variance`
+    learned_variance: bool = True  # learn one c for all pixels, starting at `variance`
     components: int = ranged(10, least=1, most=1024)  # K of the mixture
 
 
@@ -60,7 +60,7 @@ class _Gaussian(Likelihood):
         self.channels = channels
         self.begin = config.variance
         # Shape [1], not []: DeepSpeed cannot broadcast a parameter without dimensions.
-        self.exponent = nn.Parameter(torch.zeros(1)) if config.learned else None
+        self.exponent = nn.Parameter(torch.zeros(1)) if config.learned_variance else None
 
     def variance(self) -> Tensor:
         """c, fp32 []."""

@@ -30,10 +30,10 @@ AGAIN = 0, 1, 2, 3, 4, 6, 8, 12, 16, 20
 class Config:
     kind: Literal["vq", "simvq", "fsq", "lfq"] = "vq"
     # K of each codebook; fsq: the product of its levels; lfq: two to the power of its channels
-    codes: int = ranged(512, least=2, most=2**30)
+    codebook_size: int = ranged(512, least=2, most=2**30)
     dim: int = ranged(64, least=1, most=2**16)  # D: channels of the encoder's output and the decoder's input
     # channels in which codes are compared, after a linear map; 0: dim, without a map
-    project: int = ranged(0, least=0, most=2**16)
+    codebook_dim: int = ranged(0, least=0, most=2**16)
     levels: list[int] = ranged(factory=lambda: [8, 5, 5, 5], least=1, most=2**20)  # noqa: RUF009  fsq: of each channel
     groups: int = ranged(1, least=1, most=1024)  # groups of channels, each with its own codebook
     # codebooks in sequence, each quantising the residual of the previous ones
@@ -41,10 +41,12 @@ class Config:
     metric: Literal["euclidean", "cosine"] = "euclidean"
     gradient: Literal["straight-through", "rotation"] = "straight-through"
     beta: float = ranged(0.25, least=0)  # weight of the commitment ‖z − sg[e]‖²
-    entropy: float = ranged(0.0, least=0)  # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
-    temperature: float = ranged(0.01, above=0)  # of the soft codes in the entropy loss
+    entropy_weight: float = ranged(
+        0.0, least=0
+    )  # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
+    entropy_temperature: float = ranged(0.01, above=0)  # of the soft codes in the entropy loss
     learning: Literal["ema", "gradient"] = "ema"
-    decay: float = ranged(0.99, least=0, below=1)  # of the EMA
+    ema_decay: float = ranged(0.99, least=0, below=1)  # of the EMA
     # Rows of the first global batch, their k-means, or small random numbers (only for comparisons): README.md.
     init: Literal["samples", "kmeans", "uniform"] = "samples"
     reset_every: int = ranged(10, least=0)  # steps between resets of dead codes; 0: no resets after initialisation
@@ -54,11 +56,12 @@ class Config:
 def build(config: Config, seed: int) -> Quantizer:
     """Build the quantiser. Raises ValueError, with a one-sentence message, for settings that do not fit together."""
     require(config, "model.quantizer")
-    if config.kind == "fsq" and config.entropy:
+    if config.kind == "fsq" and config.entropy_weight:
         raise ValueError(
-            f"model.quantizer.entropy={config.entropy} has no codebook to spread for kind=fsq: set entropy=0"
+            f"model.quantizer.entropy_weight={config.entropy_weight} has no codebook to spread for kind=fsq: "
+            f"set entropy_weight=0"
         )
-    inner = config.project or config.dim
+    inner = config.codebook_dim or config.dim
     if inner % config.groups:
         raise ValueError(f"model.quantizer.groups={config.groups} must divide the {inner} channels")
     if config.kind in ("fsq", "lfq") and config.depth > 1:
@@ -71,7 +74,7 @@ def build(config: Config, seed: int) -> Quantizer:
     ]
     stacks = [Residual(levels, config.gradient, cosine) if config.depth > 1 else levels[0] for levels in leaves]
     quantizer = Grouped(stacks) if config.groups > 1 else stacks[0]
-    return Projected(quantizer, config.dim, inner) if config.project else quantizer
+    return Projected(quantizer, config.dim, inner) if config.codebook_dim else quantizer
 
 
 def _leaf(config: Config, seed: int, level: int) -> Quantizer:
@@ -99,11 +102,13 @@ class VectorQuantizer(Quantizer):
         self.seed = seed
         random = config.init == "uniform"
         self.begin = -1 if random else begin
-        self.sizes = (config.codes,)
-        codebook = self._measured(torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes))
+        self.sizes = (config.codebook_size,)
+        codebook = self._measured(
+            torch.empty(config.codebook_size, config.dim).uniform_(-1 / config.codebook_size, 1 / config.codebook_size)
+        )
         self.register_buffer("codebook", codebook)
-        self.tally = Tally(config.codes, age=0 if random else config.dead_after)
-        self.learner: EMA | Adam = EMA(codebook, config.decay) if config.learning == "ema" else Adam(codebook)
+        self.tally = Tally(config.codebook_size, age=0 if random else config.dead_after)
+        self.learner: EMA | Adam = EMA(codebook, config.ema_decay) if config.learning == "ema" else Adam(codebook)
         self._seen: list[tuple[Tensor, Tensor]] = []  # (rows [N, D], codes [N]) of this step's micro-batches
         self._first: Tensor | None = None  # rows of the initialising step, for k-means
 
@@ -120,10 +125,10 @@ class VectorQuantizer(Quantizer):
             if self.config.learning == "gradient":
                 # ‖sg[z] − e‖²: only its value enters the loss; `Adam` computes its gradient from the sums.
                 loss = loss + commitment.detach()
-            if self.config.entropy:
+            if self.config.entropy_weight:
                 # Trains only the encoder; the codebook learns only from its rows.
-                sure, varied = entropies(rows, self.codebook, self.config.temperature)
-                loss = loss + self.config.entropy * (sure - varied)
+                sure, varied = entropies(rows, self.codebook, self.config.entropy_temperature)
+                loss = loss + self.config.entropy_weight * (sure - varied)
             through = pass_through(z, e, self.config.gradient)
             return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach()[None])
 
@@ -183,8 +188,8 @@ class VectorQuantizer(Quantizer):
 
     def _sums(self, rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         # Two tensors, because adding to columns of a joint one takes four times as long.
-        sums = rows.new_zeros(self.config.codes, self.config.dim).index_add_(0, codes, rows)
-        counts = rows.new_zeros(self.config.codes).scatter_add_(0, codes, rows.new_ones(1).expand(len(rows)))
+        sums = rows.new_zeros(self.config.codebook_size, self.config.dim).index_add_(0, codes, rows)
+        counts = rows.new_zeros(self.config.codebook_size).scatter_add_(0, codes, rows.new_ones(1).expand(len(rows)))
         return sums, counts
 
     def _candidates(self, rows: Tensor, step: int) -> Tensor:
@@ -194,8 +199,10 @@ class VectorQuantizer(Quantizer):
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         total = len(rows) * distributed.world()
-        drawn = torch.randperm(total, generator=generator)[: self.config.codes].to(rows.device, non_blocking=True)
-        place = drawn.repeat(-(-self.config.codes // len(drawn)))[: self.config.codes]
+        drawn = torch.randperm(total, generator=generator)[: self.config.codebook_size].to(
+            rows.device, non_blocking=True
+        )
+        place = drawn.repeat(-(-self.config.codebook_size // len(drawn)))[: self.config.codebook_size]
         place = place - distributed.rank() * len(rows)
         mine = (place >= 0) & (place < len(rows))
         return torch.where(mine[:, None], rows[place.clamp(0, len(rows) - 1)], 0.0)
@@ -219,12 +226,12 @@ class SimVQ(Quantizer):
     def __init__(self, config: Config, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.sizes = (config.codes,)
+        self.sizes = (config.codebook_size,)
         generator = torch.Generator().manual_seed(seed)
-        basis = torch.randn(config.codes, config.dim, generator=generator) * config.dim**-0.5
+        basis = torch.randn(config.codebook_size, config.dim, generator=generator) * config.dim**-0.5
         self.register_buffer("basis", basis)
         self.map = nn.Linear(config.dim, config.dim, bias=False)
-        self.tally = Tally(config.codes)
+        self.tally = Tally(config.codebook_size)
 
     def forward(self, z: Tensor) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
@@ -236,9 +243,9 @@ class SimVQ(Quantizer):
             e = F.embedding(codes, codebook).view_as(z)
             commitment = F.mse_loss(z, e.detach())
             loss = self.config.beta * commitment + F.mse_loss(e, z.detach())
-            if self.config.entropy:
-                sure, varied = entropies(z.reshape(-1, self.config.dim), codebook, self.config.temperature)
-                loss = loss + self.config.entropy * (sure - varied)
+            if self.config.entropy_weight:
+                sure, varied = entropies(z.reshape(-1, self.config.dim), codebook, self.config.entropy_temperature)
+                loss = loss + self.config.entropy_weight * (sure - varied)
             through = pass_through(z, e.detach(), self.config.gradient)
             return Quantized(through, codes.view(z.shape[:-1]), loss, commitment.detach()[None])
 
@@ -264,16 +271,17 @@ class FSQ(Quantizer):
                 f"model.quantizer.levels={config.levels} must be 3 or more each: with 2 a channel's boundary lies far "
                 f"out in the tanh, where no gradient reaches; take kind=lfq for channels of two levels"
             )
-        if len(config.levels) != config.dim or product != config.codes:
+        if len(config.levels) != config.dim or product != config.codebook_size:
             raise ValueError(
                 f"model.quantizer.levels={config.levels} must be one number for each of the {config.dim} channels, "
-                f"with the product codes={config.codes}: set project={len(config.levels)} and codes={product}"
+                f"with the product codebook_size={config.codebook_size}: set codebook_dim={len(config.levels)} and "
+                f"codebook_size={product}"
             )
         levels = torch.tensor(config.levels)
-        self.sizes = (config.codes,)
+        self.sizes = (config.codebook_size,)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("radix", torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]]), persistent=False)
-        self.tally = Tally(config.codes)
+        self.tally = Tally(config.codebook_size)
 
     def forward(self, z: Tensor) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
@@ -308,14 +316,15 @@ class LFQ(Quantizer):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.codes != 2**config.dim:
+        if config.codebook_size != 2**config.dim:
             raise ValueError(
-                f"model.quantizer.codes={config.codes} must be 2 to the power of the {config.dim} channels: set project"
+                f"model.quantizer.codebook_size={config.codebook_size} must be 2 to the power of the {config.dim} "
+                f"channels: set codebook_dim"
             )
         self.config = config
-        self.sizes = (config.codes,)
+        self.sizes = (config.codebook_size,)
         self.register_buffer("radix", 2 ** torch.arange(config.dim), persistent=False)
-        self.tally = Tally(config.codes)
+        self.tally = Tally(config.codebook_size)
 
     def forward(self, z: Tensor) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
@@ -327,9 +336,9 @@ class LFQ(Quantizer):
             e = bits * 2.0 - 1
             commitment = F.mse_loss(z, e)
             loss = self.config.beta * commitment
-            if self.config.entropy:
+            if self.config.entropy_weight:
                 sure, varied = self.entropies(z.reshape(-1, self.config.dim))
-                loss = loss + self.config.entropy * (sure - varied)
+                loss = loss + self.config.entropy_weight * (sure - varied)
             return Quantized(pass_through(z, e, self.config.gradient), codes, loss, commitment.detach()[None])
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,7 +348,7 @@ class LFQ(Quantizer):
         is the sum over its bits, and the mean over rows is one product of two [N, 2^(D/2)] matrices: exact, without
         an N×K matrix.
         """
-        logits = 4 * z / self.config.temperature
+        logits = 4 * z / self.config.entropy_temperature
         yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
         sure = -(yes.exp() * yes + no.exp() * no).sum(1).mean()
         half = self.config.dim // 2

@@ -31,7 +31,7 @@ class ClosedForm:
     @staticmethod
     def planned(config: Config, samples: Callable[[], int], step: int = 0, images: int = 0) -> int:
         """Returns the number of steps after which the first epoch is complete."""
-        return step + max(0, math.ceil((samples() - images) / config.batch))
+        return step + max(0, math.ceil((samples() - images) / config.global_batch))
 
     @staticmethod
     def memory(model: PCA, config: Config, world: int) -> dict[str, float]:

@@ -22,11 +22,11 @@ class Descent:
     def __init__(self, model: Model, config: Config, samples: int = 0) -> None:
         del samples  # the length of a run is config.steps, whatever the number of epochs
         self.model = model
-        self.ema = WeightEMA(model, config.ema)  # copied before an engine converts the model's weights to fp16
+        self.ema = WeightEMA(model, config.ema_decay)  # copied before an engine converts the model's weights to fp16
         self.averaged = self.ema.model
         micro = micro_batch(config, distributed.world())
         self.engine = Engine(
-            model, config.optimizer, config.precision, config.zero, micro, config.accumulation, config.deepspeed
+            model, config.optimizer, config.precision, config.zero_stage, micro, config.accumulation, config.deepspeed
         )
         self.ema.follow(self.engine.masters())
         self.guard = Guard(config.optimizer.spike, self.engine.device)
@@ -168,7 +168,7 @@ class Descent:
 
     def summary(self) -> str:
         weights = sum(p.numel() for p in self.model.parameters())
-        return f"{weights / 1e6:.2f} M parameters, {self.config.precision}, ZeRO {self.config.zero}"
+        return f"{weights / 1e6:.2f} M parameters, {self.config.precision}, ZeRO {self.config.zero_stage}"
 
 
 def grouped(name: str) -> str:
@@ -179,9 +179,9 @@ def grouped(name: str) -> str:
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
     """Returns the learning rate of a step: linear warm-up, then half a cosine from `lr` to `final`·`lr` (Loshchilov,
     Hutter 2017, equation 5)."""
-    warm = min(1.0, (step + 1) / max(1, optimizer.warmup))
-    progress = min(1.0, max(0, step - optimizer.warmup) / max(1, steps - optimizer.warmup))
-    cosine = optimizer.final + (1 - optimizer.final) * (1 + math.cos(math.pi * progress)) / 2
+    warm = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+    progress = min(1.0, max(0, step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
+    cosine = optimizer.final_lr_ratio + (1 - optimizer.final_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
     return optimizer.lr * warm * cosine
 
 
@@ -191,13 +191,13 @@ def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]
     ZeRO 1 divides the moments by the world size, ZeRO 2 the gradients too, and both add a sharded fp32 master copy. The
     fp16 engine halves weights and gradients.
     """
-    shards = world if config.zero else 1
-    width = 2 if config.precision == "fp16" and config.zero else 4
+    shards = world if config.zero_stage else 1
+    width = 2 if config.precision == "fp16" and config.zero_stage else 4
     return {
         "weights": width * parameters,
-        "gradients": width * parameters / (world if config.zero == 2 else 1),
+        "gradients": width * parameters / (world if config.zero_stage == 2 else 1),
         "moments": 8 * parameters / shards,
-        "masters": 4 * parameters / shards if config.zero else 0,
+        "masters": 4 * parameters / shards if config.zero_stage else 0,
         "EMA": 4 * parameters,
     }
 

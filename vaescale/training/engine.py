@@ -103,13 +103,13 @@ class Engine:
         """micro: images per micro-batch on this rank; accumulation: micro-batches per step; passed: further DeepSpeed
         settings. Raises ConfigError for fp16 weights on hardware without fp16."""
         self.module = module
-        self.clip = optimizer.clip
+        self.clip = optimizer.grad_clip
         self.sharded = zero > 0
         self.parameters = dict(module.named_parameters())
         self.optimizer = torch.optim.AdamW(
             module.parameters(), optimizer.lr, optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
-        told = deepspeed_config(precision, zero, optimizer.clip, micro, accumulation, passed or {})
+        told = deepspeed_config(precision, zero, optimizer.grad_clip, micro, accumulation, passed or {})
         # Without an existing process group DeepSpeed would look for a launcher in the environment.
         deepspeed.init_distributed(dist_init_required=False)
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
@@ -304,7 +304,8 @@ def deepspeed_config(
     half_weights = precision == "fp16" and zero > 0
     if half_weights and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f"precision=fp16 with zero={zero} needs hardware with fp16: take zero=0, or precision=bf16 or fp32"
+            f"precision=fp16 with zero_stage={zero} needs hardware with fp16: take zero_stage=0, or precision=bf16 or "
+            f"fp32"
         )
     autocast = {
         "enabled": precision != "fp32" and not half_weights,

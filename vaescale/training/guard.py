@@ -114,7 +114,7 @@ def too_many(skip: Skip, patience: int) -> bool:
 
 def diagnosis(skip: Skip, micros: int, factor: float) -> str:
     """Returns the error text for the skipped step that stops the run."""
-    cure = "lower optimizer.lr or raise optimizer.warmup, and look at the samples named above"
+    cure = "lower optimizer.lr or raise optimizer.warmup_steps, and look at the samples named above"
     cure += "; if that does not help, go on from an older checkpoint"
     if skip.why == SPIKE:
         cure += f"; if gradients are to stay so large, raise optimizer.spike={factor:g} (0: no limit)"

@@ -23,9 +23,9 @@ from .learner import Learner
 from .resume import Position
 
 COMPARED = (
-    *("model.kind", "model.latents", "model.width", "model.beta", "model.free_bits", "model.warmup"),
-    *("model.quantizer.kind", "model.quantizer.codes", "model.quantizer.dim", "model.quantizer.beta"),
-    *("optimizer.lr", "optimizer.warmup", "batch", "steps", "ema", "precision", "seed", "data.size"),
+    *("model.kind", "model.latent_dim", "model.width", "model.beta", "model.free_bits", "model.beta_warmup_steps"),
+    *("model.quantizer.kind", "model.quantizer.codebook_size", "model.quantizer.dim", "model.quantizer.beta"),
+    *("optimizer.lr", "optimizer.warmup_steps", "global_batch", "steps", "ema_decay", "precision", "seed", "data.size"),
 )
 
 
@@ -59,7 +59,7 @@ class Reporter:
         self.config, self.model, self.learner, self.position, self.device = config, model, learner, position, device
         self.console = Console(position.step, config.steps, loud=distributed.rank() == 0)
         self.pace = Pace(model, device)
-        self.posterior = posterior.Posterior(config.model, config.optimizer.warmup, position.alarms)
+        self.posterior = posterior.Posterior(config.model, config.optimizer.warmup_steps, position.alarms)
         self.board: Board | None = None
         self.flops, self.peak = 0, 0.0  # FLOPs an image; peak FLOP/s of the device. Set on rank 0 if the peak is known
         self.window = Window()
@@ -113,13 +113,13 @@ class Reporter:
     def _speed(self, seconds: float) -> dict[str, float]:
         window = self.window
         values = {
-            "perf/images_per_second": window.steps * self.config.batch / seconds,
+            "perf/images_per_second": window.steps * self.config.global_batch / seconds,
             "perf/seconds_per_step": seconds / window.steps,
         }
         if self.device.type == "cuda":
             values["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.flops:
-            values["perf/step_flops"] = float(self.flops * self.config.batch)
+            values["perf/step_flops"] = float(self.flops * self.config.global_batch)
             work = self.flops * values["perf/images_per_second"]
             values["perf/mfu"] = work / (self.peak * distributed.world())
         if said := self.pace.report(window.waited, window.steps, seconds):
@@ -130,7 +130,7 @@ class Reporter:
         """Report one codebook: returns its scalars, writes its histogram, and logs when it collapses or recovers."""
         step, on = self.position.step, self.position.alarms
         reading = alarm.reading_of(usage, commitment, step)
-        self._alarm(name, alarm.watch(name, reading, quantizer, self.config.optimizer.warmup, on))
+        self._alarm(name, alarm.watch(name, reading, quantizer, self.config.optimizer.warmup_steps, on))
         if self.board:
             self.board.code_counts(f"{name}/counts", usage.window, step)
         values = {**codebook.scalars(usage), "alarm": float(name in on)}

@@ -25,7 +25,7 @@ class Position:
     alarms: list[str] = field(
         default_factory=list
     )  # names of what had collapsed at the last report: codebooks, latents
-    owed: bool = False  # this step's validation is pending: a stop cut it short
+    validation_due: bool = False  # this step's validation is pending: a stop cut it short
     since: dict[str, int] | None = None  # the current batch size, and the step and images at which it began
 
     def advance(self, batch: int) -> None:

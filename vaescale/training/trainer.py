@@ -69,14 +69,14 @@ class Trainer:
         self.learner = LEARNERS[MODELS[config.model.kind].learner](self.model, config, samples)
         self.position = resume.resume(config, self.learner, self.slices)
         self.order = resume.order(config, self.slices)
-        if self.position.owed:  # unless an earlier process has done it since the checkpoint
-            self.position.owed = not distributed.tell(validated(self.run, self.position.step))
+        if self.position.validation_due:  # unless an earlier process has done it since the checkpoint
+            self.position.validation_due = not distributed.tell(validated(self.run, self.position.step))
         steps = self.learner.planned(config, lambda: samples, self.position.step, self.position.images)
         config = self.config = replace(config, steps=steps)
 
         self.reporter = Reporter(config, self.model, self.learner, self.position, self.device)
         self.console = self.reporter.console
-        self.writer = Writer(self.run / "checkpoints", config.keep, config.keep_every, self.console)
+        self.writer = Writer(self.run / "checkpoints", config.keep_last, config.keep_every, self.console)
         self.damaged: Counter[str] = Counter()  # damaged samples by cause, on this rank, since `count_damage`
         self.changes = history.changes(self.before, config)
         if self.left():
@@ -91,7 +91,7 @@ class Trainer:
 
     def left(self) -> bool:
         """Returns whether steps or a validation are pending."""
-        return self.position.step < self.config.steps or self.position.owed
+        return self.position.step < self.config.steps or self.position.validation_due
 
     def train(self) -> str:
         """Train to the end. Returns why the run was stopped early, one of stops.REASONS; "" if it has finished.
@@ -127,7 +127,7 @@ class Trainer:
         reporter.begin(self.banner(), topology.topology(self.device), remarks)
         batches = self.batches()
         first = position.step
-        asked = self.validate(stop, watch) if position.owed else ""
+        asked = self.validate(stop, watch) if position.validation_due else ""
         while position.step < config.steps and not asked:
             self.step(batches)
             watch.beat(position.step)
@@ -137,8 +137,8 @@ class Trainer:
             last = position.step == config.steps
             asked = "" if last else stop.agreed()
             every = (config.every.report, config.every.validate, config.every.checkpoint)
-            report, position.owed, save = (last or position.step % steps == 0 for steps in every)
-            if position.owed or save or asked:
+            report, position.validation_due, save = (last or position.step % steps == 0 for steps in every)
+            if position.validation_due or save or asked:
                 with watch.doing("the solution"):
                     self.learner.settle()
             if report:
@@ -147,7 +147,7 @@ class Trainer:
                 self.writer.settle(wait=False)
                 reporter.report(position.images / len(self.slices.samples.index))
             paused = time.monotonic()
-            if position.owed and not asked:
+            if position.validation_due and not asked:
                 asked = self.validate(stop, watch)
             if save or asked:
                 with watch.doing("saving"):
@@ -165,13 +165,15 @@ class Trainer:
     def batches(self) -> Iterator[stream.Decoded]:
         config, pin = self.config, self.device.type == "cuda"
         start = self.position.images
-        return stream.train_loader(self.slices, start, config.batch, config.accumulation, self.rank, self.world, pin)
+        return stream.train_loader(
+            self.slices, start, config.global_batch, config.accumulation, self.rank, self.world, pin
+        )
 
     def step(self, batches: Iterator[stream.Decoded]) -> None:
         position = self.position
         metrics = self.learner.step(self.next_batches(batches), position.step)
         self.reporter.window.add(metrics)
-        position.advance(self.config.batch)
+        position.advance(self.config.global_batch)
         self.console.advance()
 
     def next_batches(self, batches: Iterator[stream.Decoded]) -> Iterator[Batch]:
@@ -194,11 +196,11 @@ class Trainer:
         for cause, count in zip(CAUSES, counts.tolist(), strict=True):
             position.damaged[cause] = position.damaged.get(cause, 0) + count
         total = sum(position.damaged.values())
-        if total > config.damaged_free + config.damaged_share * position.images:
+        if total > config.damaged_allowance + config.max_damaged_ratio * position.images:
             causes = ", ".join(f"{count} {cause}" for cause, count in position.damaged.items() if count)
             raise DataError(
-                f"{total} damaged samples ({causes}) among {position.images} are more than data.damaged_share="
-                f"{config.damaged_share} allows: mend the shards named above, or raise it"
+                f"{total} damaged samples ({causes}) among {position.images} are more than data.max_damaged_ratio="
+                f"{config.max_damaged_ratio} allows: mend the shards named above, or raise it"
             )
 
     def count_skips(self) -> None:
@@ -207,14 +209,17 @@ class Trainer:
         optimizer, micros = self.config.optimizer, self.config.accumulation
         for skip in self.learner.skips():
             self.console.say(f"step {skip.step + 1} skipped: {explained(skip, micros)}; {self.named(skip)}")
-            if too_many(skip, optimizer.patience):
+            if too_many(skip, optimizer.max_skipped_steps):
                 raise Diverged(diagnosis(skip, micros, optimizer.spike))
 
     def named(self, skip: Skip) -> str:
         """Returns a clause that names samples of the micro-batches whose loss is not finite, or of all if none is."""
         total = self.config.accumulation * self.world
-        begin = self.position.images - (self.position.step - skip.step) * self.config.batch
-        g = begin + np.arange(self.config.batch).reshape(total, self.micro)[skip.micros or range(total)].flatten()
+        begin = self.position.images - (self.position.step - skip.step) * self.config.global_batch
+        g = (
+            begin
+            + np.arange(self.config.global_batch).reshape(total, self.micro)[skip.micros or range(total)].flatten()
+        )
         samples = self.slices.samples
         keys = [samples.name(sample)[1] for sample in self.slices.order(g[:NAMED]).tolist()]
         return f"its samples: {', '.join(keys)}" + (f" and {len(g) - NAMED} more" if len(g) > NAMED else "")
@@ -224,14 +229,14 @@ class Trainer:
         one of stops.REASONS; "" if it was not. A validation that was cut short stays pending for the next process."""
         averaged = self.learner.averaged
         if not isinstance(averaged, Codec):
-            self.position.owed = False  # nothing to measure
+            self.position.validation_due = False  # nothing to measure
             return ""
         with watch.doing("validation"):
             measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stop.agreed)
             if not measured:
                 return stop.said
             self.reporter.validation(measured, averaged, lambda: stream.fixed_images(self.validation).to(self.device))
-        self.position.owed = False
+        self.position.validation_due = False
         return ""
 
     def save(self) -> None:
@@ -245,6 +250,6 @@ class Trainer:
         begin = f"resumes at step {self.position.step}" if self.position.step else "begins"
         return (
             f"{config.run} {begin}: {config.model.kind}, {self.learner.summary()}, {self.world} rank(s) on "
-            f"{self.device.type}; batch {config.batch} = {self.micro} × {config.accumulation} × {self.world}; "
+            f"{self.device.type}; batch {config.global_batch} = {self.micro} × {config.accumulation} × {self.world}; "
             f"{len(index)} training images, {len(self.validation.samples.index)} validation images"
         )
