@@ -34,7 +34,8 @@ HOSTILE = {
     "the environment": Hostile(TINY_TEXT.replace("steps: 12", "steps: ${{oc.env:HOME}}"), "steps: resolvers such as "),
     "a typo": Hostile(TINY_TEXT.replace("steps:", "stesp:"), "unknown key stesp: did you mean steps?"),
     "a typo in a section": Hostile(
-        TINY_TEXT.replace("warmup", "warmpu"), "unknown key optimizer.warmpu: did you mean optimizer.warmup_steps?"
+        TINY_TEXT.replace("warmup", "warmpu"),
+        "unknown key optimizer.warmpu_steps: did you mean optimizer.warmup_steps?",
     ),
     "a wrong type": Hostile(TINY_TEXT.replace("steps: 12", "steps: many"), "steps=many must be a whole number"),
     "a value for a section": Hostile("model: {{kind: vqvae}}\noptimizer: here\n", "optimizer is a section, not "),

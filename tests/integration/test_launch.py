@@ -41,10 +41,10 @@ def test_every_launcher_trains_the_same_bits(
 
 def test_a_typo_stops_the_launcher_with_2_and_a_suggestion(start: Start) -> None:
     port = str(free_port())
-    command = [str(BIN / "deepspeed"), "--master_port", port, *QUICKSTART, "--model.codes", "5"]
+    command = [str(BIN / "deepspeed"), "--master_port", port, *QUICKSTART, "--model.codebook_size", "5"]
     code, output = finish(start(command))
     assert code == 2
-    assert "error: --model.codes is not an option: write model.quantizer.codebook_size=5\n" in output
+    assert "error: --model.codebook_size is not an option: write model.quantizer.codebook_size=5\n" in output
     assert "Traceback" not in output
 
 
