@@ -175,7 +175,7 @@ def test_labels_and_latents_are_checked(runs: dict[str, Path]) -> None:
         lambda: quantised.decode([]): "the latents of this model are",
         lambda: quantised.decode([codes[0].float()]): "whole numbers",
         lambda: quantised.decode([codes[0] + 24]): "codes are from 0 to 23: found",
-        lambda: quantised.sample(2): "draws no samples by itself",
+        lambda: quantised.sample(2): "has no prior of its own",
         lambda: vae.sample(0): "at least 1",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):

@@ -299,14 +299,14 @@ def refusals() -> list[tuple[str, Callable[[], Subject], str]]:
     no_prior = Linear(prior=False)
     return [
         ("generate", lambda: subject(no_prior), "an autoencoder has no prior"),
-        ("generate", codes, "a VQ-VAE draws no samples by itself"),
-        ("interpolate", codes, "latents of this model are codes"),
-        ("vary", codes, "latents of this model are codes"),
-        ("traverse", codes, "latents of this model are codes"),
+        ("generate", codes, "a VQ-VAE has no prior of its own"),
+        ("interpolate", codes, "latents of this model are discrete codes"),
+        ("vary", codes, "latents of this model are discrete codes"),
+        ("traverse", codes, "latents of this model are discrete codes"),
         ("vary", lambda: subject(Linear(2, prior=False)), "an autoencoder has no prior"),
         ("interpolate", lambda: subject(images=1), "needs two images"),
         ("swap", lambda: subject(classes=[], attributes=[]), "neither class nor attributes"),
-        ("swap", lambda: subject(Deaf()), "takes no notice"),
+        ("swap", lambda: subject(Deaf()), "the model ignores it"),
     ]
 
 

@@ -177,7 +177,7 @@ def test_several_runs_are_evaluated_into_one_table(trained: Path, tmp_path: Path
         result = json.loads((run / "evaluation.json").read_text())
         assert f"| 4 × 4, K = 24 | {result['mse']:.6f} |" in row  # no column of bits, because neither run has any
         assert f"{result['psnr']:.2f}" in row
-    assert "do not compare" not in output
+    assert "are not comparable" not in output
 
 
 def test_evaluating_what_is_not_there_is_one_sentence(tmp_path: Path, start: Start) -> None:
@@ -193,7 +193,7 @@ def test_sampling_from_what_has_no_prior_says_why(trained: Path, tmp_path: Path,
     sample = [sys.executable, "launch/sample.py", "--run", str(run)]
     cases = {
         (): "error: .* has no pictures to show",
-        ("generate",): "error: .* cannot generate: a VQ-VAE draws no samples by itself",
+        ("generate",): "error: .* cannot generate: a VQ-VAE has no prior of its own",
         ("interpolate", "--images", "3", "11"): "error: --images 11: the validation images are 0 to 10",
         ("vary", "data.syze=3"): r"unknown key data\.syze: did you mean data\.size",
         ("dream",): "error: dream is none of the modes: generate, interpolate, vary, traverse, swap",

@@ -39,7 +39,7 @@ def test_the_same_command_gives_the_same_pictures(run: Path, start: Start) -> No
     ):
         code, output = finish(start([*sample, *arguments]))
         assert code == 0, output
-        assert ("skipped swap: the model is told neither class" in output) == (not {"generate"} & set(arguments))
+        assert ("skipped swap: the model has neither class" in output) == (not {"generate"} & set(arguments))
         made.append(files(run))
     assert sorted(made[0]) == MODES
     assert made[0] == made[1]

@@ -256,11 +256,14 @@ def test_half_weights_serve() -> None:
     [
         ({"encoder": []}, r"model\.encoder must be a list of stages"),
         ({"decoder": [Stage(8, 0)]}, r"model\.decoder\.blocks=0 must be at least 1"),
-        ({"encoder": DOWN[1:]}, r"begins at 4 px .* data\.size=8"),
-        ({"encoder": [Stage(8, 1), Stage(3, 1)]}, "3 px beside 8 px"),
-        ({"decoder": [Stage(2, 1), Stage(8, 1)]}, r"model\.decoder has a stage of 2 px and model\.encoder none"),
-        ({"decoder": [Stage(8, 1), Stage(4, 1), Stage(8, 1)]}, "must fall in the encoder and rise in the decoder"),
-        ({"decoder": UP[1:]}, "goes down to 1 px, model.decoder begins at 4 px"),
+        ({"encoder": DOWN[1:]}, r"starts at 4 px .* both must be data\.size=8"),
+        ({"encoder": [Stage(8, 1), Stage(3, 1)]}, "3 px next to 8 px"),
+        ({"decoder": [Stage(2, 1), Stage(8, 1)]}, r"model\.decoder has a stage of 2 px, but model\.encoder has none"),
+        (
+            {"decoder": [Stage(8, 1), Stage(4, 1), Stage(8, 1)]},
+            "must decrease in the encoder and increase in the decoder",
+        ),
+        ({"decoder": UP[1:]}, "ends at 1 px, but model.decoder starts at 4 px"),
     ],
 )
 def test_stages_that_do_not_fit_are_named(changes: dict[str, object], words: str) -> None:

@@ -86,5 +86,5 @@ def test_it_learns_four_pictures() -> None:
 
 
 def test_it_cannot_sample_without_a_prior() -> None:
-    with pytest.raises(ValueError, match="codes of a prior"):
+    with pytest.raises(ValueError, match="no prior of its own to draw samples from: give codes"):
         model().decode([])

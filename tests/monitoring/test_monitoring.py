@@ -149,7 +149,7 @@ def test_what_finds_no_room_in_a_line_leaves_it_whole(tmp_path: Path, capsys: py
         board.scalars({"val/a_long_name": 1.0}, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "curves have a gap" in capsys.readouterr().out
+    assert "the curves will have a gap" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
     (tmp_path / "metrics.jsonl").unlink()  # by a user
     board.scalars({"val/psnr": 1.0}, 1)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pytest
 
 from vaescale.models import hvae, vae, vdvae
-from vaescale.monitoring.posterior import SETTLE, WINDOW, Posterior, cause
+from vaescale.monitoring.posterior import GRACE, WINDOW, Posterior, cause
 from vaescale.nn import likelihood
 
 EVERY = 50  # steps between reports
@@ -36,23 +36,23 @@ def test_nothing_is_said_of_latents_in_use(rates: list[float]) -> None:
 
 def test_a_collapse_is_said_once_with_its_cause() -> None:
     ((step, sentence),) = watch([[0.004]] * 20)
-    assert step == SETTLE
+    assert step == GRACE
     assert sentence == (
-        "latents have collapsed at step 500: they carry 0.004 nats an image, and the decoder ignores them. The KL "
-        "costs its full price before the decoder has learned to use the latents: set model.beta_warmup_steps to about "
+        "latents have collapsed at step 500: they carry 0.004 nats per image, and the decoder ignores them. The KL "
+        "has its full weight before the decoder has learned to use the latents: set model.beta_warmup_steps to about "
         "a tenth of steps, or model.free_bits=0.1"
     )
 
 
 def test_a_hierarchy_that_is_none_is_a_collapse() -> None:
     ((_, sentence),) = watch([[0.02, 0.0, 9.5, 0.09]] * 20)
-    assert "of 4 levels only level 2 carries anything (9.5 nats an image)" in sentence
+    assert "only level 2 of 4 carries information (9.5 nats per image)" in sentence
 
 
 def test_it_waits_for_both_warm_ups() -> None:
     """Of the learning rate and of the KL."""
-    ((step, _),) = watch([[0.0]] * 20, warmup=300)
-    assert step == 300 + SETTLE
+    ((step, _),) = watch([[0.0]] * 20, beta_warmup_steps=300)
+    assert step == 300 + GRACE
     posterior = Posterior(vae.Config(), 400, [])
     assert [posterior.report(step, EVERY, [0.0]) is not None for step in (849, 899, 900)] == [False, False, True]
 
@@ -74,7 +74,10 @@ def test_it_is_said_when_it_is_over() -> None:
     curve = [[rate] for rate in [5.0] * 12 + [0.01] * 4 + [0.2] * 4 + [0.6] * 2 + [0.3] * 4]
     (_, begun), (step, over) = watch(curve)
     assert "have collapsed at step 700" in begun
-    assert (step, over) == (1100, "latents have recovered at step 1100: they carry 0.6 nats an image, and 1 are active")
+    assert (step, over) == (
+        1100,
+        "latents have recovered at step 1100: they carry 0.6 nats per image, and 1 are active",
+    )
 
 
 def test_units_that_tell_nothing_are_a_collapse_whatever_the_rate() -> None:
@@ -86,7 +89,7 @@ def test_units_that_tell_nothing_are_a_collapse_whatever_the_rate() -> None:
     assert posterior.validation(599, active=0) is None
     sentence = posterior.validation(1000, active=0)
     assert sentence is not None
-    assert sentence.startswith("latents have collapsed at step 1000: none of them differs from image to image. ")
+    assert sentence.startswith("latents have collapsed at step 1000: none of them differs between images. ")
     assert "lower optimizer.lr" in sentence
     assert on == ["latents"]
     assert posterior.report(1050, EVERY, [16.0]) is None

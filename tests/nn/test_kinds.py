@@ -355,7 +355,7 @@ def test_a_uniform_codebook_is_neither_replaced_nor_idle(learning: Literal["ema"
     [
         ({"groups": 5}, "groups=5 must divide the 12 channels"),
         ({"kind": "fsq"}, "set codebook_dim=4 and codebook_size=1000"),
-        ({"kind": "fsq", "depth": 2}, "leaves no rest to quantise"),
+        ({"kind": "fsq", "depth": 2}, "leaves no residual to quantise"),
         ({"codebook_dim": -1}, "codebook_dim=-1 must be at least 0"),
         ({"depth": 0}, "depth=0 must be at least 1"),
         ({"entropy_weight": -0.1}, "entropy_weight=-0.1 must be at least 0"),

@@ -16,7 +16,7 @@ from ..monitoring.pictures import to_bytes
 from . import metrics
 from .metrics.metric import Seen
 
-IMAGES = "largest centred square, bicubic to the model's size, each exactly once"
+IMAGES = "largest centred square, resized (bicubic) to the model's size, each image exactly once"
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def interpolate(subject: Subject) -> dict[str, Picture]:
     x = subject.shown
     if len(x.x) < 2:
         raise Unsupported("interpolate needs two images")
-    latents = _continuous(subject, "between two of them lies nothing")
+    latents = _continuous(subject, "cannot be interpolated")
     shares = torch.linspace(0, 1, PER_ROW + 1).tolist()
     images, rows = [], []
     for a in range(0, min(len(x.x), 2 * IMAGES) - 1, 2):
@@ -130,15 +130,15 @@ def vary(subject: Subject) -> dict[str, Picture]:
     """Draw variations of an image. One level of latents becomes μ + √(1 − a²) (z − μ) + a ζ, with the latents' mean μ
     and ζ of their standard deviations around 0, which preserves both. Of several levels the first k are kept and the
     others drawn from the prior. Raises Unsupported for latents that are codes."""
-    latents = [level[:IMAGES] for level in _continuous(subject, "there is nothing to mix with noise")]
+    latents = [level[:IMAGES] for level in _continuous(subject, "cannot be mixed with noise")]
     x = Batch(*(tensor[:IMAGES] for tensor in subject.shown))
     if len(latents) == 1:
         variations, columns = _mixed(subject, latents[0], x.condition)
-        title = "an image's latents mixed with noise; each row another noise"
+        title = "latents of an image mixed with noise, other noise in each row"
     else:
         seeds = range(subject.seed, subject.seed + VARIATIONS)
         variations, columns = _redrawn(subject.codec, latents, x.condition, seeds)
-        title = "an image's coarse latents kept, the finer ones drawn; each row another draw"
+        title = "coarse latents of an image kept, the finer ones drawn again in each row"
     images = []
     for number in range(len(x.x)):
         for row in variations:
@@ -176,7 +176,7 @@ def traverse(subject: Subject) -> dict[str, Picture]:
     """Move one latent per row, the most active first (by the variance of its posterior mean, Burda et al. 2016), in
     steps of standard deviations away from the mean latents, and from those of the first image. Both use the condition
     of the first image. Raises Unsupported for latents that are codes."""
-    latents = _continuous(subject, "there is no way from one to the next")
+    latents = _continuous(subject, "cannot be moved in steps")
     spread, sizes = subject.spread, [level[0].numel() for level in latents]
     most = spread.activity.argsort(descending=True, stable=True)[:TRAVERSED].tolist()
     image = torch.cat([level[0].flatten() for level in latents]).double()
@@ -201,7 +201,7 @@ def swap(subject: Subject) -> dict[str, Picture]:
     """Decode the same latents under other conditions: every class, and each attribute at several standard deviations
     from its mean. Raises Unsupported if the model has no condition or ignores it."""
     if not subject.classes and not subject.attributes:
-        raise Unsupported("the model is told neither class nor attributes: there is nothing to swap")
+        raise Unsupported("the model has neither class nor attributes as input, so there is nothing to swap")
     x = subject.shown
     latents = subject.codec.encode(x)
     result = {}
@@ -210,7 +210,9 @@ def swap(subject: Subject) -> dict[str, Picture]:
         said = [x.condition._replace(label=torch.full_like(x.label, label)) for label in classes]
         columns = ["input", *classes.values()]
         images = torch.stack([x.x, *_under(subject, latents, said)], dim=1).flatten(0, 1)
-        result["swap_classes"] = grid(images, len(columns), columns, title="the latents of the input, every class")
+        result["swap_classes"] = grid(
+            images, len(columns), columns, title="the latents of the input decoded with every class"
+        )
     if subject.attributes:
         columns = [f"{value:+d}" for value in ATTRIBUTE_VALUES]
         blocks = []
@@ -300,7 +302,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _continuous(subject: Subject, why: str) -> list[Tensor]:
     latents = subject.codec.encode(subject.shown)
     if not all(level.is_floating_point() for level in latents):
-        raise Unsupported(f"the latents of this model are codes: {why}")
+        raise Unsupported(f"the latents of this model are discrete codes, which {why}")
     return latents
 
 
@@ -350,7 +352,7 @@ def _under(subject: Subject, latents: list[Tensor], conditions: list[Condition])
     """Decode the latents under each condition, uint8 [B, C, H, W] each. Raises Unsupported if all images are equal."""
     images = [decoded(subject.codec, latents, condition) for condition in conditions]
     if len(images) > 1 and all(torch.equal(images[0], other) for other in images[1:]):
-        raise Unsupported("the pictures are the same whatever is said of them: the model takes no notice of it")
+        raise Unsupported("the images are the same for every condition: the model ignores it")
     return images
 
 

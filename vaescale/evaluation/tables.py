@@ -70,11 +70,11 @@ def comparison(results: Sequence[Result]) -> str:
     if absent := [f"{number.words.format(draws='K')}: {number.absent}." for number in _absent(results)]:
         lines += ["", *absent]
     if len({(result["fingerprint"], result["size"], result["channels"]) for result in results}) > 1:
-        lines += ["", "These rows do not compare: the runs were measured on different images."]
+        lines += ["", "These rows are not comparable: the runs were measured on different images."]
         lines += [f"  {result['run']}: {_held_out(result)}" for result in results]
     binarised = [result["run"] for result in results if result["likelihood"] == "bernoulli"]
     if binarised:
-        lines += ["", f"Bits of binarised images compare with no others: {', '.join(binarised)}."]
+        lines += ["", f"Bits of binarised images are comparable only with each other: {', '.join(binarised)}."]
     return "\n".join(lines)
 
 

@@ -52,7 +52,7 @@ class Autoencoder(Model):
         """Decode latents to images [B, C, H, W]. Raises ValueError without latents: there is no prior to draw from."""
         del condition, temperature, draw  # the decoder is deterministic and unconditional
         if not latents:
-            raise ValueError("an autoencoder has no prior to draw samples from: give the latents, or train a VAE")
+            raise ValueError("an autoencoder has no prior to draw samples from: give latents, or train a VAE")
         return self._images(latents[0]).float()
 
     @property

@@ -40,7 +40,7 @@ class TwoLevels(Net):
     def __init__(self, config: Config, shape: Shape, condition: int, likelihood: Likelihood) -> None:
         super().__init__()
         if config.posterior == "top-down" and config.network.kind == "linear":
-            raise ValueError("model.posterior=top-down is not linear: take bottom-up with model.network.kind=linear")
+            raise ValueError("model.posterior=top-down is not linear: use bottom-up with model.network.kind=linear")
         low, top = config.latent_dim, config.top_latent_dim
         self.sizes = [top, low]
         self.top_down = config.posterior == "top-down"

@@ -59,8 +59,9 @@ class PCA(Model):
             raise ValueError(f"model.patch={config.patch} does not divide data.size={shape.size}")
         if size > LARGEST:
             raise ValueError(
-                f"a PCA of {size} subpixels needs a covariance of {8 * size**2 / 2**30:.1f} GiB; above {LARGEST} it "
-                f"is refused: set model.patch to a side that divides data.size={shape.size}, as in model.patch=8"
+                f"a PCA of {size} subpixels needs a covariance of {8 * size**2 / 2**30:.1f} GiB; the limit is "
+                f"{LARGEST} subpixels: set model.patch to a side that divides data.size={shape.size}, as in "
+                f"model.patch=8"
             )
         if not 1 <= config.latent_dim < size:
             raise ValueError(

@@ -224,19 +224,19 @@ def _require(config: Config, shape: Shape) -> None:
             )
     if down[0] != shape.size or up[-1] != shape.size:
         raise ValueError(
-            f"model.encoder begins at {down[0]} px and model.decoder ends at {up[-1]} px: both must be at "
+            f"model.encoder starts at {down[0]} px and model.decoder ends at {up[-1]} px: both must be "
             f"data.size={shape.size}"
         )
     for larger, smaller in [*pairwise(down), *pairwise(reversed(up))]:
         if larger <= smaller or larger % smaller:
             raise ValueError(
-                f"model.encoder and model.decoder: {smaller} px beside {larger} px; sizes must fall in the encoder and "
-                f"rise in the decoder, each a whole part of the larger one beside it"
+                f"model.encoder and model.decoder: {smaller} px next to {larger} px; sizes must decrease in the "
+                f"encoder and increase in the decoder, and each must divide the next larger one"
             )
     for size in up:
         if size not in down:
-            raise ValueError(f"model.decoder has a stage of {size} px and model.encoder none: add one there")
+            raise ValueError(f"model.decoder has a stage of {size} px, but model.encoder has none: add one to it")
     if down[-1] < up[0]:
         raise ValueError(
-            f"model.encoder goes down to {down[-1]} px, model.decoder begins at {up[0]} px: end both there"
+            f"model.encoder ends at {down[-1]} px, but model.decoder starts at {up[0]} px: make both equal"
         )

@@ -86,7 +86,7 @@ class VQVAE(Model):
         """Decode codes to images [B, C, H, W]. Raises ValueError without codes: the model has no prior to draw from."""
         del condition, temperature, draw  # the decoder is deterministic and unconditional
         if not latents:
-            raise ValueError("a VQ-VAE draws no samples by itself: it decodes the codes of a prior")
+            raise ValueError("a VQ-VAE has no prior of its own to draw samples from: give codes")
         codes = torch.stack(latents, dim=-1) if len(latents) > 1 else latents[0]
         return self._images(self.quantizer.lookup(codes)).float()
 

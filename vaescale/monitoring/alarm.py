@@ -15,7 +15,7 @@ from .codebook import entropy_share, usage_ema
 # with a utilization rate of 99%", abstract). A blank background that gives four fifths of the images one code is not.
 USAGE = 0.25, 0.35
 ENTROPY = 0.15, 0.2
-SETTLE = 200  # steps after the warm-up until the averaged counts no longer depend on the start
+GRACE = 200  # steps after the warm-up without an alarm, until the averaged counts no longer depend on the start
 ROWS = 0.1  # rows per step and code, 10 per code over the average; with fewer, even healthy codes stay unused
 POINT = 1e-5  # squared distance to the code that is only rounding
 SLOW = 500  # steps; resets that wait longer cannot keep up
@@ -39,7 +39,7 @@ def reading_of(usage: Usage, commitment: float, step: int) -> Reading:
 
 
 def watch(name: str, reading: Reading, settings: Any, warmup: int, on: list[str]) -> str | None:
-    """Return the sentence to log when a collapse begins or ends, and None otherwise. Always None until SETTLE steps
+    """Return the sentence to log when a collapse begins or ends, and None otherwise. Always None until GRACE steps
     after the warm-up. settings: the quantiser's Config; on: names of the collapsed codebooks, updated in place."""
     before = name in on
     now = collapsed(reading, before, warmup)
@@ -55,7 +55,7 @@ def watch(name: str, reading: Reading, settings: Any, warmup: int, on: list[str]
 def collapsed(reading: Reading, before: bool, warmup: int) -> bool:
     """Return whether the codebook has collapsed. `before` is the answer at the last report, which is kept while there
     is too little data."""
-    if reading.step < warmup + SETTLE or reading.rows < ROWS * reading.codes:
+    if reading.step < warmup + GRACE or reading.rows < ROWS * reading.codes:
         return before
     return reading.usage < USAGE[before] or reading.entropy < ENTROPY[before]
 
@@ -64,7 +64,7 @@ def sentence(name: str, reading: Reading, settings: Any, begins: bool) -> str:
     """Return the sentence for a collapse that begins, with its cause, or is over. settings: the quantiser's Config."""
     state = (
         f"{name} {'has collapsed' if begins else 'has recovered'} at step {reading.step}: {reading.usage:.1%} of its "
-        f"{reading.codes} codes are in use, at a perplexity of {reading.codes**reading.entropy:.1f}"
+        f"{reading.codes} codes are in use, with a perplexity of {reading.codes**reading.entropy:.1f}"
     )
     return f"{state}. {cause(reading, settings)}" if begins else state
 
@@ -78,19 +78,21 @@ def cause(reading: Reading, settings: Any) -> str:
             f"{settings.entropy_weight}, or {slower}"
         )
     if settings.kind == "fsq":
-        return f"The encoder reaches few of the levels, which no reset can help: {slower}, or take fewer levels"
+        return f"The encoder uses few of the levels, which no reset can change: {slower}, or use fewer levels"
     if reading.commitment < POINT:
         return (
-            f"The encoder gives one output for everything (squared distance to its code {reading.commitment:.1e}), so "
-            f"there is nothing to tell apart: {slower}, or lower model.quantizer.beta={settings.beta}"
+            f"The encoder gives the same output for every input (squared distance to its code "
+            f"{reading.commitment:.1e}): {slower}, or lower model.quantizer.beta={settings.beta}"
         )
     if settings.kind == "simvq":
-        return f"The encoder moved away from the codes faster than their one map could follow: {slower}"
+        return f"The encoder moved away from the codes faster than their shared linear map could follow: {slower}"
     if settings.reset_every == 0:
-        return "Codes that died stay dead, since model.quantizer.reset_every=0: set it to 10"
+        return "Dead codes are never replaced, because model.quantizer.reset_every=0: set it to 10"
     if settings.dead_after > SLOW:
-        return f"A dead code waits model.quantizer.dead_after={settings.dead_after} steps to be replaced: set it to 50"
-    narrow = ", or compare in a small space with model.quantizer.codebook_dim=8 model.quantizer.metric=cosine"
+        return (
+            f"A dead code is only replaced after model.quantizer.dead_after={settings.dead_after} steps: set it to 50"
+        )
+    narrow = ", or compare in few dimensions with model.quantizer.codebook_dim=8 model.quantizer.metric=cosine"
     return (
         f"Dead codes are replaced, and die again as the encoder moves away from them: {slower}"
         f"{'' if settings.codebook_dim and settings.metric == 'cosine' else narrow}"

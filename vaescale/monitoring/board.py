@@ -112,7 +112,10 @@ class Board:
                 write(self._writer)
         except OSError as error:
             if self._writer:
-                print(f"{self._folder} cannot be written ({error.strerror or error}): curves have a gap", flush=True)
+                print(
+                    f"{self._folder} cannot be written ({error.strerror or error}): the curves will have a gap",
+                    flush=True,
+                )
             self._writer = None  # its thread has ended, and records after a partial one would not be read
 
     def _write_alarms(self) -> None:

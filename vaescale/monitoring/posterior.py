@@ -17,7 +17,7 @@ NAME = "latents"  # of the alarm
 CARRIES = 0.1, 0.5
 # Steps after the warm-ups of the learning rate and the KL in which rates may still rise: healthy ones often start near
 # 0 (configs/hvae2_digits.yaml: 1.6, 0.5, 5.3 and 13 nats at steps 50, 100, 150 and 200).
-SETTLE = 500
+GRACE = 500
 WINDOW = 100  # steps for which rates must have been low
 
 
@@ -52,15 +52,15 @@ class Posterior:
         if NAME not in self.on:
             if active or self._warming(step):
                 return None
-            return self._begun(step, "none of them differs from image to image")
+            return self._begun(step, "none of them differs between images")
         if not active or low(self.rates, CARRIES[1]):
             return None
         self.on.remove(NAME)
-        state = f"{NAME} have recovered at step {step}: they carry {sum(self.rates):.3g} nats an image"
+        state = f"{NAME} have recovered at step {step}: they carry {sum(self.rates):.3g} nats per image"
         return f"{state}, and {active} are active"
 
     def _warming(self, step: int) -> bool:
-        return step < max(self.warmup, self.settings.beta_warmup_steps) + SETTLE
+        return step < max(self.warmup, self.settings.beta_warmup_steps) + GRACE
 
     def _begun(self, step: int, state: str) -> str:
         self.on.append(NAME)
@@ -86,9 +86,9 @@ def low(rates: Sequence[float], bound: float) -> bool:
 
 def described(rates: Sequence[float]) -> str:
     if max(rates) < CARRIES[0]:
-        return f"they carry {sum(rates):.2g} nats an image, and the decoder ignores them"
+        return f"they carry {sum(rates):.2g} nats per image, and the decoder ignores them"
     level = max(range(len(rates)), key=rates.__getitem__)
-    return f"of {len(rates)} levels only level {level} carries anything ({rates[level]:.3g} nats an image)"
+    return f"only level {level} of {len(rates)} carries information ({rates[level]:.3g} nats per image)"
 
 
 def cause(settings: Any) -> str:
@@ -98,18 +98,18 @@ def cause(settings: Any) -> str:
         return f"The KL weighs more than the reconstruction: lower model.beta={settings.beta:g} to 1"
     if "gaussian" in noise.kind and not noise.learned_variance:  # Lucas et al. 2019, "Don't blame the ELBO!"
         return (
-            f"model.likelihood.variance={noise.variance:g} says that pixels are so noisy that there is little to tell: "
-            f"lower it, or set model.likelihood.learned_variance=true"
+            f"model.likelihood.variance={noise.variance:g} assumes so noisy pixels that the latents have little to "
+            f"explain: lower it, or set model.likelihood.learned_variance=true"
         )
     if not settings.beta_warmup_steps:
         return (
-            "The KL costs its full price before the decoder has learned to use the latents: set "
+            "The KL has its full weight before the decoder has learned to use the latents: set "
             "model.beta_warmup_steps to about a tenth of steps, or model.free_bits=0.1"
         )
     if not settings.free_bits:
         return (
-            f"The decoder does not learn to use the latents while the KL is cheap: set model.free_bits=0.1, or raise "
-            f"model.beta_warmup_steps={settings.beta_warmup_steps}"
+            f"The decoder does not learn to use the latents while the KL weighs little: set model.free_bits=0.1, or "
+            f"raise model.beta_warmup_steps={settings.beta_warmup_steps}"
         )
     slower = "lower optimizer.lr or raise optimizer.warmup_steps"
-    return f"KL warm-up and free bits are set, and the encoder still says nothing: {slower}"
+    return f"KL warm-up and free bits are set, but the latents still carry no information: {slower}"

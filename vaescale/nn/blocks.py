@@ -137,7 +137,7 @@ def least_size(shape: Shape, halvings: int) -> int:
     """Return the pixels per side after `halvings`. Raises ValueError if the size cannot be halved so often."""
     if shape.size % 2**halvings:
         raise ValueError(
-            f"data.size={shape.size} cannot be halved {halvings} times: take a multiple of {2**halvings}, or fewer "
+            f"data.size={shape.size} cannot be halved {halvings} times: use a multiple of {2**halvings}, or lower "
             f"model.network.halvings"
         )
     return shape.size >> halvings

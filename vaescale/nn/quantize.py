@@ -58,14 +58,15 @@ def build(config: Config, seed: int) -> Quantizer:
     require(config, "model.quantizer")
     if config.kind == "fsq" and config.entropy_weight:
         raise ValueError(
-            f"model.quantizer.entropy_weight={config.entropy_weight} has no codebook to spread for kind=fsq: "
-            f"set entropy_weight=0"
+            f"model.quantizer.entropy_weight={config.entropy_weight} does not apply to kind=fsq: set entropy_weight=0"
         )
     inner = config.codebook_dim or config.dim
     if inner % config.groups:
         raise ValueError(f"model.quantizer.groups={config.groups} must divide the {inner} channels")
     if config.kind in ("fsq", "lfq") and config.depth > 1:
-        raise ValueError(f"model.quantizer.kind={config.kind} leaves no rest to quantise: use groups instead of depth")
+        raise ValueError(
+            f"model.quantizer.kind={config.kind} leaves no residual to quantise: use groups instead of depth"
+        )
     cosine = config.metric == "cosine" and config.kind == "vq" and config.depth > 1  # by the stack, not by each level
     one = replace(config, dim=inner // config.groups, metric="euclidean" if cosine else config.metric)
     leaves = [
@@ -152,8 +153,8 @@ class VectorQuantizer(Quantizer):
         sane = sums.isfinite().all()
         # Assignments to the codes of a random codebook carry no information and are ignored.
         placed = self.placed()
-        told = sane & placed
-        sums, counts = torch.where(told, sums, 0.0), torch.where(told, counts, 0.0)
+        updated = sane & placed
+        sums, counts = torch.where(updated, sums, 0.0), torch.where(updated, counts, 0.0)
         self.learner.learn(self.codebook, sums, counts, torch.where(sane, lr, 0.0))
         self.tally.count(counts)
         begins, resets = self._begins(step), self._resets(step)
@@ -268,8 +269,8 @@ class FSQ(Quantizer):
         product = math.prod(config.levels)
         if min(config.levels, default=3) < 3:
             raise ValueError(
-                f"model.quantizer.levels={config.levels} must be 3 or more each: with 2 a channel's boundary lies far "
-                f"out in the tanh, where no gradient reaches; take kind=lfq for channels of two levels"
+                f"model.quantizer.levels={config.levels} must be 3 or more each: with 2, a channel's boundary lies "
+                f"where the tanh is saturated and passes no gradient; use kind=lfq for channels of two levels"
             )
         if len(config.levels) != config.dim or product != config.codebook_size:
             raise ValueError(

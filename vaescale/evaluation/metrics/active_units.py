@@ -31,8 +31,8 @@ ACTIVE_UNITS = Metric(
         "active_share": Number("active units, share", ".3f"),
     },
     protocol={
-        "active_units": f"latents whose posterior mean (PCA: score) has a variance over images above {ACTIVE}, "
-        "Burda et al. 2016, 5.2, in finer levels also if it only follows the coarser ones; active_share: of all",
+        "active_units": f"latents whose posterior mean (PCA: score) has a variance over images above {ACTIVE} "
+        "(Burda et al. 2016, 5.2), in finer levels even if it only follows coarser ones; active_share: their share",
     },
     sums=sums,
     result=result,

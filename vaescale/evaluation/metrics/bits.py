@@ -43,20 +43,20 @@ BITS = Metric(
             "bits/dim, IW-{draws}",
             ".4f",
             "bits/dim, IW-{draws}",
-            absent="not measured; --iw K draws K latents an image for this bound, which is tighter than the ELBO",
+            absent="not measured; --iw K draws K latents per image for this bound, which is tighter than the ELBO",
         ),
         "rate": Number("rate (bits/dim)", ".4f", "rate"),
         "distortion": Number("distortion (bits/dim)", ".4f", "distortion"),
     },
     protocol={
-        "bits_per_dim": "-ELBO in bits a subpixel of the 8-bit image, an upper bound of -log2 p(image); "
+        "bits_per_dim": "-ELBO in bits per subpixel of the 8-bit image, an upper bound of -log2 p(image); "
         "mean over images",
         "bits_per_dim_iw": "the same for the importance-weighted bound of all draws, Burda et al. 2016, equation 8",
-        "dequantisation": "a density is that of the image plus uniform noise in its bins of 1/255, its log averaged "
-        "over them in closed form; a Bernoulli speaks of the image binarised at 127.5 and compares with no other",
-        "draws": "latents drawn from q(z|x) for each image; their noise is decided by the numbers of sample and draw",
-        "rate": "KL(q(z|x) || p(z)) in bits a subpixel, over all levels; rate/levelN: each, coarse to fine",
-        "distortion": "-log2 p(x|z) in bits a subpixel, mean over draws",
+        "dequantisation": "a density is that of the image plus uniform noise in bins of 1/255, with its log averaged "
+        "over the bins in closed form; a Bernoulli is of the image binarised at 127.5 and compares only with such",
+        "draws": "latents drawn from q(z|x) for each image; the numbers of sample and draw determine their noise",
+        "rate": "KL(q(z|x) || p(z)) in bits per subpixel, over all levels; rate/levelN: of one level, coarse to fine",
+        "distortion": "-log2 p(x|z) in bits per subpixel, mean over draws",
     },
     sums=sums,
 )

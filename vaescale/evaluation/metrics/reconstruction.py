@@ -48,13 +48,13 @@ RECONSTRUCTION = Metric(
     numbers={
         "mse": Number("MSE", ".6f", "MSE", logged=False),
         "psnr": Number("PSNR (dB)", ".2f", "PSNR"),
-        "ssim": Number("SSIM", ".4f", "SSIM", absent="left out: its window is wider than the images"),
+        "ssim": Number("SSIM", ".4f", "SSIM", absent="not measured: its window is wider than the images"),
     },
     protocol={
         "rounding": "reconstructions rounded to 8 bits before mse, psnr and ssim",
         "mse": "pixels in [0, 1], mean over images",
         "psnr": "dB, peak 1, mean of the per-image values",
-        "ssim": "data range 1, Gaussian window 11, sigma 1.5, mean of the per-image values; not below 11 pixels a side",
+        "ssim": "data range 1, Gaussian window 11, sigma 1.5, mean of the per-image values; sides of at least 11 px",
     },
     sums=sums,
 )
