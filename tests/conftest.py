@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.warm import Warm
 from vaescale.data.shards import Sample, write
 
 ROOT = Path(__file__).parent.parent
@@ -64,26 +66,29 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-Start = Callable[..., subprocess.Popen[str]]
+WARM = re.compile(r"-m|(launch|tests/benchmarks)/\w+\.py")  # commands whose imports take seconds
+Process = subprocess.Popen[str] | Warm
+Start = Callable[..., Process]
+
+
+def begin(command: list[str], cold: bool = False, **environment: str) -> Process:
+    """Start a process in its own session. Commands that match WARM start without the seconds of their imports, unless
+    `cold`, see warm.py."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **environment}
+    if not cold and command[0] == sys.executable and WARM.fullmatch(command[1]):
+        return Warm(command, env)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **output)
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """start(command, **environment) → a process in its own session, which is killed when the test ends."""
-    begun: list[subprocess.Popen[str]] = []
+    """`begin`, for processes that are killed when the test ends."""
+    begun: list[Process] = []
 
-    def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        begun.append(process)
-        return process
+    def start(command: list[str], cold: bool = False, **environment: str) -> Process:
+        begun.append(begin(command, cold, **environment))
+        return begun[-1]
 
     yield start
     for process in begun:
@@ -94,13 +99,13 @@ def start() -> Iterator[Start]:
             process.stdout.close()
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:
+def finish(process: Process, timeout: float = 300) -> tuple[int, str]:
     """(exit code, output)."""
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 
 
-def ranks(start: Start, count: int, arguments: list[str], slurm: bool = False) -> list[subprocess.Popen[str]]:
+def ranks(start: Start, count: int, arguments: list[str], slurm: bool = False) -> list[Process]:
     """Start `count` ranks of a script with the environment of a launcher (or `srun`): the fastest real launch."""
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS") if slurm else ("RANK", "LOCAL_RANK", "WORLD_SIZE")

@@ -20,10 +20,10 @@ from tests.faults.test_stops import status
 from tests.integration.conftest import TINY, forked
 from vaescale.advice import postmortem
 from vaescale.lifecycle.checkpoint import verify
-from vaescale.lifecycle.status import HUNG_CODE
+from vaescale.lifecycle.status import HUNG_CODE, Status
 
 TIMEOUT = 3.0
-RUN = [sys.executable, str(ROOT / "launch" / "run.py")]
+RUN = [sys.executable, "launch/run.py"]
 SOON = 30.0  # seconds within which all processes of a run end after its launcher is gone
 
 
@@ -184,7 +184,8 @@ def test_a_launcher_that_is_killed_leaves_a_saved_run_and_no_orphan(
     """run.py, whose child was killed, returns the exit code of the ranks."""
     run = tmp_path / "run"
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port"]
-    process = start([*RUN, *torchrun, str(free_port()), *train(run, pictures, *ENDLESS, world=2)])
+    command = [*RUN, *torchrun, str(free_port()), *train(run, pictures, *ENDLESS, world=2)]
+    process = start(command, cold=True)
     assert soon(lambda: last_step(run) > 0, 120)
     (launcher,) = psutil.Process(process.pid).children()
     ranks = launcher.children()
@@ -229,21 +230,28 @@ def test_the_wrapper_wants_to_know_the_run(start: Start) -> None:
 
 # A launcher that loses exit codes: its only rank writes the status, leaves a process behind and exits with another one.
 LAUNCHER = """
-import subprocess, sys
+import shutil, subprocess, sys
 from pathlib import Path
-from vaescale.lifecycle.status import Status
-run, how, code = Path(sys.argv[3].removeprefix("run=")), sys.argv[4], int(sys.argv[5])
-status = Status(run, 0)
-if how != "never begun":
-    run.mkdir(exist_ok=True)
-    status.begin(3)
-if how == "failed":
-    status.fail("nan", 3, 3)
-elif how in ("finished", "preempted"):
-    status.end(how, "", 3)
-print(subprocess.Popen(["sleep", "2"], start_new_session=True).pid)
+run, written, code = sys.argv[3].removeprefix("run="), Path(sys.argv[4]), int(sys.argv[5])
+if written.exists():
+    shutil.copytree(written, run)
+print(subprocess.Popen(["sleep", "1"], start_new_session=True).pid)
 sys.exit(code)
 """
+
+
+def written(folder: Path, how: str) -> Path:
+    """A run directory with the status of a run that has ended so, or none. A launcher that copies it need not import
+    torch."""
+    status = Status(folder, 0)
+    if how != "never begun":
+        folder.mkdir()
+        status.begin(3)
+    if how == "failed":
+        status.fail("nan", 3, 3)
+    elif how in ("finished", "preempted"):
+        status.end(how, "", 3)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -264,37 +272,36 @@ def test_the_wrapper_returns_what_the_run_says(
     script.write_text(LAUNCHER)
     config = tmp_path / "config.yaml"
     config.write_text("run: none\nmodel: {kind: pca}\n")
-    command = [sys.executable, str(script), "--config", str(config), f"run={tmp_path / 'run'}", how, str(launcher)]
+    command = [sys.executable, str(script), "--config", str(config), f"run={tmp_path / 'run'}"]
+    command += [str(written(tmp_path / "written", how)), str(launcher)]
     found, output = finish(start([*RUN, *command], PYTHONPATH=str(ROOT)), SOON)
     assert found == code, output
     assert not psutil.pid_exists(int(output.splitlines()[0]))
     if how == "failed":  # again: the old status does not count for a new attempt
-        command[-2:] = ["never begun", "2"]
+        command[-2:] = [str(tmp_path / "nothing"), "2"]
         assert finish(start([*RUN, *command], PYTHONPATH=str(ROOT)), SOON)[0] == 2
 
 
 # A launcher that does not end on its own, nor does its child process; and ranks that ignore the STOP file.
 STUBBORN = """
-import signal, subprocess, sys, time
+import shutil, signal, subprocess, sys, time
 from pathlib import Path
-from vaescale.lifecycle.status import Status
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-run = Path(sys.argv[3].removeprefix("run="))
-run.mkdir()
-if sys.argv[-1] == "begun":
-    Status(run, 0).begin(3)
+if Path(sys.argv[-1]).exists():
+    shutil.copytree(sys.argv[-1], sys.argv[3].removeprefix("run="))
 print(subprocess.Popen(["sleep", "1000"], start_new_session=True).pid, flush=True)
 time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize("how", ["begun", "starting"])
+@pytest.mark.parametrize("how", ["begun", "never begun"])
 def test_the_wrapper_ends_all_at_once_at_the_second_interrupt(tmp_path: Path, start: Start, how: str) -> None:
     """Before training begins, it does so at the first interrupt."""
     script, run = tmp_path / "train.py", tmp_path / "run"
     script.write_text(STUBBORN)
-    command = [*RUN, sys.executable, str(script), "--config", str(TINY), f"run={run}", "data.root=none", how]
+    command = [*RUN, sys.executable, str(script), "--config", str(TINY), f"run={run}", "data.root=none"]
+    command.append(str(written(tmp_path / "written", how)))
     process = start(command, PYTHONPATH=str(ROOT))
     assert process.stdout is not None
     pid = int(process.stdout.readline())

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, begin
 
 TINY = ROOT / "tests" / "integration" / "tiny.yaml"
 STEPS, BATCH, SEED = 12, 12, 0  # as in tiny.yaml
@@ -83,15 +82,8 @@ def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500, withi
     for job in jobs:
         Path(job["out"]).mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    process = subprocess.Popen(
-        [*within, sys.executable, "-m", "tests.integration.forked", str(folder / "jobs.json")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    command = [*within, sys.executable, "-m", "tests.integration.forked", str(folder / "jobs.json")]
+    process = begin(command)
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:

@@ -1,6 +1,7 @@
 """Claims about the model families on the demo digits, measured on trained models that are narrower than those of
 configs/ and trained for fewer steps. `pytest -s` prints the numbers."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from tests.integration.conftest import forked
+from tests.conftest import begin, finish
 from vaescale import trained
 from vaescale.data import stream
 from vaescale.data.digits import write_digits
@@ -40,15 +41,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def families(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     folder = tmp_path_factory.mktemp("families")
-    jobs = []
-    for family in FAMILIES:
-        overrides = [*SMALLER, f"run={folder / family / 'run'}", f"data.root={digits}"]
-        job = {"task": "train", "world": 1, "out": str(folder / family), "config": f"configs/{family}_digits.yaml"}
-        jobs.append({**job, "overrides": overrides})
-    forked(folder, jobs)
+    command = [sys.executable, "launch/train.py", *SMALLER, f"data.root={digits}"]
+    started = [
+        begin([*command, "--config", f"configs/{family}_digits.yaml", f"run={folder / family}"]) for family in FAMILIES
+    ]
+    for process in started:
+        code, output = finish(process)
+        assert code == 0, output
     models = {}
     for family in FAMILIES:
-        run = folder / family / "run"
+        run = folder / family
         models[family], _ = trained.read_model(run, trained.read_config(run, []), torch.device("cpu"))
     return models
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Start, finish, free_port, ranks
-from tests.integration.test_launch import BIN
+from tests.conftest import Start, finish, ranks
 from tests.models.test_pca import equal
 from vaescale.data import stream
 from vaescale.interfaces import Shape
@@ -38,31 +37,28 @@ def learned(run: Path, step: int = 8, patch: int = 0) -> PCA:
     return model
 
 
-def test_every_launcher_learns_scikit_learns_components(
-    pictures: Path, rows: torch.Tensor, tmp_path: Path, start: Start
-) -> None:
+def test_it_learns_scikit_learns_components(pictures: Path, rows: torch.Tensor, tmp_path: Path, start: Start) -> None:
     """90 images are eight batches of 12, of which the last has six images of the next epoch. The result is
     bit-identical on one rank, on two, and on one that resumes a run of two with another batch size."""
-    port = ["--master_port", str(free_port())]
-    runs = {"python": tmp_path / "python", "deepspeed": tmp_path / "deepspeed"}
-    for process in (
-        start([sys.executable, *command(runs["python"], pictures)]),
-        start([str(BIN / "deepspeed"), "--num_accelerators", "2", *port, *command(runs["deepspeed"], pictures)]),
-    ):
+    one, two = tmp_path / "one", tmp_path / "two"
+    processes = [start([sys.executable, *command(one, pictures)]), *ranks(start, 2, command(two, pictures))]
+    outputs = []
+    for process in processes:
         code, output = finish(process)
         assert code == 0, output
-        assert "step 8/8" in output
-    equal(learned(runs["python"]), rows.numpy())
+        outputs.append(output)
+    assert all("step 8/8" in output for output in outputs[:2])
+    equal(learned(one), rows.numpy())
     resumed = tmp_path / "resumed"
-    shutil.copytree(runs["deepspeed"], resumed)
+    shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000008")
     (resumed / "checkpoints" / "latest").write_text("step-00000006\n")
     code, output = finish(start([sys.executable, *command(resumed, pictures, "global_batch=7")]))
     assert code == 0, output
     assert "resumes at step 6" in output
-    one = (runs["python"] / "checkpoints/step-00000008/model.safetensors").read_bytes()
-    assert (runs["deepspeed"] / "checkpoints/step-00000008/model.safetensors").read_bytes() == one
-    assert (resumed / "checkpoints/step-00000009/model.safetensors").read_bytes() == one  # 18 images, 7 at a time
+    model = (one / "checkpoints/step-00000008/model.safetensors").read_bytes()
+    assert (two / "checkpoints/step-00000008/model.safetensors").read_bytes() == model
+    assert (resumed / "checkpoints/step-00000009/model.safetensors").read_bytes() == model  # 18 images, 7 at a time
 
 
 def test_patches_are_learned_on_two_ranks(pictures: Path, rows: torch.Tensor, tmp_path: Path, start: Start) -> None:
