@@ -22,7 +22,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 def test_every_config_loads_and_builds(path: Path) -> None:
     config = settings.load(path, [])
     settings.check(config, world=1)
-    settings.check(config, world=8)
+    settings.micro_batch(config, world=8)
 
 
 def test_overrides_are_typed_and_frozen() -> None:

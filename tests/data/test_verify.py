@@ -88,8 +88,8 @@ def test_verify_names_every_damaged_shard_and_its_losses(damaged: Path) -> None:
 
 
 def test_verify_finds_nothing_in_whole_shards(pictures: Path) -> None:
-    for decoding in (False, True):
-        assert list(shards.verify(pictures / "train", decoding, 2)) == []
+    for decoding, processes in ((False, 1), (True, 2)):
+        assert list(shards.verify(pictures / "train", decoding, processes)) == []
 
 
 def test_verify_decodes_when_asked(tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ class Case(NamedTuple):
 
 CASES = [Case(*given) for given in product(("fp32", "bf16", "fp16"), (0, 1, 2), (1, 4))]
 OTHERS = Case("bf16", 1, 2, "others")
+# Number of ranks → cases. Together they have all pairs of precision, stage, accumulation and number of ranks.
+PAIRS = {
+    2: [
+        CASES[0],
+        *(Case("fp32", 1, 4), Case("fp32", 2, 1)),
+        *(Case("bf16", 0, 4), Case("bf16", 1, 1)),
+        *(Case("fp16", 0, 1), Case("fp16", 2, 4)),
+        OTHERS,
+    ],
+    4: [CASES[0], Case("bf16", 2, 1), Case("fp16", 1, 4)],
+}
 RESETS = [Case(*given) for given in product(("bf16", "fp16"), (0, 1, 2))]
 RESET, LATER, STRANDED = 10, 16, slice(10, 40)  # step of the reset; number of steps at the end; codes that are lost
 
@@ -135,8 +146,8 @@ def alone(kinds: str, first: int = 0, until: int = STEPS, quantizer: Grouped | N
 
 
 def every_case(job: dict[str, Any]) -> None:
-    """Train all cases one after another, in one process group."""
-    for case in [*CASES, OTHERS]:
+    """Train the "cases" one after another, in one process group."""
+    for case in map(Case._make, job["cases"]):
         run = Run(case)
         run.train(0, STEPS)
         save(Path(job["out"]), f"{case.name}-", run.model)

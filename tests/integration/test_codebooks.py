@@ -1,8 +1,10 @@
 """Codebooks on real ranks under real DeepSpeed are correct to the last bits: see probe.py."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor
 
 from tests.integration import probe
 from tests.integration.conftest import TINY, Case, forked, overrides
-from tests.integration.probe import CASES, LATER, OTHERS, RESET, RESETS, STRANDED
+from tests.integration.probe import CASES, LATER, OTHERS, PAIRS, RESET, RESETS, STRANDED
 from vaescale.nn.quantize import VectorQuantizer
 
-# 19 engines of 200 steps one after another: two or three minutes on two idle cores, far more on busy ones.
+# Engines of 200 steps one after another: a minute on two idle cores, far more on busy ones.
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -25,16 +27,36 @@ class Alone(NamedTuple):
     margin: float  # minimum over all rows of the relative gap between the two smallest squared distances to codes
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def world(request: pytest.FixtureRequest) -> int:
-    return request.param
+class Group(NamedTuple):
+    """Cases that are trained one after another on the same ranks."""
+
+    world: int
+    cases: tuple[probe.Case, ...]
+
+    def params(self, *marks: pytest.MarkDecorator) -> list[Any]:
+        """(group, case) for each case."""
+        return [pytest.param(self, case, id=f"{self.world}-{case.name}", marks=marks) for case in self.cases]
+
+
+GROUPED = [param for world, cases in PAIRS.items() for param in Group(world, tuple(cases)).params()]
+for world, cases in PAIRS.items():  # all others, and the first again, with which they are compared
+    GROUPED += Group(world, (CASES[0], *(case for case in [*CASES, OTHERS] if case not in cases))).params(
+        pytest.mark.long
+    )
 
 
 @pytest.fixture(scope="module")
-def cases(world: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cases")
-    forked(folder, [{"task": "cases", "world": world, "out": str(folder)}], timeout=1700)
-    return folder
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Group], Path]:
+    """Group → the folder of its results; trained when it is first asked for."""
+
+    @cache
+    def train(group: Group) -> Path:
+        folder = tmp_path_factory.mktemp("cases")
+        job = {"task": "cases", "world": group.world, "out": str(folder), "cases": group.cases}
+        forked(folder, [job], timeout=1700)
+        return folder
+
+    return train
 
 
 @pytest.fixture(scope="module")
@@ -92,28 +114,33 @@ def test_no_row_lies_between_two_codes(alone: dict[str, Alone], kinds: str) -> N
     assert alone[kinds].margin > 1e-6
 
 
-@pytest.mark.parametrize("case", [*CASES, OTHERS], ids=lambda case: case.name)
-def test_codebooks_are_those_of_one_process(cases: Path, alone: dict[str, Alone], world: int, case: probe.Case) -> None:
+@pytest.mark.parametrize(("group", "case"), GROUPED)
+def test_codebooks_are_those_of_one_process(
+    trained: Callable[[Group], Path], alone: dict[str, Alone], group: Group, case: probe.Case
+) -> None:
     """After 200 steps the state is fp32, finite and bit-identical on all ranks, with the same codebook, sums, counts,
     ages, resets and moments as in one process on the joined batches without DeepSpeed."""
-    found, decoder = state(cases, case.name)
+    folder = trained(group)
+    found, decoder = state(folder, case.name)
     # The decoder next to them was cast and has learned.
     assert decoder.dtype == (torch.float16 if case.precision == "fp16" and case.zero else torch.float32)
     assert not torch.equal(decoder.float(), probe.Probe(case.kinds).decoder.weight)
     for name, value in found.items():
         assert value.dtype in (torch.float32, torch.int64, torch.bool), name
         assert value.double().isfinite().all(), name
-        for rank in range(world):
-            assert torch.equal(state(cases, case.name, rank)[0][name], value), (rank, name)
+        for rank in range(group.world):
+            assert torch.equal(state(folder, case.name, rank)[0][name], value), (rank, name)
     assert_same_up_to_sums(found, alone[case.kinds].state)
     if case.kinds == "vq":
         assert int(found["parts.0.tally.resets"]) > 80  # the first 40 and more
         assert int(found["parts.1.tally.resets"]) > 80
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_neither_precision_nor_stage_nor_accumulation_moves_a_bit(cases: Path, case: probe.Case) -> None:
-    found, first = state(cases, case.name)[0], state(cases, CASES[0].name)[0]
+@pytest.mark.parametrize(("group", "case"), [param for param in GROUPED if param.values[1].kinds == "vq"])
+def test_neither_precision_nor_stage_nor_accumulation_moves_a_bit(
+    trained: Callable[[Group], Path], group: Group, case: probe.Case
+) -> None:
+    found, first = (state(trained(group), one.name)[0] for one in (case, CASES[0]))
     assert all(torch.equal(found[name], value) for name, value in first.items())
 
 
@@ -179,7 +206,6 @@ def test_a_run_comes_back_from_ninety_percent_dead_codes(
     jobs = {}
     for count, learning, every in [
         (1, "ema", 10),
-        (2, "ema", 10),
         (2, "gradient", 10),
         (1, "ema", 0),
         (1, "gradient", 0),
