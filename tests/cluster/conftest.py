@@ -13,9 +13,9 @@ import pytest
 
 from tests.cluster.hosts import SOON, Hosts, end, need, wait
 from tests.conftest import ROOT, free_port
-from tests.integration.conftest import TINY
+from tests.integration.conftest import TINY, forked, training
 
-STEPS = 200
+STEPS = 120
 
 CONF = """
 ClusterName=t
@@ -197,13 +197,10 @@ def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh]:
 
 @pytest.fixture(scope="session")
 def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two ranks on one machine, under DeepSpeed's launcher."""
-    run = tmp_path_factory.mktemp("alone") / "run"
-    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", str(TINY), *given(run, pictures)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run
+    """The run of two ranks on one machine."""
+    folder = tmp_path_factory.mktemp("alone")
+    forked(folder, [training(folder, TINY, given(folder / "run", pictures), 2)])
+    return folder / "run"
 
 
 def given(run: Path, pictures: Path) -> list[str]:

@@ -35,6 +35,7 @@ def test_a_submitted_training_is_that_of_one_machine(slurm: Slurm, alone: Path, 
     same_bits(run, alone, STEPS)
 
 
+@pytest.mark.long
 def test_other_launchers_on_two_nodes_train_the_same_bits(
     slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_signal_requeues_it_and_it_ends_in_the_same_bits(
     same_bits(run, alone, STEPS)
 
 
+@pytest.mark.long
 def test_a_node_that_dies_costs_an_interval(slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path) -> None:
     """Its slurmd and all that runs on it. SLURM gives the job a third node."""
     run = tmp_path / "run"
@@ -115,6 +117,7 @@ def test_what_cannot_work_fails_once(slurm: Slurm, pictures: Path, tmp_path: Pat
     assert re.search(r"^error: rank 0: .*train", slurm.log(job), re.MULTILINE)
 
 
+@pytest.mark.long
 def test_what_makes_no_progress_is_not_requeued(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
     """It has failed twice of the same, at the same step, and does so again."""
     run = tmp_path / "run"
@@ -130,6 +133,7 @@ def test_what_makes_no_progress_is_not_requeued(slurm: Slurm, pictures: Path, tm
     assert (slurm.job(job, "ExitCode"), slurm.job(job, "Restarts")) == ("93:0", "0")
 
 
+@pytest.mark.long
 def test_a_cancelled_run_saves_and_is_not_requeued(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = slurm.submit(TINY, *given(run, pictures), "steps=100000")
@@ -143,6 +147,7 @@ def test_a_cancelled_run_saves_and_is_not_requeued(slurm: Slurm, pictures: Path,
     assert slurm.job(job, "Restarts") == "0"
 
 
+@pytest.mark.long
 def test_a_sweep_and_what_follows_it(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
     """Each value has its run; the evaluation waits for all."""
     run = tmp_path / "run"
