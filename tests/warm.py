@@ -80,27 +80,35 @@ class Warm:
             _servers.append(Server())
         self.args, self.returncode = list(command), None
         output, theirs = os.pipe()
-        self._ended, keepers = os.pipe()
+        self._reports, keepers = os.pipe()
         try:
             _servers[0].begin({"command": command[1:], "env": dict(env), "cwd": str(ROOT)}, [theirs, keepers])
         finally:
             os.close(theirs)
             os.close(keepers)
         self.stdout = os.fdopen(output, encoding="utf-8", errors="replace")
-        self._reports = os.fdopen(self._ended)
-        self.pid = int(self._reports.readline())
+        self.pid = self._report()
+
+    def _report(self) -> int:
+        """The next line, and nothing of the one after it."""
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = os.read(self._reports, 1)
+            assert byte, "the server of warm processes has ended"
+            line += byte
+        return int(line)
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._ended], [], [], 0)[0]:
+        if self.returncode is None and select.select([self._reports], [], [], 0)[0]:
             self.wait()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self._ended], [], [], timeout)[0]:
+            if not select.select([self._reports], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = int(self._reports.readline())
-            self._reports.close()
+            self.returncode = self._report()
+            os.close(self._reports)
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
@@ -156,8 +164,12 @@ def keep(output: int, reports: int) -> None:
     if child:
         os.setsid()
         os.close(output)
-        _, status = os.waitpid(child, 0)
-        os.write(reports, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        os.write(reports, f"{ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status}\n".encode())
+        closed = select.poll()
+        closed.register(reports, 0)
+        closed.poll()  # until the test has waited for it, its number is not used again
+        os.waitpid(child, 0)
         os._exit(0)
     os.setsid()
     os.write(reports, f"{os.getpid()}\n".encode())

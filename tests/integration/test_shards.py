@@ -44,7 +44,8 @@ def command(start: Start, *arguments: str | Path | int) -> tuple[int, str]:
 
 def test_the_order_from_outside(start: Start, foreign: Path, tmp_path: Path) -> None:
     """Each of three epochs holds each key once, and every world size and worker count prints the same batches."""
-    code, output = command(start, "index", foreign, "--out", tmp_path, "--pattern", "imagenet1k-train-{0000..0006}.tar")
+    given = ["--pattern", "imagenet1k-train-{0000..0006}.tar", "--processes", 1]
+    code, output = command(start, "index", foreign, "--out", tmp_path, *given)
     assert code == 0, output
     assert f"{COUNT} samples in 7 shards, labels 0 to 4" in output
     assert "attributes: label, width" in output
@@ -76,12 +77,12 @@ def test_the_order_from_outside(start: Start, foreign: Path, tmp_path: Path) -> 
 def test_verify_from_outside(start: Start, foreign: Path, tmp_path: Path) -> None:
     for path in foreign.glob("*.tar"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert command(start, "index", tmp_path)[0] == 0
-    code, output = command(start, "verify", tmp_path, "--decode")
+    assert command(start, "index", tmp_path, "--processes", 1)[0] == 0
+    code, output = command(start, "verify", tmp_path, "--decode", "--processes", 2)
     assert (code, output.splitlines()[-1]) == (0, "all as indexed")
     path = tmp_path / "imagenet1k-train-0002.tar"
     path.write_bytes(path.read_bytes()[:5000])
-    code, output = command(start, "verify", tmp_path)
+    code, output = command(start, "verify", tmp_path, "--processes", 1)
     assert code == 1
     assert "imagenet1k-train-0002.tar: " in output
     assert "of 7 samples lost: 5000 bytes instead of" in output
@@ -142,13 +143,13 @@ def test_the_defaults_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_preparation_leaves_no_process(start: Start, tmp_path: Path, number: int) -> None:
     """Ctrl-C reaches all processes of the command, the other signals only the main one. All processes end, and the same
-    command continues."""
+    command continues, here in one process."""
     tree = tmp_path / "tree"
     for i in range(27):
         (tree / f"n{i % 3}").mkdir(parents=True, exist_ok=True)
         (tree / f"n{i % 3}" / f"{i}.JPEG").write_bytes(jpeg(i))
-    given = ["prepare", tree, "--out", tmp_path / "out", "--shard-mib", "0.002", "--short-side", 24, "--processes", 2]
-    process = start([sys.executable, "launch/shards.py", *map(str, given)])
+    given = ["prepare", tree, "--out", tmp_path / "out", "--shard-mib", "0.002", "--short-side", 24, "--processes"]
+    process = start([sys.executable, "launch/shards.py", *map(str, given), "2"])
     wait_for(lambda: list((tmp_path / "out").glob("*.tar")) or process.poll() is not None)
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     if number == signal.SIGINT:
@@ -160,7 +161,7 @@ def test_a_stopped_preparation_leaves_no_process(start: Start, tmp_path: Path, n
     assert "Traceback" not in output
     _, left = psutil.wait_procs(children, timeout=30)
     assert not left
-    code, output = command(start, *given)
+    code, output = command(start, *given, 1)
     assert code == 0, output
     assert "27 samples" in output
 
