@@ -40,7 +40,7 @@ CASES = [
     Case("hvae", 2, zero_stage=2),
 ]
 # test_resume.py has all precisions and stages.
-RESUMED = [Case("vdvae", zero=1, accumulation=3), Case("vdvae", 2, "fp16", 1), CASES[-1]]
+RESUMED = [Case("vdvae", zero_stage=1, accumulation=3), Case("vdvae", 2, "fp16", 1), CASES[-1]]
 
 
 def train(folder: Path, pictures: Path, cases: list[Case]) -> None:
