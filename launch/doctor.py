@@ -38,7 +38,7 @@ from vaescale.config import ConfigError
 
 def main(given: argparse.Namespace) -> int:
     if given.run:
-        return told(postmortem.diagnose(given.run))
+        return report(postmortem.diagnose(given.run))
     try:
         return before(given.config, given.overrides)
     except distributed.Misplaced as error:
@@ -54,17 +54,17 @@ def before(path: str, overrides: list[str]) -> int:
         config = settings.load(path, overrides)
         settings.check(config, world)
     except ConfigError as error:
-        return told([Finding(FAIL, str(error))])
-    failed = told(preflight.alone(config, world))
+        return report([Finding(FAIL, str(error))])
+    failed = report(preflight.alone(config, world))
     distributed.init()
     if ranks := distributed.where(bool(failed)):
-        whose = f" of rank {', '.join(map(str, ranks))}" if world > 1 else ""
-        return told([Finding(FAIL, f"no step is tried before what is said above{whose} is mended")])
-    return told(preflight.together(config))
+        whose = f" on rank {', '.join(map(str, ranks))}" if world > 1 else ""
+        return report([Finding(FAIL, f"no trial step: first fix what failed above{whose}")])
+    return report(preflight.together(config))
 
 
-def told(findings: Iterable[Finding]) -> int:
-    """Print them as they come, all of rank 0, of others what is not ok; 1 if one is FAIL."""
+def report(findings: Iterable[Finding]) -> int:
+    """Print the findings as they come; ranks other than 0 leave out those that are ok. Returns 1 if one is FAIL."""
     rank, _, _ = distributed.place()
     worst = 0
     for finding in findings:

@@ -129,7 +129,7 @@ def check_record(run: Path, slices: stream.ValidationSlices, step: int, draws: i
 
 
 def not_own(run: Path, what: str) -> ConfigError:
-    return ConfigError(f"{run / RECORD} holds the run's own numbers, and is not for {what}: give --out FILE")
+    return ConfigError(f"{run / RECORD} is for the run's own numbers, not for {what}: give --out FILE")
 
 
 def evaluate_run(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained VQ-VAE, its numbers and its pictures. Run again, it goes on where it stands.
+# From a fresh clone to a trained VQ-VAE, its numbers and its pictures. Run it again to continue where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +12,7 @@ source launch/setup.sh demo
 
 say "2/4 demo photographs -> shards"
 if [ -f data/photos/train/index.json ] && [ -f data/photos/val/index.json ]; then
-    echo "   data/photos is there"
+    echo "   data/photos exists"
 else
     python launch/shards.py demo data/photos
 fi

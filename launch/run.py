@@ -82,10 +82,10 @@ class Asked:
             self.stop.parent.mkdir(parents=True, exist_ok=True)
             self.stop.touch()
         except OSError as error:
-            print(f"error: {self.stop} cannot be made ({error.strerror}): press ^C twice to end at once", flush=True)
+            print(f"error: {self.stop} cannot be created ({error.strerror}): press ^C twice to end at once", flush=True)
 
     def acknowledge(self) -> None:
-        """All have ended: nobody is left to heed the file."""
+        """Remove the file STOP, after all ranks have ended."""
         if self.cancelled or not self.srun:
             with suppress(OSError):
                 self.stop.unlink(missing_ok=True)
@@ -98,7 +98,10 @@ def main(command: list[str], requeue: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if "--take-over" not in command and (who := held(run)):  # some launchers would lose the ranks' code
-        print(f"error: {run} is in use by another training, {who}: let it end, or give another run=…", file=sys.stderr)
+        print(
+            f"error: {run} is in use by another training, {who}: wait until it ends, or give another run=…",
+            file=sys.stderr,
+        )
         return ConfigError.exit_code
     prctl = ctypes.CDLL(None).prctl
     prctl(SET_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
@@ -114,10 +117,10 @@ def main(command: list[str], requeue: bool) -> int:
     if asked.at_once:
         return process.INTERRUPTED_CODE
     after = asked.status.read()
-    told = after if after != asked.before else {}
-    if requeue and not asked.cancelled and worth_another_life(code, told):
+    own = after if after != asked.before else {}  # written by this attempt
+    if requeue and not asked.cancelled and worth_another_attempt(code, own):
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-    return meant(code, told)
+    return exit_code(code, own)
 
 
 def ended(launcher: "subprocess.Popen[bytes]", asked: Asked) -> int:
@@ -168,8 +171,8 @@ def run_directory(command: list[str]) -> Path:
     return Path(settings.load(train.config, [one for one in train.overrides if "=" in one]).run)
 
 
-def worth_another_life(code: int, status: dict[str, Any]) -> bool:
-    """code: the launcher's; status: this life's run_status.json, {} if it has left none."""
+def worth_another_attempt(code: int, status: dict[str, Any]) -> bool:
+    """code: the launcher's; status: this attempt's run_status.json, {} if it wrote none."""
     if not status or status["status"] == RUNNING:
         return code == process.STOPPED_CODE  # by a signal before training began
     if status["status"] == PREEMPTED:
@@ -177,8 +180,8 @@ def worth_another_life(code: int, status: dict[str, Any]) -> bool:
     return status["status"] == FAILED and status["code"] not in (ConfigError.exit_code, Diverged.exit_code)
 
 
-def meant(code: int, status: dict[str, Any]) -> int:
-    """As worth_another_life has them."""
+def exit_code(code: int, status: dict[str, Any]) -> int:
+    """Returns the code of the run. Arguments as in worth_another_attempt."""
     said = status.get("code")
     if isinstance(said, int):
         return said

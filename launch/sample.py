@@ -69,7 +69,7 @@ def main(given: argparse.Namespace) -> int:
         run = trained.run_of(given.run)
         if run != given.run and not given.out:
             raise ConfigError(
-                f"{run} holds pictures of its newest checkpoint: give --out FOLDER for those of {given.run}"
+                f"{run} is for pictures of its newest checkpoint: give --out FOLDER for those of {given.run}"
             )
         subject, step = load(given)
         return write(run, subject, step, given.modes, given.board, given.out or given.run)
@@ -134,13 +134,13 @@ def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bo
             f"{error.filename or out} cannot be written ({error.strerror}): make it writable, or give --out FOLDER"
         ) from None
     if not made:
-        raise Unsupported(f"{run} has no pictures to show: its model can do none of {', '.join(MODES)}")
+        raise Unsupported(f"{run} has no pictures to show: its model supports none of {', '.join(MODES)}")
     return 0
 
 
 def check(given: argparse.Namespace) -> None:
     if unknown := set(given.modes) - set(MODES):
-        raise ConfigError(f"{min(unknown)} is none of the modes: {', '.join(MODES)}")
+        raise ConfigError(f"{min(unknown)} is not one of the modes: {', '.join(MODES)}")
     if given.count < 1:
         raise ConfigError(f"--count {given.count} must be at least 1")
     if not 0 <= given.seed < 2**48:

@@ -1,5 +1,5 @@
 # Sourced, from the project's root, as: source launch/setup.sh EXTRA
-# Makes .venv and installs the project with that extra in the tested versions; does nothing when that has been done.
+# Makes .venv and installs the project with that extra in the tested versions, unless this has been done.
 
 setup() {
     local extra=$1 python="" name want
@@ -32,12 +32,12 @@ setup() {
     PATH=$PWD/.venv/bin:$PATH
 }
 
-# One line a package while pip works; its errors when it fails.
+# Print one line per package while pip works, and its errors if it fails.
 watch_install() {
     tail -n +1 -F --pid="$1" .venv/install.log 2>/dev/null | sed -un 's/^Collecting \([^ ]*\).*/     \1/p; s/^Installing collected.*/     unpacking/p'
     if ! wait "$1"; then
         grep -E '^(error|ERROR)' .venv/install.log >&2
-        echo "error: the installation failed: .venv/install.log has all of it; mend that and run this again" >&2
+        echo "error: the installation failed: .venv/install.log has all of its output; fix the cause and run this again" >&2
         return 1
     fi
 }

@@ -119,7 +119,7 @@ def parse() -> argparse.Namespace:
 def natural(text: str) -> int:
     if text.isdecimal() and int(text) < 2**48:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text} is no whole number, 0 or more")
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
 
 
 def positive(text: str) -> int:
@@ -132,14 +132,14 @@ def share(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) < 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is no number between 0 and 1, such as 0.1")
+    raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1, such as 0.1")
 
 
 def amount(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) < 2**30:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
 
 
 if __name__ == "__main__":
@@ -168,7 +168,7 @@ def main(given: argparse.Namespace) -> int:
         print(f"error: {printable(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
+        print("interrupted: run the same command again to continue", file=sys.stderr)
         return 130
 
 
@@ -186,18 +186,18 @@ def digits_(arguments: argparse.Namespace) -> int:
 
 def prepare_(arguments: argparse.Namespace) -> int:
     if arguments.unlabelled and (arguments.labels or arguments.classes):
-        raise DataError("--unlabelled says that there are no classes: leave out --labels and --classes")
+        raise DataError("--unlabelled means that there are no classes: leave out --labels and --classes")
     name = arguments.out.absolute().name
     if arguments.val and name in ("train", "val"):
         raise DataError(
-            f"--val makes train and val inside of --out: give --out {arguments.out.parent}, or leave out --val"
+            f"--val makes train and val inside --out: give --out {arguments.out.parent}, or leave out --val"
         )
     known = arguments.classes
     if not known and not arguments.unlabelled and (known := prepare.sibling_classes(arguments.out)):
         print(f"classes are numbered as in {known}: give --classes to use another file")
     classes = shards.read_classes(known) if known else []
     if known and not classes:
-        raise DataError(f"{known} holds no class names: give the classes.json of the training shards")
+        raise DataError(f"{known} contains no class names: give the classes.json of the training shards")
     settings = prepare.Settings(
         arguments.short_side,
         arguments.quality,
@@ -217,14 +217,14 @@ def prepare_(arguments: argparse.Namespace) -> int:
     if arguments.val:
         print(f"train on them with data.root={printable(arguments.out)}")
     elif name not in names.SPLITS:
-        print("a training needs a folder with train and val in it: --val 0.1 makes both")
+        print("training needs a folder with train and val: --val 0.1 makes both")
     return 0
 
 
 def index_(arguments: argparse.Namespace) -> int:
     places.check_place(arguments.source)
     if arguments.out is None and places.is_url(arguments.source):
-        raise DataError(f"say with --out in which folder the index of {arguments.source} goes")
+        raise DataError(f"give --out, the folder for the index of {arguments.source}")
     fields = tar.Fields(
         (arguments.picture.lower(),) if arguments.picture else names.PICTURES,
         arguments.label_field,
@@ -249,7 +249,7 @@ def verify_(arguments: argparse.Namespace) -> int:
         print(f"{finding.shard}: {finding.lost} of {finding.samples} samples lost: {finding.cause}", flush=True)
     lost = sum(finding.lost for finding in findings)
     where = printable(arguments.folder)
-    print(f"{where}: {len(findings)} damaged shards, {lost} samples lost" if findings else "all as indexed")
+    print(f"{where}: {len(findings)} damaged shards, {lost} samples lost" if findings else "no damage found")
     return 1 if findings else 0
 
 

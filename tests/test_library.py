@@ -141,16 +141,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "0 to 255": (np.full((8, 8, 3), 255.0), r"floats must be in \[0, 1\]: found 255 to 255"),
     "-1 to 1": (torch.linspace(-1, 1, 192).view(3, 8, 8), r"floats must be in \[0, 1\]: found -1 to 1"),
     "NaN": (np.full((8, 8, 3), np.nan), r"floats must be in \[0, 1\]: found nan"),
-    "int64": (torch.zeros(3, 8, 8).long(), r"must be uint8, or floats in \[0, 1\], and not int64"),
+    "int64": (torch.zeros(3, 8, 8).long(), r"must be uint8, or floats in \[0, 1\], not int64"),
     "uint16": (np.zeros((8, 8), np.uint16), "not uint16"),
     "bool": (np.zeros((8, 8), bool), "not bool"),
     "complex": (np.zeros((8, 8), complex), "not complex128"),
     "channels": (np.zeros((8, 8, 5), np.uint8), r"pixels of shape \(8, 8, 5\): give"),
     "a row": (np.zeros(8, np.uint8), r"pixels of shape \(8,\): give"),
     "no width": (np.zeros((8, 0, 3), np.uint8), r"pixels of shape \(8, 0, 3\): give"),
-    "none": ([], "there are no pictures to encode"),
+    "none": ([], "there are no images to encode"),
     "16 bits": (Image.new("I;16", (8, 8)), "a PIL image of mode I;16 does not have 8 bits a channel"),
-    "a number": (3, "a picture is a PIL image, a path, a numpy array or a tensor, and not int"),
+    "a number": (3, "an image must be a PIL image, a path, a numpy array or a tensor, not int"),
 }
 
 
@@ -168,7 +168,7 @@ def test_labels_and_latents_are_checked(runs: dict[str, Path]) -> None:
     for call, words in {
         lambda: quantised.encode(x, label=1): "takes no label",
         lambda: vae.encode(x, label=7): "labels are whole numbers from 0 to 6, or -1 for none: found 7",
-        lambda: vae.encode(x, label=[0, 1, 2]): r"2 pictures need one label or 2",
+        lambda: vae.encode(x, label=[0, 1, 2]): r"2 images need one label or 2",
         lambda: vae.encode(x, label=[0.5, 1.0]): "labels are whole numbers",
         lambda: vae.encode(x, attributes=[0.5]): "takes no attributes",
         lambda: quantised.decode(z): r"latents of this model are whole numbers \[B, 4, 4\], coarse to fine; found",
@@ -201,7 +201,7 @@ def test_a_run_and_its_checkpoints(runs: dict[str, Path]) -> None:
     assert (newest.step, first.step) == (2, 1)
     x = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     assert not np.array_equal(newest.decode(newest.encode(x)), first.decode(first.encode(x)))
-    with pytest.raises(ConfigError, match=r"step-00000003 is no checkpoint: .* has step-00000001, step-00000002"):
+    with pytest.raises(ConfigError, match=r"step-00000003 is not a checkpoint: .* has step-00000001, step-00000002"):
         vaescale.load(run / "checkpoints" / "step-00000003")
     with pytest.raises(ConfigError, match="checkpoints is no run directory"):
         vaescale.load(run / "checkpoints")

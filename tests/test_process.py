@@ -231,7 +231,7 @@ def test_a_rank_leaves_with_its_launcher(launched: list[psutil.Process]) -> None
     launched.append(psutil.Process(int(launcher.stdout.readline().split()[0])))
     launcher.kill()
     _, error = launcher.communicate(timeout=30)  # stderr ends with the last of both
-    assert error == "rank 0: the launcher has died before training began\n"
+    assert error == "rank 0: the launcher died before training began\n"
 
 
 def test_a_rank_leaves_with_deepspeed_whose_launch_py_would_go_on(
@@ -253,7 +253,7 @@ def test_a_rank_leaves_with_deepspeed_whose_launch_py_would_go_on(
     assert len(launched) == 2
     launcher.kill()
     _, error = launcher.communicate(timeout=30)
-    assert "rank 0: the launcher has died before training began\n" in error  # and launch.py cannot print any more
+    assert "rank 0: the launcher died before training began\n" in error  # and launch.py cannot print any more
     assert psutil.wait_procs(launched, timeout=30)[1] == []
 
 

@@ -54,7 +54,7 @@ def place() -> Place:
     if "SLURM_STEP_ID" in env and env.get(tasks, "1") != "1":
         advice = "start the ranks with launch/slurm/submit.py, or unset SLURM_STEP_ID for one process"
         if "SLURM_PTY_PORT" in env and sys.stdin is not None and sys.stdin.isatty():
-            raise Misplaced(f"{tasks}={env[tasks]} is of an interactive shell (SLURM_PTY_PORT is set): {advice}")
+            raise Misplaced(f"{tasks}={env[tasks]} belongs to an interactive shell (SLURM_PTY_PORT is set): {advice}")
         return _place("SLURM_PROCID", "SLURM_LOCALID", tasks, advice)
     return Place(0, 0, 1)
 
@@ -66,20 +66,22 @@ def _place(rank: str, local_rank: str, world: str, advice: str) -> Place:
     def count(name: str, least: int) -> int:
         if name not in env:
             given = next(other for other in (rank, world, "SLURM_STEP_ID") if other in env)
-            raise Misplaced(f"{given}={env[given]} is set, and {name} is not: {advice}")
+            raise Misplaced(f"{given}={env[given]} is set, but {name} is not: {advice}")
         if not re.fullmatch("[0-9]{1,9}", env[name]) or int(env[name]) < least:
             raise Misplaced(f"{name}={env[name]!r} is not a whole number of at least {least}: {advice}")
         return int(env[name])
 
     found = Place(count(rank, 0), count(local_rank, 0) if local_rank in env else 0, count(world, 1))
     if found.rank >= found.world:
-        raise Misplaced(f"{rank}={found.rank} is none of the {found.world} ranks that {world} announces: {advice}")
+        raise Misplaced(f"{rank}={found.rank} must be below {world}={found.world}: {advice}")
     if found.world > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not env.get(name):
-                raise Misplaced(f"{world}={found.world} is set, and {name}, where the ranks meet, is not: {advice}")
+                raise Misplaced(
+                    f"{world}={found.world} is set, but {name}, the address where the ranks meet, is not: {advice}"
+                )
         if not 1 <= count("MASTER_PORT", 1) < 2**16:
-            raise Misplaced(f"MASTER_PORT={env['MASTER_PORT']} is no port, which is below 65536: {advice}")
+            raise Misplaced(f"MASTER_PORT={env['MASTER_PORT']} is not a port number below 65536: {advice}")
     return found
 
 
@@ -125,7 +127,7 @@ def _met(place: Place, wait: timedelta) -> dist.Store:
         reason = str(error).partition("\n")[0]
         raise Unjoined(
             f"not all {place.world} ranks have met at {address} within {wait.total_seconds():.0f} s: one of them has "
-            f"ended, or does not reach that address ({reason}); look at the others' output, then start all ranks again"
+            f"ended, or cannot reach that address ({reason}); read the output of the others, then start all again"
         ) from None
     return dist.PrefixStore("default_pg", store)
 

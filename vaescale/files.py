@@ -63,7 +63,7 @@ def parse_json(data: bytes, lenient: bool = False) -> Any:
         raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
     # Only escapes can produce surrogates, so few texts need the full check.
     if not lenient and re.search(r"\\u[dD][89a-fA-F]", text) and not _encodable(value):
-        raise ValueError("it holds half of a surrogate pair")
+        raise ValueError("it contains half of a surrogate pair")
     return value
 
 
@@ -119,24 +119,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"it holds the key {printable(twice, 60)!r} twice")
+        raise ValueError(f"it contains the key {printable(twice, 60)!r} twice")
     return value
 
 
 def _whole(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**63:
-        raise ValueError(f"it holds the number {digits[:25]}, which is too large")
+        raise ValueError(f"it contains the number {digits[:25]}, which is too large")
     return value
 
 
 def _finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
-        raise ValueError(f"it holds the number {digits[:25]}, which is too large")
+        raise ValueError(f"it contains the number {digits[:25]}, which is too large")
     return value
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is no number")
+    raise ValueError(f"it contains {name}, which is not a number")
 
 
 def _any_whole(digits: str) -> int | float:

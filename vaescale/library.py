@@ -71,7 +71,7 @@ class Trained:
         """
         images = list(self._squares(pictures))
         if not images:
-            raise ValueError("there are no pictures to encode")
+            raise ValueError("there are no images to encode")
         condition = self._condition(label, attributes, len(images))
         parts = []
         for start in range(0, len(images), AT_ONCE):
@@ -108,7 +108,7 @@ class Trained:
         """Returns pictures of latents drawn from the prior: uint8 [count, size, size, C], the means of p(x|z). The same
         seed gives the same pictures. Raises ValueError if there is no prior."""
         if count < 1:
-            raise ValueError(f"the number of samples must be at least 1, and not {count}")
+            raise ValueError(f"the number of samples must be at least 1, not {count}")
         condition = self._condition(label, attributes, count)
         return _channels_last(from_prior(self.codec, condition, seed, temperature))
 
@@ -133,7 +133,7 @@ class Trained:
                     yield opened_image(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), size)
             case _:
                 raise ValueError(
-                    f"a picture is a PIL image, a path, a numpy array or a tensor, and not {type(pictures).__name__}"
+                    f"an image must be a PIL image, a path, a numpy array or a tensor, not {type(pictures).__name__}"
                 )
 
     def _condition(self, label: Label, attributes: ArrayLike | Tensor | None, count: int) -> Condition:
@@ -152,7 +152,7 @@ class Trained:
             condition = Condition(labels.long().expand(count), values.expand(count, len(names)))
         except RuntimeError:
             raise ValueError(
-                f"{count} pictures need one label or {count}, and attributes [{len(names)}] or "
+                f"{count} images need one label or {count}, and attributes [{len(names)}] or "
                 f"[{count}, {len(names)}]: found {tuple(labels.shape)} and {tuple(values.shape)}"
             ) from None
         return Condition(*(tensor.to(self.device) for tensor in condition))
@@ -198,7 +198,7 @@ def _pixels(pictures: NDArray[Any] | Tensor) -> NDArray[np.uint8]:
             raise ValueError(f"pixels that are floats must be in [0, 1]: found {low:g} to {high:g}")
         pictures = np.rint(pictures.astype(np.float64) * 255).astype(np.uint8)
     if pictures.dtype != np.uint8:
-        raise ValueError(f"pixels must be uint8, or floats in [0, 1], and not {kind}")
+        raise ValueError(f"pixels must be uint8, or floats in [0, 1], not {kind}")
     if pictures.ndim == 2:
         pictures = pictures[..., None]
     places = [axis for axis in (-1, -3) if pictures.ndim in (3, 4) and pictures.shape[axis] in CHANNELS]

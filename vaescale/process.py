@@ -113,7 +113,7 @@ class _Start:
 
     def _look(self) -> None:
         if not self.training and self.launcher and (lost(self.launcher) or _adopted(self.launcher)):
-            leave(STOPPED_CODE, "the launcher has died before training began")
+            leave(STOPPED_CODE, "the launcher died before training began")
 
 
 _begun: _Start | None = None

@@ -22,12 +22,12 @@ def run_of(place: Path) -> Path:
     folder = place.resolve().parent
     if folder.name != "checkpoints" or not (folder.parent / FILE).exists():
         raise ConfigError(
-            f"{place} is no run directory: it has no {FILE}; give the run= of a training, or one of its checkpoints, "
-            f"RUN/checkpoints/step-…"
+            f"{place} is not a run directory: it has no {FILE}; give the run= of a training, or one of its "
+            f"checkpoints, RUN/checkpoints/step-…"
         )
     if not (place / checkpoint.MANIFEST).exists():
         valid = [path.name for path in checkpoint.there(folder) if (path / checkpoint.MANIFEST).exists()]
-        raise ConfigError(f"{place} is no checkpoint: {folder} has {', '.join(valid) or 'none'}")
+        raise ConfigError(f"{place} is not a checkpoint: {folder} has {', '.join(valid) or 'none'}")
     return folder.parent
 
 

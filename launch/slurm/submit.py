@@ -64,7 +64,7 @@ def main(given: argparse.Namespace) -> int:
         return 0
     tested = subprocess.run([*command[:1], "--test-only", *command[1:]], capture_output=True, text=True)
     if tested.returncode:
-        print(f"error: SLURM does not take this: {tested.stderr.strip()}", file=sys.stderr)
+        print(f"error: SLURM rejects this job: {tested.stderr.strip()}", file=sys.stderr)
         return 2
     job = submitted(command)
     print(f"job {job}: {given.nodes} node(s) × {given.accelerators} rank(s), {tested.stderr.strip()}")
@@ -126,7 +126,7 @@ def follow(job: str, runs: list[str]) -> None:
     print(f"  state    squeue --job {job}        cat {one}/run_status.json")
     print(f"  log      tail -F slurm-{job}{'' if len(runs) == 1 else '_*'}.log")
     print(f"  curves   tensorboard --logdir {shlex.quote(curves)}")
-    print(f"  stop     touch {one}/STOP, or scancel {job}: it saves first; to go on, submit it again")
+    print(f"  stop     touch {one}/STOP, or scancel {job}: it saves first; to continue, submit it again")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def healthy(tmp_path: Path) -> Path:
 
 def test_a_healthy_run_has_no_ills(healthy: Path) -> None:
     assert [finding.level for finding in postmortem.diagnose(healthy)] == ["ok", "ok"]
-    assert "ok: running at step 1200, the last report 0 s ago, one every 2 s being usual" in said(healthy)
+    assert "ok: running at step 1200, the last report 0 s ago, usually one every 2 s" in said(healthy)
     for status in ("finished", "preempted"):
         Status(healthy, 0).end(status, "SIGTERM", 1200)
         assert [finding.level for finding in postmortem.diagnose(healthy)] == ["ok", "ok"]
@@ -58,10 +58,10 @@ def test_a_run_that_says_nothing_any_more(healthy: Path) -> None:
 
 
 def test_a_run_that_failed_says_why_and_how_often(healthy: Path) -> None:
-    for life, words in enumerate(["for the 1. time so: full", "for the 2. time so: full", "end likewise"]):
+    for attempt, words in enumerate(["on rank 3: full", "on rank 3, 2 times in a row: full", "fail in the same way"]):
         Status(healthy, 0).begin(7)
         Status(healthy, 3).fail("full", 8)
-        assert "FAIL: failed at step 8 on rank 3" in said(healthy), life
+        assert "FAIL: failed at step 8 on rank 3" in said(healthy), attempt
         assert words in said(healthy)
 
 
@@ -73,7 +73,7 @@ def test_damaged_checkpoints(healthy: Path) -> None:
     checkpoint.save(healthy / "checkpoints", 1100, {"model": {"w": torch.ones(3)}}, {"step": 1100}, 2)
     flip(healthy / "checkpoints" / "step-00001100" / "model.safetensors", -1)
     assert "warn: step-00001100 is damaged (model.safetensors has changed" in said(healthy)
-    assert "ok: the same command goes on from step-00001000" in said(healthy)
+    assert "ok: the same command continues from step-00001000" in said(healthy)
     flip(healthy / "checkpoints" / "step-00001000" / "model.safetensors", -1)
     assert "FAIL: none of the 2 checkpoint(s)" in said(healthy)
 
@@ -89,11 +89,11 @@ ILLS: dict[str, tuple[Metrics, str]] = {
         reports(3, codebook1__alarm=1.0, codebook1__usage_ema=0.031, codebook0__alarm=0.0),
         "warn: codebook1 has collapsed: 3.1% of its codes are in use",
     ),
-    "waits": (reports(20, data__wait_share=0.4), "warn: 40% of the time goes in waiting for data"),
+    "waits": (reports(20, data__wait_share=0.4), "warn: 40% of the time is spent waiting for data"),
     "slow rank": (reports(20, perf__slowest_rank=2.4), "warn: one rank takes 2.4 times as long as the others"),
     "slower": (
         reports(60) + reports(25, perf__images_per_second=40.0),
-        "warn: 40 images/s of late, where 100 are usual",
+        "warn: 40 images/s recently, usually 100",
     ),
 }
 

@@ -101,7 +101,10 @@ def test_clocks_and_versions_that_differ(config: settings.Config, monkeypatch: p
         return torch.stack([own, own, own + 7])
 
     monkeypatch.setattr(preflight.distributed, "gather", gather)
-    assert str(preflight.clocks()) == "warn: the ranks' clocks are 7.0 s apart: set them by NTP, or logs do not match"
+    assert (
+        str(preflight.clocks())
+        == "warn: the ranks' clocks are 7.0 s apart: synchronise them by NTP, or times in logs do not match"
+    )
     assert preflight.agreement(config).what == "rank 2 has other settings than rank 0"
 
 

@@ -76,7 +76,7 @@ def test_a_signal_requeues_it_and_it_ends_in_the_same_bits(
     assert slurm.job(job, "Restarts") == "1"
     log = slurm.log(job)
     assert [int(life) for life in re.findall(r"^== life (\d) of job", log, re.MULTILINE)] == [0, 1]
-    assert "stopped for SIGUSR1, run the same command to go on" in log
+    assert "by SIGUSR1, run the same command to continue" in log
     assert "resumes at step" in log
     one_curve(run)
     same_bits(run, alone, STEPS)

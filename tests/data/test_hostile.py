@@ -106,7 +106,7 @@ def test_damaged_json(made: Path) -> None:
         if odd != text:
             refused(made, r"index\.json is damaged \(it is n")
     (made / "index.json").write_bytes(b'{"format": 3, ' + text[1:])
-    refused(made, "holds the key 'format' twice")
+    refused(made, "contains the key 'format' twice")
 
 
 def put(place: str, value: int, where: int | slice) -> Callable[[Array], Array]:

@@ -153,13 +153,13 @@ def test_what_cannot_be_split_is_one_sentence(tmp_path: Path, capsys: pytest.Cap
         assert error.count("\n") == 1
     assert not out.exists()
     assert command("prepare", few, "--unlabelled", "--out", out / "train", "--val", 0.5, code=2)
-    assert f"error: --val makes train and val inside of --out: give --out {out}, or leave" in capsys.readouterr().err
+    assert f"error: --val makes train and val inside --out: give --out {out}, or leave" in capsys.readouterr().err
     assert command("prepare", few, "--out", out, "--val", 0.5, code=2)
     assert "has no class folders: give its label file with --labels, or --unlabelled" in capsys.readouterr().err
     for wrong in ("0", "1", "10", "-0.1", "nan", "x"):
         with pytest.raises(SystemExit, match="2"):
             command("prepare", few, "--out", out, "--val", wrong)
-        assert f"{wrong} is no number between 0 and 1, such as 0.1" in capsys.readouterr().err
+        assert f"{wrong} is not a number between 0 and 1, such as 0.1" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -188,7 +188,7 @@ def test_shards_of_the_version_before_are_known(tmp_path: Path, capsys: pytest.C
     (again,) = prepare.prepare(source, tmp_path / "out", None, [], Settings(), 1, unlabelled=True)
     assert again.shards == made.shards
     assert command("prepare", source, "--unlabelled", "--out", tmp_path / "out")
-    assert "a training needs a folder with train and val in it: --val 0.1 makes both" in capsys.readouterr().out
+    assert "training needs a folder with train and val: --val 0.1 makes both" in capsys.readouterr().out
     assert command("prepare", source, "--unlabelled", "--out", tmp_path / "other" / "train")
     assert "--val" not in capsys.readouterr().out
 

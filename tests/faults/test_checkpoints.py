@@ -267,7 +267,7 @@ def test_a_new_run_may_begin_with_the_weights_of_another(befallen: Path, twins: 
     other = twins / "1" / "run" / "checkpoints"
     codes, output = end(befallen / "new")
     assert codes == [0, 0], output
-    assert f"begins with the weights of {other / 'step-00000012'}" in output
+    assert f"starts from the weights of {other / 'step-00000012'}" in output
     begun = befallen / "new" / "run" / "checkpoints" / "step-00000001"
     state = json.loads((begun / "state.json").read_text())
     assert (state["step"], state["images"], state["optimizer_steps"]) == (1, 12, 1)
@@ -281,7 +281,7 @@ def test_a_new_run_may_begin_with_the_weights_of_another(befallen: Path, twins: 
     assert codes == [0, 0], output
     assert "resumes at step 1:" in output
     assert "begins with" not in output
-    assert f"begins with the weights of {other / 'step-00000008'}" in end(befallen / "one").output
+    assert f"starts from the weights of {other / 'step-00000008'}" in end(befallen / "one").output
 
 
 def test_weights_that_do_not_fit_are_one_sentence(befallen: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_finished_run_run_again_is_left_as_it_is(borne: Path) -> None:
     for name in ("same", "lowered"):
         codes, output = end(borne / name)
         assert codes == [0], output
-        assert "there is nothing left to do" in output
+        assert "nothing is left to do" in output
         assert f"finished at step {STEPS}" in output
     assert "settings that have changed: steps 4 → 3, optimizer.lr 0.01 → 0.0001" in end(borne / "lowered").output
     assert "have changed" not in end(borne / "same").output
@@ -203,7 +203,7 @@ def test_a_validation_that_a_stop_has_cut_short_is_made_up_for_once(borne: Path)
     codes, output = end(borne / "cut-third")
     assert codes == [0], output
     assert "validation at step" not in output
-    assert "there is nothing left to do" in output
+    assert "nothing is left to do" in output
     assert validations(borne / "cut-third" / "kept") == [4]
     codes, output = end(borne / "cut-on")
     assert codes == [0], output
@@ -227,14 +227,14 @@ def test_a_status_that_cannot_be_written_at_the_end_fails_no_run(borne: Path) ->
     """Everything is saved by then. A STOP file that cannot be removed does not fail the run either."""
     codes, output = end(borne / "mute")
     assert codes == [0], output
-    assert "run_status.json cannot be written (Is a directory), and should say finished at step 4\n" in output
+    assert "run_status.json cannot be written (Is a directory); it should say finished at step 4\n" in output
     same_bits(borne / "runs" / "mute", borne / "runs" / "whole", STEPS)
     codes, output = end(borne / "mute-stop")
     assert codes == [75], output
-    assert "should say preempted at step" in output
+    assert "it should say preempted at step" in output
     codes, output = end(borne / "stuck")
     assert codes == [0], output
-    assert "STOP cannot be removed (Is a directory): the next start will stop for it" in output
+    assert "STOP cannot be removed (Is a directory): remove it, or the next start will stop again" in output
 
 
 STATES: dict[str, tuple[dict[str, Any], str]] = {
@@ -242,7 +242,7 @@ STATES: dict[str, tuple[dict[str, Any], str]] = {
     "old": ({"version": None, "since": None, "validation_due": None}, ""),
     "negative": ({"step": -4}, "step is -4 instead of a whole number, 0 or more: take another"),
     "images": ({"images": 47}, "47 images do not belong to step 4"),
-    "elsewhere": ({"step": 3, "images": 36, "optimizer_steps": 3}, "step-00000004 holds the state of step 3"),
+    "elsewhere": ({"step": 3, "images": 36, "optimizer_steps": 3}, "step-00000004 contains the state of step 3"),
     "moments": ({"optimizer_steps": 0}, "optimizer.safetensors does not fit the model: the model has no "),
 }
 

@@ -72,7 +72,7 @@ def losses_at_each_end(folder: Path, lives: int) -> list[int]:
     at = 0
     for number in range(lives):
         text = (folder / str(number) / "output-0.txt").read_text()
-        if "resumes at step" in text or " begins: " in text:
+        if "resumes at step" in text or " starts: " in text:
             assert "damaged" in text or began(folder / str(number)) <= at
             lost.append(at - began(folder / str(number)))
             at = reached(folder / str(number))
@@ -162,7 +162,7 @@ def test_thirty_random_faults(undisturbed: Path, pictures: Path, tmp_path: Path)
         said = json.loads((tmp_path / str(number + 1) / "status.json").read_text())
         assert said["status"] == after, where
         assert none_is_left(out), where
-        assert ("is damaged, and the next one looked for" in output) == (what == "a flipped bit"), where
+        assert ("is damaged, trying the next one" in output) == (what == "a flipped bit"), where
     codes, output = end(tmp_path / "30")
     assert codes == [0, 0], output
     assert status(tmp_path / "run")["status"] == "finished"
@@ -193,6 +193,6 @@ def test_a_signal_at_any_moment_of_a_save(undisturbed: Path, pictures: Path, tmp
         assert codes == [75, 75], output
         assert began(out) == before
         assert int((out / "asked.txt").read_text()) >= 20
-        before = int(re.findall(r"stopped for SIGUSR1, run the same command to go on at step (\d+):", output)[0])
+        before = int(re.findall(r"stopped at step (\d+) by SIGUSR1, run the same command to continue:", output)[0])
     assert end(tmp_path / "rest").codes == [0, 0]
     same_bits(run, undisturbed / "run", STEPS)

@@ -88,7 +88,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(stopped:
     out = stopped / one.how
     codes, output = end(out)
     assert codes == [75] * one.world, output
-    assert f"stopped for {one.why}, run the same command to go on at step {one.step}" in output
+    assert f"stopped at step {one.step} by {one.why}, run the same command to continue" in output
     assert not (out / "run" / "STOP").exists()
     codes, output = end(out / "again")
     assert codes == [0] * one.world, output
@@ -103,8 +103,8 @@ def test_it_may_be_stopped_at_any_place(stopped: Path) -> None:
     for step in PLACES:
         codes, output = end(stopped / f"crooked-{step}")
         assert codes == [75], output
-        assert (f"resumes at step {before}:" if before else "begins:") in output
-        assert f"run the same command to go on at step {step}:" in output
+        assert (f"resumes at step {before}:" if before else "starts:") in output
+        assert f"stopped at step {step} by " in output
         before = step
     assert end(stopped / "crooked-12").codes == [0]
     straight = stopped / "straight" / "run"
@@ -120,7 +120,7 @@ def test_a_stop_does_not_wait_for_a_validation(stopped: Path) -> None:
     out = stopped / "cut"
     codes, output = end(out)
     assert codes == [75, 75], output
-    assert "stopped for SIGTERM, run the same command to go on at step 6" in output
+    assert "stopped at step 6 by SIGTERM, run the same command to continue" in output
     assert [(out / f"batches-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
     assert not [line for line in measured(out / "run") if line["step"] < 6]
     codes, output = end(out / "again")
@@ -157,6 +157,6 @@ def test_the_same_failure_three_times_in_a_row_is_no_progress(stopped: Path) -> 
     found = status(stopped / "failing")
     assert (found["status"], found["step"]) == ("no-progress", found["failures"][-1]["step"])
     assert found["why"].startswith("Diverged: 3 steps in a row were skipped")
-    assert "error: rank 0: 3 times in a row the run has ended at step" in end(stopped / "failing-2").output
+    assert "error: rank 0: the run has failed 3 times in a row at step" in end(stopped / "failing-2").output
     assert "Traceback" not in end(stopped / "failing-2").output
     assert "run_status.json" in names(stopped / "failing")

@@ -70,21 +70,21 @@ def test_a_rank_that_hangs_ends_the_run_and_leaves_all_stacks(befallen: Path) ->
     assert found["why"].startswith("Hang: step 6 does not end; ")
     assert names(out / "run" / "stacks") == ["rank-0.txt", "rank-1.txt"]
     waiting, hung = ((out / "run" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
-    assert re.search(r"it stands at inject\.py:\d+, <lambda>, called from trainer\.py:\d+, step$", hung.splitlines()[0])
-    assert re.search(r"it stands at .*, called from \w+\.py:\d+, \w+$", waiting.splitlines()[0])
+    assert re.search(r"it is at inject\.py:\d+, <lambda>, called from trainer\.py:\d+, step$", hung.splitlines()[0])
+    assert re.search(r"it is at .*, called from \w+\.py:\d+, \w+$", waiting.splitlines()[0])
     assert "inject.py" not in waiting.splitlines()[0]
     for text in (waiting, hung):
-        silent, limit = map(float, re.search(r"for (\d+) s in step 6, where (\d+) s are allowed;", text).groups())
+        silent, limit = map(float, re.search(r"for (\d+) s in step 6 \(limit (\d+) s\);", text).groups())
         assert TIMEOUT <= limit <= silent <= 2 * limit, text
     output = (out / "output-1.txt").read_text()
-    assert "error: rank 1 of 2: nothing for" in output
+    assert "error: rank 1 of 2: no progress for" in output
     assert "left no stacks" not in output + (out / "output-0.txt").read_text()
     assert none_is_left(out)
     sick = "\n".join(map(str, postmortem.diagnose(out / "run")))
     assert "FAIL: failed at step 5 on rank" in sick
-    assert re.search(r"warn: it hung: rank 1 of 2: nothing for .* in step 6, .*; it stands at inject\.py", sick)
-    assert "to blame" in sick
-    assert "ok: the same command goes on from step-00000004" in sick
+    assert re.search(r"warn: it hung: rank 1 of 2: no progress for .* in step 6, .*; it is at inject\.py", sick)
+    assert "is the likely cause" in sick
+    assert "ok: the same command continues from step-00000004" in sick
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
@@ -135,7 +135,7 @@ def test_slow_pictures_on_rank_0_are_no_hang_on_the_others(befallen: Path) -> No
 def test_a_slow_rank_is_named(befallen: Path) -> None:
     codes, output = end(befallen / "slow")
     assert codes == [0, 0], output
-    named = re.findall(r"rank (\d) takes [\d.]+ times as long as the others \((\S+) s .*, of which (\S+) s", output)
+    named = re.findall(r"rank (\d) takes [\d.]+ times as long as the others \((\S+) s .*, (\S+) s of it", output)
     assert [rank for rank, *_ in named] == ["1"], output
     assert all(0.15 <= float(seconds) < 0.5 for seconds in named[0][1:]), named
     assert output.count("rank 1 is as fast as the others again") == 1
@@ -148,12 +148,12 @@ def test_the_doctor_takes_a_step_on_all_ranks_and_leaves_nothing(befallen: Path)
     assert codes == [0, 0], output
     assert "FAIL" not in output
     assert "ok: 90 training and 11 validation images can be read" in output
-    assert "ok: 2 rank(s) meet in" in output
+    assert "ok: 2 rank(s) exchanged a number in" in output
     assert "ok: all ranks have the same settings and versions" in output
     assert re.search(r"ok: 2 step\(s\) taken and a checkpoint of \d+\.\d KiB saved", output)
     codes, output = end(befallen / "ill")
     assert codes == [1, 1], output
-    assert "FAIL: no step can be taken and saved (CheckpointError: init_from=nowhere is neither" in output
+    assert "FAIL: a trial step and its checkpoint failed (CheckpointError: init_from=nowhere is neither" in output
     assert names(befallen / "new") == []
 
 
@@ -196,7 +196,7 @@ def test_a_launcher_that_is_killed_leaves_a_saved_run_and_no_orphan(
     assert time.monotonic() - killed < SOON
     assert code == 75, output
     assert not any(rank.is_running() for rank in ranks)
-    assert "stopped for the death of its launcher, run the same command to go on" in output
+    assert "by the death of its launcher, run the same command to continue" in output
     found = status(run)
     assert (found["status"], found["why"]) == ("preempted", "the death of its launcher")
     assert verify(run / "checkpoints" / f"step-{found['step']:08d}") == []
@@ -318,7 +318,7 @@ def test_the_wrapper_ends_all_at_once_at_the_second_interrupt(tmp_path: Path, st
 
 
 def test_what_is_put_back_into_the_queue() -> None:
-    worth = runpy.run_path(RUN[1])["worth_another_life"]
+    worth = runpy.run_path(RUN[1])["worth_another_attempt"]
 
     def stopped(why: str, code: int = 75) -> dict[str, Any]:
         return {"status": "preempted", "why": why, "code": code}
@@ -327,7 +327,7 @@ def test_what_is_put_back_into_the_queue() -> None:
         assert worth(75, stopped(why))
     for why in ("SIGINT", "the file STOP"):
         assert not worth(75, stopped(why))
-    assert not worth(130, stopped("a second SIGINT, and left at once", 130))
+    assert not worth(130, stopped("a second SIGINT, which ends the run at once", 130))
     assert worth(75, {})  # SLURM's signal before training began
     assert worth(75, {"status": "running", "code": None})
     assert not worth(130, {})

@@ -118,7 +118,7 @@ def test_another_order_of_samples_is_refused(trained: Path, pictures: Path, tmp_
     (process,) = ranks(start, 1, [*TRAIN, *overrides(Case(1), tmp_path / "run", pictures), "seed=1"])
     code, output = finish(process)
     assert code == 2
-    assert "was begun with seed=0, now it is 1" in output
+    assert "was started with seed=0 and now has 1" in output
 
 
 def kill_at(processes: Sequence[subprocess.Popen[str]], step: int) -> None:

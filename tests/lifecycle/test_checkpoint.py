@@ -120,7 +120,7 @@ def test_what_is_wrong_is_said_and_the_next_newest_taken(
     found = newest(tmp_path / "checkpoints")
     assert found.path == second
     (remark,) = found.remarks
-    assert remark.startswith(f"{third} is damaged, and the next one looked for: ")
+    assert remark.startswith(f"{third} is damaged, trying the next one: ")
     assert re.search(words, remark)
     (second / "manifest.json").unlink()
     found = newest(tmp_path / "checkpoints")
@@ -143,7 +143,7 @@ def test_a_checkpoint_without_any_valid_stops(tmp_path: Path) -> None:
 POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "missing": (missing, "is missing"),
-    "dangling": (lambda path: path.write_text("step-00000099\n"), "names 'step-00000099', which is not there"),
+    "dangling": (lambda path: path.write_text("step-00000099\n"), "names 'step-00000099', which does not exist"),
     "a path": (lambda path: path.write_text("../../step-00000005\n"), "which is not there"),
     "no text": (lambda path: path.write_bytes(b"\xff\x00\x80"), "which is not there"),
     "a folder": (folder, "cannot be read"),
@@ -184,7 +184,7 @@ def test_a_latest_that_is_right_comes_first(tmp_path: Path) -> None:
 def test_latest_alone_is_no_reason_to_begin_again(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step-00000005\n")
-    with pytest.raises(CheckpointError, match="and there are no checkpoints: remove it to begin again"):
+    with pytest.raises(CheckpointError, match="and there are no checkpoints: remove it to start from scratch"):
         newest(tmp_path / "checkpoints")
 
 
@@ -291,7 +291,7 @@ def test_a_manifest_lists_files_of_the_checkpoint_alone(tmp_path: Path, name: st
     (saved / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     (wrong,) = verify(saved)
     assert wrong.startswith("manifest.json lists ")
-    assert wrong.endswith(", which is no file of a checkpoint")
+    assert wrong.endswith(", which is not a checkpoint file")
     assert "\x1b" not in wrong
 
 

@@ -129,7 +129,7 @@ def left(run: Path, **values: Any) -> None:
 
 def test_what_another_host_has_left_is_taken_over_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
-        r"was left so by one that was killed, process 12 on node7, SLURM job 4711, since 2026-01-01 00:00:00 UTC: if "
+        r"still locked by one that was killed, process 12 on node7, SLURM job 4711, since 2026-01-01 00:00:00 UTC: if "
         r"that one no longer runs, start again with --take-over, or remove .*/\.lock$"
     )
     left(tmp_path)
@@ -192,7 +192,7 @@ def test_a_file_system_without_locks_is_said(
 
     monkeypatch.setattr(fcntl, "lockf", none)
     take(tmp_path)
-    assert "is on a file system without locks: start no second training in it" in capsys.readouterr().out
+    assert "is on a file system without locks: do not start a second training in it" in capsys.readouterr().out
     with child(Lock(tmp_path).acquire) as pid:
         with pytest.raises(InUse, match=f"process {pid} on"):
             take(tmp_path)

@@ -177,7 +177,7 @@ def test_a_slow_rank_is_named_once_and_once_when_it_is_over(monkeypatch: pytest.
         found += [one.report(0.0, 25, 25.0), one.report(0.0, 25, 25.0)]
     assert [bool(said) for said in found[1::2]] == [False, True, False, False, True, True]
     assert not any(found[::2])  # 25 steps are too few to tell by
-    assert found[3].startswith("rank 2 takes 3.1 times as long as the others (0.31 s a step, of which 0.31 s waiting")
+    assert found[3].startswith("rank 2 takes 3.1 times as long as the others (0.31 s per step, 0.31 s of it waiting")
     assert found[9] == "rank 2 is as fast as the others again"
 
 

@@ -45,7 +45,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, disk: th
     writing.save(5, held, state, ())
     held["model"]["w"].fill_(-1)
     state["damaged"]["torn"] = 9
-    writing.settle(wait=False)
+    writing.collect(wait=False)
     assert not (tmp_path / "latest").exists()
 
     later = threading.Thread(target=writing.save, args=(10, tensors(10), {"step": 10}, ()))
@@ -58,7 +58,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, disk: th
     assert checkpoint.verify(first) == []
     assert torch.equal(checkpoint.read_tensors(first, "model")["w"], torch.full((3,), 5.0))
     assert checkpoint.read_state(first) == {"step": 5, "damaged": {"torn": 0}}
-    writing.settle(wait=True, last=True)
+    writing.collect(wait=True, last=True)
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000010", [])
 
 
@@ -85,20 +85,20 @@ def test_two_failures_in_a_row_stop(
     writing = writer(tmp_path)
     for step, broken in ((1, False), (2, True), (3, False), (4, True)):  # noqa: B007 (fsync reads it)
         writing.save(step, tensors(step), {}, ())
-        writing.settle(wait=True)
+        writing.collect(wait=True)
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(" (Input/output error); those before are untouched")[0] for line in said] == [
         f"the checkpoint of step {step} could not be written" for step in (2, 4)
     ]
     writing.save(5, tensors(5), {}, ())
     with pytest.raises(CheckpointError, match=r"step 5 could not .*, and 2 saves in a row have failed: make room in"):
-        writing.settle(wait=True)
+        writing.collect(wait=True)
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000003", [])
 
     writing = writer(tmp_path)
     writing.save(6, tensors(6), {}, ())
     with pytest.raises(CheckpointError, match=r"step 6 could not be written .*, and no step follows"):
-        writing.settle(wait=True, last=True)
+        writing.collect(wait=True, last=True)
     writing.save(7, tensors(7), {}, ())
     writing.close()
     assert "step 7 could not be written (Input/output error)\n" in capsys.readouterr().out
@@ -131,5 +131,5 @@ def test_room_is_asked_for_at_the_start(tmp_path: Path, monkeypatch: pytest.Monk
     writing = writer(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=8 * 2**20))
     writing.check_room(4 * 2**20, 100)
-    with pytest.raises(CheckpointError, match=r"8\.0 MiB are free, and 4\.0 MiB taken"):
+    with pytest.raises(CheckpointError, match=r"8\.0 MiB are free, and existing checkpoints take 4\.0 MiB"):
         writing.check_room(5 * 2**20, 100)

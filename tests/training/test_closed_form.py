@@ -35,8 +35,8 @@ def test_what_lies_beyond_the_epoch_does_not_count() -> None:
             batch(endless[g : g + 32])._replace(sample=torch.arange(g, g + 32)) for g in (64 * step, 64 * step + 32)
         ]
         masked.step(parts, step)
-    whole.settle()
-    masked.settle()
+    whole.refresh()
+    masked.refresh()
     assert int(masked.moments.count) == 200
     for name, value in whole.model.state_dict().items():
         assert torch.equal(masked.model.state_dict()[name], value), name
@@ -47,13 +47,13 @@ def test_it_resumes_to_the_same_bits() -> None:
     whole, first, second = learner(200), learner(200), learner(200)
     whole.step([batch(x)], 0)
     first.step([batch(x[:70])], 0)
-    first.settle()
+    first.refresh()
     saved = {file: {name: value.clone() for name, value in held.items()} for file, held in first.tensors().items()}
     second.load(lambda file, _: saved[file], {})
     assert torch.equal(second.model.components, first.model.components)
     second.step([batch(x[70:])._replace(sample=torch.arange(70, 200))], 1)
-    whole.settle()
-    second.settle()
+    whole.refresh()
+    second.refresh()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
 
@@ -62,7 +62,7 @@ def test_the_training_loss_is_that_of_the_last_solution() -> None:
     x = textures()
     learned = learner(400)
     learned.step([batch(x)], 0)
-    learned.settle()
+    learned.refresh()
     means = learned.step([batch(x[:50]), batch(x[50:100])], 1)
     torch.testing.assert_close(means["loss"], learned.model(batch(x[:100]), 1).loss)
     values = learned.report({name: float(value) for name, value in means.items()}, 2)

@@ -39,11 +39,13 @@ def batch() -> Batch:
 
 def test_what_deepspeed_is_told(group: None) -> None:
     passed = {"zero_optimization": {"overlap_comm": True}, "dump_state": True}
-    told = deepspeed_config("bf16", 2, 0.7, 3, 4, passed)
-    assert told["dump_state"]
-    assert told["zero_optimization"] == {"overlap_comm": True, "stage": 2}
-    assert told["gradient_clipping"] == 0.7
-    sizes = [told[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    found = deepspeed_config("bf16", 2, 0.7, 3, 4, passed)
+    assert found["dump_state"]
+    assert found["zero_optimization"] == {"overlap_comm": True, "stage": 2}
+    assert found["gradient_clipping"] == 0.7
+    sizes = [
+        found[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    ]
     assert sizes == [12, 3, 4]
     assert deepspeed_config("fp32", 0, 1.0, 1, 1, {"zero_optimization": None})["zero_optimization"] == {"stage": 0}
 
@@ -51,7 +53,7 @@ def test_what_deepspeed_is_told(group: None) -> None:
 def test_fp16_weights_without_hardware_are_one_sentence(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(
-        ConfigError, match="precision=fp16 with zero_stage=1 needs hardware with fp16: take zero_stage=0"
+        ConfigError, match="precision=fp16 with zero_stage=1 needs hardware with fp16: use zero_stage=0"
     ):
         deepspeed_config("fp16", 1, 1.0, 1, 1, {})
 
@@ -292,7 +294,7 @@ def test_half_weights_are_averaged_as_their_masters(group: None, monkeypatch: py
         skipped = learner.step([batch()], step)["skipped"]
         taken += int(skipped == 0)
         if step == 30:
-            learner.settle()
+            learner.refresh()
             again = WeightEMA(settings.build(config), decay=0.9)
             again.model.load_state_dict(learner.averaged.state_dict())
             again.follow(learner.engine.masters())
@@ -305,7 +307,7 @@ def test_half_weights_are_averaged_as_their_masters(group: None, monkeypatch: py
                     expected[name] += weight * (master.double() - expected[name])
     assert 5 < taken < 40
     for one in (learner, again):
-        one.settle()
+        one.refresh()
     assert model.dtype == torch.float16
     off = 0.0
     for name, average in learner.averaged.named_parameters():

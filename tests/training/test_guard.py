@@ -138,7 +138,7 @@ def test_the_diagnosis_says_why_and_what_to_do() -> None:
     )
     assert (
         explained(Skip(7, OVERFLOW, math.inf, 2.0, 1, 0.1, []), 2)
-        == "the gradient overflowed, and the loss scale falls"
+        == "the gradient overflowed, so the loss scale is lowered"
     )
     spike = diagnosis(Skip(142, SPIKE, 1234.5, 1.25, 20, 0.1, []), 2, 10.0)
     assert spike == (

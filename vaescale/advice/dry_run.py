@@ -26,6 +26,6 @@ def dry_run(config: Config, world: int) -> str:
         f"{config.global_batch} images",
         f"run         {config.steps} steps of {config.global_batch} images",
         f"parameters  {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M",
-        f"memory      {readable_size(sum(memory.values()))} a rank, estimated: {parts}",
+        f"memory      {readable_size(sum(memory.values()))} per rank, estimated: {parts}",
     ]
     return "\n".join(lines)

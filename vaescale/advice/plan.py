@@ -79,16 +79,16 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
         index = Index(Path(config.data.root) / "train")
         image, source = sum(shard.bytes for shard in index.shards) / len(index), "the index"
     except DataError:
-        image, source = float(IMAGE), "ImageNet, there being no index"
+        image, source = float(IMAGE), "ImageNet, because there is no index"
     node = speed / cluster.nodes
     return [
         f"ranks       {cluster.nodes} × {cluster.accelerators} = {cluster.world}, "
-        f"{micro} × {config.accumulation} images each a step",
+        f"{micro} × {config.accumulation} images per rank and step",
         f"step        {seconds:.4g} s = {compute:.4g} compute + {cluster.latency:.4g} latency + "
         f"{seconds - compute - cluster.latency - exposed:.4g} straggler + "
         f"{exposed:.4g} exposed sums of {readable_size(size)}",
         f"speed       {speed:.1f} images/s, efficiency {compute / seconds:.1%}",
-        f"loading     {node:.1f} images/s a node: {node * DECODE:.1f} cores, "
+        f"loading     {node:.1f} images/s per node: {node * DECODE:.1f} cores, "
         f"{readable_size(node * image)}/s from storage, {readable_size(speed * image)}/s in all "
         f"(images of {readable_size(image)}, from {source})",
         f"length      {hours:.3g} hours, {hours * cluster.world:.3g} device-hours, for {config.steps} steps, "

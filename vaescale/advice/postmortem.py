@@ -48,31 +48,34 @@ def status(run: Path, metrics: Metrics) -> list[Finding]:
     said = Status(run, 0).read()
     how, why, step = said.get("status"), printable(said.get("why")), said.get("step")
     if how is None:
-        return [Finding(FAIL, f"{run} has no run_status.json: it is no run directory, or its run has never begun")]
+        return [
+            Finding(FAIL, f"{run} has no run_status.json: it is not a run directory, or no training has started in it")
+        ]
     if how == FINISHED:
         return [Finding(OK, f"finished at step {step}")]
     if how == PREEMPTED:
-        return [Finding(OK, f"stopped at step {step} for {why}", "run the same command to go on")]
+        return [Finding(OK, f"stopped at step {step} by {why}", "run the same command to continue")]
     if how == RUNNING:
         return [_running(run, metrics, step)]
-    where = f"failed at step {step} on rank {said.get('rank')}, for the {len(said.get('failures', []))}. time so"
+    times = len(said.get("failures", []))
+    where = f"failed at step {step} on rank {said.get('rank')}{f', {times} times in a row' if times > 1 else ''}"
     if how == NO_PROGRESS:
-        return [Finding(FAIL, f"{where}: {why}", "another try would end likewise: mend that first")]
+        return [Finding(FAIL, f"{where}: {why}", "another attempt would fail in the same way: fix the cause first")]
     return [Finding(FAIL if how == FAILED else WARN, f"{where}: {why}")]
 
 
 def _running(run: Path, metrics: Metrics, step: Any) -> Finding:
     reports = _of(metrics, "perf/seconds_per_step")
     if len(reports) < 2:
-        return Finding(OK, f"begun at step {step}; too few reports yet to say more")
+        return Finding(OK, f"started at step {step}; too few reports so far to say more")
     between = (reports[-1][0] - reports[-2][0]) * reports[-1][1]
     silent = time.time() - (run / METRICS).stat().st_mtime
-    what = (
-        f"running at step {reports[-1][0]}, the last report {silent:.0f} s ago, one every {between:.3g} s being usual"
-    )
+    what = f"running at step {reports[-1][0]}, the last report {silent:.0f} s ago, usually one every {between:.3g} s"
     if silent < max(PATIENT, LATE * between):
         return Finding(OK, what)
-    return Finding(FAIL, what, "it was killed without a word, or hangs: look at the end of its log, then run it again")
+    return Finding(
+        FAIL, what, "it hangs, or was killed without a trace: read the end of its log, then run the same command"
+    )
 
 
 def stacks(run: Path) -> list[Finding]:
@@ -88,10 +91,12 @@ def stacks(run: Path) -> list[Finding]:
     missing = [rank for rank in range(int(world[1])) if run / FOLDER / f"rank-{rank}.txt" not in files]
     if missing:
         ranks = ", ".join(map(str, missing))
-        found.append(Finding(WARN, f"rank {ranks} left no stacks", "look at its node and the kernel's log there"))
+        found.append(Finding(WARN, f"rank {ranks} left no stacks", "check its node and the kernel log there"))
     else:
         found.append(
-            Finding(WARN, "the rank that stands elsewhere than the others is to blame", f"read {run / FOLDER}")
+            Finding(
+                WARN, "the rank that is at another place than the others is the likely cause", f"read {run / FOLDER}"
+            )
         )
     return found
 
@@ -99,7 +104,7 @@ def stacks(run: Path) -> list[Finding]:
 def checkpoints(run: Path) -> list[Finding]:
     folder = run / "checkpoints"
     found = [
-        Finding(WARN, f"{path.name} is damaged ({'; '.join(wrong)})", "the next older one is taken")
+        Finding(WARN, f"{path.name} is damaged ({'; '.join(wrong)})", "the next older one is used")
         for path in checkpoint.there(folder)
         if (wrong := checkpoint.verify(path))
     ]
@@ -109,7 +114,7 @@ def checkpoints(run: Path) -> list[Finding]:
         return [*found, Finding(FAIL, str(error))]
     if newest.path is None:
         return [Finding(WARN, "there is no checkpoint yet", "to lose less, lower every.checkpoint")]
-    return [*found, Finding(OK, f"the same command goes on from {newest.path.name}")]
+    return [*found, Finding(OK, f"the same command continues from {newest.path.name}")]
 
 
 def losses(metrics: Metrics) -> list[Finding]:
@@ -126,7 +131,9 @@ def losses(metrics: Metrics) -> list[Finding]:
         now, spread = median(finite[-LAST:]), max(finite) - min(finite)
         best = min(median(finite[i : i + LAST]) for i in range(len(finite) - LAST + 1))
         if now > WORSE * best > 0 and now - best > 0.1 * spread:
-            found.append(Finding(WARN, f"it diverges: the loss is {now:.4g}, and was {best:.4g} at its best", slower))
+            found.append(
+                Finding(WARN, f"the loss diverges: it is {now:.4g} now and was {best:.4g} at its best", slower)
+            )
     skipped = [line["optim/skipped"] for line in lines[-LAST:] if line.get("optim/skipped") is not None]
     if skipped and sum(skipped) / len(skipped) > SKIPPED:
         kinds = {name.rpartition("skipped_")[2]: value for name, value in lines[-1].items() if "/skipped_" in name}
@@ -142,7 +149,7 @@ def alarms(run: Path, metrics: Metrics) -> list[Finding]:
     said = read_alarms(run)
     last: dict[str, Any] = next((line for line in reversed(metrics) if "train/loss" in line), {})
     names = [name.removesuffix("/alarm") for name, value in last.items() if name.endswith("/alarm") and value]
-    cure = "the log and TensorBoard's Text say the likeliest cause and the setting to change"
+    cure = "the log and TensorBoard's Text name the likeliest cause and the setting to change"
     return [Finding(WARN, printable(sentence)) for sentence in said.values()] + [
         Finding(WARN, f"{name} has collapsed: {last.get(f'{name}/usage_ema') or 0:.1%} of its codes are in use", cure)
         for name in names
@@ -154,15 +161,15 @@ def speed(metrics: Metrics) -> list[Finding]:
     found = []
     waits = [share for _, share in _of(metrics, "data/wait_share")[-LAST:]]
     if waits and median(waits) > WAITS:
-        cure = "raise data.workers, take data.decoder=turbo, or prepare smaller shards (--short-side)"
-        found.append(Finding(WARN, f"{median(waits):.0%} of the time goes in waiting for data", cure))
+        cure = "raise data.workers, set data.decoder=turbo, or prepare smaller shards (--short-side)"
+        found.append(Finding(WARN, f"{median(waits):.0%} of the time is spent waiting for data", cure))
     times = [value for _, value in _of(metrics, "perf/slowest_rank")[-LAST:]]
     if times and median(times) >= SLOW:
         what = f"one rank takes {median(times):.1f} times as long as the others"
-        found.append(Finding(WARN, what, "the log names it: look at its node"))
+        found.append(Finding(WARN, what, "check the node of the rank that the log names"))
     rates = [rate for _, rate in _of(metrics, "perf/images_per_second")]
     if len(rates) > 2 * LAST and median(rates[-LAST:]) < FEWER * median(rates):
-        what = f"{median(rates[-LAST:]):.3g} images/s of late, where {median(rates):.3g} are usual"
+        what = f"{median(rates[-LAST:]):.3g} images/s recently, usually {median(rates):.3g}"
         found.append(Finding(WARN, what, "look for another job on the node, a full disk, or a hot device"))
     return found
 

@@ -82,7 +82,7 @@ def versions() -> Finding:
     try:
         wanted = [Requirement(line) for line in metadata.requires("vaescale") or []]
     except metadata.PackageNotFoundError:
-        return Finding(WARN, "vaescale is not installed, so that no versions can be checked", "pip install -e .")
+        return Finding(WARN, "vaescale is not installed, so versions cannot be checked", "run `pip install -e .`")
     wanted = [one for one in wanted if not one.marker or one.marker.evaluate({"extra": ""})]
     wrong = []
     for one in wanted:
@@ -92,7 +92,7 @@ def versions() -> Finding:
     if wrong:
         return Finding(FAIL, f"{', '.join(wrong)}", "install with -c launch/constraints.txt")
     shown = ", ".join(f"{name} {_installed(name)}" for name in ("torch", "deepspeed"))
-    return Finding(OK, f"Python {platform.python_version()}, {shown}, and all else as pyproject.toml wants it")
+    return Finding(OK, f"Python {platform.python_version()}, {shown}, and all other requirements of pyproject.toml")
 
 
 def devices(config: Config, here: int) -> Finding:
@@ -104,9 +104,9 @@ def devices(config: Config, here: int) -> Finding:
     found = torch.cuda.device_count()
     name = torch.cuda.get_device_name(0)
     if here > found and "SLURM_PROCID" not in os.environ:
-        return Finding(FAIL, f"{here} ranks share {found} × {name}", "start as many as there are accelerators")
+        return Finding(FAIL, f"{here} ranks share {found} × {name}", "start one rank per accelerator")
     if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return Finding(WARN, f"{name} only emulates bf16", "precision=fp16")
+        return Finding(WARN, f"{name} only emulates bf16", "set precision=fp16")
     return Finding(OK, f"{found} × {name}")
 
 
@@ -114,7 +114,7 @@ def shared_memory(config: Config, world: int, here: int, folder: Path = workers.
     """Check the shared memory through which workers hand over batches; if it is full they fall back to pipes."""
     need = here * stream.in_flight(config.data, micro_batch(config, world) * blank(config, 1).x.nbytes)
     free = workers.free_shared_memory(folder)
-    what = f"{readable_size(free)} of shared memory are free, and batches on their way take up to {readable_size(need)}"
+    what = f"{readable_size(free)} of shared memory are free, and batches in transit take up to {readable_size(need)}"
     if free < need:
         cure = "lower data.prefetch or data.workers, or give a container more (--shm-size, --ipc)"
         return Finding(WARN, f"{what}: some will go through pipes, which is slower", cure)
@@ -125,7 +125,7 @@ def file_limit(config: Config) -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = OWN_FILES + config.data.columns + config.data.workers * config.data.prefetch * len(Batch._fields)
     if soft != resource.RLIM_INFINITY and soft < need:
-        return Finding(WARN, f"{soft} open files are allowed, and a rank may need {need}", f"ulimit -n {hard}")
+        return Finding(WARN, f"{soft} open files are allowed, and a rank may need {need}", f"run `ulimit -n {hard}`")
     return Finding(OK, f"{soft} open files are allowed, and a rank may need {need}")
 
 
@@ -142,20 +142,18 @@ def disk(run: Path) -> Finding:
             os.fsync(out.fileno())
         speed = WRITTEN / (time.monotonic() - begun)
     except OSError as error:
-        return Finding(FAIL, f"{folder} cannot be written ({error.strerror})", "give another run=…, or make room")
+        return Finding(FAIL, f"{folder} cannot be written ({error.strerror})", "give another run=…, or free disk space")
     finally:
         file.unlink(missing_ok=True)
-    what = (
-        f"{folder} takes {readable_size(speed)} a second and has {readable_size(shutil.disk_usage(folder).free)} left"
-    )
+    what = f"{folder} writes {readable_size(speed)}/s and has {readable_size(shutil.disk_usage(folder).free)} left"
     if speed < SLOW_DISK:
-        return Finding(WARN, what, "raise every.checkpoint if saves last as long as the time between them")
+        return Finding(WARN, what, "raise every.checkpoint if a save takes as long as the time between two")
     return Finding(OK, what)
 
 
 def lock(run: Path) -> Finding:
     if who := held(run):
-        return Finding(WARN, f"{run} is in use by another training, {who}", "let it end, or give another run=…")
+        return Finding(WARN, f"{run} is in use by another training, {who}", "wait until it ends, or give another run=…")
     return Finding(OK, f"no other training uses {run}")
 
 
@@ -175,7 +173,7 @@ def index(config: Config) -> Finding:
         except (OSError, decode.Damaged) as error:
             wrong = str(error)
         if wrong:
-            return Finding(FAIL, f"{folder}: {wrong}", f"`python launch/shards.py verify {folder}` tells more")
+            return Finding(FAIL, f"{folder}: {wrong}", f"run `python launch/shards.py verify {folder}` for details")
         counts.append(len(samples.index))
     return Finding(OK, f"{counts[0]} training and {counts[1]} validation images can be read")
 
@@ -183,7 +181,9 @@ def index(config: Config) -> Finding:
 def all_reduce() -> Finding:
     begun = time.monotonic()
     distributed.gather(torch.zeros(1))
-    return Finding(OK, f"{distributed.world()} rank(s) meet in {1000 * (time.monotonic() - begun):.1f} ms")
+    return Finding(
+        OK, f"{distributed.world()} rank(s) exchanged a number in {1000 * (time.monotonic() - begun):.1f} ms"
+    )
 
 
 def clocks() -> Finding:
@@ -191,7 +191,9 @@ def clocks() -> Finding:
     times = distributed.gather(torch.tensor([time.time()], dtype=torch.float64))
     apart = float(times.max() - times.min())
     if apart > CLOCKS:
-        return Finding(WARN, f"the ranks' clocks are {apart:.1f} s apart", "set them by NTP, or logs do not match")
+        return Finding(
+            WARN, f"the ranks' clocks are {apart:.1f} s apart", "synchronise them by NTP, or times in logs do not match"
+        )
     return Finding(OK, f"the ranks' clocks are {apart:.2f} s apart")
 
 
@@ -203,7 +205,11 @@ def agreement(config: Config) -> Finding:
         others = (known != known[0]).nonzero().flatten().tolist()
         if others:
             ranks = ", ".join(map(str, others))
-            return Finding(FAIL, f"rank {ranks} has other {name} than rank 0", "start all from one installation")
+            return Finding(
+                FAIL,
+                f"rank {ranks} and rank 0 differ in {name}",
+                "start all ranks from the same installation and config",
+            )
     return Finding(OK, "all ranks have the same settings and versions")
 
 
@@ -229,12 +235,12 @@ def one_step(config: Config) -> Finding:
                 size, config.steps
             )
     except Exception as error:  # any error here would have ended the run
-        return Finding(FAIL, f"no step can be taken and saved ({type(error).__name__}: {error})")
+        return Finding(FAIL, f"a trial step and its checkpoint failed ({type(error).__name__}: {error})")
     finally:
         if distributed.rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
     steps = trainer.position.step
-    return Finding(OK, f"{steps} step(s) taken and a checkpoint of {readable_size(size)} saved, all in {seconds:.1f} s")
+    return Finding(OK, f"{steps} step(s) taken and a checkpoint of {readable_size(size)} saved in {seconds:.1f} s")
 
 
 def _installed(name: str) -> str:

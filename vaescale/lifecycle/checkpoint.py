@@ -107,7 +107,7 @@ def save(
         _write(partial / MANIFEST, _json(manifest))
         _sync(partial)
         if wrong := verify(partial):
-            raise CheckpointError(f"the disk gives back other bytes than were written: {'; '.join(wrong)}")
+            raise CheckpointError(f"the disk returned other bytes than were written: {'; '.join(wrong)}")
         _write(pointer, f"{final.name}\n".encode())  # now, because the remaining operations need no disk space
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -134,14 +134,14 @@ def verify(checkpoint: Path) -> list[str]:
         data = read_bytes(_regular(checkpoint / MANIFEST))
         listed = parse_json(data)
         if _json(listed) != data:  # even a changed byte without meaning, such as a space, counts as damage
-            raise ValueError("not as it was written")
+            raise ValueError("its bytes have changed")
         files = [(name, entry["bytes"], entry["xxh3"]) for name, entry in listed.items()]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
     if strange := [name for name in listed if not FILE.fullmatch(name) or name == MANIFEST]:
-        return [f"{MANIFEST} lists {printable(strange[0], 60)!r}, which is no file of a checkpoint"]
+        return [f"{MANIFEST} lists {printable(strange[0], 60)!r}, which is not a checkpoint file"]
     if STATE not in listed:
         return [f"{MANIFEST} does not list {STATE}"]
     return [printable(wrong) for name, size, digest in files if (wrong := _wrong(checkpoint / name, size, digest))]
@@ -190,23 +190,23 @@ def newest(folder: Path) -> Found:
         return Found(None, [])
     try:
         named = read_bytes(pointer).decode(errors="replace").strip()
-        wrong = "" if named in [path.name for path in candidates] else f"names {named[:40]!r}, which is not there"
+        wrong = "" if named in [path.name for path in candidates] else f"names {named[:40]!r}, which does not exist"
         wrong = wrong if named else "is empty"
     except (OSError, ValueError) as error:
         named, wrong = "", "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-    remarks = [f"{pointer} {wrong}: the newest valid checkpoint is looked for"] if wrong else []
+    remarks = [f"{pointer} {wrong}: using the newest valid checkpoint"] if wrong else []
     damaged = []
     for path in sorted(candidates, key=lambda path: path.name != named):
         causes = verify(path)
         if not causes:
             return Found(path, remarks)
         damaged.append(f"{path.name} is damaged: {'; '.join(causes)}")
-        remarks.append(f"{path} is damaged, and the next one looked for: {'; '.join(causes)}")
+        remarks.append(f"{path} is damaged, trying the next one: {'; '.join(causes)}")
     if not candidates:
-        raise CheckpointError(f"{pointer} {wrong}, and there are no checkpoints: remove it to begin again")
+        raise CheckpointError(f"{pointer} {wrong}, and there are no checkpoints: remove it to start from scratch")
     raise CheckpointError(
-        f"none of the {len(candidates)} checkpoint(s) in {folder} is valid ({', '.join(damaged)}): bring one back, or "
-        f"move the folder away to begin again"
+        f"none of the {len(candidates)} checkpoint(s) in {folder} is valid ({', '.join(damaged)}): restore one, or "
+        f"move the folder away to start from scratch"
     )
 
 
@@ -232,8 +232,8 @@ def agreed(place: Path) -> Found:
     if others := distributed.where(_fingerprint(place, path) != answer["print"]):
         what = f"the checkpoint {path}" if path else f"no checkpoint in {place}"
         raise CheckpointError(
-            f"rank 0 finds {what}, and rank {', '.join(map(str, others))} {'does not' if path else 'finds some'}: the "
-            f"nodes do not see the same files (yet); start again, or put them where all see them"
+            f"rank 0 finds {what}, but rank {', '.join(map(str, others))} {'does not' if path else 'finds some'}: the "
+            f"nodes do not see the same files (yet): start again, or use a folder that all nodes share"
         )
     return Found(Path(path) if path else None, answer["remarks"])
 
@@ -301,7 +301,7 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
         weights = name in ("model", "ema")
         whose = f"{checkpoint} is of another model" if weights else f"{path} does not fit the model"
         raise CheckpointError(
-            f"{whose}: {', '.join(wrong[:NAMED])}{more}; set model and data as they were, or take another run"
+            f"{whose}: {', '.join(wrong[:NAMED])}{more}; restore the settings of model and data, or use another run"
         )
     tensors = read_tensors(checkpoint, name)
     return {key: tensors[key] for key in wanted}

@@ -103,7 +103,7 @@ class Lock:
             raise InUse(self._refusal(holder, here))
         if not locks:
             held = here and Path(f"/proc/{holder['pid']}").exists()
-            print(f"{self.run} is on a file system without locks: start no second training in it", flush=True)
+            print(f"{self.run} is on a file system without locks: do not start a second training in it", flush=True)
         requeued = bool(holder) and holder["job"] != "" and holder["job"] == os.environ.get("SLURM_JOB_ID")
         gone = self.take_over or requeued or (here and not held)
         if holder and not gone:
@@ -117,11 +117,11 @@ class Lock:
     def _refusal(self, holder: dict[str, Any], here: bool) -> str:
         who = described(holder)
         if here or not holder:
-            stop = f"let it end, or stop it with `touch {self.run / 'STOP'}`, or give another run=…"
+            stop = f"wait until it ends, or stop it with `touch {self.run / 'STOP'}`, or give another run=…"
             return f"{self.run} is in use by another training, {who}: {stop}"
         return (
-            f"{self.run} is in use by another training, or was left so by one that was killed, {who}: if that one no "
-            f"longer runs, start again with --take-over, or remove {self.path}"
+            f"{self.run} is in use by another training, or still locked by one that was killed, {who}: if it no longer "
+            f"runs, start again with --take-over, or remove {self.path}"
         )
 
 
@@ -155,7 +155,7 @@ def read_holder(descriptor: int) -> dict[str, Any]:
 
 def described(holder: dict[str, Any]) -> str:
     if not holder:
-        return "which is only just starting"
+        return "which is just starting"
     job = f", SLURM job {holder['job']}" if holder["job"] else ""
     return printable(f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}", 300)
 
@@ -172,8 +172,8 @@ def on_rank_0(run: Path, act: Callable[[], object]) -> None:
         except OSError as wrong:
             where = f"{wrong.filename}: " if wrong.filename and str(wrong.filename) != str(run) else ""
             error = (
-                f"{run} cannot be used as the run directory ({where}{wrong.strerror or wrong}): make it writable, make "
-                f"room, or give another run=…"
+                f"{run} cannot be used as the run directory ({where}{wrong.strerror or wrong}): make it writable, free "
+                f"disk space, or give another run=…"
             )
     error, used = distributed.tell([error, used])
     if error:

@@ -68,8 +68,8 @@ class Pace:
         self.slow = rank
         work = works[rank]
         return (
-            f"rank {rank} takes {self.times:.1f} times as long as the others ({work.total:.3g} s a step, of which "
-            f"{work.waited:.3g} s waiting for data): all wait for it; look at its node's "
+            f"rank {rank} takes {self.times:.1f} times as long as the others ({work.total:.3g} s per step, "
+            f"{work.waited:.3g} s of it waiting for data): all ranks wait for it; check its node's "
             f"{'disk, network and data.workers' if work.waited > work.forward else 'clock rates and other processes'}"
         )
 

@@ -64,7 +64,7 @@ class Status:
                 self._write(status, why, step, [])
         except OSError as error:
             print(
-                f"{self.path} cannot be written ({error.strerror}), and should say {status} at step {step}", flush=True
+                f"{self.path} cannot be written ({error.strerror}); it should say {status} at step {step}", flush=True
             )
 
     def interrupted(self, why: str, step: int) -> None:
@@ -87,7 +87,7 @@ class Status:
             with suppress(OSError):  # for example a full disk must not hide the original error
                 same = self.fail(said, at, getattr(error, "exit_code", 1))
             if same:
-                raise NoProgress(f"{SAME} times in a row the run has ended at step {at} with {said}") from error
+                raise NoProgress(f"the run has failed {SAME} times in a row at step {at} with {said}") from error
             raise
 
     def fail(self, why: str, step: int, code: int = 1) -> bool:

@@ -22,7 +22,7 @@ from .. import distributed, process
 SIGNALS = tuple(number.name for number in process.SIGNALS)
 REASONS = ("", *SIGNALS, "the file STOP", "the end of the SLURM job", "the death of its launcher")
 FILE, JOB_ENDS, LAUNCHER = REASONS[-3:]
-TWICE_INTERRUPTED = "a second SIGINT, and left at once"
+TWICE_INTERRUPTED = "a second SIGINT, which ends the run at once"
 LOOK = 1.0  # seconds between checks of the file and the clock
 TWICE = 0.5  # seconds within which two SIGINTs count as one ^C: from the terminal, and passed on by a launcher
 
@@ -78,7 +78,10 @@ class Stop:
             try:
                 self.file.unlink(missing_ok=True)
             except OSError as error:
-                print(f"{self.file} cannot be removed ({error.strerror}): the next start will stop for it", flush=True)
+                print(
+                    f"{self.file} cannot be removed ({error.strerror}): remove it, or the next start will stop again",
+                    flush=True,
+                )
 
     def _handle(self, number: int) -> None:
         self.ask(signal.Signals(number).name)

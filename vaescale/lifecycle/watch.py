@@ -132,12 +132,12 @@ class Watch:
         code = HUNG_CODE
         try:
             at = f"{self._what} after step {self.step}" if self._what else f"step {self.step + 1}"
-            since = f"nothing for {silent:.0f} s in {at}, where {limit:.0f} s are allowed"
+            since = f"no progress for {silent:.0f} s in {at} (limit {limit:.0f} s)"
             head = f"rank {self.rank} of {self.world}: {since}; {self._place()}"
             self._write(head)
             # The text contains no rank and no duration, so that repeated hangs at this step count as the same failure.
             gone = ", and the launcher is gone" if orphan else ""
-            why = f"Hang: {at} does not end{gone}; where each rank stands is told in {self.folder}"
+            why = f"Hang: {at} does not end{gone}; {self.folder} shows where each rank is"
             if self.status.fail(why, self.step, HUNG_CODE):
                 code = NO_PROGRESS_CODE
             process.say(f"error: {head}; all stacks are in {self.folder}")
@@ -157,7 +157,7 @@ class Watch:
             if ours or not places:
                 places.append(f"{file.name}:{frame.f_lineno}, {frame.f_code.co_name}")
             frame = None if ours else frame.f_back
-        return f"it stands at {', called from '.join(places)}"
+        return f"it is at {', called from '.join(places)}"
 
     def _write(self, head: str) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -170,4 +170,4 @@ class Watch:
         there = [rank for rank in range(self.world) if (self.folder / f"rank-{rank}.txt").exists()]
         missing = [str(rank) for rank in range(self.world) if rank not in there]
         if missing and self.rank == there[0]:
-            process.say(f"error: rank {', '.join(missing)} left no stacks: stopped, gone, or on a node that is")
+            process.say(f"error: rank {', '.join(missing)} left no stacks: its process or its node is stopped or gone")

@@ -1,7 +1,7 @@
 """Writes checkpoints in parallel with training: a step waits only for the copy to the host and for the previous save.
 
     save       all ranks gather; rank 0 checks that tensors are finite, copies them to the host, and starts a thread
-    settle     all ranks learn the outcome: at every report, before the next save, and at the end
+    collect    all ranks learn the outcome: at every report, before the next save, and at the end
 
 A full disk costs one checkpoint, not the run: the previous one is untouched, and the next save tries again.
 """
@@ -47,13 +47,13 @@ class Writer:
             there = next(path for path in parents if os.path.lexists(path))
             free = shutil.disk_usage(there).free if there.exists() else 0
             if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                error = f"checkpoints cannot be saved in {self.folder}, since {there} is no folder that can be written"
+                error = f"checkpoints cannot be saved in {self.folder}: {there} is not a writable folder"
             elif free + held < count * size:
                 error = (
                     f"{count} checkpoints of {readable_size(size)} (keep_last={self.keep}, one being written"
                     f"{f', and those of keep_every={self.keep_every}' if self.keep_every else ''}) do not fit into "
-                    f"{self.folder}: {readable_size(free)} are free, and {readable_size(held)} taken by those that are "
-                    f"there: make room, lower keep, or give another run=…"
+                    f"{self.folder}: {readable_size(free)} are free, and existing checkpoints take "
+                    f"{readable_size(held)}: free disk space, lower keep, or give another run=…"
                 )
         if error := distributed.tell(error):
             raise CheckpointError(error)
@@ -63,12 +63,12 @@ class Writer:
     ) -> None:
         """Start to save a checkpoint. Collective. buffers: names of the tensors that may hold infinities (but not NaN),
         as bounds do before they have seen data. Raises Diverged, and saves nothing, if other tensors are not finite."""
-        self.settle(wait=True)
+        self.collect(wait=True)
         spoilt = distributed.tell(unsound(tensors, buffers) if distributed.rank() == 0 else "")
         if spoilt:
             raise Diverged(
-                f"the checkpoint of step {step} is not written, for {spoilt} is not finite: go on from the one before "
-                f"by the same command, with a lower optimizer.lr or a longer optimizer.warmup_steps"
+                f"the checkpoint of step {step} is not written, because {spoilt} is not finite: run the same command "
+                f"to continue from the previous one, with a lower optimizer.lr or more optimizer.warmup_steps"
             )
         if distributed.rank() == 0:
             held = {
@@ -78,7 +78,7 @@ class Writer:
             self._thread = Thread(target=self._write, args=(step, held, copy.deepcopy(state)), name="checkpoint")
             self._thread.start()
 
-    def settle(self, wait: bool, last: bool = False) -> None:
+    def collect(self, wait: bool, last: bool = False) -> None:
         """Report a failed save. Raises CheckpointError, on all ranks, if it is the second in a row or the last one.
         Collective. wait: until the save has ended; otherwise a save in progress is skipped.
         """
@@ -87,9 +87,9 @@ class Writer:
         if not failed:
             return
         if last or failures >= PATIENCE:
-            why = "no step follows" if last else f"{failures} saves in a row have failed"
-            raise CheckpointError(f"{failed}, and {why}: make room in {self.folder}, then run the same command")
-        self.console.say(f"{failed}; those before are untouched, and training goes on to the next save")
+            why = "it was the last one" if last else f"{failures} saves in a row have failed"
+            raise CheckpointError(f"{failed}, and {why}: free disk space in {self.folder}, then run the same command")
+        self.console.say(f"{failed}; earlier checkpoints are intact, and training continues until the next save")
 
     def close(self) -> None:
         """Finish the save in progress, however the run ended. Not collective."""

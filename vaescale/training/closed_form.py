@@ -53,7 +53,7 @@ class ClosedForm:
             self.model.count(self.moments, batch, batch.sample < self.samples)
         return total
 
-    def settle(self) -> None:
+    def refresh(self) -> None:
         self.model.solve(self.moments.over_ranks())
 
     def skips(self) -> list[Skip]:
@@ -85,7 +85,7 @@ class ClosedForm:
     def begin(self, read: Read) -> None:
         del read
         raise ConfigError(
-            "init_from is of no use to a closed form, which is computed from the images alone: leave it out"
+            "init_from does not apply to a closed form, which is computed from the images alone: remove it"
         )
 
     def size(self) -> int:

@@ -89,8 +89,8 @@ class Descent:
         for buffer, old in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(torch.where(spoilt, old, buffer))
 
-    def settle(self) -> None:
-        self.ema.settle()
+    def refresh(self) -> None:
+        self.ema.refresh()
 
     def skips(self) -> list[Skip]:
         if not self._records:

@@ -47,7 +47,7 @@ class WeightEMA:
             torch._foreach_copy_(self._copies, list(model.buffers()))
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def refresh(self) -> None:
         """Gather the averages of all ranks into `model`. Called before `model` is read. Collective."""
         if self._masters:
             for parameter, average in zip(self.model.parameters(), self._masters.gather(self._averages), strict=True):

@@ -109,12 +109,12 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             module.parameters(), optimizer.lr, optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
-        told = deepspeed_config(precision, zero, optimizer.grad_clip, micro, accumulation, passed or {})
+        settings = deepspeed_config(precision, zero, optimizer.grad_clip, micro, accumulation, passed or {})
         # Without an existing process group DeepSpeed would look for a launcher in the environment.
         deepspeed.init_distributed(dist_init_required=False)
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=self.optimizer, config=told, dist_init_required=False
+            model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
         if distributed.world() == 1 and not self.sharded:
             # One rank needs no reduction, which would copy all gradients into a bucket and back.
@@ -304,7 +304,7 @@ def deepspeed_config(
     half_weights = precision == "fp16" and zero > 0
     if half_weights and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f"precision=fp16 with zero_stage={zero} needs hardware with fp16: take zero_stage=0, or precision=bf16 or "
+            f"precision=fp16 with zero_stage={zero} needs hardware with fp16: use zero_stage=0, or precision=bf16 or "
             f"fp32"
         )
     autocast = {

@@ -97,9 +97,9 @@ class Guard:
 def explained(skip: Skip, micros: int) -> str:
     """Returns the cause as a clause for the log. micros: micro-batches per rank and step."""
     if skip.why == SPIKE:
-        return f"the gradient norm is {skip.norm:.3g}, where {skip.usual:.3g} is usual"
+        return f"the gradient norm is {skip.norm:.3g}, usually {skip.usual:.3g}"
     if skip.why == OVERFLOW:
-        return "the gradient overflowed, and the loss scale falls"
+        return "the gradient overflowed, so the loss scale is lowered"
     ranks = sorted({micro // micros for micro in skip.micros})
     if ranks:
         return f"the loss of rank {' and '.join(map(str, ranks))} is not finite"
@@ -115,12 +115,12 @@ def too_many(skip: Skip, patience: int) -> bool:
 def diagnosis(skip: Skip, micros: int, factor: float) -> str:
     """Returns the error text for the skipped step that stops the run."""
     cure = "lower optimizer.lr or raise optimizer.warmup_steps, and look at the samples named above"
-    cure += "; if that does not help, go on from an older checkpoint"
+    cure += "; if that does not help, continue from an older checkpoint"
     if skip.why == SPIKE:
-        cure += f"; if gradients are to stay so large, raise optimizer.spike={factor:g} (0: no limit)"
+        cure += f"; if such large gradients are expected, raise optimizer.spike={factor:g} (0: no limit)"
     usual = "" if skip.why == SPIKE or math.isnan(skip.usual) else f" (the usual gradient norm is {skip.usual:.3g})"
     many = f"{skip.share:.0%} of the last {MEMORY} steps" if skip.share > MOST else f"{skip.run} steps in a row"
     return (
-        f"{many} were skipped, the last of them step {skip.step + 1}: {explained(skip, micros)}{usual}; no skipped "
-        f"step has moved the weights: {cure}"
+        f"{many} were skipped, the last one step {skip.step + 1}: {explained(skip, micros)}{usual}; skipped "
+        f"steps do not change the weights: {cure}"
     )

@@ -32,8 +32,9 @@ class Learner(Protocol):
         """Take one step on its micro-batches; returns this rank's means over them, fp32 scalars on the device."""
         ...
 
-    def settle(self) -> None:
-        """Finish pending work before the model is validated or saved: what is too costly for every step. Collective."""
+    def refresh(self) -> None:
+        """Bring the model and `averaged` up to date before they are validated or saved, by work that is too costly for
+        every step. Collective."""
         ...
 
     def skips(self) -> list[Skip]:

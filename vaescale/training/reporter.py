@@ -155,7 +155,7 @@ class Reporter:
         for name, picture in show(codec, shown()):
             self.board.picture(name, picture, step)
         if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
-            title = "bits/dim that each level of latents costs, coarse to fine"
+            title = "bits/dim of each level of latents, coarse to fine"
             self.board.picture("val/rates", pictures.bars(rates, title), step)
         if step == self.config.steps:
             self.board.compare(compared(self.config), values)

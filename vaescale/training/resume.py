@@ -70,14 +70,14 @@ def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
     parts = [part.name for part in fields(Position)]
     state = states.read_checked(found, ["version", *parts, "order", *learner.state()])
     if found.name != f"step-{state['step']:08d}":
-        raise CheckpointError(f"{found} holds the state of step {state['step']}: give it its name back, or remove it")
+        raise CheckpointError(f"{found} contains the state of step {state['step']}: restore its name, or remove it")
     begun = {"version": 1, **state["order"]}  # version 1 did not record its number
     slices.follow(begun["version"])
     for key, value in order(config, slices).items():
         if begun.get(key) != value:
             raise ConfigError(
-                f"{config.run} was begun with {key}={begun.get(key)}, now it is {value}: the order of samples "
-                f"would break; set it back, or give another run=…"
+                f"{config.run} was started with {key}={begun.get(key)} and now has {value}, which would change the "
+                f"order of samples: set it back, or give another run=…"
             )
     learner.load(partial(checkpoint.read_fitting, found), state)
     return Position(**{part: state[part] for part in parts})
@@ -89,7 +89,7 @@ def begin(config: Config, learner: Learner) -> None:
         raise CheckpointError(f"init_from={config.init_from} is neither a checkpoint nor a run directory that has one")
     learner.begin(partial(checkpoint.read_fitting, found))
     if distributed.rank() == 0:
-        print(f"{config.run} begins with the weights of {found}", flush=True)
+        print(f"{config.run} starts from the weights of {found}", flush=True)
 
 
 def find(place: Path) -> Path | None:

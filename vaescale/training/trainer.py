@@ -121,9 +121,9 @@ class Trainer:
         config, position, reporter = self.config, self.position, self.reporter
         remarks = [self.slices.advice(), absent_classes(config, *self.indexes)]
         if self.changes:
-            remarks.append(f"settings that have changed: {history.described(self.changes)}")
+            remarks.append(f"changed settings: {history.described(self.changes)}")
         if not self.left():
-            remarks.append("there is nothing left to do, and all stays as it is; to go on, raise steps")
+            remarks.append("nothing is left to do: to train longer, raise steps")
         reporter.begin(self.banner(), topology.topology(self.device), remarks)
         batches = self.batches()
         first = position.step
@@ -139,12 +139,12 @@ class Trainer:
             every = (config.every.report, config.every.validate, config.every.checkpoint)
             report, position.validation_due, save = (last or position.step % steps == 0 for steps in every)
             if position.validation_due or save or asked:
-                with watch.doing("the solution"):
-                    self.learner.settle()
+                with watch.doing("updating the weights to save"):
+                    self.learner.refresh()
             if report:
                 self.count_damage()
                 self.count_skips()
-                self.writer.settle(wait=False)
+                self.writer.collect(wait=False)
                 reporter.report(position.images / len(self.slices.samples.index))
             paused = time.monotonic()
             if position.validation_due and not asked:
@@ -156,10 +156,10 @@ class Trainer:
                     self.save()
             reporter.window.paused += time.monotonic() - paused  # not counted in images/s
         with watch.doing("the last save"):
-            self.writer.settle(wait=True, last=True)
+            self.writer.collect(wait=True, last=True)
         stop.acknowledge()
-        ended = f"stopped for {asked}, run the same command to go on" if asked else "finished"
-        reporter.close(f"{ended} at step {position.step}: {self.run}")
+        why = f" by {asked}, run the same command to continue" if asked else ""
+        reporter.close(f"{'stopped' if asked else 'finished'} at step {position.step}{why}: {self.run}")
         return asked
 
     def batches(self) -> Iterator[stream.Decoded]:
@@ -200,7 +200,7 @@ class Trainer:
             causes = ", ".join(f"{count} {cause}" for cause, count in position.damaged.items() if count)
             raise DataError(
                 f"{total} damaged samples ({causes}) among {position.images} are more than data.max_damaged_ratio="
-                f"{config.max_damaged_ratio} allows: mend the shards named above, or raise it"
+                f"{config.max_damaged_ratio} allows: replace the shards named above, or raise it"
             )
 
     def count_skips(self) -> None:
@@ -247,7 +247,7 @@ class Trainer:
 
     def banner(self) -> str:
         config, index = self.config, self.slices.samples.index
-        begin = f"resumes at step {self.position.step}" if self.position.step else "begins"
+        begin = f"resumes at step {self.position.step}" if self.position.step else "starts"
         return (
             f"{config.run} {begin}: {config.model.kind}, {self.learner.summary()}, {self.world} rank(s) on "
             f"{self.device.type}; batch {config.global_batch} = {self.micro} × {config.accumulation} × {self.world}; "
