@@ -1,4 +1,4 @@
-"""Shared by several tests: marks by folder, a tiny data set of real JPEGs, and processes that end with the test."""
+"""Shared fixtures: marks by folder, a tiny data set of real JPEGs, and processes that end with the test."""
 
 import io
 import os
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def jpeg(seed: int, width: int = 40, height: int = 36) -> bytes:
-    """A smooth random picture, which JPEG compresses well."""
+    """Returns a smooth random image, which JPEG compresses well."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
@@ -53,7 +53,7 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data.root with 90 training pictures in 5 shards, and 11 validation pictures."""
+    """A data.root with 90 training images in 5 shards, and 11 validation images."""
     root = tmp_path_factory.mktemp("pictures")
     write(root / "train", samples(90), 20, [])
     write(root / "val", samples(11, seed=1), 4, [])
@@ -83,7 +83,7 @@ def begin(command: list[str], cold: bool = False, **environment: str) -> Process
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """`begin`, for processes that are killed when the test ends."""
+    """Like `begin`, for processes that are killed when the test ends."""
     begun: list[Process] = []
 
     def start(command: list[str], cold: bool = False, **environment: str) -> Process:
@@ -100,7 +100,7 @@ def start() -> Iterator[Start]:
 
 
 def finish(process: Process, timeout: float = 300) -> tuple[int, str]:
-    """(exit code, output)."""
+    """Returns (exit code, output)."""
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 

@@ -53,14 +53,14 @@ TWO = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **MEET}
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"RANK": "0"}, "RANK=0 is set, and WORLD_SIZE is not: "),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, and RANK is not: "),
-        ({"WORLD_SIZE": ""}, "and RANK is not: "),
-        (TWO | {"MASTER_ADDR": ""}, "WORLD_SIZE=2 is set, but MASTER_ADDR, the address where the ranks meet, is not: "),
+        ({"RANK": "0"}, "RANK=0 is set, but WORLD_SIZE is not: "),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not: "),
+        ({"WORLD_SIZE": ""}, "but RANK is not: "),
+        (TWO | {"MASTER_ADDR": ""}, "WORLD_SIZE=2 is set, but MASTER_ADDR, where the ranks meet, is not: "),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "MASTER_PORT, where the ranks meet, is not: "),
         (TWO | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number of at least 1: "),
         (TWO | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
-        (TWO | {"RANK": "2"}, "RANK=2 is none of the 2 ranks that WORLD_SIZE announces: "),
+        (TWO | {"RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2: "),
         (TWO | {"RANK": "-1"}, "RANK='-1' is not a whole number of at least 0: "),
         (TWO | {"RANK": "one"}, "RANK='one' is not a whole number"),
         (TWO | {"RANK": ""}, "RANK='' is not a whole number"),
@@ -68,10 +68,10 @@ TWO = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **MEET}
         (TWO | {"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is not a whole number"),
         (TWO | {"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a whole number of at least 1: "),
         (TWO | {"WORLD_SIZE": "2.0"}, "WORLD_SIZE='2.0' is not a whole number"),
-        (STEP, "SLURM_NTASKS=4 is set, but MASTER_ADDR, the address where the ranks meet, is not: "),
+        (STEP, "SLURM_NTASKS=4 is set, but MASTER_ADDR, where the ranks meet, is not: "),
         (STEP | MEET | {"SLURM_NTASKS": "4(x2)"}, "SLURM_NTASKS='4(x2)' is not a whole number"),
-        (STEP | MEET | {"SLURM_PROCID": "4"}, "SLURM_PROCID=4 is none of the 4 ranks"),
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", **MEET}, "SLURM_NTASKS=4 is set, and SLURM_PROCID is not: "),
+        (STEP | MEET | {"SLURM_PROCID": "4"}, "SLURM_PROCID=4 must be below SLURM_NTASKS=4: "),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", **MEET}, "SLURM_NTASKS=4 is set, but SLURM_PROCID is not: "),
     ],
 )
 def test_what_says_no_place_is_one_sentence(
@@ -88,14 +88,14 @@ def test_an_interactive_shell_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> Non
     ours, theirs = pty.openpty()
     with os.fdopen(ours), os.fdopen(theirs) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
-        with pytest.raises(Misplaced, match="SLURM_NTASKS=4 is of an interactive shell"):
+        with pytest.raises(Misplaced, match="SLURM_NTASKS=4 belongs to an interactive shell"):
             found(monkeypatch, {**STEP, **MEET, "SLURM_PTY_PORT": "40000"})
 
 
 def test_training_says_it_in_one_sentence(start: Start) -> None:
-    """A wrong setting beside it, too, of which each rank would ask where it stands before it says so."""
+    """A wrong setting is given, too; to report it, each rank would first need to know its place."""
     command = [sys.executable, "launch/train.py", "--config", "tests/integration/tiny.yaml", "no=setting"]
     code, output = finish(start(command, RANK="0"))
     assert code == 2
-    assert output.startswith("error: RANK=0 is set, and WORLD_SIZE is not: ")
+    assert output.startswith("error: RANK=0 is set, but WORLD_SIZE is not: ")
     assert output.count("\n") == 1

@@ -203,9 +203,9 @@ def test_a_run_and_its_checkpoints(runs: dict[str, Path]) -> None:
     assert not np.array_equal(newest.decode(newest.encode(x)), first.decode(first.encode(x)))
     with pytest.raises(ConfigError, match=r"step-00000003 is not a checkpoint: .* has step-00000001, step-00000002"):
         vaescale.load(run / "checkpoints" / "step-00000003")
-    with pytest.raises(ConfigError, match="checkpoints is no run directory"):
+    with pytest.raises(ConfigError, match="checkpoints is not a run directory"):
         vaescale.load(run / "checkpoints")
-    with pytest.raises(ConfigError, match="none is no run directory"):
+    with pytest.raises(ConfigError, match="none is not a run directory"):
         vaescale.load(run / "none")
 
 

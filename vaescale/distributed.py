@@ -77,9 +77,7 @@ def _place(rank: str, local_rank: str, world: str, advice: str) -> Place:
     if found.world > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not env.get(name):
-                raise Misplaced(
-                    f"{world}={found.world} is set, but {name}, the address where the ranks meet, is not: {advice}"
-                )
+                raise Misplaced(f"{world}={found.world} is set, but {name}, where the ranks meet, is not: {advice}")
         if not 1 <= count("MASTER_PORT", 1) < 2**16:
             raise Misplaced(f"MASTER_PORT={env['MASTER_PORT']} is not a port number below 65536: {advice}")
     return found

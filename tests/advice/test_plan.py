@@ -1,4 +1,4 @@
-"""The plan's formulas against what they stand for, done step by step."""
+"""The formulas of the plan against step-by-step simulations."""
 
 import math
 
@@ -9,7 +9,7 @@ from vaescale.advice.plan import Cluster, step_seconds, sums
 
 
 def ring(ranks: int, size: float, speed: float) -> float:
-    """Seconds of an all-reduce by a ring, each rank sending on a piece at a time, until all have all."""
+    """Returns the seconds of a ring all-reduce: each rank forwards one piece at a time until all ranks have all."""
     held = [[{rank} for _ in range(ranks)] for rank in range(ranks)]  # rank, piece → whose parts are in the sum
     seconds = 0.0
     while any(len(piece) < ranks for own in held for piece in own):
@@ -28,14 +28,14 @@ def test_a_ring_takes_what_the_formula_says(ranks: int) -> None:
 
 
 def test_two_levels_are_a_ring_within_and_rings_between() -> None:
-    """Each of 4 accelerators all-reduces a quarter with its like of other nodes, by a quarter of the network."""
+    """Each of 4 accelerators all-reduces a quarter with its peers on other nodes, over a quarter of the network."""
     within = 2 * 3 / 4 * 1e9 / 2e9
     assert sums(1e9, Cluster(3, 4, 2e9, 5e8)) == pytest.approx(within + ring(3, 1e9 / 4, 5e8 / 4))
 
 
 @pytest.mark.parametrize("world", [16, 256])
 def test_the_slowest_of_many_is_about_as_late_as_said(world: int) -> None:
-    """The formula is the bound of the expected largest normal value; it is reached to a fifth at these sizes."""
+    """The formula bounds the expected maximum of normal values; at these sizes the bound is within a fifth of it."""
     times = 1 + 0.05 * np.random.default_rng(0).standard_normal((4000, world))
     late = step_seconds(1.0, 0.0, Cluster(1, world, 1.0, 1.0, jitter=0.05)) - 1
     assert late == pytest.approx(0.05 * math.sqrt(2 * math.log(world)))

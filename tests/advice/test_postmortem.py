@@ -1,4 +1,4 @@
-"""What a run directory tells: each ill once, and a healthy run none."""
+"""The diagnosis of a run directory: each fault once, and none for a healthy run."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def healthy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_healthy_run_has_no_ills(healthy: Path) -> None:
+def test_a_healthy_run_has_no_faults(healthy: Path) -> None:
     assert [finding.level for finding in postmortem.diagnose(healthy)] == ["ok", "ok"]
     assert "ok: running at step 1200, the last report 0 s ago, usually one every 2 s" in said(healthy)
     for status in ("finished", "preempted"):
@@ -51,7 +51,7 @@ def test_a_healthy_run_has_no_ills(healthy: Path) -> None:
         assert [finding.level for finding in postmortem.diagnose(healthy)] == ["ok", "ok"]
 
 
-def test_a_run_that_says_nothing_any_more(healthy: Path) -> None:
+def test_a_running_status_without_new_reports_is_a_failure(healthy: Path) -> None:
     long_ago = time.time() - 1000
     os.utime(healthy / "metrics.jsonl", (long_ago, long_ago))
     assert "FAIL: running at step 1200, the last report 1000 s ago" in said(healthy)
@@ -65,7 +65,7 @@ def test_a_run_that_failed_says_why_and_how_often(healthy: Path) -> None:
         assert words in said(healthy)
 
 
-def test_no_run_at_all(tmp_path: Path) -> None:
+def test_a_missing_run_is_a_failure(tmp_path: Path) -> None:
     assert "FAIL: " in said(tmp_path / "none")
 
 
@@ -80,7 +80,10 @@ def test_damaged_checkpoints(healthy: Path) -> None:
 
 ILLS: dict[str, tuple[Metrics, str]] = {
     "not finite": (reports(1, train__loss=None), "FAIL: the loss is not finite at step 20: lower optimizer.lr"),
-    "diverges": (reports(40) + reports(30, train__loss=0.9), "it diverges: the loss is 0.9, and was 0.5 at its best"),
+    "diverges": (
+        reports(40) + reports(30, train__loss=0.9),
+        "the loss diverges: it is 0.9 now and was 0.5 at its best",
+    ),
     "skips": (
         reports(20, optim__skipped=0.2, **{"optim/skipped_not_finite": 80.0, "optim/skipped_spike": 0.0}),
         "warn: 20% of the last steps were skipped (in all: 80 not finite)",
@@ -99,7 +102,7 @@ ILLS: dict[str, tuple[Metrics, str]] = {
 
 
 @pytest.mark.parametrize("ill", ILLS)
-def test_ills_are_read_off_the_metrics(healthy: Path, ill: str) -> None:
+def test_faults_are_found_in_the_metrics(healthy: Path, ill: str) -> None:
     metrics, words = ILLS[ill]
     write(healthy, metrics)
     assert words in said(healthy)
@@ -107,7 +110,7 @@ def test_ills_are_read_off_the_metrics(healthy: Path, ill: str) -> None:
 
 
 def test_an_alarm_is_repeated_as_the_run_said_it(healthy: Path) -> None:
-    """Until it is over, and also where the run was taken back to a step before it."""
+    """The alarm is repeated until it is over, and also if the run was resumed from a step before it."""
     write(healthy, reports(3, codebook__alarm=1.0, latents__alarm=1.0))
     board = Board(healthy, 60)
     board.alarm("codebook", "codebook has collapsed at step 60: so. Because: set this", True, 60)
@@ -129,8 +132,8 @@ def test_an_alarm_is_repeated_as_the_run_said_it(healthy: Path) -> None:
         assert "collapsed" not in said(healthy)
 
 
-def test_damaged_files_of_a_run_end_no_doctor(healthy: Path) -> None:
-    """Whatever stands in them; of stacks, what can be read is told."""
+def test_damaged_files_do_not_stop_the_doctor(healthy: Path) -> None:
+    """Damaged files of any content do not stop the doctor; of stacks, it shows what can be read."""
     with (healthy / "metrics.jsonl").open("ab") as file:
         file.write(
             b'\0\0{"step": 1}\n\xff\n{"step": 1, "train/loss": "x", "perf/seconds_per_step": []}\n{"train/loss": 1}\n'
@@ -144,7 +147,7 @@ def test_damaged_files_of_a_run_end_no_doctor(healthy: Path) -> None:
     assert "no run_status.json" in said(healthy)
 
 
-def test_a_line_that_was_cut_is_passed_over(healthy: Path) -> None:
+def test_a_truncated_line_is_skipped(healthy: Path) -> None:
     with (healthy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1220, "train/lo')
     assert "running at step 1200" in said(healthy)

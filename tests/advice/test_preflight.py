@@ -1,4 +1,4 @@
-"""What the doctor finds before a run: each thing once in order, and once not."""
+"""The doctor's checks before a run: each one passing and failing."""
 
 import shutil
 from dataclasses import replace
@@ -23,7 +23,7 @@ def config(pictures: Path, tmp_path: Path) -> settings.Config:
     return settings.load(TINY, [f"run={tmp_path / 'run'}", f"data.root={pictures}", "data.workers=2"])
 
 
-def test_what_is_in_order_is_ok(config: settings.Config) -> None:
+def test_checks_that_pass_are_ok(config: settings.Config) -> None:
     found = list(preflight.alone(config, 1))
     assert [one.level for one in found] == [OK] * 7, found
     assert str(found[0]).startswith("ok: Python 3.")
@@ -105,10 +105,10 @@ def test_clocks_and_versions_that_differ(config: settings.Config, monkeypatch: p
         str(preflight.clocks())
         == "warn: the ranks' clocks are 7.0 s apart: synchronise them by NTP, or times in logs do not match"
     )
-    assert preflight.agreement(config).what == "rank 2 has other settings than rank 0"
+    assert preflight.agreement(config).what == "rank 2 and rank 0 differ in settings"
 
 
-def test_the_ranks_of_a_node_are_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_number_of_local_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("LOCAL_SIZE", "4")
     assert preflight.ranks_here(8) == 4

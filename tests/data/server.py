@@ -1,4 +1,4 @@
-"""A web server of shards that fails and stalls as asked: the real protocol over loopback, with real faults."""
+"""A web server for shards that fails and stalls on request: the real protocol over loopback, with real faults."""
 
 import threading
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Faults:
 
 @contextmanager
 def serve(folder: Path, faults: Faults) -> Iterator[str]:
-    """The URL of `folder`."""
+    """Returns the URL of `folder`."""
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *arguments: Any) -> None:

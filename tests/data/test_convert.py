@@ -1,4 +1,4 @@
-"""`prepare --convert`: TIFF, BMP, GIF and HEIF become what shards hold."""
+"""`prepare --convert` turns TIFF, BMP, GIF and HEIF into the formats of shards."""
 
 import io
 import random
@@ -56,7 +56,7 @@ def pixels(data: bytes) -> Image.Image:
     ],
 )
 def test_pixels_are_kept(kind: str, modes: list[str]) -> None:
-    """Those that Pillow reads from the file, which is the reference."""
+    """Returns the pixels that Pillow reads from the file, as the reference."""
     for mode in modes:
         data = stored(RGB.convert(mode), kind)
         made = pixels(converted(data, 95))
@@ -131,7 +131,7 @@ def test_hostile_bytes_are_damaged_and_nothing_else(capfd: pytest.CaptureFixture
 
 
 def mixed(root: Path) -> dict[str, bytes]:
-    """A folder with some of everything; the files by name."""
+    """Returns a folder with files of every kind, and the files by name."""
     files = {
         "1.jpg": jpeg(1),
         "2.TIFF": stored(RGB, "TIFF"),
@@ -157,7 +157,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_a_folder_of_everything(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without --convert the last words say what it would take, with it the pixels are those of the files."""
+    """Without --convert, a message says what it would include; with it, the pixels equal those of the files."""
     source = tmp_path / "d"
     files = mixed(source)
     if kind == "tar":
@@ -191,7 +191,7 @@ def test_a_folder_of_everything(tmp_path: Path, kind: str, capsys: pytest.Captur
 
 @pytest.fixture
 def heif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package of the name and with the function of pillow-heif."""
+    """Installs a substitute for pillow-heif with its name and its function."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "pillow_heif.py").write_text(HEIF)
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -204,7 +204,7 @@ def heif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_heif_with_its_package(tmp_path: Path, heif: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """A JPEG of --quality, which is about as large as it was; with --short-side it is compressed once only."""
+    """The result is a JPEG of --quality, about as large as the file; with --short-side it is compressed only once."""
     assert names.has_heif()
     smooth = Image.open(io.BytesIO(jpeg(0, 200, 160)))
     data = b"\0\0\0\x18ftypheic" + stored(smooth, "PNG")

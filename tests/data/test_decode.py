@@ -57,11 +57,11 @@ def colours(mode: str = "RGB") -> Image.Image:
 
 
 def quarters(pixels: np.ndarray) -> np.ndarray:
-    """The colours in the middle of the four quarters of a picture of 16 × 16."""
+    """Returns the colours in the middle of the four quarters of a 16 × 16 image."""
     return pixels[4:13:8, 4:13:8].astype(int)
 
 
-def test_a_crop_is_a_function_of_seed_and_g() -> None:
+def test_a_crop_depends_only_on_seed_and_g() -> None:
     data = jpeg(0, 90, 70)
     first = decode.train_image(data, 16, 0.2, True, seed=1, g=5)
     assert np.array_equal(first, decode.train_image(data, 16, 0.2, True, seed=1, g=5))
@@ -192,7 +192,7 @@ def test_reduced_crops_agree_with_full_decoding(name: str, long_side: int | None
         assert psnr(got, expected) >= (36 if scale > 1 else 50)
 
 
-def test_pictures_are_reduced_as_soon_as_the_headroom_lets_them() -> None:
+def test_pictures_are_reduced_as_soon_as_the_headroom_allows() -> None:
     picture = Image.open(io.BytesIO(jpeg(0)))
     scales = [decode._reduction(picture, side, 100) for side in (259, 260, 559, 560, 1199, 1200, 9000)]
     assert scales == [1, 2, 2, 4, 4, 8, 8]
@@ -216,7 +216,7 @@ def oriented(orientation: int) -> Image.Exif:
 
 
 def with_late_exif(png: bytes, exif: bytes) -> bytes:
-    """An eXIf chunk behind the pixels, where exiftool writes it."""
+    """Adds an eXIf chunk after the pixels, where exiftool writes it."""
     chunk = b"eXIf" + exif.removeprefix(b"Exif\0\0")
     return png[:-12] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[-12:]
 
@@ -224,7 +224,7 @@ def with_late_exif(png: bytes, exif: bytes) -> bytes:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "late PNG", "WEBP", "JPEG"])
 def test_pictures_are_upright(kind: str, orientation: int) -> None:
-    """Their crops are those of the same pixels stored upright, but that columns may be resampled before rows."""
+    """Crops equal those of the same pixels stored upright, except that columns may be resampled before rows."""
     picture = photograph("coffee", 333)
     if kind == "late PNG":
         data = with_late_exif(encode(picture, "PNG"), oriented(orientation).tobytes())
@@ -240,7 +240,7 @@ def test_pictures_are_upright(kind: str, orientation: int) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_reduced_pictures_are_upright(orientation: int) -> None:
-    """Sides are multiples of 8, so that the decoder's grid is the same one from every corner."""
+    """Sides are multiples of 8, so that the decoder's grid is the same from every corner."""
     data = encode(photograph("coffee", 512).crop((0, 0, 512, 336)), "JPEG", quality=95, exif=oriented(orientation))
     picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     for g in range(4):
@@ -353,7 +353,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_kinds_show_their_colours(kind: str) -> None:
+def test_unusual_colour_modes_decode_to_their_colours(kind: str) -> None:
     mode, make = ODD[kind]
     data = make()
     expected = quarters(np.asarray(colours(mode).convert("RGB").resize((16, 16), BICUBIC)))
@@ -369,7 +369,7 @@ def test_odd_kinds_show_their_colours(kind: str) -> None:
 
 
 def see_through() -> Image.Image:
-    """The quarter at the upper left is transparent, with black hidden under it."""
+    """The upper left quarter is transparent, with black under it."""
     image = colours("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 32, 32))
     return image
@@ -404,15 +404,15 @@ def test_half_transparent_pixels_are_mixed_with_white() -> None:
     assert decode.validation_image(data, 16)[8, 8].tolist() == [224, 204, 244]
 
 
-def test_the_kind_is_what_the_bytes_say() -> None:
-    """ImageNet holds a PNG called .JPEG; names never reach the decoder, and tars often lie the same way."""
+def test_the_format_is_read_from_the_bytes() -> None:
+    """ImageNet contains a PNG named .JPEG, and tars often have wrong names; names never reach the decoder."""
     webp = encode(photograph("coffee", 333), "WEBP", quality=95)
     png = encode(full(webp), "PNG")
     assert np.array_equal(decode.validation_image(webp, 64), decode.validation_image(png, 64))
 
 
 def claims(kind: str, width: int, height: int) -> bytes:
-    """A small file that says it is a large one."""
+    """Returns a small file whose header claims a large size."""
     if kind == "JPEG":
         data = bytearray(jpeg(0))
         marker = data.index(b"\xff\xc0")
@@ -478,7 +478,7 @@ def reserved_text(keyword: bytes) -> bytes:
 
 
 def changed(data: bytes, rng: random.Random) -> bytes:
-    """A few bytes of it replaced, lost or added, mostly in the header; the checksums of a PNG are made right again."""
+    """Replaces, removes or adds a few bytes, mostly in the header, and corrects the checksums of a PNG."""
     new = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = rng.randrange(min(len(new), rng.choice((64, 300, len(new)))))
@@ -552,8 +552,8 @@ def test_turbo_leaves_odd_and_hostile_bytes_to_pillow() -> None:
 
 
 @pytest.mark.parametrize("order", ["large first", "small first"])
-def test_turbo_takes_no_second_header_for_the_first(order: str) -> None:
-    """Pillow believes the last one, and the size it sees is the only one that is checked."""
+def test_turbo_refuses_two_headers_as_pillow_does(order: str) -> None:
+    """Pillow uses the last header, and only the size that it reports is checked."""
     pytest.importorskip("simplejpeg")
     small, large = jpeg(0), claims("JPEG", 60_000, 60_000)
     first, last = (large, small) if order == "large first" else (small, large)
@@ -582,7 +582,7 @@ def test_text_under_a_reserved_name_does_no_harm(keyword: bytes) -> None:
         assert np.array_equal(decode.validation_image(data, 16), expected)
 
 
-def test_mistakes_in_the_program_are_not_called_damage() -> None:
+def test_programming_errors_are_not_reported_as_damage() -> None:
     with pytest.raises((ValueError, RuntimeError)) as caught:
         decode.validation_image(jpeg(0), -1)
     assert not isinstance(caught.value, decode.Damaged)

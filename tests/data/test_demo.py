@@ -1,4 +1,4 @@
-"""The demo's promises, counted on what is really written."""
+"""The properties that the demo data promise, checked on the written shards."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_tiles_are_160_px_and_not_flat(root: Path) -> None:
 
 
 def test_training_and_validation_share_no_pixel() -> None:
-    """Paint the two parts of a photograph: a training tile that shows a validation pixel would show its colour."""
+    """The two parts of a photograph are painted, so a training tile with a validation pixel would show its colour."""
     painted = {}
     for name in ("a", "b"):
         photograph = Image.fromarray(np.random.default_rng(0).integers(0, 100, (400, 1000, 3), np.uint8))

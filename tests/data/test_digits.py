@@ -17,7 +17,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_digit_is_scikit_learns_and_in_one_split(root: Path) -> None:
-    """Read by webdataset, without our reader: their 17 grey levels come back, as do the classes."""
+    """webdataset, without our reader, reads back their 17 grey levels and classes."""
     theirs = load_digits()
     seen = []
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""Indexes that a stranger wrote or that were edited: every field is checked where it is read, before it is used."""
+"""Indexes from an untrusted source, or edited: every field is checked when it is read, before it is used."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def made(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, message: str) -> None:
-    """In one plain sentence, opened or checked."""
+    """Opening or checking the index raises DataError with one plain sentence."""
     before = sorted(folder.parent.parent.rglob("*"))
     with pytest.raises(DataError, match=message) as caught:
         Index(folder).check()
@@ -141,7 +141,7 @@ RECORDS: dict[str, tuple[Callable[[Array], Array], str]] = {
 
 
 def edited(folder: Path, name: str, edit: Callable[[Array], Array], forge: bool) -> None:
-    """With `forge`, index.json holds the hash of what was edited."""
+    """With `forge`, index.json contains the hash of the edited file."""
     array = edit(np.load(folder / name))
     np.save(folder / name, array, allow_pickle=True)
     if forge:
@@ -162,7 +162,7 @@ def test_hostile_records(made: Path, name: str, forge: bool) -> None:
     )
 
 
-def test_exchanged_labels_are_seen(made: Path) -> None:
+def test_exchanged_labels_are_found(made: Path) -> None:
     def exchange(records: Array) -> Array:
         records["label"] = records["label"][::-1].copy()
         return records

@@ -1,4 +1,4 @@
-"""Web servers that never end: headers, bodies, parts and pages, while a shard is indexed or fetched."""
+"""Web servers whose headers, bodies, parts or pages never end, while a shard is indexed or fetched."""
 
 import gzip
 import socket
@@ -21,7 +21,7 @@ Send = Callable[[bytes], None]
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes a minute in earnest takes a second here."""
+    """Shortens the limits from a minute to a second."""
     for name, value in (("STALL", 0.5), ("FIRST_PAUSE", 0.001), ("TRIES", 1), ("LISTING", 1.0)):
         monkeypatch.setattr(places, name, value)
     for name in ("MOST_UNANNOUNCED", "MOST_LISTED"):
@@ -130,7 +130,7 @@ def test_a_listing_ends(kind: str) -> None:
 
 @pytest.mark.parametrize("length", [b"999999999999999999", b"-5", b"x", b"0x10", b"1, 2"])
 def test_odd_lengths(tmp_path: Path, length: bytes) -> None:
-    """A petabyte that is announced is refused before it comes."""
+    """An announced petabyte is refused before any of it arrives."""
     answer = once(OK + b"Content-Length: " + length + b"\r\n\r\n" + BLOCK)
     with answering(answer) as (url, requests), pytest.raises(DataError, match="could not be fetched"):
         fetch(f"{url}/a.tar", tmp_path / "x")
@@ -139,7 +139,7 @@ def test_odd_lengths(tmp_path: Path, length: bytes) -> None:
 
 @pytest.mark.parametrize("asked", ["fetch", "list"])
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, asked: str) -> None:
-    """Bytes are asked for as they are; a server that packs them nevertheless is named, and asked once."""
+    """Requests ask for uncompressed bytes; a server that compresses them is named, and asked only once."""
     bomb = gzip.compress(bytes(50 << 20))
     answer = once(OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)
     ask = (lambda url: fetch(f"{url}/a.tar", tmp_path / "x")) if asked == "fetch" else (lambda url: names_in(url, "*"))

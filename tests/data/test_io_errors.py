@@ -1,4 +1,4 @@
-"""File systems that fail, for a while or for good, and cache folders that belong to somebody else."""
+"""File systems that fail temporarily or permanently, and cache folders that belong to another user."""
 
 import errno
 import fcntl
@@ -71,7 +71,7 @@ def test_a_shard_that_can_be_read_again(root: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_stale_file_is_opened_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After ESTALE a descriptor stays stale; and none is left open."""
+    """After ESTALE a descriptor stays stale, so the file is opened again; no descriptor is left open."""
     samples_ = stream.Samples(root / "train")
     samples_.read(3)
     (stale,) = samples_.store._files.values()
@@ -103,7 +103,7 @@ def test_a_shard_that_stays_unreadable(root: Path, monkeypatch: pytest.MonkeyPat
     assert failing.calls == (places.TRIES if number in PASSING else 1)
 
 
-def test_a_worker_says_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_reports_the_same_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store.os, "pread", Failing(os.pread, errno.EIO, float("inf")))
     with pytest.raises(DataError) as caught:
         first(root, workers=1)
@@ -112,7 +112,7 @@ def test_a_worker_says_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("what", ["pipe", "folder", "device", "other size"])
-def test_a_shard_that_is_another_thing(root: Path, what: str) -> None:
+def test_a_shard_replaced_by_something_else(root: Path, what: str) -> None:
     path = root / "train" / "000000.tar"
     path.unlink()
     if what == "pipe":
@@ -205,7 +205,7 @@ def test_cache_folders_that_cannot_be_used(root: Path, tmp_path: Path, monkeypat
 
 
 def test_a_full_cache_of_somebody_else_is_read(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All shards are there: neither times, locks nor folders need to be written."""
+    """All shards are cached, so no time, lock or folder needs to be written."""
     with serve(root, Faults()) as url:
         remote = indexed(url, tmp_path / "index")
         expected = first(root)
@@ -219,8 +219,10 @@ def test_a_full_cache_of_somebody_else_is_read(root: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_room_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Another's shards fill the cache and cannot be removed: no waiting for ever."""
+def test_a_cache_full_of_another_users_shards_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Another user's shards fill the cache and cannot be removed; this must not wait forever."""
     monkeypatch.setattr(store, "fetch", lambda url, target, shard: target.write_bytes(bytes(shard.bytes)))
     cache = Cache(tmp_path, 2 << 20)
     for i in range(2):
@@ -231,8 +233,10 @@ def test_room_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
-def test_a_disk_that_takes_no_more(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Said at once, with what the disk says; and an error of the disk is no error of the server."""
+def test_a_full_disk_is_reported_at_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The disk's error is reported at once, and not as an error of the server."""
 
     def full(self: places._Watch, inc: int = 1) -> None:
         raise OSError(number, os.strerror(number))

@@ -1,4 +1,4 @@
-"""Files of labels as spreadsheets, pandas and papers write them."""
+"""Label files as spreadsheets, pandas and papers write them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path, file: Path) -> list[str]:
-    """The class of each picture."""
+    """Returns the class of each image."""
     made = listing(folder, file, [])
     return [made.classes[one.label] for one in made.pictures]
 
@@ -126,7 +126,7 @@ def test_wrong_files_are_one_sentence(tmp_path: Path, flat: Path, kind: str) -> 
 
 
 def test_names_are_found_by_the_folders_they_give(tmp_path: Path) -> None:
-    """Equal names in two folders need them; letters with accents are one, however a file system writes them."""
+    """Equal names in two folders need the folder; accented letters match in both Unicode forms."""
     root = tmp_path / "d"
     for path in ("a/1.jpg", "b/1.jpg", "b/2.jpg", "c/Gro\u0308\u00dfe.jpg"):
         (root / path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What counts as data in the folders and tars that people have."""
+"""What counts as data in folders and tars of many kinds."""
 
 import runpy
 import signal
@@ -34,7 +34,7 @@ def tree(root: Path, *paths: str) -> Path:
 
 
 def packed(root: Path, path: Path) -> Path:
-    """As `tar` packs a folder, with its entries `./a`, `./a/x.jpg`."""
+    """Packs a folder as `tar` does, with the entries `./a`, `./a/x.jpg`."""
     with tarfile.open(path, "w") as file:
         file.add(root, ".")
     return path
@@ -45,7 +45,7 @@ def keys(made: Listing) -> dict[str, int]:
 
 
 def command(*arguments: object, code: int = 0) -> bool:
-    """launch/shards.py in this process."""
+    """Runs launch/shards.py in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["shards.py", *map(str, arguments), "--processes", "1"])
         script = runpy.run_path("launch/shards.py")
@@ -99,7 +99,7 @@ def test_hidden_shards_and_members_are_not_indexed(tmp_path: Path) -> None:
     assert [shard.name for shard in made.shards] == ["0.tar"]
 
 
-def test_what_is_passed_over_is_counted_by_ending(tmp_path: Path) -> None:
+def test_skipped_files_are_counted_by_extension(tmp_path: Path) -> None:
     source = tree(tmp_path, "a/x.jpg", "a/y.JFIF", "b/z.JPEG", "b/q.jpe", "b/r.WebP")
     for path in ("a/1.TIFF", "a/2.tiff", "a/3.bmp", "b/4.heic", "b/README", "labels.csv", "b/odd.a-b", "b/end."):
         (source / path).write_text("")
@@ -139,7 +139,7 @@ def test_links_to_a_folder_above_are_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("out", ["d/shards", "d/shards/train", "d/a/shards", "d"])
 def test_shards_inside_the_source_are_no_data(tmp_path: Path, out: str) -> None:
-    """The same call twice, then one with another --out."""
+    """The same call is made twice, then once with another --out."""
     source = tree(tmp_path / "d", "a/x.jpg", "b/x.jpg", "c/x.jpg")
     for place in (out, out, f"{out}/more" if out == "d" else f"{out}2"):
         (made,) = prepare(source, tmp_path / place, None, [], Settings(), 1)
@@ -163,7 +163,7 @@ def test_a_tar_may_hold_links_and_odd_names(tmp_path: Path) -> None:
     assert made.notes[0].endswith("3 files: 2 images, 1 skipped: 1 jpg (not a regular file)")
 
 
-def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None:
+def test_ambiguous_sources_are_refused_with_their_reason(tmp_path: Path) -> None:
     flat = tree(tmp_path / "flat", "1.jpg", "2.jpg")
     stray = tree(tmp_path / "stray", "a/1.jpg", "b/1.jpg", "logo.jpg")
     same = tree(tmp_path / "same", "a\u00a0b/1.jpg", "a b/1.jpg")
@@ -194,8 +194,8 @@ def test_ambiguous_sources_are_refused_for_what_they_are(tmp_path: Path) -> None
             listing(source, None, [])
 
 
-def test_a_folder_around_the_class_folders_is_said(tmp_path: Path) -> None:
-    """It may be the one class that there is, whose pictures are sorted into folders."""
+def test_a_folder_around_the_class_folders_is_reported(tmp_path: Path) -> None:
+    """The folder may also be the only class, with its images sorted into subfolders."""
     around = listing(tree(tmp_path / "d", "images/a/1.jpg", "images/b/2.jpg"), None, [])
     assert around.classes == ["images"]
     assert f"its images in 2 folders (a, b): if these are the classes, use {tmp_path}/d/images" in around.notes[-1]

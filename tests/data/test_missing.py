@@ -128,7 +128,7 @@ def test_shards_of_others(here: Path) -> None:
     )
 
 
-def test_the_demos_alone_name_their_commands(here: Path) -> None:
+def test_only_missing_demo_data_name_the_demo_command(here: Path) -> None:
     for name, which in (("photos", "demo"), ("digits", "digits")):
         assert said(Path("data", name)) == f"run {SHARDS} {which} data/{name}` to make those of the demo"
         assert said(here / "data" / name) == f"run {SHARDS} {which} {here}/data/{name}` to make those of the demo"
@@ -138,13 +138,13 @@ def test_the_demos_alone_name_their_commands(here: Path) -> None:
     assert "prepare data/photos --unlabelled --out data/photos-shards --val 0.1`" in said(Path("data/photos"))
 
 
-def test_a_slip_of_the_pen(here: Path) -> None:
+def test_a_misspelt_root_gets_the_nearest_name(here: Path) -> None:
     written(Path("data/flowers"))
     assert said(Path("data/flower")) == "did you mean data.root=data/flowers?"
     assert "prepare FOLDER --out data/cars" in said(Path("data/cars"))
 
 
-def test_other_commands_than_a_training(here: Path) -> None:
+def test_commands_other_than_training(here: Path) -> None:
     written(Path("mine"))
     for folder, words in (("mine", "use mine/train"), ("none", f"run {SHARDS} prepare FOLDER --out none`")):
         with pytest.raises(DataError, match=re.escape(f"there are no shards in {folder}: {words}")):

@@ -269,7 +269,7 @@ def test_a_shard_that_went_is_made_again(tmp_path: Path, tree: Path, damage: str
     assert contents(Index(tmp_path / "out")) == EXPECTED
 
 
-def test_two_at_once_are_told_apart(tmp_path: Path, tree: Path) -> None:
+def test_a_second_process_is_refused(tmp_path: Path, tree: Path) -> None:
     with alone(tmp_path / "out"), pytest.raises(DataError, match="another process is writing to"):
         make(tree, tmp_path / "out")
     assert len(make(tree, tmp_path / "out")) == len(EXPECTED)

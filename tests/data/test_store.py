@@ -117,7 +117,7 @@ def test_a_shard_that_changed_at_its_source_is_named(tmp_path: Path, remote: Pat
             epoch(config(root, tmp_path / "cache"))
 
 
-def test_a_cached_shard_that_rots_is_fetched_again(tmp_path: Path, remote: Path) -> None:
+def test_a_damaged_cached_shard_is_fetched_again(tmp_path: Path, remote: Path) -> None:
     with serve(remote, Faults()) as url:
         settings = config(indexed(url, tmp_path / "index"), tmp_path / "cache")
         expected = epoch(settings)
@@ -237,14 +237,14 @@ def test_what_a_dead_process_left_is_removed(tmp_path: Path, monkeypatch: pytest
     assert not left.exists()
 
 
-def test_a_cache_that_can_do_no_work_is_refused(tmp_path: Path, remote: Path) -> None:
+def test_a_cache_too_small_to_work_is_refused(tmp_path: Path, remote: Path) -> None:
     with serve(remote, Faults()) as url:
         root = indexed(url, tmp_path / "index")
     with pytest.raises(DataError, match=r"data\.cache_gib=9\.54e-07 is too small for 3 of these shards"):
         stream.TrainSlices(config(root, tmp_path / "cache", cache_gib=2**-20), 0)
 
 
-def test_a_cache_that_is_too_small_for_the_columns_is_told(tmp_path: Path, remote: Path) -> None:
+def test_a_cache_too_small_for_the_columns_is_reported(tmp_path: Path, remote: Path) -> None:
     with serve(remote, Faults()) as url:
         root = indexed(url, tmp_path / "index")
     largest = max(path.stat().st_size for path in remote.rglob("train/*.tar")) / 2**30
@@ -264,7 +264,7 @@ def test_files_of_others_in_the_cache_folder_stay(tmp_path: Path, monkeypatch: p
     assert all(path.exists() for path in others)
 
 
-def test_an_answer_without_end_is_cut_off(tmp_path: Path, remote: Path, impatient: None) -> None:
+def test_an_endless_response_is_aborted(tmp_path: Path, remote: Path, impatient: None) -> None:
     """The server sends more than was indexed: no more of it is written than a buffer's worth."""
     with serve(remote, Faults()) as url:
         root = indexed(url, tmp_path / "index")
@@ -286,7 +286,7 @@ def test_an_answer_without_end_is_cut_off(tmp_path: Path, remote: Path, impatien
     assert max(largest) < 6 * MIB
 
 
-def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_response_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = places._Watch(Path(), places.SLOWEST * 1000)
     monkeypatch.setattr(places.time, "monotonic", lambda: watch._begun + 100)
     watch.relative_update(100 * places.SLOWEST)
@@ -346,7 +346,7 @@ def test_patterns_that_are_refused(tmp_path: Path, pattern: str) -> None:
         names_in(str(tmp_path), pattern)
 
 
-def test_an_index_cannot_bring_a_pipe(tmp_path: Path) -> None:
+def test_an_index_cannot_name_a_pipe(tmp_path: Path) -> None:
     made = shards.write(tmp_path, samples(2), 2, [])
     path = made.folder / "index.json"
     path.write_text(path.read_text().replace('"root": "."', '"root": "pipe:touch owned"'))

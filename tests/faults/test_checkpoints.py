@@ -118,7 +118,7 @@ def a_flip(folder: Path, twins: Path, pictures: Path) -> Jobs:
 def test_a_flipped_bit_costs_one_interval(befallen: Path, twins: Path) -> None:
     codes, output = end(befallen / "flip")
     assert codes == [0, 0], output
-    words = r"step-00000012 is damaged, and the next one looked for: optimizer\.safetensors has changed"
+    words = r"step-00000012 is damaged, trying the next one: optimizer\.safetensors has changed"
     assert re.search(words, output)
     assert "resumes at step 8:" in output
     same_bits(befallen / "flip" / "run", twins / "2" / "run")
@@ -216,7 +216,7 @@ def test_what_is_not_finite_is_not_committed(befallen: Path) -> None:
     codes, output = end(befallen / "nan")
     assert codes == [3, 3], output
     assert re.search(
-        r"error: rank 0: the checkpoint of step 8 is not written, for \S+ of ema\.safetensors is not finite", output
+        r"error: rank 0: the checkpoint of step 8 is not written, because \S+ of ema\.safetensors is not finite", output
     )
     assert names(befallen / "nan" / "run" / "checkpoints") == ["latest", "step-00000004"]
 
@@ -327,9 +327,9 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(pictures: Path, tmp_path: Pa
     after = tmp_path / "disk-after"
     codes, output = end(tmp_path / "passing")
     assert codes == [0, 0], output
-    said = "the checkpoint of step 8 could not be written (No space left on device); those before are untouched"
+    said = "the checkpoint of step 8 could not be written (No space left on device); earlier checkpoints are intact"
     assert output.count(said) == 1
-    assert output.count("tensorboard cannot be written (No space left on device): curves have a gap") == 1
+    assert output.count("tensorboard cannot be written (No space left on device): the curves will have a gap") == 1
     assert output.count("Traceback") == output.count("Exception in thread") <= 1  # TensorBoard's own
     assert (tmp_path / "passing" / "seen.txt").read_text().split() == ["latest", "step-00000004"]
     assert names(after / "passing" / "checkpoints") == ["latest", "step-00000020"]
@@ -342,7 +342,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(pictures: Path, tmp_path: Pa
     assert said in output
     assert re.search(
         r"error: rank 0: the checkpoint of step 12 could not be written \(No space left on device\), and 2 saves in a "
-        r"row have failed: make room in .*, then run the same command\n",
+        r"row have failed: free disk space in .*, then run the same command\n",
         output,
     )
     assert "error" not in (tmp_path / "lasting" / "output-1.txt").read_text()

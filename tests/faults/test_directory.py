@@ -63,7 +63,7 @@ def test_a_finished_run_run_again_is_left_as_it_is(borne: Path) -> None:
         assert codes == [0], output
         assert "nothing is left to do" in output
         assert f"finished at step {STEPS}" in output
-    assert "settings that have changed: steps 4 → 3, optimizer.lr 0.01 → 0.0001" in end(borne / "lowered").output
+    assert "changed settings: steps 4 → 3, optimizer.lr 0.01 → 0.0001" in end(borne / "lowered").output
     assert "have changed" not in end(borne / "same").output
     assert files(borne / "whole-after" / "kept") == before
 
@@ -94,7 +94,7 @@ def test_what_may_change_is_said_and_kept(borne: Path) -> None:
     codes, output = end(borne / "longer-end")
     assert codes == [0], output
     assert "resumes at step 4:" in output
-    assert "settings that have changed: steps 4 → 6, optimizer.lr 0.01 → 0.001" in output
+    assert "changed settings: steps 4 → 6, optimizer.lr 0.01 → 0.001" in output
     (line,) = (run / "config_history.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 4, "changes": {"steps": [4, 6], "optimizer.lr": [0.01, 0.001]}}
     assert "lr: 0.001" in (run / "config.yaml").read_text()

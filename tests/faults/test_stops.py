@@ -143,7 +143,7 @@ def test_a_second_interrupt_leaves_at_once_and_is_no_failure(stopped: Path) -> N
         codes, output = end(out)
         assert codes[0] == 130, output
         assert codes[1] not in (0, 93), output
-        assert "rank 0: a second SIGINT, and left at once\n" in output
+        assert "rank 0: a second SIGINT, which ends the run at once\n" in output
         assert not psutil.pid_exists(int((out / "pid-0").read_text()))
     found = status(stopped / "impatient")
     assert (found["status"], found["code"], found["step"]) == ("preempted", 130, 5)

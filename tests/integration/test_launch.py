@@ -183,7 +183,7 @@ def test_several_runs_are_evaluated_into_one_table(trained: Path, tmp_path: Path
 def test_evaluating_what_is_not_there_is_one_sentence(tmp_path: Path, start: Start) -> None:
     code, output = finish(start([sys.executable, "launch/evaluate.py", "--run", str(tmp_path / "none")]))
     assert code == 2
-    assert "none is no run directory" in output
+    assert "none is not a run directory" in output
     assert "Traceback" not in output
 
 
@@ -196,7 +196,7 @@ def test_sampling_from_what_has_no_prior_says_why(trained: Path, tmp_path: Path,
         ("generate",): "error: .* cannot generate: a VQ-VAE has no prior of its own",
         ("interpolate", "--images", "3", "11"): "error: --images 11: the validation images are 0 to 10",
         ("vary", "data.syze=3"): r"unknown key data\.syze: did you mean data\.size",
-        ("dream",): "error: dream is none of the modes: generate, interpolate, vary, traverse, swap",
+        ("dream",): "error: dream is not one of the modes: generate, interpolate, vary, traverse, swap",
         ("generate", "--temperature", "1", "-1"): "--temperature",
     }
     for arguments, words in cases.items():

@@ -144,8 +144,8 @@ POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "missing": (missing, "is missing"),
     "dangling": (lambda path: path.write_text("step-00000099\n"), "names 'step-00000099', which does not exist"),
-    "a path": (lambda path: path.write_text("../../step-00000005\n"), "which is not there"),
-    "no text": (lambda path: path.write_bytes(b"\xff\x00\x80"), "which is not there"),
+    "a path": (lambda path: path.write_text("../../step-00000005\n"), "which does not exist"),
+    "no text": (lambda path: path.write_bytes(b"\xff\x00\x80"), "which does not exist"),
     "a folder": (folder, "cannot be read"),
     "a dead link": (lambda path: (path.unlink(), path.symlink_to("nowhere")), "is missing"),
 }
@@ -349,13 +349,14 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     model = nn.Linear(3, 1)
     model.register_buffer("w", torch.zeros(2, 2))
     with pytest.raises(
-        CheckpointError, match=r"of another model: it has no weight, it has no bias, the model has no n and 1 more; set"
+        CheckpointError,
+        match=r"of another model: it has no weight, it has no bias, the model has no n and 1 more; restore",
     ):
         checkpoint.read_fitting(saved, "model", model.state_dict())
     model = nn.Module()
     model.register_buffer("w", torch.zeros(2, 2))
     model.register_buffer("n", torch.tensor(0))
-    with pytest.raises(CheckpointError, match=r"of another model: w is 2 \(I64\) instead of 2×2; set"):
+    with pytest.raises(CheckpointError, match=r"of another model: w is 2 \(I64\) instead of 2×2; restore the settings"):
         checkpoint.read_fitting(saved, "model", model.state_dict())
 
 

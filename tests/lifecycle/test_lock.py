@@ -130,7 +130,7 @@ def left(run: Path, **values: Any) -> None:
 def test_what_another_host_has_left_is_taken_over_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
         r"still locked by one that was killed, process 12 on node7, SLURM job 4711, since 2026-01-01 00:00:00 UTC: if "
-        r"that one no longer runs, start again with --take-over, or remove .*/\.lock$"
+        r"it no longer runs, start again with --take-over, or remove .*/\.lock$"
     )
     left(tmp_path)
     with pytest.raises(InUse, match=words):

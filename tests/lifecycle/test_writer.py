@@ -87,17 +87,19 @@ def test_two_failures_in_a_row_stop(
         writing.save(step, tensors(step), {}, ())
         writing.collect(wait=True)
     said = capsys.readouterr().out.splitlines()
-    assert [line.partition(" (Input/output error); those before are untouched")[0] for line in said] == [
+    assert [line.partition(" (Input/output error); earlier checkpoints are intact")[0] for line in said] == [
         f"the checkpoint of step {step} could not be written" for step in (2, 4)
     ]
     writing.save(5, tensors(5), {}, ())
-    with pytest.raises(CheckpointError, match=r"step 5 could not .*, and 2 saves in a row have failed: make room in"):
+    with pytest.raises(
+        CheckpointError, match=r"step 5 could not .*, and 2 saves in a row have failed: free disk space in"
+    ):
         writing.collect(wait=True)
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000003", [])
 
     writing = writer(tmp_path)
     writing.save(6, tensors(6), {}, ())
-    with pytest.raises(CheckpointError, match=r"step 6 could not be written .*, and no step follows"):
+    with pytest.raises(CheckpointError, match=r"step 6 could not be written .*, and it was the last one"):
         writing.collect(wait=True, last=True)
     writing.save(7, tensors(7), {}, ())
     writing.close()
@@ -108,7 +110,7 @@ def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
     writing = writer(tmp_path)
     writing.save(5, tensors(5), {}, ())
     with pytest.raises(
-        Diverged, match=r"checkpoint of step 10 is not written, for w of model\.safetensors is not finite"
+        Diverged, match=r"checkpoint of step 10 is not written, because w of model\.safetensors is not finite"
     ):
         writing.save(10, tensors(float("nan")), {}, ())
     writing.close()

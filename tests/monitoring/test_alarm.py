@@ -81,7 +81,7 @@ LFQ = Config(kind="lfq", codebook_size=256, dim=DIM, entropy_weight=0.1)
     ],
     ids=str,
 )
-def test_nothing_is_said_of_healthy_codebooks(config: Config, encoder: Encoder) -> None:
+def test_there_is_no_alarm_for_healthy_codebooks(config: Config, encoder: Encoder) -> None:
     assert heard(config, encoder) == []
 
 
@@ -113,14 +113,14 @@ def test_nothing_is_said_of_healthy_codebooks(config: Config, encoder: Encoder) 
     ],
     ids=str,
 )
-def test_a_collapse_is_said_once_with_its_cause(config: Config, encoder: Encoder, cause: str) -> None:
+def test_a_collapse_is_reported_once_with_its_cause(config: Config, encoder: Encoder, cause: str) -> None:
     ((step, sentence),) = heard(config, encoder)
     assert step >= alarm.GRACE
     assert sentence.startswith(f"codebook0 has collapsed at step {step}: ")
     assert cause in sentence
 
 
-def test_resets_cure_what_moved_and_nothing_is_said() -> None:
+def test_resets_follow_a_moving_encoder_without_an_alarm() -> None:
     assert heard(VQ, moved) == []
 
 
@@ -151,7 +151,7 @@ def reading(usage: float = 1.0, entropy: float = 1.0, **others: float) -> Readin
     )  # type: ignore[arg-type]
 
 
-def test_it_is_said_when_it_is_over() -> None:
+def test_a_recovery_is_reported() -> None:
     """Once, and only well above where it began."""
     on: list[str] = []
     curve = [0.9, 0.3, 0.24, 0.2, 0.26, 0.3, 0.36, 0.3, 0.26]
@@ -163,7 +163,7 @@ def test_it_is_said_when_it_is_over() -> None:
     assert on == []
 
 
-def test_after_a_resume_it_is_not_said_again() -> None:
+def test_an_alarm_is_not_repeated_after_a_resume() -> None:
     assert alarm.watch("codebook", reading(0.1), VQ, 0, ["codebook"]) is None
     assert alarm.watch("codebook", reading(0.1), VQ, 0, ["codebook0"])
 
@@ -174,12 +174,12 @@ def test_few_rows_cannot_use_many_codes() -> None:
     assert alarm.watch("codebook", reading(0.1, rows=52), VQ, 0, [])
 
 
-def test_few_bits_are_a_collapse_though_all_codes_are_in_use() -> None:
+def test_low_entropy_is_a_collapse_even_if_all_codes_are_in_use() -> None:
     assert alarm.watch("codebook", reading(entropy=0.14), VQ, 0, [])
     assert alarm.watch("codebook", reading(entropy=0.16), VQ, 0, []) is None
 
 
-def test_what_is_set_already_is_not_advised() -> None:
+def test_settings_that_are_already_made_are_not_advised() -> None:
     narrow = Config(codebook_dim=8, metric="cosine")
     assert "model.quantizer.metric=cosine" in alarm.cause(reading(0.1), VQ)
     assert "model.quantizer.metric=cosine" not in alarm.cause(reading(0.1), narrow)

@@ -22,7 +22,7 @@ def test_perplexity_of_known_counts() -> None:
 
 
 def test_a_resumed_board_is_one_monotone_curve(tmp_path: Path) -> None:
-    """A first life writes to step 9 and dies; the second resumes from 5."""
+    """A first process writes up to step 9 and dies; the second one resumes from 5."""
     first = Board(tmp_path, 0)
     for step in range(1, 10):
         first.scalars({"train/loss": 100.0 + step}, step)
@@ -54,7 +54,7 @@ def test_tensorboard_shows_first_what_people_look_for() -> None:
     ]
 
 
-def test_hparams_hold_settings_beside_final_numbers(tmp_path: Path) -> None:
+def test_hparams_hold_settings_next_to_final_numbers(tmp_path: Path) -> None:
     board = Board(tmp_path, 0)
     board.compare({"model.kind": "vae", "optimizer.lr": 1e-3, "batch": 8}, ["val/psnr"])
     board.scalars({"val/psnr": 31.0}, 9)
@@ -74,7 +74,7 @@ def test_hparams_hold_settings_beside_final_numbers(tmp_path: Path) -> None:
     assert events.Scalars("Val/psnr")[-1].value == 31.0
 
 
-def test_a_life_that_ended_before_its_first_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
+def test_an_attempt_that_ended_before_its_first_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         board = Board(tmp_path, 0)
         for step in range(1, 4):
@@ -104,7 +104,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_line_ends_nothing(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_line_is_skipped(tmp_path: Path, damage: str) -> None:
     """It is left out; those before and after it stay as they are, byte for byte."""
     path = tmp_path / "metrics.jsonl"
     before, after = b'{"step": 1, "train/loss":  0.5}\n', b'{"step": 3, "train/loss": null}\n'
@@ -139,7 +139,9 @@ def test_a_step_has_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread gives up
-def test_what_finds_no_room_in_a_line_leaves_it_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_do_not_fit_on_the_disk_leave_their_line_intact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     board = Board(tmp_path, 0)
     board.scalars({"train/loss": 1.0}, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -167,8 +169,8 @@ def test_json_lines_are_json_whatever_happens(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread gives up
-def test_a_line_that_finds_no_room_leaves_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The system takes half of it; curves then have a gap, which is told once, and go on."""
+def test_a_line_that_does_not_fit_on_the_disk_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The system writes half of a line; the curves then have a gap, which is reported once, and continue."""
     board = Board(tmp_path, 0)
     board.scalars({"train/loss": 1.0}, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -267,7 +269,7 @@ def test_rounding_is_to_the_nearest() -> None:
     assert pictures.to_bytes(values).tolist() == [0, 0, 0, 1, 255, 255]
 
 
-def test_a_log_line_says_what_one_looks_at_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_line_has_the_main_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(0, 200, loud=True)
     console.report(20, {"train/loss": 0.5, "train/psnr": 30.0, "data/wait_share": 0.012, "optim/lr": 1e-3})
     line = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The alarm of VAEs: numbers in, sentence out."""
+"""The alarm for posterior collapse: values in, sentence out."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ EVERY = 50  # steps between reports
 
 
 def watch(curve: Iterable[list[float]], **settings: float) -> list[tuple[int, str]]:
-    """(step, sentence) of all that is said of these reports, with a validation at every second one."""
+    """Returns (step, sentence) of each alarm raised by these reports, with a validation at every second one."""
     on: list[str] = []
     posterior = Posterior(vae.Config(**settings), warmup=0, on=on)  # type: ignore[arg-type]
     said = []
@@ -30,11 +30,11 @@ def watch(curve: Iterable[list[float]], **settings: float) -> list[tuple[int, st
     [[12.0], [0.2], [0.0, 3.0, 0.0, 0.4], [0.11, 0.11], [20.0, -5.0]],
     ids=["usual", "little", "idle levels", "border", "below zero"],
 )
-def test_nothing_is_said_of_latents_in_use(rates: list[float]) -> None:
+def test_there_is_no_alarm_for_latents_in_use(rates: list[float]) -> None:
     assert watch([rates] * 20) == []
 
 
-def test_a_collapse_is_said_once_with_its_cause() -> None:
+def test_a_collapse_is_reported_once_with_its_cause() -> None:
     ((step, sentence),) = watch([[0.004]] * 20)
     assert step == GRACE
     assert sentence == (
@@ -44,13 +44,13 @@ def test_a_collapse_is_said_once_with_its_cause() -> None:
     )
 
 
-def test_a_hierarchy_that_is_none_is_a_collapse() -> None:
+def test_a_hierarchy_with_one_useful_level_has_collapsed() -> None:
     ((_, sentence),) = watch([[0.02, 0.0, 9.5, 0.09]] * 20)
     assert "only level 2 of 4 carries information (9.5 nats per image)" in sentence
 
 
 def test_it_waits_for_both_warm_ups() -> None:
-    """Of the learning rate and of the KL."""
+    """The warm-ups of the learning rate and of the KL."""
     ((step, _),) = watch([[0.0]] * 20, beta_warmup_steps=300)
     assert step == 300 + GRACE
     posterior = Posterior(vae.Config(), 400, [])
@@ -58,7 +58,7 @@ def test_it_waits_for_both_warm_ups() -> None:
 
 
 def test_low_rates_must_last() -> None:
-    """For a window of steps, however often there is a report."""
+    """For a window of steps, however often reports are written."""
     for every in (1, 50, 1000):
         posterior = Posterior(vae.Config(), 0, [])
         posterior.report(5000, every, [3.0])
@@ -69,8 +69,8 @@ def test_low_rates_must_last() -> None:
     assert watch(dips) == []
 
 
-def test_it_is_said_when_it_is_over() -> None:
-    """Once, and only well above where it began."""
+def test_a_recovery_is_reported() -> None:
+    """It is reported once, and only well above the bound at which the alarm began."""
     curve = [[rate] for rate in [5.0] * 12 + [0.01] * 4 + [0.2] * 4 + [0.6] * 2 + [0.3] * 4]
     (_, begun), (step, over) = watch(curve)
     assert "have collapsed at step 700" in begun
@@ -80,8 +80,8 @@ def test_it_is_said_when_it_is_over() -> None:
     )
 
 
-def test_units_that_tell_nothing_are_a_collapse_whatever_the_rate() -> None:
-    """As under free bits, which let rates stay where they are."""
+def test_inactive_units_are_a_collapse_at_any_rate() -> None:
+    """As under free bits, which keep rates at their level."""
     on: list[str] = []
     posterior = Posterior(vae.Config(free_bits=0.5, beta_warmup_steps=100), 0, on)
     assert posterior.validation(1000, active=0) is None  # nothing is known of rates: it may be no VAE
@@ -98,19 +98,19 @@ def test_units_that_tell_nothing_are_a_collapse_whatever_the_rate() -> None:
     assert on == []
 
 
-def test_after_a_resume_it_is_not_said_again() -> None:
+def test_an_alarm_is_not_repeated_after_a_resume() -> None:
     posterior = Posterior(vae.Config(), 0, ["latents"])
     assert posterior.validation(1000, active=5) is None  # no report yet says how it goes
     assert posterior.report(1050, 1000, [0.0]) is None
     assert Posterior(vae.Config(), 0, ["codebook"]).report(1050, 1000, [0.0])
 
 
-def test_rates_that_are_no_numbers_are_no_collapse() -> None:
-    """A run that diverges says so itself."""
+def test_rates_that_are_not_finite_are_no_collapse() -> None:
+    """A diverging run is reported elsewhere."""
     assert watch([[float("nan")]] * 9) == []
 
 
-def test_what_is_set_already_is_not_advised() -> None:
+def test_settings_that_are_already_made_are_not_advised() -> None:
     fixed = likelihood.Config(variance=2.0, learned_variance=False)
     assert "lower model.beta=4 to 1" in cause(vae.Config(beta=4, likelihood=fixed))
     assert "model.likelihood.variance=2" in cause(hvae.Config(likelihood=fixed))

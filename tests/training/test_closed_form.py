@@ -1,4 +1,4 @@
-"""PCA as it is learned, and what gradient descent makes of the same task."""
+"""The closed form of PCA, and gradient descent on the same problem."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def learner(samples: int) -> ClosedForm:
     return ClosedForm(PCA(Config(latent_dim=4), Shape(3, 8)), config, samples)
 
 
-def test_what_lies_beyond_the_epoch_does_not_count() -> None:
-    """200 images in batches of two micro-batches of 32: the fourth batch has 8 images, the next epoch's fill it."""
+def test_images_after_the_epoch_do_not_count() -> None:
+    """200 images in batches of two micro-batches of 32: the fourth batch has 8 of them, the next epoch fills it."""
     x = textures()
     whole, masked = learner(200), learner(200)
     whole.step([batch(x)], 0)
@@ -42,7 +42,7 @@ def test_what_lies_beyond_the_epoch_does_not_count() -> None:
         assert torch.equal(masked.model.state_dict()[name], value), name
 
 
-def test_it_resumes_to_the_same_bits() -> None:
+def test_a_resumed_run_ends_with_the_same_bits() -> None:
     x = textures()
     whole, first, second = learner(200), learner(200), learner(200)
     whole.step([batch(x)], 0)
@@ -81,7 +81,7 @@ def test_a_run_has_as_many_steps_as_one_epoch(position: tuple[int, int], steps: 
 
 
 def test_nothing_is_averaged() -> None:
-    """The model itself is validated and saved."""
+    """The model itself, not an average, is validated and saved."""
     learned = learner(200)
     assert learned.averaged is learned.model
 

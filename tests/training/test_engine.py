@@ -37,7 +37,7 @@ def batch() -> Batch:
     return Batch(x, torch.zeros(12).long(), torch.zeros(12, 0), torch.arange(12))
 
 
-def test_what_deepspeed_is_told(group: None) -> None:
+def test_the_config_of_deepspeed(group: None) -> None:
     passed = {"zero_optimization": {"overlap_comm": True}, "dump_state": True}
     found = deepspeed_config("bf16", 2, 0.7, 3, 4, passed)
     assert found["dump_state"]
@@ -136,8 +136,8 @@ def test_two_engines_share_a_step_and_a_verdict(group: None, zero: int) -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_what_is_replaced_or_read_of_others_private_parts_is_there() -> None:
-    """A replaced method that nobody calls any more would be no error."""
+def test_private_methods_of_libraries_that_we_use_exist() -> None:
+    """Replacing a method that DeepSpeed no longer calls would raise no error."""
     zero = ["scaled_global_norm", "_update_scale", "_wait_for_offload_copies", "_lazy_init_hp_params_optimizer_state"]
     assert all(hasattr(DeepSpeedZeroOptimizer, name) for name in zero)
     called = inspect.getsource(DeepSpeedZeroOptimizer.step)
@@ -212,7 +212,7 @@ def test_a_skipped_step_leaves_no_trace(group: None, overrides: list[str], fault
 
 
 class Waiting(TorchDispatchMode):
-    """Fails where a value is asked for that a device has yet to compute."""
+    """Fails if a value is read that the device has yet to compute."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), func
@@ -220,7 +220,7 @@ class Waiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_waits_for_nothing_at_zero_0(group: None, precision: str) -> None:
+def test_a_step_at_zero_0_does_not_synchronise(group: None, precision: str) -> None:
     config = load(f"precision={precision}")
     model = settings.build(config)
     learner = Descent(model, config)

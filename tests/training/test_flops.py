@@ -1,4 +1,4 @@
-"""Model FLOPs against closed forms, and when a share of the peak is said."""
+"""Model FLOPs against closed forms, and when a share of the peak is reported."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_a_linear_autoencoder_has_two_flops_a_weight_and_pass() -> None:
 
 @pytest.mark.parametrize("config", ["tiny.yaml", "tiny_hvae.yaml", "tiny_vdvae.yaml"])
 def test_every_family_is_counted_without_a_trace(config: str) -> None:
-    """Neither the random state nor the time of a real pass."""
+    """Counting changes no random state and takes less time than a real pass."""
     loaded = settings.load(TINY / config, ["run=run", "data.root=data"])
     before = torch.get_rng_state()
     assert flops.per_image(loaded) > 10**5

@@ -1,4 +1,4 @@
-"""Which steps are refused, against a plain computation on the whole history."""
+"""Which steps are skipped, compared with a plain computation on the whole history."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def moments(taken: list[float]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("deviation", [0.1, 1.0])
 def test_the_limit_is_that_of_the_whole_history(deviation: float) -> None:
-    """Of a calm run the factor decides, of a noisy one the standard deviations; what is refused leaves no trace."""
+    """In a calm run the factor decides, in a noisy one the standard deviations. Skipped steps leave no trace."""
     generator = np.random.default_rng(0)
     watched = guard()
     taken: list[float] = []
@@ -76,7 +76,7 @@ def test_without_a_factor_only_what_is_not_finite_is_refused() -> None:
 
 
 def test_a_lasting_change_is_refused_as_long_as_it_lasts_and_counted() -> None:
-    """So patience ends it: it never becomes the new habit in silence."""
+    """So `patience` ends the run: a lasting change never becomes the new normal unnoticed."""
     watched = guard()
     judge(watched, [1.0] * 150)
     assert judge(watched, [50.0] * 30) == [SPIKE] * 30
@@ -85,8 +85,8 @@ def test_a_lasting_change_is_refused_as_long_as_it_lasts_and_counted() -> None:
     assert watched.run == 0
 
 
-def test_one_step_taken_now_and_then_is_no_excuse() -> None:
-    """Of twenty steps one is taken: never twenty in a row, and yet it ends. One skipped of twenty goes on."""
+def test_rare_steps_do_not_keep_a_run_alive() -> None:
+    """With one of twenty taken, twenty are never skipped in a row, but the run ends. One skip in twenty is fine."""
     for ends in (True, False):
         watched = guard()
         judge(watched, [1.0] * 150)
@@ -116,7 +116,7 @@ def test_overflows_neither_count_as_steps_in_a_row_nor_end_a_row() -> None:
     assert [bool(watched.spoilt(torch.tensor(why))) for why in (TAKEN, NOT_FINITE, SPIKE, OVERFLOW)] == [0, 1, 1, 1]
 
 
-def test_a_guard_goes_on_from_its_state_with_the_same_bits() -> None:
+def test_a_guard_resumes_from_its_state_with_the_same_bits() -> None:
     norms = np.random.default_rng(1).lognormal(0, 0.5, 260).tolist()
     whole, first, second = guard(), guard(), guard()
     judge(whole, norms)
@@ -127,7 +127,7 @@ def test_a_guard_goes_on_from_its_state_with_the_same_bits() -> None:
 
 
 def test_the_diagnosis_says_why_and_what_to_do() -> None:
-    """Two micro-batches a rank: 3 is the second of rank 1."""
+    """Two micro-batches per rank, so micro-batch 3 is the second of rank 1."""
     assert explained(Skip(7, NOT_FINITE, math.nan, 2.0, 1, 0.1, [3]), 2) == "the loss of rank 1 is not finite"
     assert (
         explained(Skip(7, NOT_FINITE, math.nan, 2.0, 1, 0.1, [0, 1, 5]), 2) == "the loss of rank 0 and 2 is not finite"
@@ -142,12 +142,12 @@ def test_the_diagnosis_says_why_and_what_to_do() -> None:
     )
     spike = diagnosis(Skip(142, SPIKE, 1234.5, 1.25, 20, 0.1, []), 2, 10.0)
     assert spike == (
-        "20 steps in a row were skipped, the last of them step 143: the gradient norm is 1.23e+03, where 1.25 is "
-        "usual; no skipped step has moved the weights: lower optimizer.lr or raise optimizer.warmup_steps, and look at "
-        "the samples named above; if that does not help, go on from an older checkpoint; "
-        "if gradients are to stay so large, raise optimizer.spike=10 (0: no limit)"
+        "20 steps in a row were skipped, the last one step 143: the gradient norm is 1.23e+03, usually 1.25; "
+        "skipped steps do not change the weights: lower optimizer.lr or raise optimizer.warmup_steps, and look at "
+        "the samples named above; if that does not help, continue from an older checkpoint; "
+        "if such large gradients are expected, raise optimizer.spike=10 (0: no limit)"
     )
     text = diagnosis(Skip(142, NOT_FINITE, math.nan, 1.25, 20, 0.1, [0]), 1, 10.0)
-    assert "step 143: the loss of rank 0 is not finite (the usual gradient norm is 1.25); no skipped" in text
+    assert "step 143: the loss of rank 0 is not finite (the usual gradient norm is 1.25); skipped steps" in text
     assert "optimizer.spike" not in text
     assert "usual" not in diagnosis(Skip(19, NOT_FINITE, math.nan, math.nan, 20, 0.1, [0]), 1, 10.0)

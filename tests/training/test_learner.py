@@ -1,4 +1,4 @@
-"""The parts of training that need no launch."""
+"""The parts of training that can be tested without a launcher."""
 
 import math
 from pathlib import Path
@@ -41,8 +41,8 @@ def test_averaged_weights_are_the_weighted_sum() -> None:
     assert torch.equal(ema.model.codebook, model.codebook)
 
 
-def test_averaged_weights_rest_where_the_weights_do() -> None:
-    """In skipped steps, the verdict on the device."""
+def test_averaged_weights_do_not_move_in_skipped_steps() -> None:
+    """Skipped steps do not change the average; the decision is on the device."""
     model = nn.Linear(3, 2)
     ema = WeightEMA(model, decay=0.9)
     expected = [p.detach().clone() for p in model.parameters()]
@@ -79,7 +79,7 @@ def test_a_dry_run_says_the_batch_arithmetic_and_the_memory() -> None:
 
 
 def test_activations_are_counted() -> None:
-    """A VQ-VAE keeps at least each convolution's input, and not more than a few times that."""
+    """A VQ-VAE keeps at least the input of each convolution, and at most a few times that."""
     config = settings.load(QUICKSTART, ["precision=fp32"])
     model = settings.build(config)
     inputs = 0

@@ -1,4 +1,4 @@
-"""The code of the page that says how to add a model, trained as any other."""
+"""Trains the model from the page on adding a model, like any other model."""
 
 import importlib.util
 import re

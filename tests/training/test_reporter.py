@@ -1,4 +1,4 @@
-"""What people see of a training, with a model that really learns and a learner that is none of ours."""
+"""The reports of a training, with a real model and a minimal learner."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ BLIND = ["model.likelihood.learned_variance=false", "model.likelihood.variance=1
 
 
 class Descent:
-    """Just enough of a learner for a reporter."""
+    """The minimum of a learner that a reporter needs."""
 
     def report(self, means: dict[str, float], step: int) -> dict[str, float]:
         del step
@@ -57,7 +57,7 @@ def trained(run: Path, config: str, overrides: list[str], steps: range) -> tuple
 
 
 def test_runs_are_compared_by_settings_that_exist() -> None:
-    """Each of them in some model."""
+    """Each setting exists in some model."""
     found: dict[str, Any] = {}
     for config in ("tiny.yaml", "tiny_vae.yaml"):
         found |= compared(settings.load(CONFIGS / config, ["run=run", "data.root=data"]))
@@ -89,8 +89,8 @@ def test_model_flops_are_reported_where_the_peak_is_known(tmp_path: Path, monkey
     assert f"MFU {line['perf/mfu']:.1%}" in said[0]
 
 
-def test_a_collapse_is_said_once_and_kept_for_the_doctor(tmp_path: Path) -> None:
-    """Pixels that are nothing but noise leave nothing to encode."""
+def test_a_collapse_is_reported_once_and_kept_for_the_doctor(tmp_path: Path) -> None:
+    """Pixels of pure noise leave nothing to encode."""
     reporter, said = trained(tmp_path, "tiny_hvae.yaml", BLIND, range(400, 600))
     (sentence,) = (line for line in said if "latents" in line)
     assert sentence.startswith("latents have collapsed at step ")

@@ -12,7 +12,7 @@ from vaescale.training import resume
 
 
 class Kept:
-    """A learner that has nothing to load."""
+    """A learner with nothing to load."""
 
     def load(self, read: Any, state: dict[str, Any]) -> None: ...
 
@@ -22,7 +22,7 @@ class Kept:
 
 @pytest.mark.parametrize(("written", "followed"), [({}, 1), ({"version": 1}, 1), ({"version": 2}, 2)])
 def test_a_begun_run_keeps_its_order(pictures: Path, tmp_path: Path, written: dict[str, int], followed: int) -> None:
-    """A checkpoint of before there were versions names none: its run goes on in version 1."""
+    """A checkpoint from before versions names none, so its run continues with version 1."""
     slices, config = begun(pictures, tmp_path, written)
     assert resume.resume(config, Kept(), slices).images == 32  # type: ignore[arg-type]
     assert slices.order.version == followed
@@ -43,7 +43,7 @@ def test_an_order_of_a_later_version_is_refused(pictures: Path, tmp_path: Path) 
 
 
 def begun(pictures: Path, run: Path, version: dict[str, int]) -> tuple[TrainSlices, Any]:
-    """(slices, config) and a checkpoint of theirs in `run`, with `version` in what it says of the order."""
+    """Returns (slices, config), and writes a checkpoint of them to `run`, with `version` in its order."""
     data = Config(root=str(pictures), size=16, columns=8, workers=0)
     slices = TrainSlices(data, seed=7)
     order = {"seed": 7, "data.columns": 8, "data": slices.samples.index.fingerprint(), **version}
