@@ -66,7 +66,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-WARM = re.compile(r"-m|(launch|tests/benchmarks)/\w+\.py")  # commands whose imports take seconds
+WARM = re.compile(r"-m|(launch|launch/slurm|tests/benchmarks)/\w+\.py")  # commands whose imports take seconds
 Process = subprocess.Popen[str] | Warm
 Start = Callable[..., Process]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import SOON, Hosts, end, need, wait
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT, begin, finish, free_port
 from tests.integration.conftest import TINY, forked, training
 
 STEPS = 120
@@ -106,9 +106,10 @@ class Slurm:
         """By launch/slurm/submit.py, on two CPU nodes, one rank each; returns the job's number."""
         given = ["--nodes=2", "--accelerators=1", "--cpu", "--cpus-per-task=1", "--time=10"]
         output = f"output={self.folder}/job-%j.log"
-        done = self.run(sys.executable, "launch/slurm/submit.py", str(config), *given, "--option", output, *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return re.findall(r"^job (\d+): ", done.stdout, re.MULTILINE)[0]
+        command = [sys.executable, "launch/slurm/submit.py", str(config), *given, "--option", output, *arguments]
+        code, printed = finish(begin(command, **self.environment))
+        assert code == 0, printed
+        return re.findall(r"^job (\d+): ", printed, re.MULTILINE)[0]
 
     def job(self, number: str, key: str) -> str:
         """What `scontrol show job` has under this key."""
