@@ -143,7 +143,9 @@ def expanded(key: str, text: str) -> str:
     if front and front[1] != "USER":
         folder = os.environ.get(front[1], "")
         if not (Path(folder).is_absolute() and Path(folder).is_dir()):
-            raise ConfigError(f"{key}={printable(text)}: the variable {front[1]} names no folder: write the path out")
+            raise ConfigError(
+                f"{key}={printable(text)}: the variable {front[1]} is not the path of a folder: write the path out"
+            )
         text = folder + text[front.end() :]
     if text.startswith("~"):
         try:
@@ -182,7 +184,7 @@ def _parsed(text: str, where: str) -> Any:
     for event in yaml.parse(text):  # check events first: composing deep nodes takes long
         if isinstance(event, yaml.AliasEvent):  # a few nested aliases can expand beyond any memory
             raise ConfigError(
-                f"{_line(where, event)}: aliases such as *{event.anchor} are not read: write ${{other.key}} instead"
+                f"{_line(where, event)}: aliases such as *{event.anchor} are not supported: write ${{other.key}}"
             )
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_DEPTH:
@@ -195,7 +197,7 @@ def _tree(node: Any, where: str) -> Any:
         return Plain()
     if node.tag not in TAGS:
         tag = printable(node.tag.replace("tag:yaml.org,2002:", "!!"), 60)
-        raise ConfigError(f"{_line(where, node)}: tags such as {tag} are not read: leave it out")
+        raise ConfigError(f"{_line(where, node)}: tags such as {tag} are not supported: remove it")
     if isinstance(node, yaml.ScalarNode):
         return str(node.value) if node.style else Plain(node.value)
     if isinstance(node, yaml.SequenceNode):
@@ -271,7 +273,7 @@ def _refuse_resolvers(node: Any, where: str) -> None:
             _refuse_resolvers(item, where)
     elif isinstance(node, str) and re.search(r"\$\{[^}]*:", node):
         raise ConfigError(
-            f"{printable(where)}: resolvers such as {printable(node)} are not read; give the value as "
+            f"{printable(where)}: resolvers such as {printable(node)} are not supported; give the value as "
             f"{printable(where)}=… instead"
         )
 
@@ -308,7 +310,7 @@ def _typed(given: Any, hint: Any, default: Any, key: str) -> Any:
     if nothing and default == "":
         return ""
     if nothing and (hint is not str or not given):
-        raise ConfigError(f"{key}={given} says nothing: give it a value, or leave it out")
+        raise ConfigError(f"{key}={given} has no value: give it one, or leave it out")
     if origin is Literal:
         return _choice(given, get_args(hint), key)
     if hint is str and not is_plain(given):
@@ -359,7 +361,7 @@ def _choice(text: str, choices: tuple[Any, ...], key: str) -> Any:
         same = text == one if isinstance(one, str) else NUMBER.fullmatch(text.strip()) and Decimal(text.strip()) == one
         if same:
             return one
-    raise ConfigError(f"{key}={printable(text, 60)} is none of {', '.join(map(str, choices))}")
+    raise ConfigError(f"{key}={printable(text, 60)} must be one of {', '.join(map(str, choices))}")
 
 
 def _mapping(given: Any, key: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def unknown_key(key: str, value: Any, known: Sequence[str], siblings: Sequence[s
     if not key.startswith("--"):
         if former:
             return f"{key} is called {near[0]} now"
-        hint = f"did you mean {either(near)}?" if near else f"known are {', '.join(siblings)}"
+        hint = f"did you mean {either(near)}?" if near else f"known keys are {', '.join(siblings)}"
         return f"unknown key {printable(key, 60)}: {hint}"
     text = shlex.quote(printable(value, 60)) if isinstance(value, str) and value else "…"
     settings = [f"{name}={text}" for name in near]

@@ -77,7 +77,7 @@ def _require(value: Any, hint: Any, within: Range, key: str) -> None:
         require(value, key)
     elif origin is Literal:
         if not any(value == one and type(value) is type(one) for one in arguments):
-            raise ValueError(f"{said} is none of {', '.join(map(str, arguments))}")
+            raise ValueError(f"{said} must be one of {', '.join(map(str, arguments))}")
     elif origin in (list, tuple):
         if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(arguments)):
             raise ValueError(f"{said} must be a list{f' of {len(arguments)} values' if origin is tuple else ''}")

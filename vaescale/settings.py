@@ -104,12 +104,12 @@ def _checked(raw: Any, path: str | Path) -> Config:
     version = str(raw.get("version"))
     if version.isdigit() and int(version) > VERSION:
         raise ConfigError(
-            f"{path} was written by a later version of vaescale (version {version} of the settings, known are 1 to "
-            f"{VERSION}): install that version"
+            f"{path} was written by a later version of vaescale (version {version} of the settings; this one reads 1 "
+            f"to {VERSION}): install that version"
         )
     kind = mechanics.as_written(raw, "model", "kind")
     if kind not in MODELS:
-        raise ConfigError(f"{path}: model.kind={kind} is none of the models: {', '.join(sorted(MODELS))}")
+        raise ConfigError(f"{path}: model.kind={kind} is not one of the models: {', '.join(sorted(MODELS))}")
     try:
         config = mechanics.typed(Config(model=MODELS[kind].config()), raw, path)
     except mechanics.UnknownKey as error:
@@ -186,7 +186,7 @@ def check(config: Config, world: int) -> None:
             raise ConfigError(f"data.size={size} does not fit the model: {str(error).splitlines()[0]}") from None
     if decoded != size:
         raise ConfigError(
-            f"data.size={size} does not fit the model, which would decode {decoded} px: take data.size={decoded}"
+            f"data.size={size} does not fit the model, which would decode {decoded} px: set data.size={decoded}"
         )
 
 
@@ -197,7 +197,7 @@ def micro_batch(config: Config, world: int) -> int:
         lower = config.global_batch // parts * parts
         raise ConfigError(
             f"global_batch={config.global_batch} cannot be split into {config.accumulation} micro-batches on {world} "
-            f"ranks: take global_batch={lower or parts} or global_batch={lower + parts}"
+            f"ranks: use global_batch={lower or parts} or global_batch={lower + parts}"
         )
     return config.global_batch // parts
 
@@ -210,9 +210,9 @@ def check_labels(config: Config, index: Index) -> None:
     if classes and len(wrong):
         sample = int(wrong[0])
         raise ConfigError(
-            f"model.classes={classes} knows the labels 0 to {classes - 1}, and sample {sample} of {index.folder} (in "
-            f"{index.shards[index.locate(sample).shard].name}) has {labels[sample]}: take "
-            f"model.classes={labels.max() + 1} or more, or other data"
+            f"model.classes={classes} allows the labels 0 to {classes - 1}, but sample {sample} of {index.folder} (in "
+            f"{index.shards[index.locate(sample).shard].name}) has {labels[sample]}: set "
+            f"model.classes={labels.max() + 1} or more, or use other data"
         )
 
 
@@ -225,7 +225,7 @@ def check_classes(config: Config, training: Index, validation: Index) -> None:
         if name != other:
             raise ConfigError(
                 f"label {label} is the class {name} in {training.folder} and {other} in "
-                f"{validation.folder}: prepare the validation pictures again, into an empty folder, with "
+                f"{validation.folder}: prepare the validation images again, into an empty folder, with "
                 f"--classes {training.folder / 'classes.json'}"
             )
 

@@ -240,8 +240,8 @@ def test_a_status_that_cannot_be_written_at_the_end_fails_no_run(borne: Path) ->
 STATES: dict[str, tuple[dict[str, Any], str]] = {
     "new": ({}, ""),
     "old": ({"version": None, "since": None, "validation_due": None}, ""),
-    "negative": ({"step": -4}, "step is -4 instead of a whole number, 0 or more: take another"),
-    "images": ({"images": 47}, "47 images do not belong to step 4"),
+    "negative": ({"step": -4}, "step is -4 instead of a whole number, 0 or more: use another"),
+    "images": ({"images": 47}, "47 images do not match step 4"),
     "elsewhere": ({"step": 3, "images": 36, "optimizer_steps": 3}, "step-00000004 contains the state of step 3"),
     "moments": ({"optimizer_steps": 0}, "optimizer.safetensors does not fit the model: the model has no "),
 }

@@ -82,7 +82,7 @@ def test_a_rank_that_hangs_ends_the_run_and_leaves_all_stacks(befallen: Path) ->
     assert none_is_left(out)
     sick = "\n".join(map(str, postmortem.diagnose(out / "run")))
     assert "FAIL: failed at step 5 on rank" in sick
-    assert re.search(r"warn: it hung: rank 1 of 2: no progress for .* in step 6, .*; it is at inject\.py", sick)
+    assert re.search(r"warn: it hung: rank 1 of 2: no progress for .* in step 6 .*; it is at inject\.py", sick)
     assert "is the likely cause" in sick
     assert "ok: the same command continues from step-00000004" in sick
 

@@ -117,8 +117,8 @@ def test_a_label_that_the_model_does_not_know_is_one_sentence(pictures: Path, tm
     (process,) = ranks(start, 1, [*command, "model.classes=5"])
     code, output = finish(process)
     assert code == 2
-    assert "error: model.classes=5 knows the labels 0 to 4, and sample 5 of " in output
-    assert "(in 000000.tar) has 5: take model.classes=7 or more, or other data" in output
+    assert "error: model.classes=5 allows the labels 0 to 4, but sample 5 of " in output
+    assert "(in 000000.tar) has 5: set model.classes=7 or more, or use other data" in output
     assert "Traceback" not in output
 
 

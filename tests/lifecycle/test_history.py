@@ -104,7 +104,7 @@ def test_a_damaged_config_is_said_and_compared_with_nothing(
     assert history.saved_settings(tmp_path) is None
     (tmp_path / "config.yaml").write_text(text)
     assert history.saved_settings(tmp_path) is None
-    assert "config.yaml cannot be compared with today's settings" in capsys.readouterr().out
+    assert "config.yaml cannot be compared with the current settings" in capsys.readouterr().out
     assert history.changes(None, load(tmp_path, "data.size=32")) == {}
 
 

@@ -53,10 +53,10 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "a true step": ({"step": True}, "step is True"),
     "a huge step": ({"step": 2**62}, "step is 4611686018427387904"),
     "a list": ({"images": [48]}, r"images is \[48\]"),
-    "other images": ({"images": 47}, "47 images do not belong to step 4"),
-    "fewer images than steps": ({"images": 3, "since": None}, "3 images do not belong to step 4"),
-    "no images": ({"images": 0, "since": None}, "0 images do not belong to step 4"),
-    "a later beginning": ({"since": {"batch": 12, "step": 8, "images": 96}}, "48 images do not belong to step 4"),
+    "other images": ({"images": 47}, "47 images do not match step 4"),
+    "fewer images than steps": ({"images": 3, "since": None}, "3 images do not match step 4"),
+    "no images": ({"images": 0, "since": None}, "0 images do not match step 4"),
+    "a later beginning": ({"since": {"batch": 12, "step": 8, "images": 96}}, "48 images do not match step 4"),
     "a beginning without a batch": ({"since": {"step": 0, "images": 0}}, "since is .* instead of counts of batch"),
     "damage": ({"damaged": {"cut or corrupt": -1}}, "damaged is"),
     "a cause of its own": ({"damaged": {"x\x1b[31m": 1}}, "damaged is"),
@@ -70,7 +70,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "a norm without a name": ({"gradient_norms": {"judge": 1.0}}, "gradient_norms is"),
     "a negative variance": ({"gradient_norms": {"variance": -1.0}}, "gradient_norms is"),
     "the order": ({"order": [0]}, "order is"),
-    "a later version": ({"version": 4}, r"by a later version of vaescale \(state 4, known are 1 to 3\)"),
+    "a later version": ({"version": 4}, r"by a later version of vaescale \(state 4; this one reads 1 to 3\)"),
     "a version that is none": ({"version": None}, "version is None instead of a whole number"),
     "an escape": ({"alarms": "\x1b[31m"}, r"alarms is \\x1b\[31m instead"),
 }
@@ -79,14 +79,14 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("odd", ODD)
 def test_what_makes_no_sense_is_named(tmp_path: Path, odd: str) -> None:
     values, words = ODD[odd]
-    with pytest.raises(CheckpointError, match=rf"state\.json.*{words}.*take another checkpoint: write its name into"):
+    with pytest.raises(CheckpointError, match=rf"state\.json.*{words}.*use another checkpoint: write its name into"):
         state.read_checked(write(tmp_path, {**NEW, **values}), state.KEYS)
 
 
 @pytest.mark.parametrize("key", [key for key, value in state.KEYS.items() if value.default is ...])
 def test_what_has_always_been_there_may_not_miss(tmp_path: Path, key: str) -> None:
     saved = write(tmp_path, {name: value for name, value in NEW.items() if name != key})
-    with pytest.raises(CheckpointError, match=rf"state\.json has no {key}: take another"):
+    with pytest.raises(CheckpointError, match=rf"state\.json has no {key}: use another"):
         state.read_checked(saved, state.KEYS)
 
 

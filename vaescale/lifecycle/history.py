@@ -31,7 +31,7 @@ def saved_settings(run: Path) -> Values | None:
     try:
         config, _ = settings.load_saved(path, [])
     except ConfigError as error:
-        print(f"{path} cannot be compared with today's settings: {error}", flush=True)
+        print(f"{path} cannot be compared with the current settings: {error}", flush=True)
         return None
     return flat(config)
 

@@ -88,12 +88,12 @@ def read_checked(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
     """Returns the values of these keys. Raises CheckpointError, one sentence, if a required key is missing, a value is
     invalid, values contradict each other, or a later version wrote the file."""
     path = checkpoint / STATE
-    other = f"take another checkpoint: write its name into {checkpoint.parent / 'latest'}"
+    other = f"use another checkpoint: write its name into {checkpoint.parent / 'latest'}"
     found = read_state(checkpoint)
     version = found.get("version", KEYS["version"].default)
     if whole(version) and version > VERSION:
         raise CheckpointError(
-            f"{path} was written by a later version of vaescale (state {version}, known are 1 to {VERSION}): "
+            f"{path} was written by a later version of vaescale (state {version}; this one reads 1 to {VERSION}): "
             f"install that version, or {other}"
         )
     found = {RENAMED.get(key, key): value for key, value in found.items()}
@@ -118,11 +118,11 @@ def contradiction(state: dict[str, Any]) -> str:
         wanted = begun["images"] + (step - begun["step"]) * begun["batch"]
         if images != wanted or step < begun["step"]:
             return (
-                f"{images} images do not belong to step {step}, since from step {begun['step']} and "
-                f"{begun['images']} images on each step took {begun['batch']}"
+                f"{images} images do not match step {step}: since step {begun['step']}, at {begun['images']} images, "
+                f"each step has used {begun['batch']}"
             )
     elif images < step or (images > 0) != (step > 0):
-        return f"{images} images do not belong to step {step}"
+        return f"{images} images do not match step {step}"
     if state.get("optimizer_steps", 0) > step:
         return f"the optimizer cannot have taken {state['optimizer_steps']} steps by step {step}"
     return ""
