@@ -1,4 +1,4 @@
-"""The arguments of the commands in launch/, read before anything that takes time is imported."""
+"""The arguments of the commands in launch/, parsed before slow imports."""
 
 import argparse
 import re

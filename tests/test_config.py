@@ -356,7 +356,7 @@ def test_what_is_passed_on_has_the_types_of_json() -> None:
 
 
 def schemas() -> dict[str, Any]:
-    """Where it stands → an instance of every Config and of what it holds; `model` once for each kind."""
+    """Returns key → an instance, for every Config and the dataclasses in it; `model` once for each kind."""
     found: dict[str, Any] = {}
 
     def walk(config: Any, where: str) -> None:
@@ -379,7 +379,7 @@ SCHEMAS = schemas()
 
 
 def numbers() -> list[tuple[str, Any, str, Range]]:
-    """(where, the config, the field's name, its range) of every number."""
+    """Returns (key, the config, the field's name, its range) of every number."""
     found = []
     for where, config in SCHEMAS.items():
         for one in fields(config):
@@ -390,7 +390,7 @@ def numbers() -> list[tuple[str, Any, str, Range]]:
 
 
 def test_every_number_has_a_range() -> None:
-    """A new setting is declared with `ranged` and has a lower bound: none that may be negative exists so far."""
+    """Every number must be declared with `ranged` and a lower bound; no setting may be negative so far."""
     assert len(SCHEMAS) > 15
     assert len(numbers()) > 60
     for where, _, name, within in numbers():
@@ -399,7 +399,7 @@ def test_every_number_has_a_range() -> None:
 
 
 def test_every_bound_holds() -> None:
-    """In code: NaN, infinities, a text, true, and the next number outside of each bound; the bounds themselves fit."""
+    """In code: NaN, infinities, text, true and the next number outside each bound are refused; bounds are valid."""
     for _, config, name, within in numbers():
         value = getattr(config, name)
         several = isinstance(value, list | tuple)
@@ -484,7 +484,7 @@ def test_a_config_made_in_code_is_refused_in_code() -> None:
 
 
 def test_paths_are_those_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`~` and a variable in front that names a folder, which no shell replaces in a file or after `data.root=`."""
+    """`~` and a leading variable for a folder, which no shell expands in a file or after `data.root=`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     monkeypatch.setenv("USER", "me")

@@ -1,4 +1,4 @@
-"""Where a process stands: what launchers say, and what is left over from them."""
+"""The place of a process: the variables of launchers, and their leftovers."""
 
 import os
 import pty
@@ -41,7 +41,7 @@ def found(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> Place:
         ({name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}, Place(0, 0, 1)),  # a batch shell
     ],
 )
-def test_the_place_is_the_launchers(
+def test_the_place_is_read_from_the_launchers_variables(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Place
 ) -> None:
     assert found(monkeypatch, variables) == expected
@@ -74,7 +74,7 @@ TWO = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **MEET}
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", **MEET}, "SLURM_NTASKS=4 is set, but SLURM_PROCID is not: "),
     ],
 )
-def test_what_says_no_place_is_one_sentence(
+def test_variables_that_give_no_place_are_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
 ) -> None:
     with pytest.raises(Misplaced) as error:
@@ -92,7 +92,7 @@ def test_an_interactive_shell_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> Non
             found(monkeypatch, {**STEP, **MEET, "SLURM_PTY_PORT": "40000"})
 
 
-def test_training_says_it_in_one_sentence(start: Start) -> None:
+def test_training_refuses_them_in_one_sentence(start: Start) -> None:
     """A wrong setting is given, too; to report it, each rank would first need to know its place."""
     command = [sys.executable, "launch/train.py", "--config", "tests/integration/tiny.yaml", "no=setting"]
     code, output = finish(start(command, RANK="0"))

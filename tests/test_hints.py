@@ -10,7 +10,7 @@ from vaescale.settings import Config
 
 @pytest.fixture(params=MODELS)
 def known(request: pytest.FixtureRequest) -> list[str]:
-    """The keys of a Config, for each kind of model."""
+    """Returns the keys of a Config, for each kind of model."""
     return list(known_keys(Config(model=MODELS[request.param].config())))
 
 
@@ -27,7 +27,7 @@ def test_every_key_is_found_by_its_last_part(known: list[str]) -> None:
 
 
 def test_every_key_is_found_by_a_wrong_spelling(known: list[str]) -> None:
-    """One letter left out, doubled, replaced or exchanged with the next, at any place of a key."""
+    """One letter omitted, doubled, replaced or swapped with the next, at any position of a key."""
     draw = random.Random(0)
     for key in known:
         place = draw.randrange(len(key) - 1)
@@ -64,7 +64,7 @@ def test_every_key_is_found_by_a_wrong_spelling(known: list[str]) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_people_write(key: str, meant: list[str]) -> None:
+def test_hints_for_common_mistakes(key: str, meant: list[str]) -> None:
     known = list(known_keys(Config(model=MODELS["vae"].config())))
     assert sorted(nearest(key, known)) == sorted(meant)
 

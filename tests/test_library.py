@@ -1,4 +1,4 @@
-"""vaescale.load against the validation pipeline, on checkpoints of untrained models."""
+"""vaescale.load compared with the validation pipeline, on checkpoints of untrained models."""
 
 import io
 import subprocess
@@ -58,7 +58,7 @@ def model(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Trained:
 
 
 def stored(root: Path) -> list[bytes]:
-    """The validation pictures, as the shards hold them."""
+    """Returns the validation images, as stored in the shards."""
     data = stream.Samples(root / "val")
     return [data.read(number)[0] for number in range(len(data.index))]
 
@@ -68,7 +68,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_pictures_become_what_validation_images_are(model: Trained, pictures: Path, tmp_path: Path) -> None:
-    """The same latents and reconstructions, given as paths, PIL images, arrays or tensors; 40 × 36 pixels become 16."""
+    """Paths, PIL images, arrays and tensors give the same latents and reconstructions; 40 × 36 pixels become 16."""
     batch = stream.ValidationSlices(model.config.data)[range(11)].batch
     wanted = model.codec.encode(batch)
     assert len(wanted[0].flatten(1).unique(dim=0)) > 5  # they tell pictures apart
@@ -93,7 +93,7 @@ def test_pictures_become_what_validation_images_are(model: Trained, pictures: Pa
 
 
 def test_a_large_jpeg_by_its_path_and_opened(runs: dict[str, Path], tmp_path: Path) -> None:
-    """By its path it is decoded at a reduced size, as in the pipeline. EXIF turns pictures, transparency is white."""
+    """A path is decoded at a reduced size, as in the pipeline. EXIF turns images, transparency becomes white."""
     model = vaescale.load(runs["tiny"])
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_picture_is_refused_in_a_sentence(runs: dict[str, Path], name: str) -> None:
+def test_inputs_that_are_no_image_are_refused_in_a_sentence(runs: dict[str, Path], name: str) -> None:
     given, words = REFUSED[name]
     with pytest.raises(ValueError, match=words):
         vaescale.load(runs["tiny"]).encode(given)
@@ -222,6 +222,6 @@ def test_a_damaged_checkpoint_is_refused(runs: dict[str, Path], tmp_path: Path) 
 
 
 def test_the_package_is_imported_at_once() -> None:
-    """Without torch: `import vaescale` is also the first line of every command."""
+    """Without torch, because `import vaescale` is also the first line of every command."""
     code = "import sys, vaescale; assert callable(vaescale.load); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The front page is short, and no page names a file, a folder or a heading that is not there."""
+"""The front page is short, and no page names a file, a folder or a heading that does not exist."""
 
 import re
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ NAMED = re.compile(r"(?<![\w/.$~-])(?:launch|configs|vaescale|tests|docker)/[\w.
 
 
 def anchors(page: Path) -> set[str]:
-    """Where a link into a page can lead: its headings in lower case, without punctuation, with hyphens for spaces."""
+    """Returns the anchors of a page: its headings in lower case, without punctuation, with hyphens for spaces."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def broken(page: Path, text: str) -> Iterator[str]:
-    """The links and paths of a page's text that lead nowhere."""
+    """Returns the links and paths in a page's text that do not exist."""
     for link in LINK.findall(text):
         if re.match(r"[a-z]+:", link):
             continue

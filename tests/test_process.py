@@ -1,4 +1,4 @@
-"""Output that nobody reads, signals before training begins, a launcher that is gone, children that must not stay."""
+"""Output without a reader, signals before training, a launcher that is gone, and children that must end."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ print("not flushed", end="")
 
 
 def talk(done: Path, redirection: str, **environment: str) -> tuple[int, str]:
-    """The exit code of TALK with that redirection of the shell, and what is left on the shell's own stdout."""
+    """Returns the exit code of TALK with this shell redirection, and the shell's own stdout."""
     found = subprocess.run(
         ["bash", "-c", f'set -o pipefail; {{ "$0" -c "$1" "$2" {redirection}', sys.executable, TALK, str(done)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -65,7 +65,7 @@ def talk(done: Path, redirection: str, **environment: str) -> tuple[int, str]:
         ">&- 2>&- <&-; }",
     ],
 )
-def test_output_that_cannot_be_written_ends_nothing(tmp_path: Path, redirection: str) -> None:
+def test_output_that_cannot_be_written_is_ignored(tmp_path: Path, redirection: str) -> None:
     code, _ = talk(tmp_path / "done", redirection)
     assert (tmp_path / "done").read_text() == "all done"
     assert code == 0
@@ -81,7 +81,7 @@ def test_output_arrives_whatever_its_encoding(tmp_path: Path) -> None:
     assert output.endswith("not flushed")
 
 
-def test_a_terminal_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+def test_a_terminal_that_is_gone_is_ignored(tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     started = subprocess.Popen(
         [sys.executable, "-c", "import sys; sys.stdin.read(); " + TALK, str(tmp_path / "done")],
@@ -110,7 +110,7 @@ time.sleep(60)
 
 
 def begin(state: str = "", before: str = "", wait: str = "") -> "subprocess.Popen[str]":
-    """START, as a process that stands in the state; before: what its shell does first; wait: what it waits in."""
+    """Starts START as a process in this state. before: shell commands to run first; wait: what it waits in."""
     started = subprocess.Popen(
         [
             "bash",
@@ -149,7 +149,7 @@ def test_a_signal_in_start_up_ends_the_process_at_once(state: str, number: int, 
 
 
 def test_a_signal_is_heard_while_the_main_thread_waits_in_a_library() -> None:
-    """As in a collective; a Python handler would run after the minute."""
+    """As in a collective; a Python handler would only run after the minute."""
     started = begin(
         wait="import ctypes; lock = ctypes.create_string_buffer(64); c = ctypes.CDLL(None)\n"
         "c.pthread_mutex_lock(lock); c.pthread_mutex_lock(lock)"
@@ -162,8 +162,8 @@ def test_a_signal_is_heard_while_the_main_thread_waits_in_a_library() -> None:
     assert time.monotonic() - begun < 20
 
 
-def test_listening_ends_though_a_child_has_the_pipe() -> None:
-    """As a loader's workers have, whatever its rank fails of."""
+def test_listening_ends_even_if_a_child_has_the_pipe() -> None:
+    """As the workers of a loader do, however their rank fails."""
     before = signal.getsignal(signal.SIGTERM)
     heard: list[int] = []
     with process.Listener(heard.append):
@@ -183,7 +183,7 @@ def test_listening_ends_though_a_child_has_the_pipe() -> None:
 
 
 def test_what_is_ignored_stays_ignored() -> None:
-    """nohup, and a job that a script puts into the background."""
+    """As under nohup, or in a background job of a script."""
     started = begin(before="trap '' HUP INT;")
     started.send_signal(signal.SIGHUP)
     started.send_signal(signal.SIGINT)
@@ -211,7 +211,7 @@ print(child.returncode, flush=True)
 
 @pytest.fixture
 def launched() -> Iterator[list[psutil.Process]]:
-    """The child of LAUNCH, that it may not outlive the test."""
+    """Returns the child of LAUNCH, and ends it after the test."""
     children: list[psutil.Process] = []
     yield children
     for child in children:
@@ -261,7 +261,7 @@ def test_a_rank_leaves_with_deepspeed_whose_launch_py_would_go_on(
 def test_a_rank_whose_parent_is_only_the_wrapper_has_lost_its_launcher(
     tmp_path: Path, known: dict[str, str], code: int
 ) -> None:
-    """launch/run.py adopts a rank whose launcher dies before it has executed a line; by hand it may have begun it."""
+    """launch/run.py adopts a rank whose launcher dies before the rank runs a line; it may also have started it."""
     wrapper = tmp_path / "launch" / "run.py"
     wrapper.parent.mkdir()
     wrapper.write_text(LAUNCH)
@@ -275,7 +275,7 @@ def test_a_rank_whose_parent_is_only_the_wrapper_has_lost_its_launcher(
     assert found.stdout.split()[-1] == str(code)
 
 
-def test_a_child_that_is_stopped_dies_with_its_parent(launched: list[psutil.Process]) -> None:
+def test_a_stopped_child_dies_with_its_parent(launched: list[psutil.Process]) -> None:
     script = "import os; from vaescale import process; process.die_with_parent(os.getppid())\n"
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, script + "print('ready', flush=True); import time; time.sleep(60)", "wait"],
@@ -303,7 +303,7 @@ except distributed.Unjoined as error:
 
 
 def test_a_rank_does_not_wait_for_ever_for_one_that_has_died() -> None:
-    """Rank 0, and another one, before the process group exists."""
+    """For rank 0 and for another rank, before the process group exists."""
     ports = [free_port() for _ in range(2)]
     waiting = [
         subprocess.Popen(

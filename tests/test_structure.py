@@ -1,4 +1,4 @@
-"""Imports point one way, and the costly libraries have one importer each."""
+"""Imports go in one direction, and each costly library is imported by one file."""
 
 import ast
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ ONLY = {
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute dotted names of what a file imports."""
+    """Returns the absolute dotted names that a file imports."""
     package = ("vaescale", *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -56,7 +56,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path: Path) -> None:
+def test_imports_go_in_one_direction(path: Path) -> None:
     layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for name in imports(path):
         top, _, rest = name.partition(".")
@@ -71,7 +71,7 @@ def classes(path: Path) -> set[str]:
 
 
 def asked_for(path: Path) -> set[str]:
-    """Last names of the classes that a file's isinstance calls and class patterns name."""
+    """Returns the last parts of the class names in a file's isinstance calls and class patterns."""
     parts: list[ast.AST] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
@@ -81,8 +81,8 @@ def asked_for(path: Path) -> set[str]:
     return {getattr(part, "attr", getattr(part, "id", "")) for part in parts}
 
 
-def test_nobody_asks_for_a_model_or_learner_by_its_class() -> None:
-    """What a model can do it says by capabilities, see interfaces.py."""
+def test_no_code_checks_the_class_of_a_model_or_learner() -> None:
+    """Code asks for the capabilities of a model, see interfaces.py."""
     special = {
         name: path
         for path in (*(PACKAGE / "models").glob("*.py"), *(PACKAGE / "training").glob("*.py"))
@@ -106,6 +106,6 @@ def test_files_are_short() -> None:
 
 
 def test_the_imports_are_seen() -> None:
-    """The walk above finds relative imports: without this it could pass by finding none."""
+    """The walk above finds relative imports; otherwise it could pass by finding none."""
     assert "vaescale.data.DataError" in set(imports(PACKAGE / "training" / "trainer.py"))
     assert "vaescale.training.resume" in set(imports(PACKAGE / "training" / "trainer.py"))

@@ -19,7 +19,7 @@ SHOW = "#!/bin/sh\nprintf '%s\\0' \"$@\"\n"
 
 @pytest.fixture
 def submitted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
-    """submitted(argument …) → the words of the sbatch command."""
+    """Returns submitted(argument …) → the words of the sbatch command."""
 
     def submitted(*arguments: str) -> list[str]:
         monkeypatch.chdir(ROOT)
@@ -33,7 +33,7 @@ def submitted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def executed(folder: Path, words: list[str], **variables: str) -> list[str]:
-    """The arguments that launch/train.py would get."""
+    """Returns the arguments that launch/train.py would get."""
     for path, text in ((".venv/bin/python", SHOW), ("bin/scontrol", "#!/bin/sh\necho node1\n")):
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ COMMON = ["data.root=/a b/*", "optimizer.warmup_steps=3"]
 
 
 @pytest.mark.parametrize("run", ["runs/one", "it's a run=1", "a  b/*/?"])
-def test_a_run_is_handed_on_as_it_is(tmp_path: Path, submitted: Submitted, run: str) -> None:
+def test_a_run_is_passed_on_unchanged(tmp_path: Path, submitted: Submitted, run: str) -> None:
     words = submitted(*COMMON, f"run={run}")
     assert executed(tmp_path, words) == ["--config", str(TINY), *COMMON, f"run={run}"]
 
@@ -71,7 +71,7 @@ def test_a_run_is_handed_on_as_it_is(tmp_path: Path, submitted: Submitted, run: 
         ("data.cache=/a b/*,match.?,it's `pwd`", ["/a b/*", "match.?", "it's `pwd`"]),
     ],
 )
-def test_each_task_of_a_sweep_takes_its_own_settings_as_they_are(
+def test_each_task_of_a_sweep_gets_its_own_settings_unchanged(
     tmp_path: Path, submitted: Submitted, sweep: str, values: list[str]
 ) -> None:
     key = sweep.partition("=")[0]

@@ -1,4 +1,4 @@
-"""That benchmarks still run on what they measure, on its smallest scale; their numbers are nobody's here."""
+"""The benchmarks still run at their smallest scale; their numbers are not used here."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""TensorBoard as a person opens it: a real run's pictures and scalars in headless Chromium."""
+"""TensorBoard as users open it: the images and scalars of a real run, in headless Chromium."""
 
 import shutil
 import sys
@@ -40,7 +40,7 @@ def browser(tmp_path: Path) -> Iterator[WebDriver]:
 
 
 def run(folder: Path) -> Path:
-    """Two lives of a run, with everything a trainer writes."""
+    """Two attempts of a run, with everything that a trainer writes."""
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     for begin, end in ((0, 6), (4, 9)):
         board = Board(folder, begin)
@@ -57,7 +57,7 @@ def run(folder: Path) -> Path:
     return folder / "tensorboard"
 
 
-def test_grids_and_codebook_scalars_are_there(tmp_path: Path, start: Start, browser: WebDriver) -> None:
+def test_grids_and_codebook_scalars_are_shown(tmp_path: Path, start: Start, browser: WebDriver) -> None:
     port = free_port()
     logs = run(tmp_path / "run")
     start(

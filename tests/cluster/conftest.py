@@ -1,4 +1,4 @@
-"""A real SLURM controller with three nodes, and two hosts with real ssh daemons: thrown away with the tests."""
+"""A real SLURM controller with three nodes, and two hosts with real ssh daemons, removed after the tests."""
 
 import os
 import re
@@ -103,7 +103,7 @@ class Slurm:
         return self.run(*command).stdout
 
     def submit(self, config: Path, *arguments: str) -> str:
-        """By launch/slurm/submit.py, on two CPU nodes, one rank each; returns the job's number."""
+        """Submits with launch/slurm/submit.py, on two CPU nodes with one rank each. Returns the job's number."""
         given = ["--nodes=2", "--accelerators=1", "--cpu", "--cpus-per-task=1", "--time=10"]
         output = f"output={self.folder}/job-%j.log"
         command = [sys.executable, "launch/slurm/submit.py", str(config), *given, "--option", output, *arguments]
@@ -112,12 +112,12 @@ class Slurm:
         return re.findall(r"^job (\d+): ", printed, re.MULTILINE)[0]
 
     def job(self, number: str, key: str) -> str:
-        """What `scontrol show job` has under this key."""
+        """Returns the value of this key in `scontrol show job`."""
         found = re.search(rf"\b{key}=(\S+)", self.said("scontrol", "show", "job", number))
         return found[1] if found else ""
 
     def wait_for(self, number: str, states: str = "COMPLETED|FAILED|CANCELLED", seconds: float = 180) -> str:
-        """The state that it comes to."""
+        """Waits until the job is in one of these states, and returns it."""
         wait(lambda: re.fullmatch(states, self.job(number, "JobState")), f"job {number} {states}", seconds)
         return self.job(number, "JobState")
 
@@ -157,7 +157,7 @@ Host *
 
 
 class Ssh:
-    """Hosts that `deepspeed --hostfile` reaches: `environment` is what it needs."""
+    """Hosts that `deepspeed --hostfile` reaches with `environment`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -198,12 +198,12 @@ def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh]:
 
 @pytest.fixture(scope="session")
 def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two ranks on one machine."""
+    """The run with two ranks on one machine."""
     folder = tmp_path_factory.mktemp("alone")
     forked(folder, [training(folder, TINY, given(folder / "run", pictures), 2)])
     return folder / "run"
 
 
 def given(run: Path, pictures: Path) -> list[str]:
-    """The settings of the runs here."""
+    """The settings of the runs in these tests."""
     return [f"run={run}", f"data.root={pictures}", f"steps={STEPS}", "every.checkpoint=25", "every.validate=100"]

@@ -1,6 +1,6 @@
-"""Hosts on one machine: each a process in PID, mount and UTS namespaces of its own, with a name and a loopback address.
+"""Hosts on one machine: each is a process in its own PID, mount and UTS namespaces, with a name and a loopback address.
 
-To end that process is a power cut: all that runs on the host ends with it.
+Ending that process is like a power cut: everything on the host ends with it.
 """
 
 import os
@@ -27,7 +27,7 @@ class Hosts:
         (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
 
     def start(self, name: str, command: Sequence[str]) -> None:
-        """`command` in the foreground, on the host of that name."""
+        """Starts the host of that name, with `command` as its foreground process."""
         inside = f'hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
         spaces = ["unshare", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
         with (self.folder / f"{name}.out").open("ab") as out:
@@ -45,13 +45,13 @@ class Hosts:
             self.kill(name)
 
     def running(self, words: str) -> list[int]:
-        """Processes on these hosts whose command line has the words."""
+        """Returns the ids of the processes on these hosts whose command line contains the words."""
         roots = [process.pid for process in self._processes.values()]
         return [pid for root in roots for pid in _below(root) if words in _command(pid)]
 
 
 def need(*programs: str) -> None:
-    """Skip where a program is missing, or namespaces may not be made."""
+    """Skips the test if a program is missing or namespaces cannot be created."""
     path = f"{os.environ['PATH']}:/usr/sbin"
     missing = [program for program in programs if not shutil.which(program, path=path)]
     if missing:

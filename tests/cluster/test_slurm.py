@@ -1,4 +1,4 @@
-"""Trainings that SLURM starts, stops, loses and starts again, under a real controller; all end in the same bits."""
+"""Trainings that SLURM starts, stops, loses and restarts, under a real controller; all end with the same bits."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_a_submitted_training_is_that_of_one_machine(slurm: Slurm, alone: Path, 
 def test_other_launchers_on_two_nodes_train_the_same_bits(
     slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """torchrun within a job; `deepspeed --launcher slurm`, which begins one."""
+    """torchrun within a job, and `deepspeed --launcher slurm`, which starts one."""
     run = tmp_path / "torchrun"
     train = shlex.join(["launch/train.py", "--config", str(TINY), *given(run, pictures)])
     port = free_port()
@@ -62,10 +62,10 @@ def test_other_launchers_on_two_nodes_train_the_same_bits(
     same_bits(run, alone, STEPS)
 
 
-def test_a_signal_requeues_it_and_it_ends_in_the_same_bits(
+def test_a_signal_requeues_the_job_and_the_bits_are_the_same(
     slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """USR1 to the tasks, as SLURM sends it before the time is over."""
+    """USR1 is sent to the tasks, as SLURM does before the time limit."""
     run = tmp_path / "run"
     job = slurm.submit(TINY, *given(run, pictures))
     wait(lambda: last_step(run) > 20, "training")
@@ -84,7 +84,7 @@ def test_a_signal_requeues_it_and_it_ends_in_the_same_bits(
 
 @pytest.mark.long
 def test_a_node_that_dies_costs_an_interval(slurm: Slurm, alone: Path, pictures: Path, tmp_path: Path) -> None:
-    """Its slurmd and all that runs on it. SLURM gives the job a third node."""
+    """The node's slurmd and everything on it are killed. SLURM gives the job a third node."""
     run = tmp_path / "run"
     job = slurm.submit(TINY, *given(run, pictures))
     wait(lambda: last_step(run) > 60, "training")
@@ -103,8 +103,8 @@ def test_a_node_that_dies_costs_an_interval(slurm: Slurm, alone: Path, pictures:
     same_bits(run, alone, STEPS)
 
 
-def test_what_cannot_work_fails_once(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
-    """A typo is not even submitted; missing data are found by the job."""
+def test_wrong_settings_fail_once(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
+    """A typo is not submitted; missing data are found by the job."""
     jobs = slurm.said("squeue", "-h", "-o", "%i")
     done = slurm.run(sys.executable, "launch/slurm/submit.py", str(TINY), "--time=1", "stesp=3")
     assert (done.returncode, done.stdout) == (2, "")
@@ -118,8 +118,8 @@ def test_what_cannot_work_fails_once(slurm: Slurm, pictures: Path, tmp_path: Pat
 
 
 @pytest.mark.long
-def test_what_makes_no_progress_is_not_requeued(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
-    """It has failed twice of the same, at the same step, and does so again."""
+def test_a_run_without_progress_is_not_requeued(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
+    """The run has failed twice with the same error at the same step, and does so again."""
     run = tmp_path / "run"
     failing = [*given(run, pictures), "optimizer.lr=1e30", "optimizer.max_skipped_steps=3"]
     job = slurm.submit(TINY, *failing)
@@ -149,7 +149,7 @@ def test_a_cancelled_run_saves_and_is_not_requeued(slurm: Slurm, pictures: Path,
 
 @pytest.mark.long
 def test_a_sweep_and_what_follows_it(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
-    """Each value has its run; the evaluation waits for all."""
+    """Each value has its own run; the evaluation waits for all of them."""
     run = tmp_path / "run"
     sweep = ["--sweep=seed=1,2", "--evaluate", "--nodes=1"]
     job = slurm.submit(TINY, *sweep, f"run={run}", f"data.root={pictures}", "every.validate=12")
@@ -160,14 +160,14 @@ def test_a_sweep_and_what_follows_it(slurm: Slurm, pictures: Path, tmp_path: Pat
 
 
 @pytest.mark.long
-def test_the_end_of_the_time_requeues_it(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
-    """The limit itself, of a minute, the signal 40 s before; SLURM looks at its clock every 30 s."""
+def test_the_time_limit_requeues_the_job(slurm: Slurm, pictures: Path, tmp_path: Path) -> None:
+    """A time limit of a minute, with the signal 40 s before; SLURM checks the time every 30 s."""
     run = tmp_path / "run"
     times = ("--time=1", "--option", "signal=USR1@40", "stop_before=0")
     job = slurm.submit(TINY, *given(run, pictures), "steps=100000", *times)
     wait(lambda: slurm.job(job, "Restarts") == "1", "the requeue", 120)
     assert (status(run)["status"], status(run)["why"]) == ("preempted", "SIGUSR1")
     before = status(run)["step"]
-    wait(lambda: f"resumes at step {before}:" in slurm.log(job), "the next life", 60)
+    wait(lambda: f"resumes at step {before}:" in slurm.log(job), "the next attempt", 60)
     slurm.run("scancel", job)
     assert slurm.wait_for(job) == "CANCELLED"

@@ -32,7 +32,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_we_read_what_webdataset_writes(tmp_path: Path, processes: int) -> None:
-    """Keys with folders, long names, other extensions in between, a sample without an image."""
+    """The shards have keys with folders, long names, other extensions in between, and a sample without an image."""
     keys = [f"class/n{i:02d}" for i in range(5)] + ["long/" + "x" * 150]
     expected = {}
     with webdataset.ShardWriter(str(tmp_path / "other-%04d.tar"), maxcount=4, verbose=0) as writer:

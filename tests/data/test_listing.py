@@ -86,7 +86,7 @@ def test_hidden_files_are_neither_classes_nor_pictures(tmp_path: Path, kind: str
 
 
 def test_hidden_shards_and_members_are_not_indexed(tmp_path: Path) -> None:
-    """Neither `._0.tar` next to the shards, nor `._a.jpg` in them, wherever it stands among the members of a sample."""
+    """Neither `._0.tar` next to the shards nor `._a.jpg` in them, at any place among the members of a sample."""
     fork = b"\0\5\x16\7\0\2\0\0Mac OS X"
     tar(
         tmp_path / "0.tar",

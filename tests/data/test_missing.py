@@ -1,4 +1,4 @@
-"""data.root is not what it should be: the sentence names the command or the setting that helps."""
+"""If data.root is wrong, the message names the command or the setting that helps."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ from vaescale.data.index import Index
 
 
 def said(root: Path, split: str = "train") -> str:
-    """The sentence of a training with this data.root, after the words that all begin with."""
+    """Returns the message of a training with this data.root, without the beginning that all messages share."""
     with pytest.raises(DataError) as caught:
         Index(root / split)
     begin = f"there are no shards in {root / split}: "
@@ -25,7 +25,7 @@ def said(root: Path, split: str = "train") -> str:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, the current one: paths are mostly given as relative ones."""
+    """An empty current folder, because paths are mostly given as relative ones."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -81,7 +81,7 @@ def test_validation_alone_is_missing(here: Path) -> None:
     ],
 )
 def test_pictures_in_place_of_shards(here: Path, paths: list[str], source: str) -> None:
-    """And the command that the sentence names does what it says."""
+    """The command in the message does what it says."""
     tree(Path("pics"), *paths)
     assert said(Path("pics")) == (
         f"pics contains images, not shards, so run {SHARDS} prepare {source} --out pics-shards --val 0.1` and set "
@@ -152,7 +152,7 @@ def test_commands_other_than_training(here: Path) -> None:
 
 
 def test_the_named_commands_work(here: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """As they stand in the sentences, for a flat folder and for class folders."""
+    """The commands work as written in the messages, for a flat folder and for class folders."""
     for name, paths in (("flat", "{}.jpg"), ("classes", "a/{}.jpg"), ("in splits", "train/a/{}.jpg")):
         root = tree(here / name, *(paths.format(number) for number in range(30)))
         sentence = said(root)

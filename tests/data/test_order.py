@@ -24,7 +24,7 @@ def test_each_epoch_is_a_permutation(sizes: list[int], columns: int, version: in
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_each_epoch_is_a_permutation_at_every_remainder(version: int) -> None:
-    """All N to 40 in three shards, all C to N + 2: every length of the last row, and rows longer than N."""
+    """All N up to 40 in three shards and all C up to N + 2: every length of the last row, and rows longer than N."""
     for total in range(1, 41):
         sizes = np.array([total // 3, total - total // 3 - total // 7, total // 7])
         for columns in range(1, total + 3):
@@ -45,8 +45,8 @@ def feistel(place: int, count: int, key: int) -> int:
 
 @pytest.mark.parametrize("columns", [1, 4, 10, 30])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_order_is_the_one_that_the_docstring_says(columns: int, version: int) -> None:
-    """Against a plain transcription: lists, no vectors."""
+def test_the_order_is_that_of_the_docstring(columns: int, version: int) -> None:
+    """Compared with a plain transcription that uses lists instead of vectors."""
     sizes, seed = [3, 1, 7, 10], 5
     total, first = sum(sizes), [0, 3, 4, 11]
     expected = []
@@ -76,7 +76,7 @@ def test_a_column_walks_one_shard_after_the_other(version: int) -> None:
 
 
 def sharing(order: Order, shards: int, batch: int, epochs: int) -> float:
-    """The probability that two samples of a batch lie in one shard."""
+    """Returns the probability that two samples of a batch share a shard."""
     rows = order.shards(np.arange(epochs * order.total // batch * batch)).reshape(-1, batch)
     counts = np.stack([(rows == shard).sum(1) for shard in range(shards)])
     return (counts * (counts - 1)).sum() / (len(rows) * batch * (batch - 1))
@@ -99,7 +99,7 @@ def test_a_batch_smaller_than_a_row_mixes_shards(sizes: list[int], batch: int, b
 
 @pytest.mark.parametrize("columns", [1, 8])
 def test_places_in_an_epoch_are_even_however_unlike_the_shards(columns: int) -> None:
-    """Chi-squared of the tenth of the epoch in which one sample of a tiny shard is read, over 500 seeds."""
+    """Chi-squared test of the tenth of the epoch in which one sample of a tiny shard is read, over 500 seeds."""
     for version, even in ((1, False), (VERSIONS[-1], True)):
         tenths = np.zeros(10)
         for seed in range(500):
@@ -119,7 +119,7 @@ def test_every_place_is_taken_once(count: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 5, 10, 50])
 def test_places_and_neighbours_are_uniform(count: int) -> None:
-    """Chi-squared over 20,000 keys: where a place goes, and where two neighbours go together."""
+    """Chi-squared tests over 20,000 keys: the image of a place, and the images of two neighbours together."""
     keys = mix(9, np.arange(20_000))
     first, second = (permuted(np.full(20_000, place), np.full(20_000, count), keys) for place in (0, 1))
     pairs = np.bincount(first * count + second, minlength=count**2).reshape(count, count)
@@ -129,7 +129,7 @@ def test_places_and_neighbours_are_uniform(count: int) -> None:
         assert chi_squared < freedom + 5 * np.sqrt(2 * freedom) + 5  # five standard deviations
 
 
-def test_a_late_position_costs_no_more() -> None:
+def test_a_late_position_takes_no_more_time() -> None:
     """g = 10⁹ in 100 million samples: only the epoch's list of shards is made anew, whatever g is."""
     order = Order(np.full(10_000, 10_000), columns=256, seed=0)
     begun = time.monotonic()

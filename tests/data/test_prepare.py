@@ -1,4 +1,4 @@
-"""ImageNet as it is published, in miniature: the class folders, the tar of tars, the flat validation set."""
+"""A miniature of ImageNet as published: class folders, the tar of tars, the flat validation set."""
 
 import io
 import json
@@ -83,7 +83,7 @@ EXPECTED = {
 
 
 def test_a_tree_and_the_tar_of_tars_give_the_same_shards(tmp_path: Path, tree: Path, tar_of_tars: Path) -> None:
-    """The original bytes, each once, labels from the sorted WordNet ids; readable by plain webdataset."""
+    """Shards contain the original bytes once each, with labels from the sorted WordNet ids; webdataset reads them."""
     one, two = make(tree, tmp_path / "a"), make(tar_of_tars, tmp_path / "b")
     assert contents(one) == EXPECTED
     assert one.classes == WNIDS == shards.read_classes(tmp_path / "a" / "classes.json")
@@ -106,7 +106,7 @@ def test_the_shuffle_is_global_and_seeded(tmp_path: Path, tree: Path) -> None:
 
 
 def label_files(folder: Path) -> dict[str, Path]:
-    """Each form of label file in circulation, for the labels FLAT."""
+    """Returns the labels FLAT in every common form of label file."""
     names = [f"ILSVRC2012_val_{i + 1:08d}" for i in range(len(FLAT))]
     ids = [WNIDS[label] for label in FLAT]
     texts = {
@@ -176,7 +176,7 @@ def test_several_processes_write_the_same_bytes(tmp_path: Path, tree: Path) -> N
 
 
 def test_a_killed_preparation_goes_on(tmp_path: Path, tree: Path, start: Start) -> None:
-    """SIGKILL to the command and its processes after the first shard; what is there stays as it is."""
+    """SIGKILL ends the command and its processes after the first shard; finished shards stay unchanged."""
     command = [sys.executable, "launch/shards.py", "prepare", str(tree), "--out", str(tmp_path / "out")]
     command += ["--shard-mib", "0.005", "--short-side", "24", "--processes", "1"]
     process = start(command)
@@ -235,10 +235,8 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
         make(tree, tmp_path / "out")
 
 
-def test_what_lies_beside_pictures_is_passed_over(
-    tmp_path: Path, tree: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A class folder may be a link; what macOS leaves, pipes and links to nothing are no pictures."""
+def test_files_that_are_not_images_are_skipped(tmp_path: Path, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A class folder may be a link; files of macOS, pipes and broken links are not images."""
     (tmp_path / "tree").mkdir()
     for wnid in WNIDS:
         (tmp_path / "tree" / wnid).symlink_to(tree / wnid)
@@ -258,7 +256,7 @@ def test_what_lies_beside_pictures_is_passed_over(
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
-def test_a_shard_that_went_is_made_again(tmp_path: Path, tree: Path, damage: str) -> None:
+def test_a_deleted_shard_is_made_again(tmp_path: Path, tree: Path, damage: str) -> None:
     made = make(tree, tmp_path / "out")
     path = tmp_path / "out" / made.shards[1].name
     if damage == "deleted":
@@ -285,8 +283,8 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_the_listing_knows_where_pictures_lie(tar_of_tars: Path) -> None:
-    """Byte ranges of the outer tar: nothing has to be extracted."""
+def test_the_listing_has_the_position_of_each_picture(tar_of_tars: Path) -> None:
+    """The listing has byte ranges of the outer tar, so nothing is extracted."""
     pictures, _, _ = prepare.listing(tar_of_tars, None, [])
     data = tar_of_tars.read_bytes()
     assert {one.key: (data[one.offset : one.offset + one.length], one.label) for one in pictures} == EXPECTED

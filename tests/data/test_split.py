@@ -1,4 +1,4 @@
-"""`prepare --val`: one folder of pictures becomes a training and a validation split."""
+"""`prepare --val` splits one folder of images into training and validation."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def in_val(pictures: list[Picture], val: float = 0.1, seed: int = 0) -> set[str]
 
 
 def test_a_key_and_the_seed_decide() -> None:
-    """Whatever other pictures there are, and for good: another hash would mix the splits of those who add pictures."""
+    """The split does not depend on other images. The hash must never change, or adding images would mix the splits."""
     pictures = named(*(f"IMG_{number:04d}" for number in range(4000)))
     chosen = in_val(pictures)
     assert 340 < len(chosen) < 460  # 400, and three standard deviations of 19
@@ -44,7 +44,7 @@ PINNED = ["IMG_0003", "IMG_0021", "IMG_0030", "IMG_0034", "IMG_0036"]
 
 
 def test_files_that_differ_in_their_endings_stay_together(tmp_path: Path) -> None:
-    """What is added to tell their keys apart does not count, and neither does the form of accents."""
+    """The number appended to equal keys does not count, nor does the Unicode form of accents."""
     paths = [f"{number}.{kind}" for number in range(40) for kind in ("jpg", "png", "webp")]
     pictures = listing(tree(tmp_path, *paths), None, [], unlabelled=True).pictures
     assert len(pictures) == 120
@@ -98,7 +98,7 @@ def test_labels_may_come_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("out", ["d", "d/shards", "d/a/shards", "mine"])
 def test_the_splits_may_lie_inside_the_source(tmp_path: Path, out: str) -> None:
-    """The same call twice, then one for another folder."""
+    """The same call is made twice, then one for another folder."""
     paths = [f"{name}/{number}.jpg" for name in "ab" for number in range(6)]
     source = tree(tmp_path / "d", *paths)
     for place in (out, out, "other"):
@@ -107,7 +107,7 @@ def test_the_splits_may_lie_inside_the_source(tmp_path: Path, out: str) -> None:
 
 
 def test_an_interrupted_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each shard in turn."""
+    """The call is interrupted after each shard in turn."""
     source = tree(tmp_path / "d", *(f"{number}.jpg" for number in range(24)))
     settings = Settings(shard_mib=0.01, val=0.4)
     whole = prepare.prepare(source, tmp_path / "whole", None, [], settings, 1, unlabelled=True)
@@ -178,7 +178,7 @@ def test_other_shards_are_refused_before_anything_is_written(tmp_path: Path) -> 
 
 
 def test_shards_of_the_version_before_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its plan knew neither --val nor --convert; and a split's folder is not taken for the whole."""
+    """The old plan has neither --val nor --convert; the folder of a split is not taken for an unsplit one."""
     source = tree(tmp_path / "d", *(f"{number}.jpg" for number in range(12)))
     (made,) = prepare.prepare(source, tmp_path / "out", None, [], Settings(), 1, unlabelled=True)
     path = tmp_path / "out" / "prepared.json"
@@ -194,7 +194,7 @@ def test_shards_of_the_version_before_are_known(tmp_path: Path, capsys: pytest.C
 
 
 def test_validation_pictures_are_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A damaged one would end a training; one of training is replaced by another."""
+    """A damaged validation image would stop a training run; a damaged training image is replaced."""
     source = tree(tmp_path / "d", *(f"{number}.jpg" for number in range(12)))
     for path in source.iterdir():
         if int(path.stem) % 2:
@@ -211,7 +211,7 @@ def test_validation_pictures_are_decoded(tmp_path: Path, capsys: pytest.CaptureF
     }
 
 
-def test_a_split_that_no_picture_survives_is_one_sentence(tmp_path: Path) -> None:
+def test_a_split_without_readable_pictures_is_one_sentence(tmp_path: Path) -> None:
     source = tree(tmp_path / "d", *(f"{number}.jpg" for number in range(12)))
     for key in in_val(listing(source, None, [], unlabelled=True).pictures, 0.2):
         (source / f"{key}.jpg").write_text("<html>404</html>")

@@ -23,14 +23,14 @@ MIB = 2**20
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes half a minute in earnest takes a second here."""
+    """Shortens the limits from half a minute to a second."""
     monkeypatch.setattr(places, "STALL", 0.5)
     monkeypatch.setattr(places, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
 def remote(tmp_path: Path) -> Path:
-    """A folder to be served, with 60 training and 11 validation pictures in shards of 1 to 13."""
+    """A folder to serve, with 60 training and 11 validation images in shards of 1 to 13."""
     for name, count, per_shard in (("train", 60, 7), ("val", 11, 3)):
         shards.write(tmp_path / "remote" / name, samples(count), per_shard, [])
     return tmp_path / "remote"
@@ -60,7 +60,7 @@ def same(a: list[stream.Batch], b: list[stream.Batch]) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_failing_server_loses_nothing(tmp_path: Path, remote: Path, impatient: None, workers: int) -> None:
-    """A tenth of the requests fail, others stall, break off or bring a wrong byte; the cache holds four shards."""
+    """A tenth of the requests fail, others stall, break off or return a wrong byte; the cache holds four shards."""
     expected = epoch(config(remote, tmp_path / "none"))
     largest = max(path.stat().st_size for path in remote.rglob("*.tar"))
     with serve(remote, Faults()) as url:
@@ -133,7 +133,7 @@ def shard(number: int, size: int) -> Shard:
 
 
 def fetch_slowly(url: str, target: Path, expected: Shard) -> None:
-    """In place of a download: a line in a log, and time for others to ask for the same."""
+    """Replaces a download: writes a line to a log and waits, so that others ask for the same shard."""
     with (target.parent / "log.txt").open("a") as log:
         log.write(f"{expected.name}\n")
     time.sleep(0.01)
@@ -148,7 +148,7 @@ def use(folder: Path, limit: int, numbers: list[int]) -> None:
 
 
 def test_processes_share_one_cache(tmp_path: Path) -> None:
-    """Each of eight shards is fetched once by four processes that all want them at the same time, in other orders."""
+    """Four processes request eight shards at the same time, in different orders; each shard is fetched once."""
     context = multiprocessing.get_context("fork")
     orders = [list(range(8)), list(range(7, -1, -1)), [4, 5, 6, 7, 0, 1, 2, 3], [1, 3, 5, 7, 0, 2, 4, 6]]
     processes = [context.Process(target=use, args=(tmp_path, 8 * MIB, order)) for order in orders]
@@ -161,7 +161,7 @@ def test_processes_share_one_cache(tmp_path: Path) -> None:
 
 
 def test_the_bound_holds_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve shards through room for three, by four threads, watched all the while."""
+    """Four threads read twelve shards through a cache for three, whose size is watched."""
     monkeypatch.setattr(store, "fetch", fetch_slowly)
     most, done = [0], threading.Event()
 
@@ -218,7 +218,7 @@ def test_a_shard_that_becomes_complete_meanwhile_is_counted(tmp_path: Path, monk
     assert sorted(path.stem[-1] for path in tmp_path.glob("*.tar")) == ["1", "2"]
 
 
-def test_the_least_recently_used_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_shard_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "fetch", fetch_slowly)
     cache = Cache(tmp_path, 3 * MIB)
     for number in (0, 1, 2):
@@ -229,7 +229,7 @@ def test_the_least_recently_used_goes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(path.stem[-1] for path in tmp_path.glob("*.tar")) == ["0", "2", "3"]
 
 
-def test_what_a_dead_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_dead_process_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "fetch", fetch_slowly)
     left = tmp_path / f"{9:016x}.{3 * MIB}.partial"
     left.write_bytes(b"half")
@@ -265,7 +265,7 @@ def test_files_of_others_in_the_cache_folder_stay(tmp_path: Path, monkeypatch: p
 
 
 def test_an_endless_response_is_aborted(tmp_path: Path, remote: Path, impatient: None) -> None:
-    """The server sends more than was indexed: no more of it is written than a buffer's worth."""
+    """The server sends more than was indexed; at most one buffer of the excess is written."""
     with serve(remote, Faults()) as url:
         root = indexed(url, tmp_path / "index")
         largest = []

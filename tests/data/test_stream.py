@@ -28,7 +28,7 @@ def config(root: Path, **changes: object) -> stream.Config:
 def take(
     root: Path, steps: int, images: int = 0, batch: int = 12, accumulation: int = 1, world: int = 1, **changes: object
 ) -> list[stream.Batch]:
-    """The global batches of `steps` steps, joined over ranks and micro-batches."""
+    """Returns the global batches of `steps` steps, joined over ranks and micro-batches."""
     slices = stream.TrainSlices(config(root, **changes), seed=7)
     loaders = [
         stream.train_loader(slices, images, batch, accumulation, rank, world, pin=False) for rank in range(world)
@@ -52,7 +52,7 @@ def same(a: list[stream.Batch], b: list[stream.Batch]) -> bool:
 def test_pixels_and_order_do_not_depend_on_ranks_and_workers(
     pictures: Path, world: int, workers: int, accumulation: int
 ) -> None:
-    """16 steps of 12 are two epochs and a bit of 90 pictures in 5 shards; 12 ranks are more than there are shards."""
+    """16 steps of 12 are a little more than two epochs of 90 images in 5 shards; 12 ranks are more than shards."""
     assert same(take(pictures, 16), take(pictures, 16, world=world, workers=workers, accumulation=accumulation))
 
 
@@ -86,7 +86,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(1 << i, (0, 1, 2, 4)[j], (8, 40)[(i + j) % 2]) for i in range(4) for j in range(4)],  # all pairs
 )
 def test_three_epochs_are_exact_at_any_world_and_workers(uneven: Path, world: int, workers: int, batch: int) -> None:
-    """Every sample once an epoch, in the order of the plain formula, over epoch borders, on more ranks than shards."""
+    """Every sample once per epoch, in the order of the formula, across epochs and with more ranks than shards."""
     total = len(Index(uneven / "train"))
     steps = -(-3 * total // batch)
     seen = torch.cat([one.label for one in take(uneven, steps, batch=batch, world=world, workers=workers, size=8)])
@@ -95,7 +95,7 @@ def test_three_epochs_are_exact_at_any_world_and_workers(uneven: Path, world: in
     assert seen.tolist() == Order(Index(uneven / "train").sizes, 8, 7)(np.arange(steps * batch)).tolist()
 
 
-def test_a_run_that_was_begun_in_an_older_order_reads_on_in_it(uneven: Path) -> None:
+def test_a_run_keeps_the_older_order_that_it_began_with(uneven: Path) -> None:
     slices = stream.TrainSlices(config(uneven, size=8), seed=7)
     slices.follow(1)
     batches = islice(stream.train_loader(slices, 20, 10, 1, 0, 1, pin=False), 9)
@@ -142,7 +142,7 @@ def test_validation_counts_each_sample_once(pictures: Path, world: int, micro: i
 
 
 class Watched(stream.TrainSlices):
-    """Puts the worker that decodes into each sample's report."""
+    """Records in each sample's report which worker decoded it."""
 
     def __getitem__(self, gs: range) -> stream.Decoded:
         info = torch.utils.data.get_worker_info()
@@ -154,7 +154,7 @@ class Watched(stream.TrainSlices):
 
 @pytest.mark.parametrize(("world", "workers", "accumulation"), [(1, 0, 1), (2, 3, 2), (1, 4, 3)])
 def test_the_schedule_is_what_the_loaders_do(pictures: Path, world: int, workers: int, accumulation: int) -> None:
-    """Step, rank, worker and key, resumed at step 3."""
+    """Compares step, rank, worker and key of a run resumed at step 3."""
     first, steps = 3, 4
     slices = Watched(config(pictures, workers=workers), seed=7)
     loaders = [stream.train_loader(slices, 12 * first, 12, accumulation, rank, world, False) for rank in range(world)]
@@ -172,7 +172,7 @@ def kill_worker_zero(_: int, number: int) -> None:
 
 
 def test_a_killed_worker_is_named_at_once(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the kernel does when memory runs out; the others would wait for ever."""
+    """The worker is killed, as by the kernel when memory runs out; without a check, the others would wait forever."""
     monkeypatch.setattr(workers, "_begin", kill_worker_zero)
     begun = time.monotonic()
     with pytest.raises(DataError, match=r"DataLoader worker \(pid.*if memory ran out, lower data\.workers"):
@@ -195,7 +195,7 @@ def test_a_damaged_sample_is_replaced_named_and_the_same_everywhere(tmp_path: Pa
     assert same(take(tmp_path, 6, batch=12), take(tmp_path, 6, batch=12, world=4, workers=1))
 
 
-def test_nothing_but_damaged_samples_stops(tmp_path: Path) -> None:
+def test_training_stops_if_all_samples_are_damaged(tmp_path: Path) -> None:
     write(tmp_path / "train", [one._replace(image=one.image[:-200]) for one in samples(5)], 10, [])
     with pytest.raises(DataError, match=r"100 samples in a row are damaged.*cut or corrupt.*verify"):
         take(tmp_path, 1, batch=2)
@@ -214,7 +214,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         take(tmp_path, 1, batch=2)
 
 
-def test_a_shard_that_changed_under_its_index_is_named(tmp_path: Path) -> None:
+def test_a_shard_that_changed_after_indexing_is_named(tmp_path: Path) -> None:
     write(tmp_path / "train", samples(5), 10, [])
     with (tmp_path / "train" / "000000.tar").open("ab") as file:
         file.write(b"more")
@@ -248,7 +248,7 @@ BROKEN = 1  # a training sample
 
 @pytest.fixture(scope="module")
 def aged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples with numbers in their JSON: `age` as above, `weight` 100 times the sample's number, `same` always 4."""
+    """Samples with numbers in their JSON: `age` as above, `weight` is 100 times the sample's number, `same` is 4."""
     root = tmp_path_factory.mktemp("aged")
     for split, ages in AGES.items():
         (root / split).mkdir()
@@ -263,7 +263,7 @@ def aged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_attributes_are_standardised_by_the_training_set(aged: Path, split: str) -> None:
-    """In the order they are asked for; what is not said is NaN; what never differs is 0."""
+    """Attributes are in the requested order; missing values are NaN, constant attributes are 0."""
     names = ["weight", "same", "age"]
     if split == "train":
         slices = stream.TrainSlices(config(aged, attributes=names), seed=7)

@@ -1,4 +1,4 @@
-"""Tars that others made, harmless and hostile."""
+"""Tars from other sources, valid and hostile."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo, form: int = t
     "key", ["a", "a.b.c", "deep/er.folder/a", "x" * 95, "y" * 90 + "/" + "z" * 90, "Größe/größer", "with space"]
 )
 def test_keys_offsets_and_bytes(tmp_path: Path, form: int, key: str) -> None:
-    """Every way in which tars write names, long ones and foreign letters too."""
+    """All ways in which tars store names, including long names and non-ASCII letters."""
     path = tar(
         tmp_path / "a.tar", ("first.jpg", b"1"), ("first.cls", b"0"), (f"{key}.jpg", PICTURE), (f"{key}.cls", b"7")
     )
@@ -160,7 +160,7 @@ def test_extensions_in_capitals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "order", ["a.jpg b.jpg a.cls b.cls", "a.cls b.cls a.jpg b.jpg", "b.jpg b.cls a.jpg c.txt a.CLS"]
 )
-def test_members_that_are_not_side_by_side_are_named(tmp_path: Path, order: str) -> None:
+def test_members_that_are_not_adjacent_are_named(tmp_path: Path, order: str) -> None:
     path = tar(tmp_path / "a.tar", *((name, PICTURE if name.endswith("jpg") else b"1") for name in order.split()))
     with pytest.raises(
         DataError, match=r"sample a are not next to each other, a\.(cls|CLS) is elsewhere.*tar --sort=name"
@@ -175,7 +175,7 @@ NO_JSON = [b"[" * 200_000, b"{", b"[1]", b'{"a": 1, "a": 2}', b"\xff\xfe", b'{"a
 
 
 @pytest.mark.parametrize("text", NO_JSON, ids=range(len(NO_JSON)))
-def test_json_that_is_none_is_named(tmp_path: Path, text: bytes) -> None:
+def test_invalid_json_is_named(tmp_path: Path, text: bytes) -> None:
     path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), ("k.json", text))
     with pytest.raises(DataError, match=r"k\.json is not a JSON object"):
         list(scan(path))
@@ -232,7 +232,7 @@ def form_of(members: list[object]) -> int:
 
 
 def test_a_thousand_chained_headers_are_refused(tmp_path: Path) -> None:
-    """tarfile reads each by calling itself."""
+    """tarfile reads each chained header by recursion."""
     header = tarfile.TarInfo("g")
     header.type, header.size = tarfile.XGLTYPE, 0
     path = tmp_path / "a.tar"
@@ -242,8 +242,8 @@ def test_a_thousand_chained_headers_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_numbers_beyond_measure_are_left_out(tmp_path: Path) -> None:
-    """As if the sample did not have them; float32 holds up to 3.4e38, and numpy would warn of more."""
+def test_numbers_beyond_float32_are_left_out(tmp_path: Path) -> None:
+    """The sample is read as if it lacked them; float32 ends at 3.4e38, and numpy would warn of more."""
     numbers = [b"1" + b"0" * 400, b"1" + b"0" * 9000, b"1e39", b"-1e39", b"1e400", b"NaN", b"-Infinity"]
     text = b'{"a": [' + b",".join(numbers) + b'], "b": 3.4e38, "c": 1e-50}'
     tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), ("k.json", text))
@@ -276,7 +276,7 @@ def test_a_hostile_tar_is_refused_and_nothing_is_made(tmp_path: Path, name: str)
 
 
 def test_only_the_named_members_are_read(tmp_path: Path) -> None:
-    """A pickle beside the picture stays closed."""
+    """A pickle next to the image is not opened."""
     bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
     members = [(f"k.{extension}", bomb) for extension in ("pkl", "pyd", "pickle", "pth", "npy", "pt")]
     path = tar(tmp_path / "a.tar", ("k.jpg", PICTURE), ("k.cls", b"0"), *members)
@@ -288,7 +288,7 @@ def test_only_the_named_members_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "cut at a member", "header", "end", "appended"])
 def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
-    """webdataset and tarfile end quietly at most of these."""
+    """webdataset and tarfile stop without an error at most of these."""
     shards.write(tmp_path, samples(6), 6, [])
     path = tmp_path / "000000.tar"
     data = bytearray(path.read_bytes())
@@ -308,7 +308,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\x1f\x8b compressed" * 100])
-def test_what_is_no_tar_is_named(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_a_tar_is_named(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(DataError, match=r"a\.tar is not a plain tar"):
         list(scan(tmp_path / "a.tar"))

@@ -1,4 +1,4 @@
-"""Shards that were damaged after they were indexed: named by verify; in training replaced, or the run stops."""
+"""Shards damaged after indexing: verify names them; training replaces their samples or stops."""
 
 import json
 import tarfile
@@ -16,7 +16,7 @@ PER_SHARD = 10
 
 
 def fifth(path: Path) -> tuple[tarfile.TarInfo, tarfile.TarInfo]:
-    """(class, picture) of the fifth sample, in the order in which webdataset writes them."""
+    """Returns (class, image) of the fifth sample, in the order in which webdataset writes them."""
     with tarfile.open(path) as tar:
         first, second = tar.getmembers()[8:10]
     assert (first.name[-3:], second.name[-3:]) == ("cls", "jpg")
@@ -69,7 +69,7 @@ NAMES = [damage.__name__ for damage in DAMAGE]
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    """Shard k has the k-th damage; one more shard is whole."""
+    """Shard k has the k-th damage; one more shard is intact."""
     made = shards.write(tmp_path / "train", samples(PER_SHARD * (len(DAMAGE) + 1)), PER_SHARD, [])
     for shard, damage in zip(made.shards, DAMAGE, strict=False):
         path = tmp_path / "train" / shard.name
@@ -93,7 +93,7 @@ def test_verify_finds_nothing_in_whole_shards(pictures: Path) -> None:
 
 
 def test_verify_decodes_when_asked(tmp_path: Path) -> None:
-    """Pictures that were broken before they were indexed."""
+    """The images were damaged before they were indexed."""
     written = [one._replace(image=one.image[:-200]) if i in (2, 5) else one for i, one in enumerate(samples(8))]
     shards.write(tmp_path, written, 4, [])
     assert list(shards.verify(tmp_path, False, 1)) == []
@@ -115,7 +115,7 @@ def test_training_stops_at_a_shard_of_another_size(damaged: Path) -> None:
 
 
 def test_training_replaces_what_has_changed_and_gives_no_half_sample(damaged: Path) -> None:
-    """Two epochs over shards whose sizes are right: every picture is one that was written, with its own label."""
+    """Two epochs over shards of the right sizes: every image is one that was written, with its own label."""
     index = Index(damaged / "train")
     whole = [shards.name(number) for number in range(4, len(DAMAGE) + 1)]
     kept = damaged / "kept"
@@ -137,7 +137,7 @@ def test_training_replaces_what_has_changed_and_gives_no_half_sample(damaged: Pa
 
 
 def keep_only(index: Index, folder: Path, names: list[str]) -> None:
-    """An index of some of the shards, made before they were damaged."""
+    """Returns an index of some of the shards, made before they were damaged."""
     folder.mkdir(parents=True)
     head = json.loads((index.folder / "index.json").read_text())
     rows = [number for number, shard in enumerate(index.shards) if shard.name in names]

@@ -1,4 +1,4 @@
-"""How batches come from the loader's workers where shared memory is small, and how workers end."""
+"""How loader workers send batches if shared memory is small, and how workers end."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def take(root: Path, **changes: object) -> list[stream.Batch]:
 
 
 def same(a: list[stream.Batch], b: list[stream.Batch]) -> bool:
-    """In bits, and in how they lie in memory, by which convolutions choose their algorithm."""
+    """Equal in bits and in memory layout, on which the choice of a convolution algorithm depends."""
     return len(a) == len(b) and all(
         torch.equal(one, two) and one.stride() == two.stride() and one.dtype == two.dtype
         for x, y in zip(a, b, strict=True)
@@ -42,7 +42,7 @@ def same(a: list[stream.Batch], b: list[stream.Batch]) -> bool:
 def test_the_bits_are_the_same_without_shared_memory(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Once it is full in the midst of a run: the error is raised as torch raises it."""
+    """Shared memory fills up during a run: the error is raised as torch raises it."""
     whole, count = torch.Tensor.share_memory_, 0
 
     def share(self: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ print("all the same")
 
 
 def test_shared_memory_that_is_too_small_or_fills_up(pictures: Path) -> None:
-    """Really so small, as in a container."""
+    """Shared memory that is really small, as in a container."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("mounts cannot be made here")
     mount = 'mount -t tmpfs none /dev/shm -o size=12m && exec "$0" -c "$1" "$2"'
@@ -106,7 +106,7 @@ def test_shared_memory_that_is_too_small_or_fills_up(pictures: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_sent_is_an_error(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fails in a thread of the worker, which torch does not hear of."""
+    """It fails in a thread of the worker, which torch does not notice."""
     slices = stream.TrainSlices(config(pictures, workers=1), seed=7)
     damage = stream.Damage(0, "", "", lambda: 0)  # type: ignore[arg-type]  # no function can be pickled
     monkeypatch.setattr(slices, "_one", lambda g, sample: (*real(g, sample)[:3], [damage]))
@@ -115,7 +115,7 @@ def test_a_batch_that_cannot_be_sent_is_an_error(pictures: Path, monkeypatch: py
         next(stream.train_loader(slices, 0, 12, 1, 0, 1, pin=False))
 
 
-def test_workers_end_though_they_are_stopped(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_workers_end(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "DYING", 0.5)
     loader = batches(pictures, workers=2)
     before = set(psutil.Process().children())
@@ -127,7 +127,7 @@ def test_workers_end_though_they_are_stopped(pictures: Path, monkeypatch: pytest
     assert psutil.wait_procs(begun, timeout=30)[1] == []
 
 
-def test_workers_do_not_heed_what_is_meant_for_their_rank(pictures: Path) -> None:
+def test_workers_ignore_signals_meant_for_their_rank(pictures: Path) -> None:
     loader = batches(pictures, workers=2)
     before = set(psutil.Process().children())
     one = next(loader)
@@ -138,7 +138,7 @@ def test_workers_do_not_heed_what_is_meant_for_their_rank(pictures: Path) -> Non
 
 
 def test_a_thread_may_load(pictures: Path) -> None:
-    """Only the main thread may set handlers of signals."""
+    """Only the main thread may set signal handlers."""
     with ThreadPoolExecutor(1) as pool:
         assert same(pool.submit(take, pictures, workers=1).result(), take(pictures))
 

@@ -1,4 +1,4 @@
-"""Bounds in bits a subpixel, against a linear-Gaussian codec whose log-likelihood is known in closed form."""
+"""Bounds in bits per subpixel, compared with a linear-Gaussian codec of known log-likelihood."""
 
 import json
 import math
@@ -54,7 +54,7 @@ class Linear:
         return Bound(-density, rate[None], -z.square().sum(1) / 2 - log_q)
 
     def exact(self, x: torch.Tensor) -> np.ndarray:
-        """log p(x) in nats, by scipy."""
+        """Returns log p(x) in nats, computed by scipy."""
         covariance = self.weight.numpy() @ self.weight.numpy().T + NOISE**2 * np.eye(PIXELS)
         return multivariate_normal(np.full(PIXELS, 0.5), covariance).logpdf(x.flatten(1).numpy() / 255)
 
@@ -94,7 +94,7 @@ def test_with_the_exact_posterior_both_bounds_are_the_likelihood(batch: Batch, d
 
 
 def test_the_importance_weighted_bound_lies_between_elbo_and_likelihood_and_rises(batch: Batch) -> None:
-    """Burda et al. 2016, theorem 1: in expectation, here over many images' copies with noise of their own."""
+    """Burda et al. 2016, theorem 1: in expectation, here over many copies of the images, each with its own noise."""
     codec = Linear(off=1.0)
     copies = Batch(*(tensor.repeat_interleave(40, dim=0) for tensor in batch))
     copies = copies._replace(sample=torch.arange(len(copies.x)))
@@ -150,7 +150,7 @@ def test_images_too_small_for_ssim_have_the_rest(pictures: Path) -> None:
 
 
 def test_ranks_measure_what_one_process_does(pictures: Path, tmp_path: Path, start: Start) -> None:
-    """Even where one of them has no image."""
+    """Even if one of the ranks has no image."""
     write(tmp_path / "val", samples(1), 1, [])
     roots = [str(pictures), str(tmp_path)]
     alone = list(map(measured, roots))

@@ -1,4 +1,4 @@
-"""launch/evaluate.py and sample.py: which numbers and pictures a run directory keeps."""
+"""launch/evaluate.py and launch/sample.py: which numbers and pictures a run directory keeps."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """command(module, words) → (exit code, output), in this process and without a process group."""
+    """Returns command(module, words) → (exit code, output), which runs in this process without a process group."""
     monkeypatch.setattr(distributed, "init", lambda: torch.device("cpu"))
 
     def command(module: object, *words: object) -> tuple[int, str]:

@@ -27,7 +27,7 @@ def test_psnr_is_scikit_images(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 
 def test_ssim_is_scikit_images(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """With the settings of Wang et al.: Gaussian window, σ 1.5, population covariance, borders left out."""
+    """With the settings of Wang et al.: Gaussian window, σ 1.5, population covariance, no borders."""
     for x, y, ours in zip(*pair, ssim(*pair), strict=True):
         theirs = structural_similarity(
             x.numpy() / 255, y.numpy() / 255, channel_axis=0, data_range=1.0,
@@ -45,7 +45,7 @@ def test_equal_images_have_a_finite_psnr() -> None:
 
 
 class Halves:
-    """A codec that any reader can compute: codes are rounded halves of the mean, the reconstruction is the code."""
+    """A codec that is easy to compute by hand: codes are rounded halves of the mean, the reconstruction is the code."""
 
     def encode(self, batch: Batch) -> list[torch.Tensor]:
         return [batch.x.float().mean(dim=(1, 2, 3)).div(2).round().long()[:, None, None]]
@@ -61,7 +61,7 @@ class Halves:
 
 
 def test_evaluate_is_a_mean_over_images(pictures: object) -> None:
-    """Whatever the batch size, the last one short."""
+    """With any batch size; the last batch is shorter."""
     slices = stream.ValidationSlices(stream.Config(root=str(pictures), size=16, workers=0))
     results = [evaluate(Halves(), slices, torch.device("cpu"), micro) for micro in (1, 4, 100)]
     x = slices[range(11)].batch.x.numpy().astype(np.float64)
@@ -108,7 +108,7 @@ SPREAD = Metric(
 
 
 def test_a_metric_is_added_in_one_place(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is in the results, the listing, the comparison, the log's line and the protocol."""
+    """The metric is then in the results, the listing, the comparison, the log line and the protocol."""
     monkeypatch.setattr(metrics, "METRICS", [*metrics.METRICS, SPREAD])
     slices = stream.ValidationSlices(stream.Config(root=str(pictures), size=16, workers=0))
     means = slices[range(11)].batch.x.double().mean((2, 3)).numpy()

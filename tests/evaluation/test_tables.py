@@ -20,7 +20,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_runs_stand_side_by_side_and_a_dash_says_that_a_family_has_none() -> None:
+def test_runs_are_side_by_side_with_a_dash_for_missing_numbers() -> None:
     lines = tables.comparison([VAE, VQVAE]).splitlines()
     assert len(lines) == 4  # the held-out images are the same: there is nothing to say of them
     assert len({len(line) for line in lines}) == 1
@@ -50,7 +50,7 @@ def test_bits_of_one_draw_are_said_to_be_the_elbo() -> None:
         assert "--iw" not in text
 
 
-def test_rows_that_do_not_compare_are_said_to() -> None:
+def test_rows_that_are_not_comparable_are_reported() -> None:
     for other in ({"fingerprint": "fedcba9876543210"}, {"size": 32}, {"channels": 3}):
         text = tables.comparison([VAE, {**VQVAE, **other}])
         assert "These rows are not comparable" in text
@@ -71,7 +71,7 @@ def test_a_listing_holds_every_number_once() -> None:
     )
 
 
-def test_the_line_of_a_validation_says_what_there_is() -> None:
+def test_the_line_of_a_validation_has_the_available_numbers() -> None:
     measured = {"psnr": 30.0, "bits_per_dim": 1.25, "active_units": 7, "images": 11, "mse": 0.1, "rate/level0": 0.5}
     assert tables.line(measured) == "bits/dim 1.2500  PSNR 30.00  active units 7"
     usage = {f"codebook{level}/usage": share for level, share in enumerate([0.75, 0.5, 1.0])}

@@ -1,4 +1,4 @@
-"""Checkpoints without a launch: what is written, found damaged, and taken."""
+"""Writing, verifying and choosing checkpoints, without a launcher."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def flip(path: Path, place: int, mask: int = 1) -> None:
 
 
 def forge(saved: Path, name: str, data: bytes) -> None:
-    """Put other bytes in a file's place, and what the manifest says of them."""
+    """Replaces a file's bytes, and its entry in the manifest."""
     (saved / name).write_bytes(data)
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest[name] = {"bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}
@@ -79,7 +79,7 @@ def test_the_newest_and_every_nth_are_kept(tmp_path: Path, keep: int, keep_every
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
-    """Each bit of every file, the manifest among them."""
+    """Flips each bit of every file, including the manifest."""
     (saved,) = save(tmp_path, 5)
     for path in sorted(saved.iterdir()):
         for place, bit in product(range(path.stat().st_size), range(8)):
@@ -112,9 +112,7 @@ def folder(path: Path) -> None:
         (folder, r"model.safetensors cannot be read \(it is not a regular file\)"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_next_newest_taken(
-    tmp_path: Path, harm: Callable[[Path], None], words: str
-) -> None:
+def test_damage_is_reported_and_the_next_newest_used(tmp_path: Path, harm: Callable[[Path], None], words: str) -> None:
     first, second, third = save(tmp_path, 5, 10, 15)
     harm(third / "model.safetensors")
     found = newest(tmp_path / "checkpoints")
@@ -153,7 +151,7 @@ POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("harm", POINTERS)
 def test_latest_is_a_hint(tmp_path: Path, harm: str) -> None:
-    """A wrong one is told, and the newest valid checkpoint taken."""
+    """A wrong `latest` is reported, and the newest valid checkpoint is used."""
     _, second, third = save(tmp_path, 5, 10, 15)
     pointer = tmp_path / "checkpoints" / "latest"
     act, words = POINTERS[harm]
@@ -168,7 +166,7 @@ def test_latest_is_a_hint(tmp_path: Path, harm: str) -> None:
 
 
 def test_a_latest_that_is_right_comes_first(tmp_path: Path) -> None:
-    """So a run goes on from an older checkpoint. What is saved from there on replaces the newer ones of that step."""
+    """A run can so continue from an older checkpoint; later saves replace the newer checkpoints of the same steps."""
     first, _, third = save(tmp_path, 5, 10, 15)
     (tmp_path / "checkpoints" / "latest").write_text("step-00000005\n")
     assert newest(tmp_path / "checkpoints") == (first, [])
@@ -181,14 +179,14 @@ def test_a_latest_that_is_right_comes_first(tmp_path: Path) -> None:
     assert names(tmp_path / "checkpoints") == ["latest", "step-00000010", "step-00000015"]
 
 
-def test_latest_alone_is_no_reason_to_begin_again(tmp_path: Path) -> None:
+def test_latest_without_checkpoints_stops_the_run(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step-00000005\n")
     with pytest.raises(CheckpointError, match="and there are no checkpoints: remove it to start from scratch"):
         newest(tmp_path / "checkpoints")
 
 
-def test_copies_and_what_a_killed_save_leaves_are_never_taken(tmp_path: Path) -> None:
+def test_copies_and_leftovers_of_a_killed_save_are_never_used(tmp_path: Path) -> None:
     (saved,) = save(tmp_path, 5)
     there = tmp_path / "checkpoints"
     for name in (".partial-step-00000010", ".gone-step-00000002", "step-00000020-copy", "step-7"):
@@ -201,8 +199,8 @@ def test_copies_and_what_a_killed_save_leaves_are_never_taken(tmp_path: Path) ->
     assert names(there) == ["latest", "step-00000005", "step-00000010", "step-00000020-copy", "step-7"]
 
 
-def test_only_what_a_killed_save_leaves_is_cleared_away(tmp_path: Path) -> None:
-    """Files, too; what others have put there stays, and hinders no save."""
+def test_only_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
+    """This includes files; other files in the folder stay, and do not prevent a save."""
     there = tmp_path / "checkpoints"
     save(tmp_path, 5)
     (there / ".partial-step-00000010").write_text("a file")
@@ -252,7 +250,7 @@ def device(path: Path) -> None:
 @pytest.mark.parametrize("harm", [pipe, link, device, folder])
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
 def test_only_regular_files_are_read(tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
-    """What has no end, or waits for a writer, would be read for ever."""
+    """Reading an endless file, or a pipe without a writer, would never end."""
     (saved,) = save(tmp_path, 5)
     harm(saved / name)
     assert verify(saved) == [f"{name} cannot be read (it is not a regular file)"]
@@ -267,7 +265,7 @@ def test_latest_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["bytes", "xxh3", "dtype"])
-def test_what_a_checkpoint_says_of_itself_is_made_printable(tmp_path: Path, field: str) -> None:
+def test_text_from_a_checkpoint_is_made_printable(tmp_path: Path, field: str) -> None:
     (saved,) = save(tmp_path, 5)
     if field == "dtype":
         head = json.dumps({"w": {"dtype": "\x1b[31m", "shape": [2], "data_offsets": [0, 8]}}).encode()
@@ -307,7 +305,7 @@ def test_an_entry_that_makes_no_sense_is_damage(tmp_path: Path, entry: object) -
 
 
 def test_a_failed_save_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the disk fails while it is written, or gives back other bytes than it was given."""
+    """The disk fails while the checkpoint is written, or returns other bytes than were written."""
     (saved,) = save(tmp_path, 5, keep=1)
     sync, synced = os.fsync, []
 
@@ -361,7 +359,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
 
 
 class Poison:
-    """Unpickled, it leaves a file behind."""
+    """If unpickled, it creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -373,7 +371,7 @@ class Poison:
 @pytest.mark.parametrize("forged", [False, True])
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer", "state.json", "manifest.json", "latest"])
 def test_a_poisoned_pickle_is_named_and_never_run(tmp_path: Path, name: str, forged: bool) -> None:
-    """Even where the manifest vouches for it; and even where nobody verifies."""
+    """Even if the manifest lists it, and even without verification."""
     poison, ran = pickle.dumps(Poison(tmp_path / "ran")), tmp_path / "ran"
     pickle.loads(poison)
     ran.rmdir()  # it works
@@ -417,6 +415,6 @@ def test_what_is_not_finite_is_named() -> None:
     assert unsound({"model": {"half": -inf.half()}}, []) == "half of model.safetensors"
 
 
-def test_what_would_never_be_kept_is_refused() -> None:
+def test_keep_every_must_be_a_multiple_of_the_interval() -> None:
     with pytest.raises(ConfigError, match=r"keep_every=6 must be a multiple of every\.checkpoint=4"):
         settings.load(TINY, ["run=none", "data.root=none", "keep_every=6"])

@@ -1,4 +1,4 @@
-"""config.yaml of a run against the settings of today."""
+"""The config.yaml of a run compared with the current settings."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def load(run: Path, *overrides: str) -> settings.Config:
 
 
 def begun(run: Path, *overrides: str) -> dict[str, tuple[object, object]]:
-    """What has changed since `run` was begun with tiny.yaml."""
+    """Returns what has changed since `run` was started with tiny.yaml."""
     history.write(load(run), 0, {})
     return history.changes(history.saved_settings(run), load(run, *overrides))
 
@@ -67,7 +67,7 @@ def test_another_kind_of_model_is_one_change(tmp_path: Path) -> None:
 
 
 def edit(run: Path, section: str, **values: object) -> None:
-    """Keys of the run's config.yaml; None: gone."""
+    """Edits keys of the run's config.yaml; None removes one."""
     path = run / "config.yaml"
     found = yaml.safe_load(path.read_text())
     part = found[section] if section else found
@@ -98,7 +98,7 @@ def test_a_config_of_an_older_version(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("text", ["", "[", "model: {kind: nothing}", "model: 3", "steps: many\nmodel: {kind: vqvae}"])
-def test_a_damaged_config_is_said_and_compared_with_nothing(
+def test_a_damaged_config_is_reported_and_not_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     assert history.saved_settings(tmp_path) is None

@@ -1,4 +1,4 @@
-"""One training at a time in a run directory, on real processes."""
+"""Only one training at a time may use a run directory, tested with real processes."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ from vaescale.lifecycle.status import Status
 
 @contextmanager
 def child(act: Callable[[], None]) -> Iterator[int]:
-    """A forked process that does something, says so, and stays; its id."""
+    """Forks a process that does something, reports it, and stays. Returns its id."""
     ready, said = os.pipe()
     pid = os.fork()
     if not pid:
@@ -46,14 +46,14 @@ def child(act: Callable[[], None]) -> Iterator[int]:
 
 
 def take(run: Path, take_over: bool = False) -> None:
-    """And give it back."""
+    """Acquires and releases the lock."""
     with Lock(run, take_over) as one:
         one.acquire()
         assert json.loads((run / ".lock").read_text())["pid"] == os.getpid()  # reading it here drops it: the last thing
     assert (run / ".lock").read_text() == ""
 
 
-def test_the_second_is_refused_and_told_who_is_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_process_is_refused_and_the_first_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with child(Lock(tmp_path).acquire) as pid:
         words = rf"in use by another training, process {pid} on {socket.gethostname()}, SLURM job 4711, since \d{{4}}-"
@@ -68,7 +68,7 @@ def test_the_second_is_refused_and_told_who_is_first(tmp_path: Path, monkeypatch
 
 
 def test_a_killed_one_leaves_no_lock_though_its_workers_live_on(tmp_path: Path) -> None:
-    """As loader workers do for some seconds; they were forked when it held the lock."""
+    """As loader workers do for some seconds; they were forked while it held the lock."""
     workers, said = os.pipe()
 
     def act() -> None:
@@ -88,8 +88,8 @@ def test_a_killed_one_leaves_no_lock_though_its_workers_live_on(tmp_path: Path) 
             os.kill(worker, signal.SIGKILL)
 
 
-def test_of_many_at_the_same_moment_one_wins(tmp_path: Path) -> None:
-    """In a run directory that is not there yet."""
+def test_one_of_many_simultaneous_processes_gets_the_lock(tmp_path: Path) -> None:
+    """In a run directory that does not exist yet."""
     run = tmp_path / "a" / "run"
     go, begin = os.pipe()
     results, answer = os.pipe()
@@ -120,7 +120,7 @@ def test_of_many_at_the_same_moment_one_wins(tmp_path: Path) -> None:
 
 
 def left(run: Path, **values: Any) -> None:
-    """What a process on another host wrote into the file."""
+    """Returns what a process on another host wrote into the file."""
     (run / ".lock").touch()
     holder = {"host": "node7", "boot": "another", "pid": 12, "job": "4711", "since": "2026-01-01 00:00:00 UTC"}
     inode = (run / ".lock").stat().st_ino
@@ -148,7 +148,7 @@ def test_what_another_host_has_left_is_taken_over_on_request(tmp_path: Path, mon
 
 
 def test_what_is_left_by_a_process_of_this_host_is_taken_over(tmp_path: Path) -> None:
-    """Before it booted, or in another container on the same kernel; and what nobody can have written."""
+    """From before a reboot, from another container on the same kernel, and invalid content."""
     for values in ({"host": socket.gethostname()}, {"boot": lock._boot()}, {"inode": 3}, {"pid": "12"}):
         left(tmp_path, **values)
         take(tmp_path)
@@ -167,7 +167,7 @@ def test_a_copy_of_a_run_is_free(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_another_host_holds_is_left_behind_on_request(tmp_path: Path) -> None:
-    """A server may keep the lock of a client that has gone: a new file has a new lock."""
+    """A server may keep the lock of a client that is gone; a new file has a new lock."""
 
     def act() -> None:
         Lock(tmp_path).acquire()
@@ -182,10 +182,10 @@ def test_a_lock_that_another_host_holds_is_left_behind_on_request(tmp_path: Path
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_said(
+def test_a_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
 ) -> None:
-    """What is written in the file then has to do."""
+    """Without locks, the content of the file decides."""
 
     def none(*_: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -201,7 +201,7 @@ def test_a_file_system_without_locks_is_said(
         take(tmp_path)
 
 
-def test_a_directory_that_cannot_be_one_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_used_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     for run in ("file", "file/x", "file/x/y", "run"):
@@ -221,7 +221,7 @@ def test_a_directory_that_cannot_be_one_is_one_sentence(tmp_path: Path, monkeypa
 def test_one_that_fails_before_it_has_the_lock_leaves_the_others_status_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as a second start with the first one's port."""
+    """For example a second start with the port of the first."""
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # other tests of this process have joined
     Status(tmp_path, 0).begin(7)
     with child(Lock(tmp_path).acquire), pytest.raises(Unjoined), Status(tmp_path, 1).recording(lambda: 0):
@@ -232,8 +232,10 @@ def test_one_that_fails_before_it_has_the_lock_leaves_the_others_status_alone(
     assert Status(tmp_path, 0).read()["status"] == "failed"
 
 
-def test_one_that_leaves_at_once_hinders_no_other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a hang, or a second ^C: it names nobody any more, and holds the lock until it is gone."""
+def test_a_process_that_exits_at_once_does_not_block_other_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a hang or a second ^C, the file names no process, although the process keeps the lock until it ends."""
 
     def act() -> None:
         one = Lock(tmp_path)

@@ -1,4 +1,4 @@
-"""state.json: what older versions wrote is read with the defaults of then, and what makes no sense is one sentence."""
+"""state.json: older versions are read with their defaults, and invalid content is refused in one sentence."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_a_state_of_version_1_is_read_with_its_defaults(tmp_path: Path) -> None:
     assert found == {**OLD, "version": 1, "validation_due": False, "since": None}
 
 
-def test_a_state_of_today_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_current_state_is_read_unchanged(tmp_path: Path) -> None:
     assert state.read_checked(write(tmp_path, NEW), state.KEYS) == NEW
     second = {key: value for key, value in NEW.items() if key != "validation_due"} | {"version": 2, "owed": True}
     assert state.read_checked(write(tmp_path / "2", second), state.KEYS) == {**NEW, "version": 2}
@@ -77,14 +77,14 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_what_makes_no_sense_is_named(tmp_path: Path, odd: str) -> None:
+def test_invalid_values_are_named(tmp_path: Path, odd: str) -> None:
     values, words = ODD[odd]
     with pytest.raises(CheckpointError, match=rf"state\.json.*{words}.*use another checkpoint: write its name into"):
         state.read_checked(write(tmp_path, {**NEW, **values}), state.KEYS)
 
 
 @pytest.mark.parametrize("key", [key for key, value in state.KEYS.items() if value.default is ...])
-def test_what_has_always_been_there_may_not_miss(tmp_path: Path, key: str) -> None:
+def test_required_keys_must_exist(tmp_path: Path, key: str) -> None:
     saved = write(tmp_path, {name: value for name, value in NEW.items() if name != key})
     with pytest.raises(CheckpointError, match=rf"state\.json has no {key}: use another"):
         state.read_checked(saved, state.KEYS)
@@ -99,7 +99,7 @@ def test_a_file_that_is_no_state(tmp_path: Path, text: bytes) -> None:
 
 
 def test_a_position_knows_how_its_images_came(tmp_path: Path) -> None:
-    """Also where the batch has changed on the way, once or more, and from a state of version 1 on."""
+    """Also if the batch size has changed once or more, and from a state of version 1."""
     fresh, old = Position(), Position(step=4, images=50)
     for position, first in ((fresh, 0), (old, 4)):
         images = position.images
@@ -113,7 +113,7 @@ def test_a_position_knows_how_its_images_came(tmp_path: Path) -> None:
 
 
 def test_buffers_that_older_versions_saved_are_left_out(tmp_path: Path) -> None:
-    """Those of FSQ and LFQ, which the settings give; none of them could go on."""
+    """Buffers of FSQ and LFQ, which follow from the settings; without this, such runs could not resume."""
     wanted = nn.Linear(3, 1).state_dict()
     saved = checkpoint.save(tmp_path, 4, {"model": {**wanted, "inner.radix": torch.ones(2)}}, NEW, keep=1)
     assert checkpoint.read_fitting(saved, "model", wanted).keys() == wanted.keys()

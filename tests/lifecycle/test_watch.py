@@ -26,7 +26,7 @@ def watching(run: Path) -> Watch:
     return Watch(run, 30.0, 0, Stop(run, 0.0), Status(run, 0), 0, lambda: None)
 
 
-def test_the_timeout_follows_the_longest_gap_of_late(tmp_path: Path, clock: list[float]) -> None:
+def test_the_timeout_follows_the_longest_recent_gap(tmp_path: Path, clock: list[float]) -> None:
     one = watching(tmp_path)
     assert one.limit(30.0) == 360  # the first step
     clock[0] += 200
@@ -61,7 +61,7 @@ def test_validation_has_a_timeout_of_its_own(tmp_path: Path, clock: list[float])
 
 
 class Ticks:
-    """In place of the event: the clock goes on by what is said, or something happens, at each look; then it is over."""
+    """Replaces the event: at each check the clock advances or something happens; then the watch ends."""
 
     def __init__(self, clock: list[float], script: Sequence[float | Callable[[], None]]) -> None:
         self.clock, self.script = clock, list(script)
@@ -79,7 +79,7 @@ class Ticks:
 
 
 def ends(one: Watch, clock: list[float], script: Sequence[float | Callable[[], None]]) -> list[tuple[float, bool]]:
-    """(silent, orphan) of each look at which the process would have ended."""
+    """Returns (silent, orphan) of each check at which the process would have ended."""
     found: list[tuple[float, bool]] = []
     one._over = Ticks(clock, script)  # type: ignore[assignment]
     one._end = lambda silent, limit, orphan: found.append((silent, orphan))  # type: ignore[method-assign]
@@ -126,10 +126,10 @@ def test_a_launcher_that_is_gone_asks_for_a_stop_and_then_ends(
     assert ends(one, clock, [1.0] * 22)[0] == (21.0, True)
 
 
-def test_a_clock_that_is_set_back_hides_no_stop(
+def test_a_clock_that_is_set_back_does_not_hide_a_stop(
     tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The end of the SLURM job alone is a matter of the wall's clock, as it is now."""
+    """Only the end of the SLURM job depends on the wall clock."""
     wall = [1e9]
     monkeypatch.setattr(stops.time, "time", lambda: wall[0])
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(1e9))
@@ -147,7 +147,7 @@ def test_a_clock_that_is_set_back_hides_no_stop(
     assert stop.agreed() == "the end of the SLURM job"
 
 
-def test_an_end_that_is_no_time_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_end_of_the_job_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for odd in ("soon", "nan", "-1", "", "Unknown", "1_0", "inf"):
         monkeypatch.setenv("SLURM_JOB_END_TIME", odd)
         assert Stop(tmp_path, 100.0).until == float("inf")

@@ -1,4 +1,4 @@
-"""Checkpoints that are written beside training, on one process, with a disk that waits until it is told to go on."""
+"""Checkpoints written in parallel with training, on one process, with a disk that waits for a signal."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from vaescale.monitoring.console import Console
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """It syncs only while this is set; at first it is not."""
+    """It syncs only while this event is set; at first it is not."""
     event, sync = threading.Event(), os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -40,7 +40,7 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, disk: threading.Event) -> None:
-    """It holds what was true at its step; `latest` moves when all is written; the next one waits for that."""
+    """It contains the values of its step; `latest` changes once all is written, and the next save waits for that."""
     writing, held, state = writer(tmp_path), tensors(5), {"step": 5, "damaged": {"torn": 0}}
     writing.save(5, held, state, ())
     held["model"]["w"].fill_(-1)
@@ -62,7 +62,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, disk: th
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000010", [])
 
 
-def test_what_is_being_written_is_finished_whatever_happens(tmp_path: Path, disk: threading.Event) -> None:
+def test_a_save_in_progress_is_finished_after_an_error(tmp_path: Path, disk: threading.Event) -> None:
     writing = writer(tmp_path)
     writing.save(5, tensors(5), {}, ())
     threading.Timer(0.2, disk.set).start()
@@ -73,7 +73,7 @@ def test_what_is_being_written_is_finished_whatever_happens(tmp_path: Path, disk
 def test_two_failures_in_a_row_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A save that succeeds forgives those before; the last one of a run must not fail."""
+    """A successful save resets the count; the last save of a run must not fail."""
     sync, broken = os.fsync, False
 
     def fsync(descriptor: int) -> None:
@@ -117,8 +117,8 @@ def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000005", [])
 
 
-def test_room_is_asked_for_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as are kept and the one being written; what older ones of the run take will be free again."""
+def test_disk_space_is_checked_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for the kept checkpoints and the one being written; existing checkpoints of the run will be removed."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30 * 2**30))
     writing = writer(tmp_path / "not" / "yet")
     writing.check_room(10 * 2**30, 100)
