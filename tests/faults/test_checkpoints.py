@@ -222,8 +222,8 @@ def test_what_is_not_finite_is_not_committed(befallen: Path) -> None:
 
 
 SEES = {
-    0: "the checkpoint run/checkpoints/step-00000012, and rank 1 does not",
-    1: "no checkpoint in run, and rank 1 finds some",
+    0: "the checkpoint run/checkpoints/step-00000012, but rank 1 does not",
+    1: "no checkpoint in run, but rank 1 finds some",
 }
 
 
@@ -287,7 +287,9 @@ def test_a_new_run_may_begin_with_the_weights_of_another(befallen: Path, twins: 
 def test_weights_that_do_not_fit_are_one_sentence(befallen: Path) -> None:
     codes, output = end(befallen / "wide")
     assert codes == [2]
-    words = r"error: .*step-00000008 is of another model: \S+ is [0-9×]+ instead of [0-9×]+, .* and \d+ more; set .*\n"
+    words = (
+        r"error: .*step-00000008 is of another model: \S+ is [0-9×]+ instead of [0-9×]+, .* and \d+ more; restore .*\n"
+    )
     assert re.fullmatch(words, output)
     codes, output = end(befallen / "nowhere")
     assert codes == [2]
