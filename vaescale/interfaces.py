@@ -144,6 +144,8 @@ class Model(nn.Module, ABC):
     """A trainable torch module that computes its own loss. Its other capabilities are the protocols that it implements:
     Codec, Bounded, Codebooks, Basis. Callers test for a protocol, never for a class."""
 
+    noise_version: int | None = None  # of nn.noise.normal, as the run began with it; None: the newest
+
     @abstractmethod
     def forward(self, batch: Batch, step: int) -> Output: ...
 

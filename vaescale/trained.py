@@ -50,4 +50,6 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
     if distributed.rank() == 0:
         for remark in remarks:
             print(remark, file=sys.stderr)
-    return model.to(device).eval(), states.read_checked(path, ["step"])["step"]
+    state = states.read_checked(path, ["step", "noise"])
+    model.noise_version = state["noise"]
+    return model.to(device).eval(), state["step"]

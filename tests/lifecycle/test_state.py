@@ -26,7 +26,7 @@ OLD: dict[str, Any] = {
     "order": {"seed": 0, "data.columns": 8, "data": "ba054536"},
 }
 SINCE = {"batch": 12, "step": 0, "images": 0}
-NEW = {**OLD, "version": 3, "validation_due": True, "since": SINCE}
+NEW = {**OLD, "version": 3, "noise": 2, "validation_due": True, "since": SINCE}
 
 
 def write(run: Path, values: Any) -> Path:
@@ -35,13 +35,13 @@ def write(run: Path, values: Any) -> Path:
 
 def test_a_state_of_version_1_is_read_with_its_defaults(tmp_path: Path) -> None:
     found = state.read_checked(write(tmp_path, OLD), state.KEYS)
-    assert found == {**OLD, "version": 1, "validation_due": False, "since": None}
+    assert found == {**OLD, "version": 1, "noise": 1, "validation_due": False, "since": None}
 
 
 def test_a_current_state_is_read_unchanged(tmp_path: Path) -> None:
     assert state.read_checked(write(tmp_path, NEW), state.KEYS) == NEW
-    second = {key: value for key, value in NEW.items() if key != "validation_due"} | {"version": 2, "owed": True}
-    assert state.read_checked(write(tmp_path / "2", second), state.KEYS) == {**NEW, "version": 2}
+    second = {**OLD, "version": 2, "owed": True, "since": SINCE}
+    assert state.read_checked(write(tmp_path / "2", second), state.KEYS) == {**NEW, "version": 2, "noise": 1}
     guard = Guard(10.0, torch.device("cpu"))
     assert state.KEYS["gradient_norms"].sound(guard.state())
 

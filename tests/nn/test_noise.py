@@ -1,9 +1,15 @@
-"""Noise that only the seed and the sample number decide."""
+"""Noise that depends only on the seed and the sample number."""
+
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
+import scipy.special
 import scipy.stats
 import torch
 
+from tests.conftest import Start, finish
 from vaescale.data import order
 from vaescale.nn import noise
 
@@ -26,6 +32,88 @@ def test_it_is_normal_and_independent_over_samples_places_and_keys() -> None:
     columns = draws.permute(0, 2, 1).reshape(32, 2000)
     correlations = torch.corrcoef(torch.cat([columns[:, 1:], columns[:, :-1]])) - torch.eye(64)
     assert correlations.abs().max() < 5.5 / 2000**0.5  # 2016 pairs of independent numbers stay below 4.5 of 1/√n
+
+
+def reference(sample: np.ndarray, count: int, *keys: int) -> np.ndarray:
+    """Box–Muller of the hash's halves in float64."""
+    pairs = -(-count // 2)
+    words = order.mix(*keys, sample[:, None], np.arange(pairs))
+    radius = np.sqrt(-2 * np.log(((words >> np.uint64(32)) + 0.5) / 2**32))
+    angle = 2 * np.pi * ((words & np.uint64(2**32 - 1)) / 2**32)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1)[:, :count]
+
+
+SAMPLES = np.array([0, 1, 7, 2**40, 2**62])
+
+
+@pytest.mark.parametrize("size", [(), (1,), (7,), (5, 4, 4)])
+def test_it_is_box_muller_in_float64(size: tuple[int, ...]) -> None:
+    drawn = noise.normal(torch.from_numpy(SAMPLES), size, 3, 0, 2)
+    assert drawn.shape == (5, *size)
+    wanted = reference(SAMPLES, drawn[0].numel(), 3, 0, 2)
+    assert np.abs(drawn.numpy().reshape(5, -1) - wanted).max() < 5e-6  # the fp32 angle is off by up to 6e-7, times 6.8
+
+
+def test_a_begun_run_keeps_its_noise() -> None:
+    drawn = noise.normal(torch.from_numpy(SAMPLES), (40,), 3, 1, version=1)
+    words = order.mix(3, 1, SAMPLES[:, None], np.arange(40))
+    quantiles = scipy.special.ndtri(((words >> np.uint64(11)) + 0.5) / 2**53)
+    assert np.abs(drawn.numpy() - quantiles).max() < 1e-6
+
+
+def test_both_numbers_of_a_word_are_independent_also_in_size() -> None:
+    """And so are levels, draws and samples: correlations of the numbers and of their squares."""
+    draws = [noise.normal(torch.arange(g, g + 400), (500,), 0, draw, level) for g, draw, level in
+             [(0, 0, 0), (0, 0, 1), (0, 1, 0), (400, 0, 0)]]  # fmt: skip
+    halves = torch.stack([half.flatten() for draw in draws for half in draw.chunk(2, dim=1)]).double()
+    for powers in (halves, halves.square(), halves.abs()):
+        correlations = torch.corrcoef(torch.cat([powers, powers.roll(1, 1)]))
+        off = correlations - torch.eye(len(correlations))
+        assert off.abs().max() < 5.5 / halves.shape[1] ** 0.5
+
+
+def check_kernel(device: str) -> None:
+    """The kernel's numbers are those of the operations on a CPU."""
+    from vaescale.nn.noise_triton import normal  # here, because TRITON_INTERPRET is read at its import
+
+    for count in (0, 1, 2, 7, 2048, 5000):
+        state = noise._mixed(3, 0, count)
+        state = state - 2**64 if state >= 2**63 else state
+        kernel = normal(torch.from_numpy(SAMPLES).to(device), count, state).cpu()
+        assert kernel.shape == (5, count)
+        torch.testing.assert_close(
+            kernel, noise.normal(torch.from_numpy(SAMPLES), (count,), 3, 0, count), rtol=0, atol=1e-6
+        )
+
+
+def test_the_kernel_draws_the_same_in_the_interpreter(start: Start) -> None:
+    """In a process of its own: Triton decides once whether it interprets."""
+    pytest.importorskip("triton")
+    command = "from tests.nn.test_noise import check_kernel; check_kernel('cpu')"
+    code, output = finish(start([sys.executable, "-W", "ignore", "-c", command], TRITON_INTERPRET="1"))
+    assert code == 0, output
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_the_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For T4, A100 and H100."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vaescale.nn import noise_triton as kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kinds = {"sample": "*i64", "numbers": "*fp32", "state": "i64", "count": "i32", "pairs": "i32", "block": "constexpr"}
+    source = ASTSource(kernel._normal, signature=kinds, constexprs={"block": kernel.PAIRS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert ".entry _normal" in compiled.asm["ptx"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_kernel_draws_the_same_on_a_gpu() -> None:
+    check_kernel("cuda")
 
 
 def test_uniform_is_uniform_and_never_an_end() -> None:

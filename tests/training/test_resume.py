@@ -24,7 +24,8 @@ class Kept:
 def test_a_begun_run_keeps_its_order(pictures: Path, tmp_path: Path, written: dict[str, int], followed: int) -> None:
     """A checkpoint from before versions names none, so its run continues with version 1."""
     slices, config = begun(pictures, tmp_path, written)
-    assert resume.resume(config, Kept(), slices).images == 32  # type: ignore[arg-type]
+    position = resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
+    assert (position.images, position.noise) == (32, 1)
     assert slices.order.version == followed
     assert resume.order(config, slices)["version"] == followed
 
@@ -32,7 +33,7 @@ def test_a_begun_run_keeps_its_order(pictures: Path, tmp_path: Path, written: di
 def test_a_new_run_takes_the_newest_order(pictures: Path, tmp_path: Path) -> None:
     slices, config = begun(pictures, tmp_path, {})
     config.run = str(tmp_path / "other")
-    resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
+    assert resume.resume(config, Kept(), slices).noise == 2  # type: ignore[arg-type]
     assert resume.order(config, slices)["version"] == 2
 
 

@@ -11,7 +11,7 @@ from ..data.decode import CAUSES
 from ..files import printable
 from .checkpoint import STATE, CheckpointError, read_state
 
-VERSION = 3  # version 1 did not record its number and has no "since"
+VERSION = 3  # version 1 did not record its number and has no "since"; "noise" is new in version 3
 RENAMED = {"owed": "validation_due"}  # since version 3; the first files have neither
 MOST = 2**60  # bound on counts such as steps and images
 GUARD = ("count", "mean", "variance", "run", "share")  # the guard's statistics of gradient norms
@@ -75,6 +75,7 @@ KEYS = {
     "damaged": Key(causes, "counts by cause", {}),
     "alarms": Key(names, "a list of names", []),
     "validation_due": Key(lambda value: isinstance(value, bool), "true or false", False),
+    "noise": Key(lambda value: whole(value) and value > 0, "a whole number, 1 or more", 1),
     "order": Key(order, "numbers and words by name"),
     # Keys of Descent:
     "optimizer_steps": Key(whole, "a whole number, 0 or more"),

@@ -198,7 +198,8 @@ class Variational(Model):
         """Draw z from q with noise that depends only on the seed, the keys, the level and the sample number."""
 
         def draw(level: int, q: Normal) -> Tensor:
-            return q.draw(noise.normal(sample, tuple(q.mean.shape[1:]), self.seed, *keys, level))
+            size = tuple(q.mean.shape[1:])
+            return q.draw(noise.normal(sample, size, self.seed, *keys, level, version=self.noise_version))
 
         return draw
 

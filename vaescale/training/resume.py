@@ -11,6 +11,7 @@ from ..data.stream import TrainSlices
 from ..lifecycle import checkpoint
 from ..lifecycle import state as states
 from ..lifecycle.checkpoint import CheckpointError
+from ..nn.noise import VERSION
 from ..settings import Config
 from .learner import Learner
 
@@ -26,6 +27,7 @@ class Position:
         default_factory=list
     )  # names of what had collapsed at the last report: codebooks, latents
     validation_due: bool = False  # this step's validation is pending: a stop cut it short
+    noise: int = VERSION  # version of the noise of the run's models
     since: dict[str, int] | None = None  # the current batch size, and the step and images at which it began
 
     def advance(self, batch: int) -> None:

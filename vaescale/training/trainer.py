@@ -68,6 +68,7 @@ class Trainer:
         samples = len(self.slices.samples.index)
         self.learner = LEARNERS[MODELS[config.model.kind].learner](self.model, config, samples)
         self.position = resume.resume(config, self.learner, self.slices)
+        self.model.noise_version = self.learner.averaged.noise_version = self.position.noise
         self.order = resume.order(config, self.slices)
         if self.position.validation_due:  # unless an earlier process has done it since the checkpoint
             self.position.validation_due = not distributed.tell(validated(self.run, self.position.step))
