@@ -200,9 +200,9 @@ class VectorQuantizer(Quantizer):
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         total = len(rows) * distributed.world()
-        drawn = torch.randperm(total, generator=generator)[: self.config.codebook_size].to(
-            rows.device, non_blocking=True
-        )
+        drawn = torch.randperm(total, generator=generator)[: self.config.codebook_size]
+        if rows.device.type != "cpu":
+            drawn = drawn.pin_memory().to(rows.device, non_blocking=True)  # from pageable memory the copy would wait
         place = drawn.repeat(-(-self.config.codebook_size // len(drawn)))[: self.config.codebook_size]
         place = place - distributed.rank() * len(rows)
         mine = (place >= 0) & (place < len(rows))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import config as mechanics
 from .. import distributed
@@ -37,12 +38,13 @@ class Window:
     waited: float = 0.0  # for data
     paused: float = 0.0  # for validation and saving
     begun: float = field(default_factory=time.monotonic)
-    sums: Tensors = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)  # of the metrics, which are the same in all steps
+    sums: Tensor = torch.zeros(())  # fp32 [names]
 
     def add(self, metrics: Tensors) -> None:
+        values = torch.stack(list(metrics.values()))  # in one tensor, so that a step adds them in one kernel
         self.steps += 1
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        self.names, self.sums = list(metrics), values + self.sums
 
     @property
     def seconds(self) -> float:
@@ -86,11 +88,9 @@ class Reporter:
         """Report the means over the window and all ranks. Nothing else between checkpoints waits for the device.
         Collective."""
         window, position = self.window, self.position
-        names = sorted(window.sums)
-        sums = torch.stack([window.sums[name].to(self.device) / window.steps for name in names])
-        totals = distributed.sum_(sums.double()).tolist()
+        totals = distributed.sum_(window.sums.to(self.device, torch.float64) / window.steps).tolist()
         seconds = window.seconds
-        means = {name: total / distributed.world() for name, total in zip(names, totals, strict=True)}
+        means = {name: total / distributed.world() for name, total in zip(window.names, totals, strict=True)}
         values = self.learner.report(means, position.step)
         if isinstance(self.model, Codebooks):
             quantizers = self.model.quantizers()

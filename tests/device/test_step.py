@@ -1,0 +1,150 @@
+"""Everything in a training step lies on the device, and nothing in it waits for the host."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+
+from tests.device.pretended import HostCopy, batch_on, moved, pretended
+from vaescale import settings
+from vaescale.evaluation.metrics import METRICS
+from vaescale.evaluation.metrics.metric import Seen
+from vaescale.interfaces import Bounded, Codebooks, Codec
+from vaescale.models import MODELS
+from vaescale.nn import likelihood, quantize
+from vaescale.nn.covariance import Moments
+from vaescale.settings import Config
+from vaescale.training.ema import WeightEMA
+from vaescale.training.guard import Guard
+
+IMAGES = 4
+STAGES = "encoder=[{size: 16, blocks: 1}, {size: 8, blocks: 1}] decoder=[{size: 8, blocks: 1}, {size: 16, blocks: 2}]"
+SMALL = {  # settings that make a family small; a new one needs an entry only if its defaults are large
+    "vdvae": [
+        f"model.{one}" for one in ("width=8", "bottleneck=4", *STAGES.replace(" decoder", "|decoder").split("|"))
+    ],
+    "vqvae": ["model.width=8", "model.quantizer.dim=8", "model.quantizer.codebook_size=24"],
+}
+KINDS = get_args(get_type_hints(quantize.Config)["kind"])
+FITTING = {  # settings without which a kind of quantiser cannot be
+    "fsq": ["codebook_dim=3", "levels=[4,3,2]".replace("2", "3"), "codebook_size=36"],
+    "lfq": ["codebook_size=256", "entropy_weight=0.1"],
+}
+COMBINED = {
+    "gradient": ["learning=gradient"],
+    "cosine": ["metric=cosine", "codebook_dim=4", "gradient=rotation"],
+    "k-means": ["init=kmeans"],
+    "residual": ["depth=2", "groups=2"],
+    "entropy": ["entropy_weight=0.1"],
+}
+LIKELIHOODS = get_args(get_type_hints(likelihood.Config)["kind"])
+
+
+def cases() -> dict[str, list[str]]:
+    found = {kind: [f"model.kind={kind}", *SMALL.get(kind, [])] for kind in MODELS}
+    for kind in KINDS:
+        found[f"vqvae, {kind}"] = [
+            *found["vqvae"],
+            *(f"model.quantizer.{one}" for one in [f"kind={kind}", *FITTING.get(kind, [])]),
+        ]
+    for name, given in COMBINED.items():
+        found[f"vqvae, {name}"] = [*found["vqvae"], *(f"model.quantizer.{one}" for one in given)]
+    for kind in LIKELIHOODS:
+        found[f"vae, {kind}"] = [*found["vae"], f"model.likelihood.kind={kind}"]
+    found["vae, conditional"] = [*found["vae"], "model.classes=3", "model.label_dropout=0.1", "data.attributes=[age]"]
+    found["vae, free bits"] = [*found["vae"], "model.free_bits=0.1", "model.beta_warmup_steps=9"]
+    found["hvae, top-down"] = [*found["hvae"], "model.posterior=top-down"]
+    found["vdvae, checkpointing"] = [*found["vdvae"], "model.checkpointing=true"]
+    return found
+
+
+CASES = cases()
+
+
+@pytest.fixture
+def load(tmp_path: Any) -> Callable[[list[str]], Config]:
+    def load(overrides: list[str]) -> Config:
+        path = tmp_path / "config.yaml"
+        path.write_text("model: {}\ndata: {size: 16}\n")
+        return settings.load(path, ["precision=fp32", *overrides])
+
+    return load
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if MODELS[name.split(",")[0]].learner == "descent"])
+def test_a_training_step_neither_mixes_devices_nor_waits(name: str, load: Callable[[list[str]], Config]) -> None:
+    config = load(CASES[name])
+    with pretended() as gpu:
+        model = moved(settings.build(config), gpu).train()
+        batch = batch_on(settings.blank(config, IMAGES), gpu)
+        guard, ema = Guard(10.0, gpu), WeightEMA(model, 0.9)
+        for step in (0, 1, 10):
+            output = model(batch, step)
+            output.loss.backward()
+            model.update(step, 1e-3)
+            norm = torch.ones((), device=gpu)
+            why = guard.judge(norm, norm > 2)
+            ema.update(model, step, guard.spoilt(why).float())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_neither_mixes_devices_nor_waits(name: str, load: Callable[[list[str]], Config]) -> None:
+    config = load(CASES[name])
+    with pretended() as gpu, torch.no_grad():
+        model = moved(settings.build(config), gpu).eval()
+        batch = batch_on(settings.blank(config, IMAGES), gpu)
+        assert isinstance(model, Codec)
+        model.encode(batch, 1.0)
+        latents = model.encode(batch)
+        images = model.decode(latents, batch.condition)
+        with suppress(ValueError):  # it has no prior
+            model.decode([], batch.condition, 0.7, draw=True)
+        if isinstance(model, Bounded):
+            model.bound(batch, 3)
+        if isinstance(model, Codebooks):
+            model.usage(clear=True)
+        seen = Seen(model, batch, (images.clamp(0, 1) * 255).to(torch.uint8), latents, draws=2)
+        for metric in METRICS:
+            metric.sums(seen)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if MODELS[name.split(",")[0]].learner == "closed_form"])
+def test_counting_neither_mixes_devices_nor_waits(name: str, load: Callable[[list[str]], Config]) -> None:
+    config = load(CASES[name])
+    with pretended() as gpu, torch.no_grad():
+        model = moved(settings.build(config), gpu)
+        batch = batch_on(settings.blank(config, IMAGES), gpu)
+        moments = moved(Moments(len(model.mean)), gpu)
+        model.count(moments, batch, batch.label >= 0)
+
+
+class Mixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() + torch.arange(16)
+
+
+class Waiting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2 if x.float().mean() > 3 else x
+
+
+class Copied(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() + torch.arange(16.0).to(x.device)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        (Mixed, FakeTensorDeviceMismatchError, "gpu"),
+        (Waiting, DataDependentOutputException, "_local_scalar_dense"),
+        (Copied, HostCopy, "cpu → gpu"),
+    ],
+)
+def test_planted_faults_are_found(fault: type[nn.Module], error: type[Exception], words: str) -> None:
+    with pretended() as gpu, pytest.raises(error, match=words):
+        fault()(torch.empty(2, 3, 16, 16, dtype=torch.uint8, device=gpu))
