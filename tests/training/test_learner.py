@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from vaescale import settings
 from vaescale.advice.dry_run import dry_run
@@ -93,3 +94,5 @@ def test_activations_are_counted() -> None:
             module.register_forward_pre_hook(count)
     counted = activation_bytes(model, config)
     assert 0.8 * inputs < counted < 2 * inputs
+    with FakeTensorMode():
+        assert activation_bytes(settings.build(config), config) == counted

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from torch._subclasses import FakeTensorMode
+
 from .. import config as mechanics
 from ..data.index import Index
 from ..files import readable_size
@@ -15,10 +17,11 @@ def dry_run(config: Config, world: int) -> str:
     """Returns the resolved config, the batch arithmetic, the number of parameters, and the memory of one rank. Raises
     ConfigError; raises DataError if the number of steps depends on the training images and there is no index."""
     micro = micro_batch(config, world)
-    model = build(config)
     learner = LEARNERS[MODELS[config.model.kind].learner]
     config = replace(config, steps=learner.planned(config, lambda: len(Index(Path(config.data.root) / "train"))))
-    memory = learner.memory(model, config, world)
+    with FakeTensorMode():  # propagates shapes without computing anything
+        model = build(config)
+        memory = learner.memory(model, config, world)
     parts = ", ".join(f"{name} {readable_size(value)}" for name, value in memory.items())
     lines = [
         mechanics.to_yaml(config),

@@ -59,7 +59,9 @@ class Descent:
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         count = self.config.accumulation
         names: list[str] = []
-        totals: list[Tensor] = []  # per micro-batch, all metrics in one tensor: a kernel for all instead of three for each
+        totals: list[
+            Tensor
+        ] = []  # per micro-batch, all metrics in one tensor: a kernel for all instead of three for each
         before = [buffer.clone() for buffer in self.model.buffers()]
         for number, batch in enumerate(batches, start=1):
             loss, metrics = self.engine.forward(batch, step)[:2]  # the reconstruction is freed before the backward pass
@@ -204,16 +206,16 @@ def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]
 
 
 def activation_bytes(model: nn.Module, config: Config) -> int:
-    """Returns the bytes that one image keeps for the backward pass, counted in a real forward pass on the CPU."""
-    held: dict[int, int] = {}
+    """Returns the bytes that one image keeps for the backward pass, counted in a forward pass. The model may be fake."""
+    held: dict[int, torch.UntypedStorage] = {}  # by address of the storage, which fake tensors have, too
 
     def hold(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            held[storage._cdata] = storage
         return tensor
 
     model.eval()  # in training mode a forward pass keeps rows for `update`, which is not called here
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         model(blank(config, 1), 0)
-    return sum(held.values()) // (1 if config.precision == "fp32" else 2)
+    return sum(storage.nbytes() for storage in held.values()) // (1 if config.precision == "fp32" else 2)
