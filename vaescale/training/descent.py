@@ -206,8 +206,8 @@ def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]
 
 
 def activation_bytes(model: nn.Module, config: Config) -> int:
-    """Returns the bytes that one image keeps for the backward pass, counted in a forward pass. The model may be fake."""
-    held: dict[int, torch.UntypedStorage] = {}  # by address of the storage, which fake tensors have, too
+    """Returns the bytes that one image keeps for the backward pass, counted in a forward pass."""
+    held: dict[int, torch.UntypedStorage] = {}  # by an address that fake tensors have, too
 
     def hold(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):

@@ -39,7 +39,7 @@ class Window:
     paused: float = 0.0  # for validation and saving
     begun: float = field(default_factory=time.monotonic)
     names: list[str] = field(default_factory=list)  # of the metrics, which are the same in all steps
-    sums: Tensor = torch.zeros(())  # fp32 [names]
+    sums: Tensor | float = 0.0  # fp32 [names]
 
     def add(self, metrics: Tensors) -> None:
         values = torch.stack(list(metrics.values()))  # in one tensor, so that a step adds them in one kernel
@@ -88,7 +88,8 @@ class Reporter:
         """Report the means over the window and all ranks. Nothing else between checkpoints waits for the device.
         Collective."""
         window, position = self.window, self.position
-        totals = distributed.sum_(window.sums.to(self.device, torch.float64) / window.steps).tolist()
+        sums = torch.as_tensor(window.sums, dtype=torch.float64, device=self.device)
+        totals = distributed.sum_(sums / window.steps).tolist()
         seconds = window.seconds
         means = {name: total / distributed.world() for name, total in zip(window.names, totals, strict=True)}
         values = self.learner.report(means, position.step)
