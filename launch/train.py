@@ -76,8 +76,6 @@ def main(given: argparse.Namespace) -> int:
         ):  # the same on all ranks
             say(error)
         return error.exit_code
-    finally:
-        distributed.finish()
 
 
 def say(error: Exception) -> None:
@@ -86,4 +84,9 @@ def say(error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(given))
+    try:
+        code = main(given)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    distributed.leave(code, together=code in (0, PREEMPTED_CODE))

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -133,6 +133,20 @@ def _met(place: Place, wait: timedelta) -> dist.Store:
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int, together: bool) -> NoReturn:
+    """Exit with this code. together: all ranks exit with it now.
+
+    A rank that exits alone does not leave the process group: NCCL would wait for the others, which may be inside a
+    collective, and the launcher would not learn that this rank has failed.
+    """
+    if together or world() == 1:
+        finish()
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def world() -> int:

@@ -230,6 +230,20 @@ def _at_step(step: int, act: Callable[[], None]) -> None:
     Descent.step = stepped
 
 
+def fail(out: Path, step: int) -> None:
+    """Raise an error that nobody foresaw, in step `step`."""
+
+    def act() -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    _at_step(step, act)
+
+
+def cling(out: Path) -> None:
+    """Let the process group hang when it is destroyed, as NCCL does while another rank is inside a collective."""
+    torch.distributed.destroy_process_group = lambda *_: time.sleep(600)
+
+
 def starve(out: Path, seconds: float, steps: int) -> None:
     """Delay the data of this rank by `seconds` in each of the first steps."""
     whole = trainer.Trainer.batches
@@ -398,6 +412,8 @@ FAULTS: dict[str, Callable[..., None]] = {
     "touch unseen": touch_unseen,
     "hang": hang,
     "stand": stand,
+    "fail": fail,
+    "cling": cling,
     "starve": starve,
     "dawdle": dawdle,
     "draw slowly": draw_slowly,

@@ -46,7 +46,7 @@ def job(
 ) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     given = {"world": world, "out": str(out), "command": list(command), "faults": faults}
-    return {"task": "launch", **given, "code": -9 if killed else 0}
+    return {"task": "launch", **given, "code": -9 if killed else None}
 
 
 def train(run: Path, pictures: Path, *given: str, world: int = 1) -> list[str]:

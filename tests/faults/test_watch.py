@@ -27,7 +27,11 @@ RUN = [sys.executable, "launch/run.py"]
 SOON = 30.0  # seconds within which all processes of a run end after its launcher is gone
 
 
-LOST: dict[str, list[Any]] = {"a rank": ["kill", 1, 6], "a worker": ["kill worker", 1, 6]}
+LOST: dict[str, list[Any]] = {
+    "a rank": ["kill", 1, 6],
+    "a worker": ["kill worker", 1, 6],
+    "an error": ["fail", 1, 6],
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,8 @@ def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     several = (*slow[:1], "data.workers=1", "hang_timeout=60")
     for name, fault in LOST.items():
         command = train(folder / name / "run", pictures, *several, world=2)
-        jobs.append({**job(folder / name, command, fault, world=2), "code": None, "patience": 60.0})
+        given_faults = [fault, ["cling", 0], ["cling", 1]]
+        jobs.append({**job(folder / name, command, *given_faults, world=2), "code": None, "patience": 60.0})
     doctor = [str(ROOT / "launch" / "doctor.py"), *train(folder / "new" / "run", pictures, world=2)[1:]]
     jobs.append(job(folder / "well", doctor, world=2))
     jobs.append(job(folder / "ill", [*doctor, "init_from=nowhere"], world=2))
@@ -97,8 +102,9 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(befallen: Path) -> None:
 
 
 @pytest.mark.parametrize("what", LOST)
-def test_a_rank_or_a_worker_that_is_killed_ends_the_run(befallen: Path, what: str) -> None:
-    """The others end on their own, long before a launcher would kill them, and the status says why."""
+def test_a_rank_or_a_worker_that_is_killed_or_fails_ends_the_run(befallen: Path, what: str) -> None:
+    """The others end on their own, long before a launcher would kill them, though their process groups could not be
+    destroyed, and the status says why."""
     out = befallen / what
     codes, output = end(out)
     found = status(out / "run")
@@ -109,6 +115,10 @@ def test_a_rank_or_a_worker_that_is_killed_ends_the_run(befallen: Path, what: st
     if what == "a rank":
         assert codes == [1, None], output
         assert found["rank"] == 0
+    elif what == "an error":
+        assert codes == [1, 1], output
+        assert "RuntimeError: nobody foresaw this" in (out / "output-1.txt").read_text()
+        assert (found["rank"], found["why"]) == (1, "RuntimeError: nobody foresaw this")
     else:
         assert codes[1] == 2
         assert codes[0] not in (0, None)
