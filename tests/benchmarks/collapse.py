@@ -43,7 +43,7 @@ LEVELS = {512: [8, 8, 8], 2048: [8, 8, 6, 5], 8192: [8, 8, 5, 5, 5], 16384: [8, 
 MEASURES = {"usage": "{:.1%}", "perplexity": "{:.0f}", "psnr": "{:.2f}", "seconds": "{:.0f}"}
 Line = dict[str, Any]
 UNIFORM: dict[str, Any] = {"init": "uniform", "reset_every": 0}
-NARROW: dict[str, Any] = {"metric": "cosine", "project": 8}
+NARROW: dict[str, Any] = {"metric": "cosine", "codebook_dim": 8}
 REMEDIES: dict[str, dict[str, Any]] = {
     "none, codes by gradient": {**UNIFORM, "learning": "gradient"},
     "none, codes by EMA": UNIFORM,
@@ -56,7 +56,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "cosine in 8 channels, first batch, resets": NARROW,
     "SimVQ": {"kind": "simvq"},
     "FSQ": {"kind": "fsq"},
-    "LFQ": {"kind": "lfq", "entropy": 0.1},
+    "LFQ": {"kind": "lfq", "entropy_weight": 0.1},
 }
 
 
@@ -82,12 +82,12 @@ def main() -> int:
 
 
 def model(remedy: str, codes: int) -> Config:
-    settings = {"codes": codes, **REMEDIES[remedy]}
+    settings = {"codebook_size": codes, **REMEDIES[remedy]}
     if remedy == "FSQ":
         levels = LEVELS[codes]
-        settings |= {"levels": levels, "codes": math.prod(levels), "project": len(levels)}
+        settings |= {"levels": levels, "codebook_size": math.prod(levels), "codebook_dim": len(levels)}
     elif remedy == "LFQ":
-        settings |= {"project": codes.bit_length() - 1}
+        settings |= {"codebook_dim": codes.bit_length() - 1}
     return Config(width=WIDTH, quantizer=quantize.Config(**settings))
 
 

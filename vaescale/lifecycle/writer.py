@@ -53,7 +53,7 @@ class Writer:
                     f"{count} checkpoints of {readable_size(size)} (keep_last={self.keep}, one being written"
                     f"{f', and those of keep_every={self.keep_every}' if self.keep_every else ''}) do not fit into "
                     f"{self.folder}: {readable_size(free)} are free, and existing checkpoints take "
-                    f"{readable_size(held)}: free disk space, lower keep, or give another run=…"
+                    f"{readable_size(held)}: free disk space, lower keep_last, raise keep_every, or give another run=…"
                 )
         if error := distributed.tell(error):
             raise CheckpointError(error)
