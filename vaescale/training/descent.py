@@ -180,8 +180,8 @@ def grouped(name: str) -> str:
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
-    """Returns the learning rate of a step: linear warm-up, then half a cosine from `lr` to `final_lr_ratio`·`lr` (Loshchilov,
-    Hutter 2017, equation 5)."""
+    """Returns the learning rate of a step: linear warm-up, then half a cosine from `lr` to `final_lr_ratio`·`lr`
+    (Loshchilov, Hutter 2017, equation 5)."""
     warm = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
     progress = min(1.0, max(0, step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
     cosine = optimizer.final_lr_ratio + (1 - optimizer.final_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
