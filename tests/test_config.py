@@ -322,8 +322,9 @@ def test_numbers_are_decimal(tmp_path: Path, way: str) -> None:
             assert len(str(error.value)) < 300
     assert given(["zero_stage=1.0", "data.channels=01"]).zero_stage == 1
     for text in ("1.5", "true", "x", ""):
-        with pytest.raises(ConfigError):
-            read("zero", text)
+        expected = f"zero_stage={text} must be one of 0, 1, 2$" if text else "zero_stage= has no value: "
+        with pytest.raises(ConfigError, match=expected):
+            read("zero_stage", text)
 
 
 def test_what_is_true_and_what_is_false() -> None:

@@ -75,7 +75,7 @@ def test_a_signal_requeues_the_job_and_the_bits_are_the_same(
     assert slurm.wait_for(job) == "COMPLETED", slurm.log(job)
     assert slurm.job(job, "Restarts") == "1"
     log = slurm.log(job)
-    assert [int(life) for life in re.findall(r"^== life (\d) of job", log, re.MULTILINE)] == [0, 1]
+    assert [int(attempt) for attempt in re.findall(r"^== attempt (\d) of job", log, re.MULTILINE)] == [0, 1]
     assert "by SIGUSR1, run the same command to continue" in log
     assert "resumes at step" in log
     one_curve(run)
@@ -156,7 +156,7 @@ def test_a_sweep_and_what_follows_it(slurm: Slurm, pictures: Path, tmp_path: Pat
     runs = [run / f"seed={seed}" for seed in (1, 2)]
     wait(lambda: all((one / "evaluation.json").exists() for one in runs), f"the evaluation after job {job}", 180)
     assert [status(one)["status"] for one in runs] == ["finished"] * 2
-    assert [f"seed: {seed}\n" in (one / "config.yaml").read_text() for seed, one in zip((1, 2), runs, strict=True)]
+    assert all(f"seed: {seed}\n" in (one / "config.yaml").read_text() for seed, one in zip((1, 2), runs, strict=True))
 
 
 @pytest.mark.long
