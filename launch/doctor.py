@@ -44,8 +44,6 @@ def main(given: argparse.Namespace) -> int:
     except distributed.Misplaced as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    finally:
-        distributed.finish()
 
 
 def before(path: str, overrides: list[str]) -> int:
@@ -75,4 +73,5 @@ def report(findings: Iterable[Finding]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(given))
+    code = main(given)
+    distributed.leave(code, together=code == 0)

@@ -76,8 +76,6 @@ def main(given: argparse.Namespace) -> int:
             wrong += write(run, results, picture, given.out)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
         wrong.append(str(error))
-    finally:
-        distributed.finish()
     if distributed.place().rank == 0 and results:
         print(tables.listing(results[0]) if len(results) == 1 else tables.comparison(results))
         if not wrong and not given.out and len(results) == 1:
@@ -175,4 +173,5 @@ def evaluate_run(
 
 
 if __name__ == "__main__":
-    sys.exit(main(given))
+    code = main(given)
+    distributed.leave(code, together=code == 0)

@@ -76,8 +76,6 @@ def main(given: argparse.Namespace) -> int:
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced, Unsupported) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        distributed.finish()
 
 
 def load(given: argparse.Namespace) -> tuple[Subject, int]:
@@ -151,4 +149,5 @@ def check(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(given))
+    code = main(given)
+    distributed.leave(code, together=code == 0)

@@ -43,7 +43,9 @@ class Batch(NamedTuple):
 
 class Output(NamedTuple):
     loss: Tensor  # scalar, fp32
-    metrics: dict[str, Tensor]  # scalars, detached, means over the batch; "group/name", or "name" for group "train"
+    # Scalars, detached, means over the batch, by "group/name", or "name" for group "train". The names and their order
+    # are the same in all steps.
+    metrics: dict[str, Tensor]
     reconstruction: Tensor | None  # [B, C, H, W], in [0, 1] up to overshoot
 
 
@@ -131,6 +133,16 @@ class Codebooks(Protocol):
 
 
 @runtime_checkable
+class KLWeighted(Protocol):
+    """A codec whose loss contains a weighted KL. It reports "rate", or a rate for each level."""
+
+    def kl_settings(self) -> Any:
+        """Returns the settings that decide whether the latents collapse: beta, beta_warmup_steps, free_bits and
+        likelihood."""
+        ...
+
+
+@runtime_checkable
 class Basis(Protocol):
     """A codec with a linear decoder."""
 
@@ -142,7 +154,7 @@ class Basis(Protocol):
 
 class Model(nn.Module, ABC):
     """A trainable torch module that computes its own loss. Its other capabilities are the protocols that it implements:
-    Codec, Bounded, Codebooks, Basis. Callers test for a protocol, never for a class."""
+    Codec, Bounded, Codebooks, KLWeighted, Basis. Callers test for a protocol, never for a class."""
 
     noise_version: int | None = None  # of nn.noise.normal, as the run began with it; None: the newest
 

@@ -4,6 +4,8 @@ import inspect
 import math
 import multiprocessing.queues
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from tests.integration.probe import broken
 from vaescale import settings
 from vaescale.config import ConfigError
 from vaescale.interfaces import Batch
+from vaescale.lifecycle import checkpoint
+from vaescale.lifecycle import state as states
 from vaescale.training.descent import Descent, learning_rate
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import Engine, deepspeed_config
@@ -80,7 +84,7 @@ def test_one_step_is_that_of_plain_torch(group: None) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_two_engines_share_a_step_and_a_verdict(group: None, zero: int) -> None:
+def test_two_engines_share_a_step_a_verdict_and_a_checkpoint(group: None, tmp_path: Path, zero: int) -> None:
     """A critic and what it judges, of two micro-batches, against plain torch, bit for bit. In the first one's pass the
     critic is called without its engine and frozen. In the third step the critic's gradient is not finite: neither
     moves."""
@@ -105,7 +109,7 @@ def test_two_engines_share_a_step_and_a_verdict(group: None, zero: int) -> None:
     maker, judge = nets()
     engines = {
         "maker": Engine(maker, optimizer, "fp32", zero, 5, 2),
-        "judge": Engine(judge, optimizer, "fp32", zero, 5, 2),
+        "judge": Engine(judge, optimizer, "fp32", zero, 5, 2, name="critic"),
     }
     plain = dict(zip(engines, nets(), strict=True))
     adams = {
@@ -134,6 +138,20 @@ def test_two_engines_share_a_step_and_a_verdict(group: None, zero: int) -> None:
             adams[name].zero_grad()
             for ours, theirs in zip(engine.module.parameters(), plain[name].parameters(), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+    files = {name: tensors for engine in engines.values() for name, tensors in engine.tensors().items()}
+    state = {name: value for engine in engines.values() for name, value in engine.state().items()}
+    saved = checkpoint.save(tmp_path, len(data), files, state, keep=1)
+    assert {path.stem for path in saved.glob("*.safetensors")} == {"model", "optimizer", "critic", "critic_optimizer"}
+    read = states.read_checked(saved, state)
+    assert (read["optimizer_steps"], read["critic_optimizer_steps"]) == (len(data) - 1, len(data) - 1)
+    for net, (name, before) in zip(nets(), engines.items(), strict=True):
+        for parameter in net.parameters():
+            nn.init.zeros_(parameter)
+        after = Engine(net, optimizer, "fp32", zero, 5, 2, name=before.name)
+        after.load(partial(checkpoint.read_fitting, saved), read)
+        for file, tensors in after.tensors().items():
+            assert all(torch.equal(value, files[file][key]) for key, value in tensors.items()), (name, file)
 
 
 def test_private_methods_of_libraries_that_we_use_exist() -> None:

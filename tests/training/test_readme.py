@@ -1,5 +1,6 @@
 """Trains the model from the page on adding a model, like any other model."""
 
+import copy
 import importlib.util
 import re
 from pathlib import Path
@@ -40,3 +41,5 @@ def test_the_model_of_the_page_trains(group: None, tmp_path: Path, monkeypatch: 
     assert losses[-1] < 0.2 * losses[0]
     assert isinstance(model, Codec)
     assert model.decode(model.encode(batch)).shape == x.shape
+    half = copy.deepcopy(model).half()  # the weights under DeepSpeed's fp16 engine
+    torch.testing.assert_close(half(batch, 0).loss, model(batch, 0).loss, rtol=0.01, atol=0)

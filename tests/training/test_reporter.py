@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vaescale import settings
 from vaescale.advice import postmortem
 from vaescale.interfaces import Batch
+from vaescale.models.variational import Variational
 from vaescale.training.descent import grouped
 from vaescale.training.flops import per_image
 from vaescale.training.reporter import COMPARED, Reporter, compared
@@ -106,3 +107,12 @@ def test_a_collapse_is_reported_once_and_kept_for_the_doctor(tmp_path: Path) -> 
     }
     (text,) = events.Tensors("latents/alarm/text_summary")
     assert sentence in text.tensor_proto.string_val[0].decode()
+
+
+def test_a_model_that_only_reports_a_rate_has_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The alarm advises on settings that only a KLWeighted model has."""
+    monkeypatch.delattr(Variational, "kl_settings")
+    reporter, said = trained(tmp_path, "tiny_hvae.yaml", BLIND, range(400, 600))
+    reporter.close("")
+    assert len(said) == 4
+    assert not any("latents" in line for line in said)

@@ -21,6 +21,7 @@ from .parallel import alone, in_processes
 from .tar import BLOCK, Fields
 
 PLAN = "prepared.json"  # records what the shards of a folder are made from
+RENAMED = {"most_megapixels": "max_megapixels"}  # its keys before version 0.2
 SAMPLED = 64  # pictures re-encoded to estimate how many fill a shard
 
 
@@ -205,7 +206,8 @@ def _refuse_others(job: Job) -> None:
     if not (out / PLAN).exists() and not _written(out):
         return
     try:
-        before = {**asdict(Settings()), **read_json(out / PLAN)}  # older versions had fewer settings
+        read = {RENAMED.get(key, key): value for key, value in read_json(out / PLAN).items()}
+        before = {**asdict(Settings()), **read}  # older versions had fewer settings
     except (FileNotFoundError, ValueError, TypeError):
         raise DataError(f"{out} already contains shards that were not made by prepare: give an empty --out") from None
     if before != plan:

@@ -11,8 +11,8 @@ from ..data.decode import CAUSES
 from ..files import printable
 from .checkpoint import STATE, CheckpointError, read_state
 
-VERSION = 3  # version 1 did not record its number and has no "since"; "noise" is new in version 3
-RENAMED = {"owed": "validation_due"}  # since version 3; the first files have neither
+VERSION = 3  # version 1 did not record its number and has no "since"; version 2 has no "noise"
+RENAMED = {"owed": "validation_due"}  # names before version 3
 MOST = 2**60  # bound on counts such as steps and images
 GUARD = ("count", "mean", "variance", "run", "share")  # the guard's statistics of gradient norms
 
@@ -77,12 +77,16 @@ KEYS = {
     "validation_due": Key(lambda value: isinstance(value, bool), "true or false", False),
     "noise": Key(lambda value: whole(value) and value > 0, "a whole number, 1 or more", 1),
     "order": Key(order, "numbers and words by name"),
-    # Keys of Descent:
+    # Keys of Descent. Those of an engine other than the model's have its name in front, as in critic_scaler.
     "optimizer_steps": Key(whole, "a whole number, 0 or more"),
     "scaler": Key(scaler, "finite numbers by name, scales positive", {}),
     "skipped": Key(counts, "counts by cause", {}),
     "gradient_norms": Key(norms, f"finite numbers by name: {', '.join(GUARD)}", {}),
 }
+
+
+def rule(key: str) -> Key:
+    return KEYS[key] if key in KEYS else KEYS[key.partition("_")[2]]
 
 
 def read_checked(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
@@ -98,13 +102,13 @@ def read_checked(checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
             f"install that version, or {other}"
         )
     found = {RENAMED.get(key, key): value for key, value in found.items()}
-    state = {key: found.get(key, KEYS[key].default) for key in keys}
+    state = {key: found.get(key, rule(key).default) for key in keys}
     for key, value in state.items():
         if value is ...:
             raise CheckpointError(f"{path} has no {key}: {other}")
-        if not KEYS[key].sound(value):
+        if not rule(key).sound(value):
             shown = printable(value, 60)
-            raise CheckpointError(f"{path}: {key} is {shown} instead of {KEYS[key].words}: {other}")
+            raise CheckpointError(f"{path}: {key} is {shown} instead of {rule(key).words}: {other}")
     if wrong := contradiction(state):
         raise CheckpointError(f"{path}: {wrong}: {other}")
     return state

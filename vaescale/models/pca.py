@@ -114,7 +114,7 @@ class PCA(Model):
         prior, c = self._prior(), self.noise + UNIFORM
         shrink, variance = self._posterior()
         mean = shrink * self._scores(x)
-        epsilon = noise.normal(batch.sample, tuple(mean.shape[1:]), draw)
+        epsilon = noise.normal(batch.sample, tuple(mean.shape[1:]), draw, version=self.noise_version)
         z = mean + variance.sqrt() * epsilon
         squares = (x - self.mean - z @ self.components).square() + UNIFORM
         distortion = (squares / c + (2 * math.pi * c).log()) / 2 - math.log(DELTA)

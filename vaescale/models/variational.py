@@ -171,6 +171,9 @@ class Variational(Model):
             torch.stack([level.log_ratio() for level in levels]).sum(0),
         )
 
+    def kl_settings(self) -> Config:
+        return self.config
+
     def beta(self, step: int) -> float:
         warmup = self.config.beta_warmup_steps
         return self.config.beta * min(1.0, (step + 1) / max(1, warmup))

@@ -25,7 +25,7 @@ class Posterior:
     """The alarm of one run. on: names of the alarms that are on, updated in place."""
 
     def __init__(self, settings: Any, warmup: int, on: list[str]) -> None:
-        """settings: the model's Config, a variational one if it reports rates; warmup: steps, of the learning rate."""
+        """settings: those of a KLWeighted model; warmup: steps, of the learning rate."""
         self.settings, self.warmup, self.on = settings, warmup, on
         self.low: int | None = None  # the step since which all rates have been low
         self.rates: Sequence[float] = ()  # of the last report

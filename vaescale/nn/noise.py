@@ -3,8 +3,8 @@
 They do not depend on ranks, micro-batches or earlier draws. So a step at any world size draws what one process draws on
 the joined batch, and a resumed run draws what the uninterrupted run would have drawn.
 
-Each number is a function of a 64-bit hash of (keys, g, place). On CUDA one kernel computes all numbers of a call; on
-other devices the same function is computed with the operations of torch.
+Each number is a function of a 64-bit hash of (keys, g, place). On CUDA one kernel computes all numbers of a call of
+`normal`; on other devices the same function is computed with the operations of torch.
 """
 
 import math

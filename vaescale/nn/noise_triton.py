@@ -13,15 +13,15 @@ def normal(sample: Tensor, count: int, state: int) -> Tensor:
     numbers = torch.empty(len(sample), count, device=sample.device)
     if numbers.numel():
         pairs = triton.cdiv(count, 2)
-        grid = (triton.cdiv(pairs, PAIRS), len(sample))
+        grid = (len(sample), triton.cdiv(pairs, PAIRS))  # CUDA limits the second to 65,535
         _normal[grid](sample.contiguous(), numbers, state, count, pairs, PAIRS)
     return numbers
 
 
 @triton.jit
 def _normal(sample, numbers, state, count, pairs, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1).to(tl.int64) * block + tl.arange(0, block)
     words = _mix_in(_mix_in(state.to(tl.uint64), tl.load(sample + row)), place)
     radius = tl.sqrt(-2.0 * tl.log(((words >> 32).to(tl.float32) + 0.5) * (2.0**-32)))
     angle = (words & 0xFFFFFFFF).to(tl.float32) * (2.0 * 3.141592653589793 * 2.0**-32)

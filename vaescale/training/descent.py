@@ -130,24 +130,18 @@ class Descent:
         return values
 
     def tensors(self) -> dict[str, Tensors]:
-        averages = self.averaged.state_dict()
-        return {"model": self.engine.weights(), "optimizer": self.engine.moments(), "ema": averages}
+        return {**self.engine.tensors(), "ema": self.averaged.state_dict()}
 
     def state(self) -> dict[str, Any]:
         return {
-            "optimizer_steps": self.engine.optimizer_steps(),
-            "scaler": self.engine.scaler(),
+            **self.engine.state(),
             "skipped": self.skipped,
             "gradient_norms": self.guard.state(),
         }
 
     def load(self, read: Read, state: dict[str, Any]) -> None:
-        weights, moments = self.engine.saved(state["optimizer_steps"])
-        averages = read("ema", self.averaged.state_dict())
-        weights, moments = read("model", weights), read("optimizer", moments)
-        self.engine.load_weights(weights)
-        self.engine.load_moments(moments, state["optimizer_steps"])
-        self.engine.load_scaler(state["scaler"])
+        averages = read("ema", self.averaged.state_dict())  # all files are read before anything changes
+        self.engine.load(read, state)
         self.guard.load(state["gradient_norms"])
         self.skipped = {why: state["skipped"].get(why, 0) for why in self.skipped}
         self._average(averages)

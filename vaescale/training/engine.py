@@ -37,6 +37,8 @@ from deepspeed.utils import (
 
 from .. import distributed
 from ..config import ConfigError
+from ..interfaces import Tensors
+from ..lifecycle.checkpoint import Read
 from ..settings import Optimizer
 
 logger.setLevel(logging.WARNING)
@@ -99,9 +101,12 @@ class Engine:
         micro: int = 1,
         accumulation: int = 1,
         passed: dict[str, Any] | None = None,
+        name: str = "model",
     ) -> None:
         """micro: images per micro-batch on this rank; accumulation: micro-batches per step; passed: further DeepSpeed
-        settings. Raises ConfigError for fp16 weights on hardware without fp16."""
+        settings; name: of its files in a checkpoint, one word. Raises ConfigError for fp16 weights on hardware without
+        fp16."""
+        self.name = name
         self.module = module
         self.clip = optimizer.grad_clip
         self.sharded = zero > 0
@@ -201,6 +206,27 @@ class Engine:
         """Replaces DeepSpeed's `_update_scale`, which takes every skipped step for an overflow."""
         if not skipped or bool(self._overflow):
             self._rescale(skipped)
+
+    def tensors(self) -> dict[str, Tensors]:
+        """Returns a checkpoint's tensors by file: weights and moments. Collective."""
+        return {self.name: self.weights(), self._prefixed("optimizer"): self.moments()}
+
+    def state(self) -> dict[str, Any]:
+        """Returns the engine's entries of state.json."""
+        return {self._prefixed("optimizer_steps"): self.optimizer_steps(), self._prefixed("scaler"): self.scaler()}
+
+    def load(self, read: Read, state: dict[str, Any]) -> None:
+        """Restore what `tensors` and `state` returned. Raises CheckpointError if the tensors do not fit."""
+        steps = state[self._prefixed("optimizer_steps")]
+        weights, moments = self.saved(steps)
+        weights, moments = read(self.name, weights), read(self._prefixed("optimizer"), moments)
+        self.load_weights(weights)
+        self.load_moments(moments, steps)
+        self.load_scaler(state[self._prefixed("scaler")])
+
+    def _prefixed(self, part: str) -> str:
+        """The names of the model's own parts are those of checkpoints written before there were several engines."""
+        return part if self.name == "model" else f"{self.name}_{part}"
 
     def weights(self) -> dict[str, Tensor]:
         """Returns parameters in fp32 and buffers in their own type, by name. Collective."""

@@ -13,7 +13,7 @@ from .. import config as mechanics
 from .. import distributed
 from ..evaluation import tables
 from ..evaluation.show import show
-from ..interfaces import Batch, Codebooks, Codec, Model, Tensors, Usage
+from ..interfaces import Batch, Codebooks, Codec, KLWeighted, Model, Tensors, Usage
 from ..lifecycle.pace import Pace
 from ..monitoring import alarm, codebook, pictures, posterior
 from ..monitoring.board import Board
@@ -61,7 +61,9 @@ class Reporter:
         self.config, self.model, self.learner, self.position, self.device = config, model, learner, position, device
         self.console = Console(position.step, config.steps, loud=distributed.rank() == 0)
         self.pace = Pace(model, device)
-        self.posterior = posterior.Posterior(config.model, config.optimizer.warmup_steps, position.alarms)
+        self.posterior = None
+        if isinstance(model, KLWeighted):
+            self.posterior = posterior.Posterior(model.kl_settings(), config.optimizer.warmup_steps, position.alarms)
         self.board: Board | None = None
         self.flops, self.peak = 0, 0.0  # FLOPs an image; peak FLOP/s of the device. Set on rank 0 if the peak is known
         self.window = Window()
@@ -99,7 +101,7 @@ class Reporter:
                 on_host = Usage(*(part.cpu() for part in usage))
                 values |= self._codebook(name, on_host, values[f"{name}/commitment"], quantizers[name])
         channels, size, _ = shape(self.config)
-        if rates := posterior.rates(values, channels * size**2):
+        if self.posterior and (rates := posterior.rates(values, channels * size**2)):
             self._alarm(posterior.NAME, self.posterior.report(position.step, window.steps, rates))
             values[f"{posterior.NAME}/alarm"] = float(posterior.NAME in position.alarms)
         values |= self._speed(seconds)
@@ -149,7 +151,7 @@ class Reporter:
         step = self.position.step
         values = {f"val/{name}": value for name, value in measured.items()}
         self.console.say(f"validation at step {step}:  {tables.line(measured)}")
-        if "active_units" in measured:
+        if self.posterior and "active_units" in measured:
             self._alarm(posterior.NAME, self.posterior.validation(step, int(measured["active_units"])))
         if not self.board:
             return
