@@ -69,6 +69,6 @@ check "the entry point, deepspeed, starts launch/train.py" inside deepspeed laun
 check "the demo's shards are written" inside python launch/shards.py demo data/photos
 check "three steps of the quickstart are trained" inside python launch/run.py deepspeed launch/train.py \
     --config configs/quickstart.yaml steps=3 every.report=1
-grep -E '^(step|finished)' "$work/log"
+grep -E '^step|finished at step' "$work/log"
 store images --format '{{.Name}} {{.Size}}' | sed 's/^/   /'
 say "done"

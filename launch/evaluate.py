@@ -121,13 +121,15 @@ def check_record(run: Path, slices: stream.ValidationSlices, step: int, draws: i
     except (OSError, ValueError, TypeError, KeyError):
         return  # there is none, or it is no record
     if data != slices.samples.index.fingerprint():
-        raise not_own(run, f"other images than those it was measured on, {record.get('data')}")
+        raise not_own(run, f"images other than the {record.get('data')} that it was measured on")
     if known == step and drawn > draws and "bits_per_dim_iw" in record:
-        raise not_own(run, f"--iw {draws}, since it has the tighter bound of --iw {drawn}")
+        raise not_own(run, f"--iw {draws}, because it has the tighter bound of --iw {drawn}")
 
 
 def not_own(run: Path, what: str) -> ConfigError:
-    return ConfigError(f"{run / RECORD} is for the run's own numbers, not for {what}: give --out FILE")
+    return ConfigError(
+        f"{run / RECORD} keeps the run's own numbers and is not overwritten with those of {what}: give --out FILE"
+    )
 
 
 def evaluate_run(

@@ -68,9 +68,7 @@ def main(given: argparse.Namespace) -> int:
         check(given)
         run = trained.run_of(given.run)
         if run != given.run and not given.out:
-            raise ConfigError(
-                f"{run} is for pictures of its newest checkpoint: give --out FOLDER for those of {given.run}"
-            )
+            raise ConfigError(f"{given.run} is one of the checkpoints of {run}: give --out FOLDER for its images")
         subject, step = load(given)
         return write(run, subject, step, given.modes, given.board, given.out or given.run)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced, Unsupported) as error:

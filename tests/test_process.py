@@ -321,5 +321,5 @@ def test_a_rank_does_not_wait_for_ever_for_one_that_has_died() -> None:
     ]
     for one, port in zip(waiting, ports, strict=True):
         said, _ = one.communicate(timeout=90)
-        assert said.startswith(f"not all 2 ranks have met at 127.0.0.1:{port} within 2 s: one of them has ended")
+        assert said.startswith(f"not all 2 ranks connected to 127.0.0.1:{port} within 2 s: one of them has ended")
         assert said.count("\n") == 1

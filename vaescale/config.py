@@ -144,7 +144,8 @@ def expanded(key: str, text: str) -> str:
         folder = os.environ.get(front[1], "")
         if not (Path(folder).is_absolute() and Path(folder).is_dir()):
             raise ConfigError(
-                f"{key}={printable(text)}: the variable {front[1]} is not the path of a folder: write the path out"
+                f"{key}={printable(text)}: ${front[1]} is unset or not an existing absolute folder: set it, or write "
+                f"the path out"
             )
         text = folder + text[front.end() :]
     if text.startswith("~"):
@@ -159,8 +160,8 @@ def expanded(key: str, text: str) -> str:
         if other[0] == "$USER":
             raise ConfigError(f"{key}={printable(text)}: the variable USER is not set: write the path out")
         raise ConfigError(
-            f"{key}={printable(text)}: {other[0]} is not replaced there, only $USER is, and in front a variable that "
-            f"names a folder: write the path out"
+            f"{key}={printable(text)}: {other[0]} is not expanded here. Only $USER, and at the start of the path any "
+            f"variable that holds a folder, are: write the path out"
         )
     return text
 

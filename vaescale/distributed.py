@@ -124,7 +124,7 @@ def _met(place: Place, wait: timedelta) -> dist.Store:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0]
         raise Unjoined(
-            f"not all {place.world} ranks have met at {address} within {wait.total_seconds():.0f} s: one of them has "
+            f"not all {place.world} ranks connected to {address} within {wait.total_seconds():.0f} s: one of them has "
             f"ended, or cannot reach that address ({reason}); read the output of the others, then start all again"
         ) from None
     return dist.PrefixStore("default_pg", store)

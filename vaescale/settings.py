@@ -56,9 +56,8 @@ class Config:
     accumulation: int = ranged(1, least=1)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero_stage: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
-    ema_decay: float = ranged(
-        0.999, least=0, below=1
-    )  # decay of the averaged weights that validation and evaluation use
+    # decay of the averaged weights that validation and evaluation use
+    ema_decay: float = ranged(0.999, least=0, below=1)
     keep_last: int = ranged(2, least=1)  # newest checkpoints that are kept
     # The run saves and stops this many seconds before the end of its SLURM job.
     stop_before: float = ranged(120.0, least=0)
@@ -84,7 +83,7 @@ OWNED = {
     "train_micro_batch_size_per_gpu": "global_batch and accumulation",
     "gradient_accumulation_steps": "accumulation",
     "gradient_clipping": "optimizer.grad_clip",
-    "optimizer": "optimizer",
+    "optimizer": "the section optimizer",
     "scheduler": "optimizer.warmup_steps and optimizer.final_lr_ratio",
     "torch_autocast": "precision",
     "fp16": "precision",
@@ -108,6 +107,8 @@ def _checked(raw: Any, path: str | Path) -> Config:
             f"to {VERSION}): install that version"
         )
     kind = mechanics.as_written(raw, "model", "kind")
+    if kind is None:
+        raise ConfigError(f"{path}: model.kind is missing or not a name: set it to one of {', '.join(sorted(MODELS))}")
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is not one of the models: {', '.join(sorted(MODELS))}")
     try:
@@ -273,6 +274,6 @@ def _require(config: Config) -> None:
         )
     for key in config.deepspeed:
         if key in OWNED:
-            raise ConfigError(f"deepspeed.{key} is set by this trainer: use {OWNED[key]} instead")
+            raise ConfigError(f"vaescale sets deepspeed.{key} itself: use {OWNED[key]} instead")
     if "stage" in (config.deepspeed.get("zero_optimization") or {}):
-        raise ConfigError("deepspeed.zero_optimization.stage is set by this trainer: use zero_stage instead")
+        raise ConfigError("vaescale sets deepspeed.zero_optimization.stage itself: use zero_stage instead")

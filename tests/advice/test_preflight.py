@@ -33,7 +33,7 @@ def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = preflight.metadata.version
     monkeypatch.setattr(preflight.metadata, "version", lambda name: "0.1" if name == "einops" else whole(name))
     found = preflight.versions()
-    assert (found.level, found.what) == (FAIL, "einops>=0.8 (installed: 0.1)")
+    assert (found.level, found.what) == (FAIL, "vaescale needs einops>=0.8 (installed: 0.1)")
 
 
 def test_a_run_directory_in_use_is_named(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
         given = [*common, *given]
         compute, _ = measured(1, config, [*given, f"global_batch={batch // 2}"])
         found, output = measured(2, config, [*given, f"global_batch={batch}"])
-        number, unit = re.findall(r"([\d.]+) (\w+)/s through each rank", output)[0]
+        number, unit = re.findall(r"([\d.]+) (\w+)/s per rank", output)[0]
         size = summed_bytes(settings.build(settings.load(config, given)))
         cluster = Cluster(1, 2, float(number) * UNITS[unit], 1.0, latency=together - alone)
         predicted = step_seconds(compute, size, cluster)

@@ -76,7 +76,7 @@ def test_a_signal_requeues_the_job_and_the_bits_are_the_same(
     assert slurm.job(job, "Restarts") == "1"
     log = slurm.log(job)
     assert [int(attempt) for attempt in re.findall(r"^== attempt (\d) of job", log, re.MULTILINE)] == [0, 1]
-    assert "by SIGUSR1, run the same command to continue" in log
+    assert "(SIGUSR1). Run the same command to continue." in log
     assert "resumes at step" in log
     one_curve(run)
     same_bits(run, alone, STEPS)

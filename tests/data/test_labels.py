@@ -92,7 +92,8 @@ def test_lists_in_order(tmp_path: Path, flat: Path, text: str, expected: list[st
 
 
 WRONG = {
-    "a line is missing": (lines(",", NAMES[:3], PICTURES[:3]), r"has no line for my photo\.jpg: add it"),
+    "a line is missing": (lines(",", NAMES[:3], PICTURES[:3]), r"has no line for my photo\.jpg: add it, or"),
+    "lines are missing": (lines(",", NAMES[:2], PICTURES[:2]), r"no lines for \S+ and 1 other image: add them, or"),
     "other names": (lines(",", NAMES, list("abcd")), r"names neither 0\.jpg nor any other image"),
     "too few in order": ("cat\ndog\n", "has 2 lines for 4 images"),
     "conflict": (lines(",", NAMES) + "0.jpg,cat\n", r"gives 0\.jpg two classes, golden retriever and cat"),
@@ -112,7 +113,7 @@ WRONG = {
     "many columns": (lines(",", ["1,0,1"] * 4), "has more than two columns"),
     "many columns, by spaces": (lines(" ", ["1 -1 1"] * 4), "has more than two columns"),
     "a comma in a class": (lines(",", ["eagle, golden", *NAMES[1:]]), "more than two columns.*quote"),
-    "a NUL": ("0.jpg,1\0\n", "cannot be read as CSV|names neither|has no line for|not a class number"),
+    "a NUL": ("0.jpg,1\0\n", "cannot be read as CSV|names neither|has no lines? for|not a class number"),
     "numbers in order": ("1\n2\n3\n1\n", r"has numbers without names: put .*meta\.mat"),
 }
 

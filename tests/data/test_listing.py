@@ -226,7 +226,7 @@ def test_keys_are_distinct_and_printable(tmp_path: Path) -> None:
     }
     assert made.classes == ["St. Bernard", "a", "q"]
     (note,) = made.notes[1:]
-    assert note.startswith("5 images got a key other than the file name")
+    assert note.startswith("5 images stored under another key than the file name")
     assert note.isprintable()
     (prepared,) = prepare(source, tmp_path / "out", None, [], Settings(), 1)
     assert samples(prepared) == keys(made)

@@ -130,8 +130,8 @@ def test_shards_of_others(here: Path) -> None:
 
 def test_only_missing_demo_data_name_the_demo_command(here: Path) -> None:
     for name, which in (("photos", "demo"), ("digits", "digits")):
-        assert said(Path("data", name)) == f"run {SHARDS} {which} data/{name}` to make those of the demo"
-        assert said(here / "data" / name) == f"run {SHARDS} {which} {here}/data/{name}` to make those of the demo"
+        assert said(Path("data", name)) == f"run {SHARDS} {which} data/{name}` to write the demo data"
+        assert said(here / "data" / name) == f"run {SHARDS} {which} {here}/data/{name}` to write the demo data"
         for root in (Path(name), Path("data/mine"), Path("data", name, "more")):
             assert said(root) == f"run {SHARDS} prepare FOLDER --out {root} --val 0.1` with your images in FOLDER"
     tree(Path("data/photos"), "1.jpg")

@@ -228,7 +228,9 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tree: Path, flat: Path, 
             make(source, tmp_path / "out", labels=labels)
     assert not (tmp_path / "out").exists()
     make(tree, tmp_path / "out")
-    with pytest.raises(DataError, match=r"already contains other shards \(seed was 0 and is now 1\)"):
+    with pytest.raises(
+        DataError, match=r"already contains shards of another source or other settings \(seed was 0 and is now 1\)"
+    ):
         make(tree, tmp_path / "out", Settings(shard_mib=0.02, seed=1))
     (tmp_path / "out" / "prepared.json").unlink()
     with pytest.raises(DataError, match="already contains shards that were not made by prepare"):
@@ -297,5 +299,8 @@ def test_the_listing_has_the_position_of_each_picture(tar_of_tars: Path) -> None
 def test_a_damaged_plan_is_one_sentence(tmp_path: Path, tree: Path, plan: bytes) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "prepared.json").write_bytes(plan)
-    with pytest.raises(DataError, match=r"out already contains (shards that were not made by prepare|other shards \()"):
+    with pytest.raises(
+        DataError,
+        match=r"out already contains shards (that were not made by prepare|of another source or other settings \()",
+    ):
         make(tree, tmp_path / "out")

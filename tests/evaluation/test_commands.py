@@ -48,7 +48,7 @@ def test_the_record_of_a_run_is_its_own(pictures: Path, tmp_path: Path, command:
     for words, named in cases.items():
         code, output = command(evaluate, "--run", *words)
         assert code == 2
-        assert f"evaluation.json is for the run's own numbers, not for {named}" in output
+        assert f"evaluation.json keeps the run's own numbers and is not overwritten with those of {named}" in output
         assert "give --out FILE" in output
         assert command(evaluate, "--run", *words, "--out", out)[0] == 0
         assert json.loads(out.read_text())["step"] == (1 if words == (older,) else 2)
@@ -57,12 +57,12 @@ def test_the_record_of_a_run_is_its_own(pictures: Path, tmp_path: Path, command:
 
     assert command(evaluate, "--run", run, "--iw", 2)[0] == 0
     code, output = command(evaluate, "--run", run)
-    assert (code, "not for --iw 1, since it has the tighter bound of --iw 2: give --out FILE" in output) == (2, True)
+    assert (code, "of --iw 1, because it has the tighter bound of --iw 2: give --out FILE" in output) == (2, True)
     changed = json.loads((run / "evaluation.json").read_text()) | {"fingerprint": "0", "data": "data/then/val"}
     (run / "evaluation.json").write_text(json.dumps(changed))
     code, output = command(evaluate, "--run", run, "--iw", 2)
     assert code == 2
-    assert "not for other images than those it was measured on, data/then/val" in output
+    assert "not overwritten with those of images other than the data/then/val that it was measured on" in output
     (run / "evaluation.json").write_text("[]")
     assert command(evaluate, "--run", run)[0] == 0
     assert (run / "evaluation.json").read_bytes() == record
@@ -72,7 +72,7 @@ def test_a_checkpoint_is_sampled_into_a_folder_of_its_own(pictures: Path, tmp_pa
     run, out = untrained(tmp_path / "run", "tiny_vae", pictures), tmp_path / "out"
     older = run / "checkpoints" / "step-00000001"
     code, output = command(sample, "--run", older, "generate")
-    assert (code, "give --out FOLDER for those of" in output) == (2, True)
+    assert (code, "give --out FOLDER for its images" in output) == (2, True)
     assert command(sample, "--run", older, "generate", "--count", 7, "--out", out)[0] == 0
     assert command(sample, "--run", run, "generate", "--count", 7)[0] == 0
     assert (out / "sample_generate.png").read_bytes() != (run / "sample_generate.png").read_bytes()

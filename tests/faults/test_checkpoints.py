@@ -288,12 +288,13 @@ def test_weights_that_do_not_fit_are_one_sentence(befallen: Path) -> None:
     codes, output = end(befallen / "wide")
     assert codes == [2]
     words = (
-        r"error: .*step-00000008 is of another model: \S+ is [0-9×]+ instead of [0-9×]+, .* and \d+ more; restore .*\n"
+        r"error: .*step-00000008 belongs to another model: \S+ is [0-9×]+ instead of [0-9×]+, .* and \d+ more; "
+        r"restore .*\n"
     )
     assert re.fullmatch(words, output)
     codes, output = end(befallen / "nowhere")
     assert codes == [2]
-    assert re.fullmatch(r"error: init_from=.* is neither a checkpoint nor a run directory that has one\n", output)
+    assert re.fullmatch(r"error: init_from=.* is neither a checkpoint nor a run directory with one: .*\n", output)
 
 
 # $0: size of the disk, $1: its folder. FOLDER-after is a copy of its content after the command has ended.

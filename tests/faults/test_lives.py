@@ -193,6 +193,6 @@ def test_a_signal_at_any_moment_of_a_save(undisturbed: Path, pictures: Path, tmp
         assert codes == [75, 75], output
         assert began(out) == before
         assert int((out / "asked.txt").read_text()) >= 20
-        before = int(re.findall(r"stopped at step (\d+) by SIGUSR1, run the same command to continue:", output)[0])
+        before = int(re.findall(r"stopped at step (\d+) \(SIGUSR1\)\. Run the same command", output)[0])
     assert end(tmp_path / "rest").codes == [0, 0]
     same_bits(run, undisturbed / "run", STEPS)

@@ -88,7 +88,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(stopped:
     out = stopped / one.how
     codes, output = end(out)
     assert codes == [75] * one.world, output
-    assert f"stopped at step {one.step} by {one.why}, run the same command to continue" in output
+    assert f"stopped at step {one.step} ({one.why}). Run the same command to continue." in output
     assert not (out / "run" / "STOP").exists()
     codes, output = end(out / "again")
     assert codes == [0] * one.world, output
@@ -104,7 +104,7 @@ def test_it_may_be_stopped_at_any_place(stopped: Path) -> None:
         codes, output = end(stopped / f"crooked-{step}")
         assert codes == [75], output
         assert (f"resumes at step {before}:" if before else "starts:") in output
-        assert f"stopped at step {step} by " in output
+        assert f"stopped at step {step} (" in output
         before = step
     assert end(stopped / "crooked-12").codes == [0]
     straight = stopped / "straight" / "run"
@@ -120,7 +120,7 @@ def test_a_stop_does_not_wait_for_a_validation(stopped: Path) -> None:
     out = stopped / "cut"
     codes, output = end(out)
     assert codes == [75, 75], output
-    assert "stopped at step 6 by SIGTERM, run the same command to continue" in output
+    assert "stopped at step 6 (SIGTERM). Run the same command to continue." in output
     assert [(out / f"batches-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
     assert not [line for line in measured(out / "run") if line["step"] < 6]
     codes, output = end(out / "again")
@@ -143,7 +143,7 @@ def test_a_second_interrupt_leaves_at_once_and_is_no_failure(stopped: Path) -> N
         codes, output = end(out)
         assert codes[0] == 130, output
         assert codes[1] not in (0, 93), output
-        assert "rank 0: a second SIGINT, which ends the run at once\n" in output
+        assert "rank 0: a second ^C: ended at once, the steps since the last checkpoint are lost\n" in output
         assert not psutil.pid_exists(int((out / "pid-0").read_text()))
     found = status(stopped / "impatient")
     assert (found["status"], found["code"], found["step"]) == ("preempted", 130, 5)

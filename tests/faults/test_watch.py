@@ -72,7 +72,7 @@ def test_a_rank_that_hangs_ends_the_run_and_leaves_all_stacks(befallen: Path) ->
     out = befallen / "hung"
     found = status(out / "run")
     assert (found["status"], found["code"], found["step"]) == ("failed", HUNG_CODE, 5)
-    assert found["why"].startswith("Hang: step 6 does not end; ")
+    assert found["why"].startswith("Hang: step 6 did not end; ")
     assert names(out / "run" / "stacks") == ["rank-0.txt", "rank-1.txt"]
     waiting, hung = ((out / "run" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
     assert re.search(r"it is at inject\.py:\d+, <lambda>, called from trainer\.py:\d+, step$", hung.splitlines()[0])
@@ -206,7 +206,7 @@ def test_a_launcher_that_is_killed_leaves_a_saved_run_and_no_orphan(
     assert time.monotonic() - killed < SOON
     assert code == 75, output
     assert not any(rank.is_running() for rank in ranks)
-    assert "by the death of its launcher, run the same command to continue" in output
+    assert "(the death of its launcher). Run the same command to continue." in output
     found = status(run)
     assert (found["status"], found["why"]) == ("preempted", "the death of its launcher")
     assert verify(run / "checkpoints" / f"step-{found['step']:08d}") == []
@@ -337,7 +337,7 @@ def test_what_is_put_back_into_the_queue() -> None:
         assert worth(75, stopped(why))
     for why in ("SIGINT", "the file STOP"):
         assert not worth(75, stopped(why))
-    assert not worth(130, stopped("a second SIGINT, which ends the run at once", 130))
+    assert not worth(130, stopped("a second ^C: ended at once, the steps since the last checkpoint are lost", 130))
     assert worth(75, {})  # SLURM's signal before training began
     assert worth(75, {"status": "running", "code": None})
     assert not worth(130, {})

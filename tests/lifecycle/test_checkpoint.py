@@ -348,13 +348,15 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     model.register_buffer("w", torch.zeros(2, 2))
     with pytest.raises(
         CheckpointError,
-        match=r"of another model: it has no weight, it has no bias, the model has no n and 1 more; restore",
+        match=r"belongs to another model: it has no weight, it has no bias, the model has no n and 1 more; restore",
     ):
         checkpoint.read_fitting(saved, "model", model.state_dict())
     model = nn.Module()
     model.register_buffer("w", torch.zeros(2, 2))
     model.register_buffer("n", torch.tensor(0))
-    with pytest.raises(CheckpointError, match=r"of another model: w is 2 \(I64\) instead of 2×2; restore the settings"):
+    with pytest.raises(
+        CheckpointError, match=r"belongs to another model: w is 2 \(I64\) instead of 2×2; restore the settings"
+    ):
         checkpoint.read_fitting(saved, "model", model.state_dict())
 
 

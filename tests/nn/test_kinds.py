@@ -355,6 +355,9 @@ def test_a_uniform_codebook_is_neither_replaced_nor_idle(learning: Literal["ema"
     [
         ({"groups": 5}, "groups=5 must divide the 12 channels"),
         ({"kind": "fsq"}, "set codebook_dim=4 and codebook_size=1000"),
+        ({"kind": "fsq", "groups": 2}, "set codebook_dim=8 and codebook_size=1000"),
+        ({"kind": "lfq", "groups": 2}, "must be 2 to the power of the 6 channels: set codebook_dim=18"),
+        ({"kind": "lfq", "codebook_size": 500}, "give a power of two, such as 256"),
         ({"kind": "fsq", "depth": 2}, "leaves no residual to quantise"),
         ({"codebook_dim": -1}, "codebook_dim=-1 must be at least 0"),
         ({"depth": 0}, "depth=0 must be at least 1"),

@@ -130,7 +130,12 @@ def test_the_diagnosis_says_why_and_what_to_do() -> None:
     """Two micro-batches per rank, so micro-batch 3 is the second of rank 1."""
     assert explained(Skip(7, NOT_FINITE, math.nan, 2.0, 1, 0.1, [3]), 2) == "the loss of rank 1 is not finite"
     assert (
-        explained(Skip(7, NOT_FINITE, math.nan, 2.0, 1, 0.1, [0, 1, 5]), 2) == "the loss of rank 0 and 2 is not finite"
+        explained(Skip(7, NOT_FINITE, math.nan, 2.0, 1, 0.1, [0, 1, 5]), 2)
+        == "the losses of ranks 0 and 2 are not finite"
+    )
+    assert (
+        explained(Skip(7, NOT_FINITE, math.nan, 2.0, 1, 0.1, [0, 2, 5]), 2)
+        == "the losses of ranks 0, 1 and 2 are not finite"
     )
     assert (
         explained(Skip(7, NOT_FINITE, math.inf, 2.0, 1, 0.1, []), 2)
@@ -142,12 +147,12 @@ def test_the_diagnosis_says_why_and_what_to_do() -> None:
     )
     spike = diagnosis(Skip(142, SPIKE, 1234.5, 1.25, 20, 0.1, []), 2, 10.0)
     assert spike == (
-        "20 steps in a row were skipped, the last one step 143: the gradient norm is 1.23e+03, usually 1.25; "
+        "20 steps in a row were skipped, up to step 143 (the gradient norm is 1.23e+03, usually 1.25); "
         "skipped steps do not change the weights: lower optimizer.lr or raise optimizer.warmup_steps, and look at "
         "the samples named above; if that does not help, continue from an older checkpoint; "
         "if such large gradients are expected, raise optimizer.spike=10 (0: no limit)"
     )
     text = diagnosis(Skip(142, NOT_FINITE, math.nan, 1.25, 20, 0.1, [0]), 1, 10.0)
-    assert "step 143: the loss of rank 0 is not finite (the usual gradient norm is 1.25); skipped steps" in text
+    assert "step 143 (the loss of rank 0 is not finite; the usual gradient norm is 1.25); skipped steps" in text
     assert "optimizer.spike" not in text
     assert "usual" not in diagnosis(Skip(19, NOT_FINITE, math.nan, math.nan, 20, 0.1, [0]), 1, 10.0)

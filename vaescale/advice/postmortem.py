@@ -54,7 +54,7 @@ def status(run: Path, metrics: Metrics) -> list[Finding]:
     if how == FINISHED:
         return [Finding(OK, f"finished at step {step}")]
     if how == PREEMPTED:
-        return [Finding(OK, f"stopped at step {step} by {why}", "run the same command to continue")]
+        return [Finding(OK, f"stopped at step {step} ({why})", "run the same command to continue")]
     if how == RUNNING:
         return [_running(run, metrics, step)]
     times = len(said.get("failures", []))
@@ -95,7 +95,9 @@ def stacks(run: Path) -> list[Finding]:
     else:
         found.append(
             Finding(
-                WARN, "the rank that is at another place than the others is the likely cause", f"read {run / FOLDER}"
+                WARN,
+                "the rank whose stacks differ from the others' is the likely cause",
+                f"compare the files in {run / FOLDER}",
             )
         )
     return found

@@ -90,7 +90,7 @@ def versions() -> Finding:
         if found == "none" or not one.specifier.contains(found, prereleases=True):
             wrong.append(f"{one.name}{one.specifier} (installed: {found})")
     if wrong:
-        return Finding(FAIL, f"{', '.join(wrong)}", "install with -c launch/constraints.txt")
+        return Finding(FAIL, f"vaescale needs {', '.join(wrong)}", "run `pip install -c launch/constraints.txt -e .`")
     shown = ", ".join(f"{name} {_installed(name)}" for name in ("torch", "deepspeed"))
     return Finding(OK, f"Python {platform.python_version()}, {shown}, and all other requirements of pyproject.toml")
 
@@ -145,9 +145,9 @@ def disk(run: Path) -> Finding:
         return Finding(FAIL, f"{folder} cannot be written ({error.strerror})", "give another run=…, or free disk space")
     finally:
         file.unlink(missing_ok=True)
-    what = f"{folder} writes {readable_size(speed)}/s and has {readable_size(shutil.disk_usage(folder).free)} left"
+    what = f"{folder} writes {readable_size(speed)}/s and has {readable_size(shutil.disk_usage(folder).free)} free"
     if speed < SLOW_DISK:
-        return Finding(WARN, what, "raise every.checkpoint if a save takes as long as the time between two")
+        return Finding(WARN, what, "raise every.checkpoint if a save takes longer than the steps between two saves")
     return Finding(OK, what)
 
 

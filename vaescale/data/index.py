@@ -258,8 +258,8 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
             label = int(part["records"]["label"].max(initial=-1))
             if classes and label >= len(classes):
                 raise DataError(
-                    f"{name} has the label {label}, but classes.json names only {len(classes)} classes, from 0 on: "
-                    f"fix it, or remove it if it belongs to other shards"
+                    f"{name} has the label {label}, but classes.json names only the classes 0 to {len(classes) - 1}: "
+                    f"correct classes.json, or remove it if it belongs to other shards"
                 )
             attributes |= set(part["names"].tolist())
     total = sum(shard.samples for shard in shards)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import DataError
-from .names import clean
+from .names import clean, counted
 from .tar import label_of
 
 SYNSETS = "meta.mat"
@@ -65,9 +65,12 @@ def read_labels(path: Path, pictures: Sequence[str], notes: list[str]) -> list[s
             )
     missing = [picture for i, picture in enumerate(pictures) if i not in given]
     if missing:
-        more = f" or {len(missing) - 1} other images" if len(missing) > 1 else ""
+        first, others = clean(missing[0]), len(missing) - 1
+        if not others:
+            raise DataError(f"the label file {path} has no line for {first}: add it, or remove the image")
         raise DataError(
-            f"the label file {path} has no line for {clean(missing[0])}{more}: add it, or remove the images"
+            f"the label file {path} has no lines for {first} and {counted(others, 'other image')}: add them, or remove "
+            f"the images"
         )
     if others:
         notes.append(f"{path}: {others} lines name images that are not in the source, and are ignored")

@@ -140,8 +140,8 @@ def _keyed(source: Path, found: Sequence[Found], notes: list[str]) -> list[tuple
     if changed:
         more = ", …" if len(changed) > EXAMPLES else ""
         notes.append(
-            f"{counted(len(changed), 'image')} got a key other than the file name, which is taken or has characters "
-            f"that keys cannot have: {', '.join(changed[:EXAMPLES])}{more}"
+            f"{counted(len(changed), 'image')} stored under another key than the file name (taken, or with characters "
+            f"that keys cannot have): {', '.join(changed[:EXAMPLES])}{more}"
         )
     return keyed
 

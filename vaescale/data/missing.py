@@ -57,7 +57,7 @@ def _in_root(root: Path, folder: Path) -> str:
             f"the same for the validation shards with --out DIR/val, and set data.root=DIR"
         )
     if demo := DEMOS.get("/".join(root.parts[-2:])):
-        return f"run `{COMMAND} {demo} {_quoted(root)}` to make those of the demo"
+        return f"run `{COMMAND} {demo} {_quoted(root)}` to write the demo data"
     near = {one.name: one for one in _folders(root.parent) if _is_root(one)}
     if names := difflib.get_close_matches(root.name, near, SHOWN):
         return f"did you mean {_settings([near[name] for name in names])}?"

@@ -203,8 +203,11 @@ def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
         except Refused as error:
             wrong = str(error)
             break
-        except (FileNotFoundError, PermissionError) as error:
-            wrong = type(error).__name__
+        except FileNotFoundError:
+            wrong = "the server has no such file"
+            break
+        except PermissionError:
+            wrong = "the server denies access"
             break
         except ImportError:
             raise _uninstalled(url) from None
@@ -302,7 +305,9 @@ def _bounded() -> type:
         async def start(self, connection: Any) -> aiohttp.ClientResponse:
             await asyncio.wait_for(super().start(connection), STALL)
             if (coding := self.headers.get("Content-Encoding", "identity")).lower() not in ("identity", ""):
-                raise Refused(f"the server compresses it without being asked (Content-Encoding: {coding[:20]})")
+                raise Refused(
+                    f"the server sends it compressed (Content-Encoding: {coding[:20]}), which is not supported"
+                )
             return self
 
         async def read(self) -> bytes:

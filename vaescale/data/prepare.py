@@ -213,8 +213,8 @@ def _refuse_others(job: Job) -> None:
     if before != plan:
         other = next(key for key in {**plan, **before} if before.get(key) != plan.get(key))
         raise DataError(
-            f"{out} already contains other shards ({other} was {before.get(other)} and is now {plan.get(other)}): "
-            f"give an empty --out, or use the same settings and source to continue"
+            f"{out} already contains shards of another source or other settings ({other} was {before.get(other)} and "
+            f"is now {plan.get(other)}): give an empty --out, or the same source and settings to continue"
         )
 
 

@@ -224,12 +224,12 @@ def agreed(place: Path) -> Found:
             answer = {"error": str(error)}
         except OSError as error:
             answer = {"error": f"the checkpoints of {place} cannot be read ({error})"}
-        answer["print"] = _fingerprint(place, answer.get("path", ""))
+        answer["fingerprint"] = _fingerprint(place, answer.get("path", ""))
     answer = distributed.tell(answer)
     if "error" in answer:
         raise CheckpointError(answer["error"])
     path = answer["path"]
-    if others := distributed.where(_fingerprint(place, path) != answer["print"]):
+    if others := distributed.where(_fingerprint(place, path) != answer["fingerprint"]):
         what = f"the checkpoint {path}" if path else f"no checkpoint in {place}"
         raise CheckpointError(
             f"rank 0 finds {what}, but rank {', '.join(map(str, others))} {'does not' if path else 'finds some'}: the "
@@ -299,7 +299,7 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         weights = name in ("model", "ema")
-        whose = f"{checkpoint} is of another model" if weights else f"{path} does not fit the model"
+        whose = f"{checkpoint} belongs to another model" if weights else f"{path} does not fit the model"
         raise CheckpointError(
             f"{whose}: {', '.join(wrong[:NAMED])}{more}; restore the settings of model and data, or use another run"
         )

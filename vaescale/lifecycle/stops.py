@@ -22,7 +22,7 @@ from .. import distributed, process
 SIGNALS = tuple(number.name for number in process.SIGNALS)
 REASONS = ("", *SIGNALS, "the file STOP", "the end of the SLURM job", "the death of its launcher")
 FILE, JOB_ENDS, LAUNCHER = REASONS[-3:]
-TWICE_INTERRUPTED = "a second SIGINT, which ends the run at once"
+TWICE_INTERRUPTED = "a second ^C: ended at once, the steps since the last checkpoint are lost"
 LOOK = 1.0  # seconds between checks of the file and the clock
 TWICE = 0.5  # seconds within which two SIGINTs count as one ^C: from the terminal, and passed on by a launcher
 

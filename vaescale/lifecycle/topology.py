@@ -26,8 +26,8 @@ def topology(device: torch.device) -> str:
     seconds = all_reduce_seconds(device)
     speed = 2 * (world - 1) / world * BYTES / seconds
     return (
-        f"topology: {world} ranks, {hosts}, {backend}; {readable_size(BYTES)} are summed in {1000 * seconds:.1f} ms, "
-        f"{readable_size(speed)}/s through each rank"
+        f"topology: {world} ranks, {hosts}, {backend}; all-reduce of {readable_size(BYTES)}: {1000 * seconds:.1f} ms, "
+        f"{readable_size(speed)}/s per rank"
     )
 
 

@@ -137,7 +137,7 @@ class Watch:
             self._write(head)
             # The text contains no rank and no duration, so that repeated hangs at this step count as the same failure.
             gone = ", and the launcher is gone" if orphan else ""
-            why = f"Hang: {at} does not end{gone}; {self.folder} shows where each rank is"
+            why = f"Hang: {at} did not end{gone}; {self.folder} shows where each rank is"
             if self.status.fail(why, self.step, HUNG_CODE):
                 code = NO_PROGRESS_CODE
             process.say(f"error: {head}; all stacks are in {self.folder}")

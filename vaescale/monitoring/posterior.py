@@ -98,7 +98,7 @@ def cause(settings: Any) -> str:
         return f"The KL weighs more than the reconstruction: lower model.beta={settings.beta:g} to 1"
     if "gaussian" in noise.kind and not noise.learned_variance:  # Lucas et al. 2019, "Don't blame the ELBO!"
         return (
-            f"model.likelihood.variance={noise.variance:g} assumes so noisy pixels that the latents have little to "
+            f"model.likelihood.variance={noise.variance:g} assumes such noisy pixels that the latents have little to "
             f"explain: lower it, or set model.likelihood.learned_variance=true"
         )
     if not settings.beta_warmup_steps:

@@ -41,9 +41,8 @@ class Config:
     metric: Literal["euclidean", "cosine"] = "euclidean"
     gradient: Literal["straight-through", "rotation"] = "straight-through"
     beta: float = ranged(0.25, least=0)  # weight of the commitment ‖z − sg[e]‖²
-    entropy_weight: float = ranged(
-        0.0, least=0
-    )  # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
+    # weight of the entropy loss, entropy.py; 0.1 is usual, and lfq needs it
+    entropy_weight: float = ranged(0.0, least=0)
     entropy_temperature: float = ranged(0.01, above=0)  # of the soft codes in the entropy loss
     learning: Literal["ema", "gradient"] = "ema"
     ema_decay: float = ranged(0.99, least=0, below=1)  # of the EMA
@@ -275,8 +274,8 @@ class FSQ(Quantizer):
         if len(config.levels) != config.dim or product != config.codebook_size:
             raise ValueError(
                 f"model.quantizer.levels={config.levels} must be one number for each of the {config.dim} channels, "
-                f"with the product codebook_size={config.codebook_size}: set codebook_dim={len(config.levels)} and "
-                f"codebook_size={product}"
+                f"with the product codebook_size={config.codebook_size}: set "
+                f"codebook_dim={config.groups * len(config.levels)} and codebook_size={product}"
             )
         levels = torch.tensor(config.levels)
         self.sizes = (config.codebook_size,)
@@ -318,9 +317,12 @@ class LFQ(Quantizer):
     def __init__(self, config: Config) -> None:
         super().__init__()
         if config.codebook_size != 2**config.dim:
+            bits = config.codebook_size.bit_length() - 1
+            power = config.codebook_size == 2**bits
+            cure = f"set codebook_dim={config.groups * bits}" if power else f"give a power of two, such as {2**bits}"
             raise ValueError(
                 f"model.quantizer.codebook_size={config.codebook_size} must be 2 to the power of the {config.dim} "
-                f"channels: set codebook_dim"
+                f"channels: {cure}"
             )
         self.config = config
         self.sizes = (config.codebook_size,)

@@ -84,9 +84,7 @@ class ClosedForm:
 
     def begin(self, read: Read) -> None:
         del read
-        raise ConfigError(
-            "init_from does not apply to a closed form, which is computed from the images alone: remove it"
-        )
+        raise ConfigError("init_from does not apply to PCA, which is solved from the images: remove it")
 
     def size(self) -> int:
         parts = (self.model, self.moments, self.averaged)

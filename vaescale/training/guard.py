@@ -102,7 +102,9 @@ def explained(skip: Skip, micros: int) -> str:
         return "the gradient overflowed, so the loss scale is lowered"
     ranks = sorted({micro // micros for micro in skip.micros})
     if ranks:
-        return f"the loss of rank {' and '.join(map(str, ranks))} is not finite"
+        if len(ranks) == 1:
+            return f"the loss of rank {ranks[0]} is not finite"
+        return f"the losses of ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} are not finite"
     return "the gradient is not finite, though all losses are"
 
 
@@ -118,9 +120,9 @@ def diagnosis(skip: Skip, micros: int, factor: float) -> str:
     cure += "; if that does not help, continue from an older checkpoint"
     if skip.why == SPIKE:
         cure += f"; if such large gradients are expected, raise optimizer.spike={factor:g} (0: no limit)"
-    usual = "" if skip.why == SPIKE or math.isnan(skip.usual) else f" (the usual gradient norm is {skip.usual:.3g})"
+    usual = "" if skip.why == SPIKE or math.isnan(skip.usual) else f"; the usual gradient norm is {skip.usual:.3g}"
     many = f"{skip.share:.0%} of the last {MEMORY} steps" if skip.share > MOST else f"{skip.run} steps in a row"
     return (
-        f"{many} were skipped, the last one step {skip.step + 1}: {explained(skip, micros)}{usual}; skipped "
-        f"steps do not change the weights: {cure}"
+        f"{many} were skipped, up to step {skip.step + 1} ({explained(skip, micros)}{usual}); skipped steps do not "
+        f"change the weights: {cure}"
     )

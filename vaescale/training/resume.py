@@ -23,9 +23,8 @@ class Position:
     step: int = 0
     images: int = 0  # consumed; the next batch begins with sample number g = images
     damaged: dict[str, int] = field(default_factory=dict)  # cause → samples replaced so far, over all ranks
-    alarms: list[str] = field(
-        default_factory=list
-    )  # names of what had collapsed at the last report: codebooks, latents
+    # names of what had collapsed at the last report: codebooks, latents
+    alarms: list[str] = field(default_factory=list)
     validation_due: bool = False  # this step's validation is pending: a stop cut it short
     noise: int = VERSION  # version of the noise of the run's models
     since: dict[str, int] | None = None  # the current batch size, and the step and images at which it began
@@ -71,16 +70,22 @@ def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
         return Position()
     parts = [part.name for part in fields(Position)]
     state = states.read_checked(found, ["version", *parts, "order", *learner.state()])
-    if found.name != f"step-{state['step']:08d}":
-        raise CheckpointError(f"{found} contains the state of step {state['step']}: restore its name, or remove it")
+    if found.name != (name := f"step-{state['step']:08d}"):
+        raise CheckpointError(f"{found} contains the state of step {state['step']}: rename it to {name}, or remove it")
     begun = {"version": 1, **state["order"]}  # version 1 did not record its number
     slices.follow(begun["version"])
     for key, value in order(config, slices).items():
-        if begun.get(key) != value:
+        if begun.get(key) == value:
+            continue
+        if key == "data":
             raise ConfigError(
-                f"{config.run} was started with {key}={begun.get(key)} and now has {value}, which would change the "
-                f"order of samples: set it back, or give another run=…"
+                f"the training images are not those that {config.run} began with (index {value}, was "
+                f"{begun.get(key)}): restore data.root, or give another run=…"
             )
+        raise ConfigError(
+            f"{config.run} was started with {key}={begun.get(key)} and now has {value}, which would change the order "
+            f"of samples: set it back, or give another run=…"
+        )
     learner.load(partial(checkpoint.read_fitting, found), state)
     return Position(**{part: state[part] for part in parts})
 
@@ -88,7 +93,10 @@ def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
 def begin(config: Config, learner: Learner) -> None:
     found = find(Path(config.init_from))
     if found is None:
-        raise CheckpointError(f"init_from={config.init_from} is neither a checkpoint nor a run directory that has one")
+        raise CheckpointError(
+            f"init_from={config.init_from} is neither a checkpoint nor a run directory with one: give the path of "
+            f"either"
+        )
     learner.begin(partial(checkpoint.read_fitting, found))
     if distributed.rank() == 0:
         print(f"{config.run} starts from the weights of {found}", flush=True)

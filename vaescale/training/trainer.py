@@ -159,8 +159,8 @@ class Trainer:
         with watch.doing("the last save"):
             self.writer.collect(wait=True, last=True)
         stop.acknowledge()
-        why = f" by {asked}, run the same command to continue" if asked else ""
-        reporter.close(f"{'stopped' if asked else 'finished'} at step {position.step}{why}: {self.run}")
+        how = f"stopped at step {position.step} ({asked}). Run the same command to continue."
+        reporter.close(f"{self.run} {how if asked else f'finished at step {position.step}'}")
         return asked
 
     def batches(self) -> Iterator[stream.Decoded]:
