@@ -1,8 +1,8 @@
 """Make, index and check shards, and see what a run will read.
 
     python launch/shards.py demo data/photos                    the demo photographs, as training and validation shards
-    python launch/shards.py digits data/digits                  the handwritten digits of scikit-learn, likewise
-    python launch/shards.py prepare SRC --out DIR --val 0.1     shards for training and validation from your pictures
+    python launch/shards.py digits data/digits                  scikit-learn's handwritten digits, as such shards, too
+    python launch/shards.py prepare SRC --out DIR --val 0.1     shards for training and validation from your images
     python launch/shards.py index SRC --out DIR                 an index for webdataset shards that others made
     python launch/shards.py verify DIR                          read everything back
     python launch/shards.py order DIR --batch B --steps N       which rank and worker decodes which sample, step by step
@@ -29,22 +29,29 @@ def parse() -> argparse.Namespace:
         "--max-megapixels",
         type=positive,
         default=100,
-        help="leave out larger pictures (100); set data.max_megapixels to the same",
+        help="leave out larger images (100); set data.max_megapixels to the same",
     )
     checking = argparse.ArgumentParser(add_help=False)
-    checking.add_argument("--check", action="store_true", help="decode every picture, not only its header")
+    checking.add_argument("--check", action="store_true", help="decode every image, not only its header")
 
     command = commands.add_parser("demo", help="write the demo photographs")
     command.add_argument("root", type=Path)
-
     command = commands.add_parser("digits", help="write the demo digits")
     command.add_argument("root", type=Path)
+    add_prepare(commands.add_parser("prepare", help="write shuffled shards of images", parents=[several, checking]))
+    add_index(commands.add_parser("index", help="index shards that others made", parents=[several, checking]))
+    command = commands.add_parser("verify", help="read every shard back", parents=[several])
+    command.add_argument("folder", type=Path, help="folder of the index")
+    command.add_argument("--decode", action="store_true", help="decode every image, too: hours for ImageNet")
+    add_order(commands.add_parser("order", help="print what a run reads: step rank worker key"))
+    return parser.parse_args()
 
-    command = commands.add_parser("prepare", help="shuffled shards from pictures", parents=[several, checking])
+
+def add_prepare(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "source",
         type=Path,
-        help="a tree or a tar of class folders, ILSVRC2012_img_train.tar, or pictures without class folders",
+        help="a tree or a tar of class folders, ILSVRC2012_img_train.tar, or images without class folders",
     )
     command.add_argument(
         "--out", type=Path, required=True, help="folder of the shards and their index; with --val of train/ and val/"
@@ -54,20 +61,20 @@ def parse() -> argparse.Namespace:
         type=share,
         default=0.0,
         metavar="SHARE",
-        help="put this share of the pictures, such as 0.1, into OUT/val and the others into OUT/train; "
-        "default: all of them into OUT. A picture's name decides, so it is always in the same of the two",
+        help="put this share of the images, such as 0.1, into OUT/val and the others into OUT/train (default: all into "
+        "OUT); an image's name decides, so an image never changes sides",
     )
     command.add_argument(
         "--convert",
         action="store_true",
-        help="take TIFF, BMP and GIF (the first frame), too, and write them as PNG; HEIC as JPEG, with pillow-heif",
+        help="also take TIFF, BMP and GIF (the first frame), written as PNG, and HEIC with pillow-heif, as JPEG",
     )
-    command.add_argument("--labels", type=Path, help="file of labels, for pictures that are in no class folders")
-    command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
+    command.add_argument("--labels", type=Path, help="file of labels, for images that are not in class folders")
+    command.add_argument("--unlabelled", action="store_true", help="the images have no classes: every label is 0")
     command.add_argument(
         "--classes",
         type=Path,
-        help="classes.json of the training shards, to number classes alike; default: that of train/ next to --out",
+        help="classes.json of the training shards, for the same class numbers; default: that of train/ next to --out",
     )
     command.add_argument("--short-side", type=natural, default=0, help="pixels; default: the original bytes, untouched")
     command.add_argument(
@@ -81,27 +88,25 @@ def parse() -> argparse.Namespace:
     command.add_argument("--shard-mib", type=amount, default=128, help="size of a shard (128)")
     command.add_argument("--seed", type=natural, default=0, help="of the shuffle and of --val (0)")
 
-    command = commands.add_parser("index", help="index shards that others made", parents=[several, checking])
+
+def add_index(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="folder, or URL: http(s)://, s3://, gs://, hf://")
     command.add_argument("--out", type=Path, help="folder of the index; default: SOURCE")
     command.add_argument("--pattern", default="*.tar", help="which shards: 'train-*.tar', 'train-{0000..1023}.tar'")
-    command.add_argument("--picture", help="extension of the picture, where a sample has several")
+    command.add_argument("--picture", help="extension of the image, where a sample has several")
     command.add_argument("--label-field", default="", help="field of the sample's JSON that holds the class number")
-    command.add_argument("--unlabelled", action="store_true", help="there are no classes: every label is 0")
+    command.add_argument("--unlabelled", action="store_true", help="the images have no classes: every label is 0")
     command.add_argument("--attributes", nargs="*", help="numbers of the JSON to keep; default: all")
 
-    command = commands.add_parser("verify", help="read every shard back", parents=[several])
-    command.add_argument("folder", type=Path, help="folder of the index")
-    command.add_argument("--decode", action="store_true", help="decode every picture, too: hours for ImageNet")
 
-    command = commands.add_parser("order", help="print what a run reads: step rank worker key")
+def add_order(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, help="folder of the index")
     command.add_argument("--seed", type=natural, default=0)
-    command.add_argument("--batch", type=positive, required=True, help="images a step, over all ranks")
+    command.add_argument("--batch", type=positive, required=True, help="images per step, over all ranks")
     command.add_argument("--columns", type=positive, default=256, help="data.columns of the run (256)")
     command.add_argument("--accumulation", type=positive, default=1)
     command.add_argument("--world", type=positive, default=1, help="ranks")
-    command.add_argument("--workers", type=natural, default=2, help="a rank (2)")
+    command.add_argument("--workers", type=natural, default=2, help="workers per rank (2)")
     command.add_argument("--from", dest="first", type=natural, default=0, metavar="STEP")
     command.add_argument("--steps", type=positive, default=1)
     command.add_argument(
@@ -109,11 +114,10 @@ def parse() -> argparse.Namespace:
         type=int,
         choices=VERSIONS,
         default=VERSIONS[-1],
-        help="order.version in state.json of the run's checkpoints, 1 where there is none (default: that of new runs)",
+        help="order.version in state.json of the run's checkpoints, 1 if there is none (default: that of new runs)",
     )
     command.add_argument("--cache", default="~/.cache/vaescale", help="data.cache, for shards behind a URL")
     command.add_argument("--cache-gib", type=amount, default=100.0, help="data.cache_gib (100)")
-    return parser.parse_args()
 
 
 def natural(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Imports go in one direction, and each costly library is imported by one file."""
+"""Imports go in one direction, each costly library is imported by one file, and files and functions are short."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "vaescale"
 BASE = {"files", "renamed", "hints", "interfaces", "distributed", "process", "ranges", "config"}
 BELOW = {*BASE, "nn", "models", "data", "settings", "monitoring", "lifecycle"}
-LAYERS = {  # package or file → those it may import beside itself
+LAYERS = {  # package or file → the others that it may import
     "arguments": set(),
     "files": set(),
     "hints": {"files", "renamed"},
@@ -103,6 +103,27 @@ def test_isinstance_is_seen(tmp_path: Path) -> None:
 def test_files_are_short() -> None:
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Returns the name and the number of lines of each function in a file, methods and nested ones included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_functions_are_short() -> None:
+    for path in [*FILES, *(PACKAGE.parent / "launch").rglob("*.py")]:
+        for name, lines in functions(path):
+            assert lines <= 60, f"{path}: {name} has {lines} lines"
+
+
+def test_the_lines_of_functions_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(
+        "class X:\n    @x\n    def f(self):\n        def g():\n            pass\n        return g\n"
+    )
+    assert dict(functions(tmp_path / "x.py")) == {"f": 4, "g": 2}
 
 
 def test_the_imports_are_seen() -> None:
