@@ -22,16 +22,18 @@ from vaescale.training.ema import WeightEMA
 from vaescale.training.guard import Guard
 
 IMAGES = 4
-STAGES = "encoder=[{size: 16, blocks: 1}, {size: 8, blocks: 1}] decoder=[{size: 8, blocks: 1}, {size: 16, blocks: 2}]"
 SMALL = {  # settings that make a family small; a new one needs an entry only if its defaults are large
     "vdvae": [
-        f"model.{one}" for one in ("width=8", "bottleneck=4", *STAGES.replace(" decoder", "|decoder").split("|"))
+        "model.width=8",
+        "model.bottleneck=4",
+        "model.encoder=[{size: 16, blocks: 1}, {size: 8, blocks: 1}]",
+        "model.decoder=[{size: 8, blocks: 1}, {size: 16, blocks: 2}]",
     ],
     "vqvae": ["model.width=8", "model.quantizer.dim=8", "model.quantizer.codebook_size=24"],
 }
 KINDS = get_args(get_type_hints(quantize.Config)["kind"])
 FITTING = {  # settings without which a kind of quantiser cannot be
-    "fsq": ["codebook_dim=3", "levels=[4,3,2]".replace("2", "3"), "codebook_size=36"],
+    "fsq": ["codebook_dim=3", "levels=[4,3,3]", "codebook_size=36"],
     "lfq": ["codebook_size=256", "entropy_weight=0.1"],
 }
 COMBINED = {

@@ -85,12 +85,6 @@ class Probe(Model):
         y = self.decoder(quantized.z.to(self.decoder.weight.dtype))
         return Output(F.mse_loss(y.float(), z) + quantized.loss, {}, None)
 
-    def encode(self, *_: object) -> list[Tensor]:
-        raise NotImplementedError
-
-    def decode(self, *_: object) -> Tensor:
-        raise NotImplementedError
-
     def update(self, step: int, lr: float) -> None:
         self.quantizer.update(step, lr)
 

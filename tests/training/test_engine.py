@@ -85,9 +85,9 @@ def test_one_step_is_that_of_plain_torch(group: None) -> None:
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_two_engines_share_a_step_a_verdict_and_a_checkpoint(group: None, tmp_path: Path, zero: int) -> None:
-    """A critic and what it judges, of two micro-batches, against plain torch, bit for bit. In the first one's pass the
-    critic is called without its engine and frozen. In the third step the critic's gradient is not finite: neither
-    moves."""
+    """Compares a generator and a critic, on two micro-batches per step, with plain torch, up to rounding. In the
+    generator's pass the critic is called without its engine and frozen. In the third step the critic's gradient is not
+    finite: neither network moves."""
     optimizer = settings.Optimizer(lr=1e-2, grad_clip=0.5, weight_decay=0.1)
 
     def nets() -> tuple[nn.Module, nn.Module]:

@@ -21,7 +21,7 @@ def test_a_linear_autoencoder_has_two_flops_a_weight_and_pass() -> None:
 
 @pytest.mark.parametrize("config", ["tiny.yaml", "tiny_hvae.yaml", "tiny_vdvae.yaml"])
 def test_every_family_is_counted_without_a_trace(config: str) -> None:
-    """Counting changes no random state and takes less time than a real pass."""
+    """Counting changes no random state."""
     loaded = settings.load(TINY / config, ["run=run", "data.root=data"])
     before = torch.get_rng_state()
     assert flops.per_image(loaded) > 10**5

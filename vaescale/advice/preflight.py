@@ -217,19 +217,19 @@ def one_step(config: Config) -> Finding:
     """Train and save one step in a temporary folder next to the run directory, and check that the run's checkpoints
     will fit."""
     run = Path(config.run)
-    beside = run.absolute().with_name(distributed.tell(f".doctor-{os.getpid()}"))
+    trial = run.absolute().with_name(distributed.tell(f".doctor-{os.getpid()}"))
     every = replace(config.every, report=1, validate=2**60, checkpoint=2**60)
-    brief = replace(config, run=str(beside), every=every, keep_last=1, keep_every=0)
+    brief = replace(config, run=str(trial), every=every, keep_last=1, keep_every=0)
     if distributed.rank() == 0:
-        beside.mkdir(parents=True)
-        (beside / "STOP").touch()  # stops the trainer after the first step, or on several ranks after the second
+        trial.mkdir(parents=True)
+        (trial / "STOP").touch()  # stops the trainer after the first step, or on several ranks after the second
     try:
         begun = time.monotonic()
         with redirect_stdout(io.StringIO()):
             trainer = Trainer(brief)
             trainer.train()
             seconds = time.monotonic() - begun
-            saved = newest(beside / "checkpoints").path if distributed.rank() == 0 else None
+            saved = newest(trial / "checkpoints").path if distributed.rank() == 0 else None
             size = sum(file.stat().st_size for file in saved.iterdir()) if saved else 0
             Writer(run / "checkpoints", config.keep_last, config.keep_every, trainer.console).check_room(
                 size, config.steps
@@ -238,7 +238,7 @@ def one_step(config: Config) -> Finding:
         return Finding(FAIL, f"a trial step and its checkpoint failed ({type(error).__name__}: {error})")
     finally:
         if distributed.rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(trial, ignore_errors=True)
     steps = trainer.position.step
     return Finding(OK, f"{steps} step(s) taken and a checkpoint of {readable_size(size)} saved in {seconds:.1f} s")
 

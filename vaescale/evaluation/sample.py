@@ -153,9 +153,8 @@ def at_temperatures(codec: Codec, condition: Condition) -> Picture:
     blocks = []
     for temperature in TEMPERATURES:
         images = from_prior(codec, in_turn(condition, SAMPLES), 0, temperature)
-        text = 2 * legible(
-            PER_ROW * factor(images.shape[-1]) * images.shape[-1]
-        )  # the blocks are almost as high as wide
+        # The blocks are almost as high as wide.
+        text = 2 * legible(PER_ROW * factor(images.shape[-1]) * images.shape[-1])
         blocks.append(grid(images, PER_ROW, title=f"samples, temperature {temperature:g}", text=text))
     return joined(blocks, axis=0)
 

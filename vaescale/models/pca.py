@@ -180,8 +180,8 @@ class PCA(Model):
         return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.side, q=self.side)
 
     def _images(self, rows: Tensor) -> Tensor:
-        beside = self.shape.size // self.side
-        return rearrange(rows, "b (h w) (c p q) -> b c (h p) (w q)", h=beside, p=self.side, q=self.side)
+        across = self.shape.size // self.side
+        return rearrange(rows, "b (h w) (c p q) -> b c (h p) (w q)", h=across, p=self.side, q=self.side)
 
     def _grid(self, u: Tensor) -> Tensor:
         if not self.config.patch:

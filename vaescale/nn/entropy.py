@@ -28,9 +28,8 @@ def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, 
     used. The mean is over the N rows given, one rank's micro-batch, as in the published code. Extra memory: four tiles
     of 4 MiB, 4 N + 2 K numbers and the centred copies of both, in addition to the gradients.
     """
-    c = centre(
-        z.detach(), codebook.detach()
-    )  # leaves the distances unchanged and reduces their rounding far from the origin
+    # Leaves the distances unchanged and reduces their rounding far from the origin.
+    c = centre(z.detach(), codebook.detach())
     sure, varied = _Entropies.apply(z - c, codebook - c, temperature)
     return sure, varied
 
