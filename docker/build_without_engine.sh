@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Build docker/Dockerfile where there is no engine and no registry, and run the quickstart's first steps inside.
+# Builds docker/Dockerfile without a container engine or a registry, and runs the quickstart's first steps inside.
 #
-# As root on Debian, with buildah and debootstrap: the base is made of Debian's packages, and what pip installs comes
-# from this machine's own pip. Nothing is left of it but what is printed.
+# Needs root on Debian, with buildah and debootstrap. The base image is made of Debian packages; the wheels are downloaded
+# by this machine's pip beforehand. All files are removed afterwards.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -26,7 +26,7 @@ from vaescale import arguments, process
 
 def parse() -> argparse.Namespace:
     parser = arguments.command(__doc__)
-    parser.add_argument("--requeue", action="store_true", help="put the SLURM job back into the queue")
+    parser.add_argument("--requeue", action="store_true", help="requeue the SLURM job if another attempt can succeed")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="LAUNCHER … launch/train.py --config C …")
     return parser.parse_args()
 
@@ -51,15 +51,15 @@ from vaescale.lifecycle.lock import held
 from vaescale.lifecycle.status import FAILED, PREEMPTED, RUNNING, Diverged, Status
 from vaescale.lifecycle.stops import FILE, TWICE, TWICE_INTERRUPTED
 
-PATIENCE = 120.0  # seconds in which ranks whose launcher has ended must have saved and left
-AT_ONCE = 2.0  # seconds in which a launcher may end its ranks on other hosts, before all on this one are killed
+PATIENCE = 120.0  # seconds that ranks have to save and exit after their launcher has ended
+AT_ONCE = 2.0  # seconds that a launcher has to end its ranks on other hosts, before all on this host are killed
 BY_USER = (FILE, "SIGINT", TWICE_INTERRUPTED)
-LOOK = 0.2  # seconds between looks at what has ended, and at signals
+LOOK = 0.2  # seconds between checks for ended processes and for signals
 SET_DEATH_SIGNAL, SET_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 class Asked:
-    """What signals have asked for."""
+    """What the signals received so far have requested."""
 
     def __init__(self, run: Path, srun: bool) -> None:
         self.status, self.stop, self.srun = Status(run, 0), run / "STOP", srun
@@ -109,7 +109,7 @@ def main(command: list[str], requeue: bool) -> int:
     asked = Asked(run, command[0] == "srun")
     launcher = subprocess.Popen(
         command,
-        start_new_session=True,  # what is sent to this process's group is sent to it alone
+        start_new_session=True,  # signals sent to this process's group reach only this process
         preexec_fn=lambda: prctl(SET_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0),
     )
     code = ended(launcher, asked)
@@ -124,8 +124,8 @@ def main(command: list[str], requeue: bool) -> int:
 
 
 def ended(launcher: "subprocess.Popen[bytes]", asked: Asked) -> int:
-    """Wait for the launcher and what it leaves behind, which is killed after a while, or at once if that is asked.
-    Returns the launcher's code."""
+    """Wait for the launcher and the processes it leaves behind, which are killed after PATIENCE, or at once on request.
+    Returns the launcher's exit code."""
     while launcher.poll() is None and not asked.at_once:
         time.sleep(LOOK)
     if asked.at_once:
@@ -147,7 +147,7 @@ def ended(launcher: "subprocess.Popen[bytes]", asked: Asked) -> int:
 
 
 def kill() -> None:
-    """SIGKILL to all that descend from this process, none having time to take another's end for a failure."""
+    """Send SIGKILL to all descendants of this process at once, so that none reports the end of another as a failure."""
     for pid in list(descendants(os.getpid())):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -162,7 +162,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def run_directory(command: list[str]) -> Path:
-    """That of `… train.py --config C key=value …`. Raises ConfigError."""
+    """Returns the run directory of `… train.py --config C key=value …`. Raises ConfigError."""
     script = next((place for place, word in enumerate(command) if word.endswith(".py")), len(command))
     words = command[script + 1 :]
     if not any(word.startswith("--config") for word in words):
@@ -172,7 +172,8 @@ def run_directory(command: list[str]) -> Path:
 
 
 def worth_another_attempt(code: int, status: dict[str, Any]) -> bool:
-    """code: the launcher's; status: this attempt's run_status.json, {} if it wrote none."""
+    """Returns whether to requeue the job. code: that of the launcher; status: run_status.json of this attempt, or {} if
+    it wrote none."""
     if not status or status["status"] == RUNNING:
         return code == process.STOPPED_CODE  # by a signal before training began
     if status["status"] == PREEMPTED:

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Everything that must hold: format, lint, types, tests. `bash tests/run.sh unit` (launch, faults, cluster, browser,
-# benchmark) runs one kind, and of it those too that take long.
+# Runs all checks: format, lint, types, and the tests that are not marked `long`. `bash tests/run.sh unit` (or launch,
+# faults, cluster, browser, benchmark) runs one kind of test instead, the long ones included.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 echo "== install"
 source launch/setup.sh dev
-# TensorBoard is opened in Debian's Chromium, and SLURM and ssh hosts are started: where those cannot be had, such tests
-# are skipped, and pytest says so.
+# Some tests open TensorBoard in Chromium, or start SLURM or ssh hosts. They are skipped if these are missing.
 packages=()
 command -v chromedriver > /dev/null || packages+=(chromium chromium-driver)
 [ -x /usr/sbin/slurmctld ] || packages+=(slurmctld slurmd slurm-client munge)

@@ -44,7 +44,7 @@ def awake(vae: Variational) -> Variational:
     ("name", "published"), [("hvae_cifar10", 39), ("hvae_imagenet32", 119), ("hvae_imagenet64", 125)]
 )
 def test_parameters_are_the_published_ones(name: str, published: int) -> None:
-    """Child 2021, tables 1 to 3, in millions; ours has a condition beside where the config names one."""
+    """Child 2021, tables 1 to 3, in millions, within 2 %. A condition, if the config has one, adds parameters."""
     config = settings.load(ROOT / "configs" / f"{name}.yaml", [])
     with torch.device("meta"):
         net = settings.build(config)
