@@ -1,10 +1,10 @@
-"""Nearest codes and their statistics against what others do: `python tests/benchmarks/codebook.py [--rounds N]`.
+"""Compares nearest-code search and usage statistics with other implementations.
 
-Both sides run in this one process by turns, on all of its threads, and on a GPU too where there is one; a ratio is the
-median over rounds of theirs ÷ ours in seconds. Beside stand the floors: a search's matrix product alone, and on a GPU
-the roofline, the larger of operations over the speed of an fp32 matrix product and bytes over the speed of a copy,
-both measured there. faiss-cpu and vector-quantize-pytorch are in the extra `benchmark`; flash-kmeans is compared with
-on a GPU where it is installed.
+Command: `python tests/benchmarks/codebook.py [--rounds N]`. Both sides take turns in this process, on all of its
+threads, and also on a GPU if there is one. A ratio is the median over rounds of theirs ÷ ours in seconds. The table
+also has lower bounds: the search's matrix product alone, and on a GPU the roofline, the larger of operations over the
+speed of an fp32 matrix product and bytes over the speed of a copy, both measured on that GPU. faiss-cpu and
+vector-quantize-pytorch are in the extra `benchmark`; flash-kmeans is included on a GPU if it is installed.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def steps(z: Tensor, codebook: Tensor) -> Iterator[Pair]:
 
 
 def check(z: Tensor, codebook: Tensor) -> None:
-    """The chosen code is the nearest one in float64, or tied with it."""
+    """Checks that the chosen code is the nearest one in float64, or tied with it."""
     chosen = nearest(z, codebook)
     for part, codes in zip(z.split(256), chosen.split(256), strict=True):
         distances = torch.cdist(part.double(), codebook.double()).square()
@@ -130,7 +130,7 @@ def check(z: Tensor, codebook: Tensor) -> None:
 
 
 def product(z: Tensor, codebook: Tensor) -> None:
-    """All products z·e, by tiles of the search's size into one place: what no search by fp32 products can undercut."""
+    """Computes all products z·e in tiles of the search's size, each over the last: a bound for any fp32 search."""
     columns = min(COLUMNS, len(codebook))
     tile = z.new_empty(TILE // columns, columns)
     for rows in z.split(len(tile)):
@@ -139,7 +139,7 @@ def product(z: Tensor, codebook: Tensor) -> None:
 
 
 def expanded(z: Tensor, codebook: Tensor) -> Tensor:
-    """‖z‖² + ‖e‖² − 2 z·e as one N×K matrix."""
+    """Searches with ‖z‖² + ‖e‖² − 2 z·e as one N×K matrix."""
     distances = (
         z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * torch.einsum("nd,dk->nk", z, codebook.t())
     )
@@ -163,7 +163,7 @@ def measure_peak() -> Peak:
 
 
 def roofline(peak: Peak, rows: int, dim: int, codes: int, search: bool) -> float:
-    """Milliseconds that the operations or the bytes of a search, or of the sums and counts, take at the least."""
+    """Returns the least milliseconds that the operations and bytes of a search, or of the sums and counts, can take."""
     numbers = 4 * dim * (rows + codes) + 8 * rows  # z, the codebook or its sums, the codes found
     operations = 2 * rows * dim * codes if search else rows * dim
     return max(operations / peak.operations, numbers / peak.bytes)

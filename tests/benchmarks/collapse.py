@@ -1,12 +1,12 @@
-"""Codebook collapse and its remedies: `python tests/benchmarks/collapse.py [--codes 512 2048 …] [--seeds 0 1 …]`.
+"""Measures codebook collapse and its remedies: `python tests/benchmarks/collapse.py [--codes 512 …] [--seeds 0 1 …]`.
 
 Each cell trains one small VQ-VAE on the demo photographs (`python launch/shards.py demo data/photos`), in one process
 and on one thread. All cells of a seed have the same images in the same order, encoder, decoder, steps and learning
-rate; only the quantiser differs. Every cell is one JSON line of --out as soon as it is measured. Run again, a study
-goes on with the cells that are missing; at its end it prints the table of all that the file holds.
+rate; only the quantiser differs. Each cell is written to --out as one JSON line when it has been measured. If the
+command is run again, it continues with the missing cells. It ends with a table of all cells in the file.
 
-Usage and perplexity count the codes of 512 training crops and all 142 validation tiles, 167,424 latents: many times K,
-or it could not be used up; PSNR is that of the validation tiles. Seconds are CPU time of training.
+Usage and perplexity are measured over 512 training crops and all 142 validation tiles. These have 167,424 latents, many
+times K, so that every code could be used. PSNR is measured over the validation tiles. Seconds are CPU time of training.
 """
 
 import argparse
@@ -38,7 +38,7 @@ BATCH = 8  # 2,048 latents a step
 COUNTED = 64  # training batches whose codes are counted
 WIDTH = 32
 OPTIMIZER = Optimizer(lr=2e-3, warmup_steps=50)
-# Of FSQ: their product is near K, and none is below 5, as its paper advises.
+# Levels of FSQ: their product is near K, and none is below 5, as its paper advises.
 LEVELS = {512: [8, 8, 8], 2048: [8, 8, 6, 5], 8192: [8, 8, 5, 5, 5], 16384: [8, 8, 8, 6, 5]}
 MEASURES = {"usage": "{:.1%}", "perplexity": "{:.0f}", "psnr": "{:.2f}", "seconds": "{:.0f}"}
 Line = dict[str, Any]
@@ -92,7 +92,7 @@ def model(remedy: str, codes: int) -> Config:
 
 
 def cell(remedy: str, codes: int, steps: int) -> Line:
-    """All that decides a result but the seed."""
+    """Returns everything that determines a result, except the seed."""
     return {"remedy": remedy, "codes": codes, "steps": steps, "batch": BATCH, "model": asdict(model(remedy, codes))}
 
 
@@ -101,7 +101,7 @@ def read(out: Path) -> list[Line]:
 
 
 def study(data: Path, out: Path, wanted: list[tuple[int, int, str]], steps: int) -> None:
-    """wanted: (seed, K, remedy) of each cell."""
+    """Measures the missing cells and prints each. wanted: (seed, K, remedy) of each cell."""
     known = read(out)
     print("| cell | K | remedy | seed | usage | perplexity | PSNR, dB | seconds |\n|---|---|---|---|---|---|---|---|")
     images: dict[int, Images] = {}
@@ -110,7 +110,7 @@ def study(data: Path, out: Path, wanted: list[tuple[int, int, str]], steps: int)
         result = next((line for line in known if line.items() >= this.items()), None)
         if result is None:
             if seed not in images:
-                images = {seed: Images(data, seed, steps)}  # those of the seed before go
+                images = {seed: Images(data, seed, steps)}  # and free those of the previous seed
             result = {**this, **measure(remedy, size, seed, images[seed], steps)}
             with out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
@@ -118,7 +118,7 @@ def study(data: Path, out: Path, wanted: list[tuple[int, int, str]], steps: int)
 
 
 class Images:
-    """Every batch of a run, decoded once for all of its cells."""
+    """All batches of a seed, decoded once for all of its cells."""
 
     def __init__(self, root: Path, seed: int, steps: int) -> None:
         config = stream.Config(str(root), size=SIZE, min_crop_area=0.8, columns=BATCH, workers=0)
@@ -153,7 +153,7 @@ def measure(remedy: str, codes: int, seed: int, images: Images, steps: int) -> L
 
 
 def occurrences(latents: list[torch.Tensor], codes: int) -> torch.Tensor:
-    """int64 [K] of the only level."""
+    """Returns how often each code of the only codebook occurs, int64 [K]."""
     return torch.bincount(latents[0].flatten(), minlength=codes)
 
 
@@ -171,13 +171,13 @@ def train(vqvae: VQVAE, images: Images, steps: int) -> None:
 
 
 def figures(results: list[Line]) -> list[str]:
-    """usage, perplexity, PSNR and seconds, means over seeds."""
+    """Returns usage, perplexity, PSNR and seconds as text, means over seeds."""
     means = {key: statistics.mean(line[key] for line in results) for key in MEASURES}
     return [form.format(means[key]) for key, form in MEASURES.items()]
 
 
 def table(out: Path, steps: int) -> str:
-    """Of all that the file holds of these steps; a dash where a cell has not been measured."""
+    """Returns the table of all cells in the file with this number of steps; a dash marks a missing cell."""
     known = read(out)
     rows = [f"| remedy | {' | '.join(f'K = {size}' for size in CODES)} |", "|---|" + "---|" * len(CODES)]
     for remedy in REMEDIES:

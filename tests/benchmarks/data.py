@@ -1,9 +1,10 @@
-"""CPU time from shard to batch, against webdataset and plain Pillow: `python tests/benchmarks/data.py [--rounds N]`.
+"""Measures CPU time from shard to batch against webdataset and plain Pillow.
 
-Both sides are started by this one process, on one thread, by turns; a ratio is the median over rounds of theirs ÷ ours,
-in CPU time, that of workers included, so that neither a second process on the machine nor its clock decides. Loaders
-run without workers, which is decoding alone, and with two, which hand batches over to the main process as people
-have it: floats there, bytes here. Both then read the same number of whole epochs. The files lie in the page cache.
+Command: `python tests/benchmarks/data.py [--rounds N]`. This process starts both sides in turns, each on one thread. A
+ratio is the median over rounds of theirs ÷ ours in CPU time, workers included, so that other processes on the machine
+do not change it. Loaders run without workers, which measures decoding alone, and with two workers, which pass batches
+to the main process as users would: floats with webdataset, bytes with vaescale. Both then read the same number of whole
+epochs. The files are in the page cache.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def main() -> None:
 
 
 def imagenet_like() -> Iterator[Sample]:
-    """Parts of the demo photographs, half of their size or more, at the shapes that ImageNet's pictures have."""
+    """Yields parts of the demo photographs, half of their size or more, in the shapes of ImageNet's images."""
     rng = random.Random(0)
     photographs = [Image.open(path).convert("RGB") for path in find_photographs().values()]
     for i in range(COUNT):
@@ -104,12 +105,12 @@ def imagenet_like() -> Iterator[Sample]:
 
 
 def in_cpu_time(theirs: Work, ours: Work, items: int, rounds: int) -> tuple[float, float, float]:
-    """(theirs and ours in CPU milliseconds an item, their ratio)."""
+    """Returns (theirs and ours in CPU milliseconds per item, their ratio)."""
     return paired(theirs, ours, items, rounds, cpu_seconds)
 
 
 def reading(root: Path, rounds: int) -> Row:
-    """The same bytes and labels: in the order of the tar there, one by one through the index here."""
+    """Reads the same bytes and labels: webdataset in the order of the tar, vaescale one by one through the index."""
     folder = root / "plain/train"
     samples = stream.Samples(folder)
 
@@ -148,7 +149,7 @@ def decoding(files: list[bytes], rounds: int) -> Iterator[Row]:
 
 
 def loading(root: Path, rounds: int) -> Iterator[Row]:
-    """From shards to float batches in [0, 1]: webdataset's usual pipeline with torchvision's transforms."""
+    """Loads float batches in [0, 1] from shards; theirs is webdataset's pipeline with torchvision's transforms."""
     folder = root / "plain/train"
 
     def theirs(filter_: Image.Resampling, workers: int = 0) -> None:
@@ -175,7 +176,7 @@ def loading(root: Path, rounds: int) -> Iterator[Row]:
 
 
 def preparation(root: Path, rounds: int) -> Iterator[Row]:
-    """Reading and decoding of shards prepared once, against plain Pillow on the shards as they came."""
+    """Reads and decodes prepared shards; theirs is plain Pillow on the original shards."""
     plain, small = stream.Samples(root / "plain/train"), stream.Samples(root / "prepared/train")
     rng = random.Random(0)
 
@@ -204,7 +205,7 @@ def damage(root: Path, rounds: int) -> Row:
 
 
 def load(root: Path, decoder: decode.Decoder, workers: int = 0) -> int:
-    """The training stream as float batches in [0, 1]; returns how many samples were found damaged."""
+    """Reads the training stream as float batches in [0, 1]. Returns the number of damaged samples."""
     config = stream.Config(
         root=str(root), size=SIZE, min_crop_area=MIN_CROP_AREA, columns=64, workers=workers, decoder=decoder
     )
@@ -218,12 +219,12 @@ def load(root: Path, decoder: decode.Decoder, workers: int = 0) -> int:
 
 
 def epochs(workers: int) -> int:
-    """More of them where workers have to be started."""
+    """Returns the number of epochs to read: more if workers have to be started."""
     return 3 if workers else 1
 
 
 def cpu_seconds() -> float:
-    """Of this process and of all that it has started and that have ended."""
+    """Returns the CPU time of this process and of its child processes that have ended."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in usage)
 
@@ -238,7 +239,7 @@ def crop(data: bytes, g: int, flip: bool, decoder: decode.Decoder) -> decode.Pix
 
 
 def exhaust(items: Iterable[object]) -> None:
-    """Nothing is kept: fresh memory would cost more than what is measured."""
+    """Keeps nothing, because fresh memory would cost more than what is measured."""
     for _ in items:
         pass
 
@@ -248,7 +249,7 @@ def opened(data: bytes) -> Image.Image:
 
 
 def random_resized_crop(image: Image.Image, filter_: Image.Resampling, rng: random.Random) -> Image.Image:
-    """What torchvision's RandomResizedCrop and RandomHorizontalFlip do to a Pillow image."""
+    """Does what torchvision's RandomResizedCrop and RandomHorizontalFlip do to a Pillow image."""
     area = image.width * image.height
     box = (0, 0, *image.size)
     for _ in range(10):
@@ -267,7 +268,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def centre_square(data: bytes) -> np.ndarray:
-    """Full decoding, then the resampling that `validation_image` promises."""
+    """Decodes the full image, then resamples as `validation_image` promises."""
     image = opened(data)
     (width, height), side = image.size, min(image.size)
     x, y = (width - side) / 2, (height - side) / 2
@@ -275,7 +276,7 @@ def centre_square(data: bytes) -> np.ndarray:
 
 
 def expected_crop(data: bytes, g: int) -> np.ndarray:
-    """Full decoding, then the crop that `train_image` draws for g, moved to the grid it decodes on."""
+    """Decodes the full image, then takes the crop that `train_image` draws for g, moved to its decoding grid."""
     image = Image.open(io.BytesIO(data))
     box = decode._random_box(image.size, MIN_CROP_AREA, uniforms(0, g, np.arange(decode.DRAWS)))
     scale = decode._reduction(image, min(box[2] - box[0], box[3] - box[1]), SIZE)

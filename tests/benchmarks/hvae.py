@@ -1,9 +1,9 @@
-"""One training step of the 39 M top-down VAE: `python tests/benchmarks/hvae.py [--batch 4] [--rounds 3]`.
+"""Measures one training step of the 39 M top-down VAE: `python tests/benchmarks/hvae.py [--batch 4] [--rounds 3]`.
 
-Ours is the trainer's step: DeepSpeed's engine, clipping, AdamW, averaged weights. Against it, in this one process and
-by turns: a loop of plain torch around the same network that does the same; ours with activation checkpointing; ours
-with its blocks compiled. A ratio is the median over rounds of theirs ÷ ours in seconds. Peak memory is that of one
-process for each, above what it held before the model was built: resident on a CPU, allocated on a GPU.
+The baseline is the trainer's step: DeepSpeed's engine, clipping, AdamW, averaged weights. It takes turns, in this
+process, with an equivalent loop of plain torch around the same network, with activation checkpointing, and with
+compiled blocks. A ratio is the median over rounds of the variant's seconds ÷ the baseline's. Peak memory is measured in
+one process per variant, above what the process held before the model was built: resident on a CPU, allocated on a GPU.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def trained(model: Model, config: Config) -> Work:
-    """The trainer's step, the first time with everything that is made then."""
+    """Returns the trainer's step; the first call also sets everything up."""
     learner = Descent(model, config)
     batch = images(config, next(model.parameters()).device)
 
@@ -77,7 +77,7 @@ def plain(config: Config, device: torch.device) -> Work:
 
 
 def by_hand(model: Model, config: Config) -> Work:
-    """What one writes oneself."""
+    """Returns the same step in plain torch, as one would write it by hand."""
     device = next(model.parameters()).device
     averaged = copy.deepcopy(model)
     given = config.optimizer
@@ -111,7 +111,7 @@ def checkpointing(config: Config, device: torch.device) -> Work:
 
 
 def compiled(config: Config, device: torch.device) -> Work:
-    """Blocks alone: they are one function at each size, and nearly all of the time."""
+    """Compiles the blocks only: they are one function per size, and take nearly all of the time."""
     torch._dynamo.config.recompile_limit = 64  # sizes and channels; beyond it the rest would run as it is
     model = built(config, device)
     for module in model.modules():
@@ -149,7 +149,7 @@ def measure_memory(side: str, config: Config, device: torch.device) -> float:
 
 
 def resident() -> float:
-    """The most since the peak was last forgotten, in MiB."""
+    """Returns the peak since it was last reset, in MiB."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
 

@@ -1,10 +1,10 @@
-"""What the trainer adds to a step and to a save: `python tests/benchmarks/overhead.py [--data data/photos]`.
+"""Measures what the trainer adds to a step and to a save: `python tests/benchmarks/overhead.py [--data data/photos]`.
 
-On the model of configs/quickstart.yaml, in this one process, both sides by turns on the same images and weights;
-medians over rounds. The trainer's step is all that its loop does in every step, but for loading; the loop of plain
-torch beside it learns the same. Where tensors come to lie in memory makes a few percent of a step either way, so all is
-built several times, and that ratio is the median over builds. Guards, watch and hashes are timed alone, as shares of a
-step or a save; a save is written beside training.
+Uses the model of configs/quickstart.yaml. Both sides take turns in this process, on the same images and weights; times
+are medians over rounds. The trainer's step is everything that its loop does in each step, except loading; a loop of
+plain torch that learns the same is the other side. The place of tensors in memory changes a step by a few percent, so
+everything is built several times, and the ratio is the median over builds. Guards, watch and hashes are timed alone, as
+shares of a step or a save; a save is written in parallel with training.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def watching(trainer: Trainer) -> Work:
 
 
 def guarding(trainer: Trainer) -> Work:
-    """What a step does for the guard's sake."""
+    """Does what a step does for the guard."""
     learner = trainer.learner
     assert isinstance(learner, Descent)
     guard = learner.guard
@@ -114,7 +114,7 @@ def saves(trainer: Trainer, folder: Path, rounds: int) -> None:
         checkpoint.save(folder, next(number), tensors, {}, keep=1)
 
     def hashing() -> None:
-        """What was to be written, and what was read back."""
+        """Hashes what is written, and what is read back."""
         for data in files:
             xxhash.xxh3_64_hexdigest(data), xxhash.xxh3_64_hexdigest(data)
 

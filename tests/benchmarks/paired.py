@@ -1,4 +1,4 @@
-"""Two sides timed by turns, for benchmarks whose numbers are ratios."""
+"""Times two sides in turns, for benchmarks whose numbers are ratios."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ Work = Callable[[], object]
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """In seconds. device: "cpu" or "cuda"."""
+    """Returns a clock in seconds. device: "cpu" or "cuda"."""
     return synchronised if device == "cuda" else time.perf_counter
 
 
@@ -20,8 +20,8 @@ def synchronised() -> float:
 
 
 def paired(theirs: Work, ours: Work, items: int, rounds: int, clock: Callable[[], float]) -> tuple[float, float, float]:
-    """(theirs and ours in milliseconds of `clock` an item, their ratio): medians over rounds, each first in every
-    other."""
+    """Returns (theirs and ours in milliseconds of `clock` per item, their ratio): medians over rounds, which the two
+    sides begin in turns."""
     theirs(), ours()  # what is done once, such as imports
     spent: dict[Work, list[float]] = {theirs: [], ours: []}
     for i in range(rounds):

@@ -1,7 +1,7 @@
-"""launch/plan.py's formula against runs of two ranks on this machine: `python tests/benchmarks/plan.py`.
+"""Compares the formula of launch/plan.py with runs of two ranks on this machine: `python tests/benchmarks/plan.py`.
 
-One core a rank, so compute is that of one rank alone on one thread; bandwidth is what the run of two says at its start;
-latency is what a run of two with a tiny model takes longer than one of its ranks alone.
+Each rank has one core, so compute time is that of one rank alone on one thread. The bandwidth is the one that the run
+of two logs at its start. The latency is the additional time of a step of two ranks over one rank with a tiny model.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measured(world: int, config: str, given: list[str]) -> tuple[float, str]:
-    """(seconds of a step without waiting for data, the median over reports but the first; the output)"""
+    """Returns (seconds of a step without waiting for data, the median over all reports but the first; the output)."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command = [

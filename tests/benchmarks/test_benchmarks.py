@@ -1,4 +1,4 @@
-"""The benchmarks still run at their smallest scale; their numbers are not used here."""
+"""Runs the benchmarks at their smallest scale; their numbers are not used."""
 
 import json
 import sys
