@@ -62,7 +62,7 @@ def before(path: str, overrides: list[str]) -> int:
 
 
 def report(findings: Iterable[Finding]) -> int:
-    """Print the findings as they come; ranks other than 0 leave out those that are ok. Returns 1 if one is FAIL."""
+    """Prints the findings as they come; ranks other than 0 leave out those that are ok. Returns 1 if one is FAIL."""
     rank, _, _ = distributed.place()
     worst = 0
     for finding in findings:

@@ -85,7 +85,7 @@ class Asked:
             print(f"error: {self.stop} cannot be created ({error.strerror}): press ^C twice to end at once", flush=True)
 
     def acknowledge(self) -> None:
-        """Remove the file STOP, after all ranks have ended."""
+        """Removes the file STOP, after all ranks have ended."""
         if self.cancelled or not self.srun:
             with suppress(OSError):
                 self.stop.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def main(command: list[str], requeue: bool) -> int:
 
 
 def ended(launcher: "subprocess.Popen[bytes]", asked: Asked) -> int:
-    """Wait for the launcher and the processes it leaves behind, which are killed after PATIENCE, or at once on request.
+    """Waits for the launcher and the processes it leaves behind, which are killed after PATIENCE or at once on request.
     Returns the launcher's exit code."""
     while launcher.poll() is None and not asked.at_once:
         time.sleep(LOOK)
@@ -147,7 +147,7 @@ def ended(launcher: "subprocess.Popen[bytes]", asked: Asked) -> int:
 
 
 def kill() -> None:
-    """Send SIGKILL to all descendants of this process at once, so that none reports the end of another as a failure."""
+    """Sends SIGKILL to all descendants of this process at once, so that none reports another's end as a failure."""
     for pid in list(descendants(os.getpid())):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

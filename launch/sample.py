@@ -108,7 +108,7 @@ def load(given: argparse.Namespace) -> tuple[Subject, int]:
 
 
 def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bool, out: Path) -> int:
-    """Write the pictures of `modes`; without modes all that the model supports, and why it does not support the others.
+    """Writes the pictures of `modes`; without modes all that the model supports, and why it lacks the others.
     Raises Unsupported if there are none."""
     made: dict[str, pictures.Picture] = {}
     for mode in modes or MODES:

@@ -36,7 +36,7 @@ def training(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse `words` (default: the arguments of this process). The settings are in `overrides`.
+    """Parses `words` (default: the arguments of this process). The settings are in `overrides`.
 
     An unknown option is probably a setting, but the known keys need the slow imports. So `--steps 10` becomes the
     override `--steps=10`, which vaescale.config refuses with a hint at the right key. For other invalid arguments

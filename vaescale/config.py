@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file. Returns sections, lists and texts, not yet typed. Raises ConfigError."""
+    """Reads a YAML file. Returns sections, lists and texts, not yet typed. Raises ConfigError."""
     try:
         raw = _parsed(Path(path).read_text(encoding="utf-8"), str(path))
     except (FileNotFoundError, IsADirectoryError):
@@ -80,7 +80,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], overrides: list[str]) -> None:
-    """Merge `key=value` overrides over the settings `raw`, in place.
+    """Merges `key=value` overrides over the settings `raw`, in place.
 
     `${other.key}` is the only interpolation. A resolver such as `${oc.env:…}` is refused, because it would let a file
     read any environment variable. Raises ConfigError.
@@ -102,7 +102,7 @@ def as_written(raw: dict[str, Any], section: str, key: str) -> str | None:
 
 
 def typed(schema: T, raw: dict[str, Any], source: str | Path) -> T:
-    """Merge `raw` over the defaults `schema` (a dataclass instance). Returns a frozen object of the schema's type.
+    """Merges `raw` over the defaults `schema` (a dataclass instance). Returns a frozen object of the schema's type.
 
     source: the file, for messages. Raises UnknownKey for an unknown key, and ConfigError for a value that is missing,
     of the wrong type or out of range.
@@ -134,7 +134,7 @@ def typed(schema: T, raw: dict[str, Any], source: str | Path) -> T:
 
 
 def expanded(key: str, text: str) -> str:
-    """Expand `~`, `~user` and `$NAME` at the beginning of the path `text`, and `$USER` anywhere.
+    """Expands `~`, `~user` and `$NAME` at the beginning of the path `text`, and `$USER` anywhere.
 
     `$NAME` must be an absolute path of an existing folder. No other variable is read, because the file may be
     untrusted and paths appear in logs. key: the setting, for messages. Raises ConfigError for anything else.
@@ -167,7 +167,7 @@ def expanded(key: str, text: str) -> str:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write the config atomically, unless the file already has this content. Raises OSError."""
+    """Writes the config atomically, unless the file already has this content. Raises OSError."""
     data = to_yaml(config).encode()
     if path.is_file() and path.read_bytes() == data:
         return
@@ -180,7 +180,7 @@ def to_yaml(config: Any) -> str:
 
 
 def _parsed(text: str, where: str) -> Any:
-    """Parse YAML into dicts, lists, str (quoted texts) and Plain (other texts)."""
+    """Parses YAML into dicts, lists, str (quoted texts) and Plain (other texts)."""
     depth = 0
     for event in yaml.parse(text):  # check events first: composing deep nodes takes long
         if isinstance(event, yaml.AliasEvent):  # a few nested aliases can expand beyond any memory
@@ -234,7 +234,7 @@ def _override(key: str, value: str) -> str:
 
 
 def _opened(value: Any, key: str) -> Any:
-    """Parse a Plain text that is a section or a list; {} if it is empty or null. Other values are returned as is."""
+    """Parses a Plain text that is a section or a list; {} if it is empty or null. Other values are returned as is."""
     if not isinstance(value, Plain):
         return value
     if value in NOTHING:
@@ -280,7 +280,7 @@ def _refuse_resolvers(node: Any, where: str) -> None:
 
 
 def _section(given: Any, schema: Any, where: str) -> dict[str, Any]:
-    """Convert the values of a section. schema: a dataclass, or an instance of one, whose values are the defaults."""
+    """Converts the values of a section. schema: a dataclass, or an instance of one, whose values are the defaults."""
     given = _opened(given, where)
     if not isinstance(given, dict):
         raise ConfigError(f"{where} is a section, not a value: give its settings, as in {where}.name=…")
@@ -295,7 +295,7 @@ def _section(given: Any, schema: Any, where: str) -> dict[str, Any]:
 
 
 def _typed(given: Any, hint: Any, default: Any, key: str) -> Any:
-    """Convert the text `given` to the type `hint`. Interpolations are left to OmegaConf."""
+    """Converts the text `given` to the type `hint`. Interpolations are left to OmegaConf."""
     if isinstance(given, str) and ("${" in given or given == "???"):
         return str(given)
     origin = get_origin(hint)
@@ -373,7 +373,7 @@ def _mapping(given: Any, key: str) -> dict[str, Any]:
 
 
 def _natural(given: Any, key: str) -> Any:
-    """Convert a value that is passed to a library: texts without quotes become the types of JSON."""
+    """Converts a value that is passed to a library: texts without quotes become the types of JSON."""
     if isinstance(given, Plain) and given not in NOTHING:
         given = _opened(given, key)
     if isinstance(given, dict):
@@ -392,7 +392,7 @@ def _natural(given: Any, key: str) -> Any:
 
 
 def _writable(node: Any) -> None:
-    """Make a config writable at every level. OmegaConf makes those of frozen dataclasses read-only."""
+    """Makes a config writable at every level. OmegaConf makes those of frozen dataclasses read-only."""
     OmegaConf.set_readonly(node, False)
     for key in node:
         child = node._get_node(key)

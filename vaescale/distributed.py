@@ -84,7 +84,7 @@ def _place(rank: str, local_rank: str, world: str, advice: str) -> Place:
 
 
 def init(patience: float = 300.0) -> torch.device:
-    """Join the process group and return this rank's device. A single process needs neither address nor port.
+    """Joins the process group and returns this rank's device. A single process needs neither address nor port.
 
     patience: hang_timeout in seconds. A rank waits so long, and at least JOIN, for the others to start (0: COLLECTIVE),
     then raises Unjoined. Collectives time out after LONG times as long, and at least COLLECTIVE. Raises Misplaced.
@@ -136,7 +136,7 @@ def finish() -> None:
 
 
 def leave(code: int, together: bool) -> NoReturn:
-    """Exit with this code. together: all ranks exit with it now.
+    """Exits with this code. together: all ranks exit with it now.
 
     A rank that exits alone does not leave the process group: NCCL would wait for the others, which may be inside a
     collective, and the launcher would not learn that this rank has failed.
@@ -158,14 +158,14 @@ def rank() -> int:
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place. All ranks get identical results."""
+    """Sums over ranks, in place. All ranks get identical results."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_(tensor: Tensor) -> Tensor:
-    """Copy rank 0's values to all ranks, in place."""
+    """Copies rank 0's values to all ranks, in place."""
     if world() > 1:
         dist.broadcast(tensor, 0)
     return tensor
@@ -200,7 +200,7 @@ def barrier() -> None:
 
 
 def _keep_memory() -> None:
-    """Keep freed memory in the process, as CUDA's allocator does.
+    """Keeps freed memory in the process, as CUDA's allocator does.
 
     glibc returns large blocks to the system, so every step would page its activations in again: 18 % of a quickstart
     step's time.

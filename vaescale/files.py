@@ -87,7 +87,7 @@ def is_plain(text: str) -> bool:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to `path` at the end. So `path` is never incomplete."""
+    """Yields a temporary path to write to, and renames it to `path` at the end. So `path` is never incomplete."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial
     partial.replace(path)
@@ -103,7 +103,7 @@ def file_hash(path: Path) -> str:
 
 
 def readable_size(count: float) -> str:
-    """Format a number of bytes, as in "1.50 GiB"."""
+    """Formats a number of bytes, as in "1.50 GiB"."""
     for power, unit in ((3, "GiB"), (2, "MiB")):
         if count >= 1024**power:
             return f"{count / 1024**power:.{power - 1}f} {unit}"

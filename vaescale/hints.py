@@ -20,7 +20,7 @@ BEGINNING = 3  # letters of a name that are enough to be its short form
 
 
 def known_keys(schema: Any, where: str = "") -> Iterator[str]:
-    """Yield the dotted keys of `schema` (a dataclass instance), including sections."""
+    """Yields the dotted keys of `schema` (a dataclass instance), including sections."""
     for name in get_type_hints(type(schema)):
         yield f"{where}{name}"
         if is_dataclass(inner := getattr(schema, name, None)):
@@ -88,7 +88,7 @@ def nearest_file(path: Path) -> Path | None:
 
 
 def either(names: Sequence[str]) -> str:
-    """Join names as in "a, b or c"."""
+    """Joins names as in "a, b or c"."""
     return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 

@@ -162,4 +162,4 @@ class Model(nn.Module, ABC):
     def forward(self, batch: Batch, step: int) -> Output: ...
 
     def update(self, step: int, lr: float) -> None:
-        """Update what the optimiser does not train. Called on all ranks, once after each optimiser step."""
+        """Updates what the optimiser does not train. Called on all ranks, once after each optimiser step."""

@@ -87,7 +87,7 @@ def _after_fork() -> None:
 
 
 def _forked() -> None:
-    """Remove the child's wakeup file descriptor: otherwise it would write its signals into its parent's pipe."""
+    """Removes the child's wakeup file descriptor: otherwise it would write its signals into its parent's pipe."""
     signal.set_wakeup_fd(-1)
     _after_fork()
 
@@ -120,7 +120,7 @@ _begun: _Start | None = None
 
 
 def start() -> None:
-    """Make a signal or the death of the launcher end the process at once, until `started` is called.
+    """Makes a signal or the death of the launcher end the process at once, until `started` is called.
 
     The process prints one sentence and no traceback. A command calls this before anything else.
     """
@@ -130,19 +130,19 @@ def start() -> None:
 
 
 def started() -> None:
-    """Say that training begins, which handles signals and the launcher's death by itself."""
+    """Says that training begins, which handles signals and the launcher's death by itself."""
     if _begun:
         _begun.training = True
 
 
 def ended() -> None:
-    """Say that training has ended well and everything is saved: from now on only ^C ends the process."""
+    """Says that training has ended well and everything is saved: from now on only ^C ends the process."""
     if _begun:
         _begun.ended = True
 
 
 def hand_over() -> None:
-    """Stop listening: from now on the command handles signals by itself."""
+    """Stops listening: from now on the command handles signals by itself."""
     if _begun:
         _begun.listener.__exit__()
 
@@ -208,7 +208,7 @@ def _adopted(parent: int) -> bool:
 
 
 def leave(code: int, why: str, parting: Callable[[], None] | None = None) -> None:
-    """Print `why` and exit at once, from any thread. parting: called before the exit, for at most PARTING seconds."""
+    """Prints `why` and exits at once, from any thread. parting: called before the exit, for at most PARTING seconds."""
     rank = os.environ.get("RANK")
     say(f"{f'rank {rank}: ' if rank else ''}{why}")
     if parting:
@@ -219,13 +219,13 @@ def leave(code: int, why: str, parting: Callable[[], None] | None = None) -> Non
 
 
 def say(line: str) -> None:
-    """Write a line to stderr, without taking its lock and without failing if nobody reads it."""
+    """Writes a line to stderr, without taking its lock and without failing if nobody reads it."""
     with suppress(OSError):
         os.write(2, f"{line}\n".encode())
 
 
 def die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process (SIGKILL) when the thread that forked it ends, even if it is stopped (SIGSTOP).
+    """Lets the kernel kill this process (SIGKILL) when the thread that forked it ends, even if it is stopped (SIGSTOP).
 
     parent: the pid of the parent. Exits at once if it has already died.
     """
@@ -249,7 +249,7 @@ class _Forgiving(io.FileIO):
 
 
 def forgive_output() -> None:
-    """Replace stdout and stderr so that neither a failed write, even at exit, nor an unencodable character raises."""
+    """Replaces stdout and stderr so that neither a failed write, even at exit, nor an unencodable character raises."""
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file could get a closed stdout's number
         pass
     os.close(spare)

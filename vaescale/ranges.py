@@ -57,7 +57,7 @@ def ranged(
 
 
 def require(config: Any, where: str = "") -> None:
-    """Check every value of a config. where: the section's dotted name, a prefix of the keys in messages.
+    """Checks every value of a config. where: the section's dotted name, a prefix of the keys in messages.
 
     Raises ValueError, one sentence with the key, for a value of the wrong type, outside its Literal or out of range.
     NaN and infinities are outside every range.

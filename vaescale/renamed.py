@@ -35,7 +35,7 @@ RENAMED = {
 
 
 def rename(raw: dict[str, Any]) -> None:
-    """Give the settings in `raw` (nested sections) their new names, in place."""
+    """Gives the settings in `raw` (nested sections) their new names, in place."""
     for old, new in RENAMED.items():
         *sections, name = old.split(".")
         section: Any = raw

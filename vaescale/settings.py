@@ -92,7 +92,7 @@ OWNED = {
 
 
 def load(path: str | Path, overrides: list[str]) -> Config:
-    """Read a config file with overrides. Raises ConfigError, one sentence, for unknown keys and values that cannot
+    """Reads a config file with overrides. Raises ConfigError, one sentence, for unknown keys and values that cannot
     work."""
     raw = mechanics.read_yaml(path)
     mechanics.override(raw, overrides)
@@ -124,8 +124,8 @@ def _checked(raw: Any, path: str | Path) -> Config:
 
 
 def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
-    """Read a run's config.yaml with overrides. Returns the config, and the file's keys that this version does not know,
-    which are ignored. Renamed keys get their new names, and missing ones their defaults. Raises ConfigError."""
+    """Reads a run's config.yaml with overrides. Returns the config, and the file's keys that this version does not
+    know, which are ignored. Renamed keys get their new names, and missing ones their defaults. Raises ConfigError."""
     raw = mechanics.read_yaml(path)
     if "version" not in raw:
         rename(raw)
@@ -138,7 +138,7 @@ def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
 
 
 def _prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = "") -> list[str]:
-    """Remove the keys that `schema` (a dataclass instance) does not have, except those in `keep`. Returns their
+    """Removes the keys that `schema` (a dataclass instance) does not have, except those in `keep`. Returns their
     names."""
     unknown: list[str] = []
     for name, given in list(raw.items()):
@@ -153,7 +153,7 @@ def _prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = 
 
 
 def build(config: Config) -> Model:
-    """Build the model that the config names. Raises ConfigError for a shape that the model cannot have. Configs may be
+    """Builds the model that the config names. Raises ConfigError for a shape that the model cannot have. Configs may be
     made in code, so it also raises ConfigError for a value outside its range or Literal."""
     try:
         require(config)
@@ -250,7 +250,7 @@ def absent_classes(config: Config, training: Index, validation: Index) -> str:
 
 
 def _located(config: Config) -> Config:
-    """Expand paths. `data.cache` keeps its `~`, because other users may use the saved config too."""
+    """Expands paths. `data.cache` keeps its `~`, because other users may use the saved config too."""
     run, init_from = mechanics.expanded("run", config.run), mechanics.expanded("init_from", config.init_from)
     root, cache = mechanics.expanded("data.root", config.data.root), mechanics.expanded("data.cache", config.data.cache)
     cache = config.data.cache if config.data.cache.startswith("~") else cache

@@ -76,7 +76,7 @@ def main(given: argparse.Namespace) -> int:
 
 
 def trainings(given: argparse.Namespace) -> dict[str, list[str]]:
-    """Run directory → the overrides that this one has alone. Raises ConfigError for settings that cannot work."""
+    """Returns run directory → the overrides of this run alone. Raises ConfigError for settings that cannot work."""
     world = given.nodes * given.accelerators
     config = settings.load(given.config, given.overrides)
     if not given.sweep:

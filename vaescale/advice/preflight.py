@@ -111,7 +111,7 @@ def devices(config: Config, here: int) -> Finding:
 
 
 def shared_memory(config: Config, world: int, here: int, folder: Path = workers.SHARED) -> Finding:
-    """Check the shared memory through which workers hand over batches; if it is full they fall back to pipes."""
+    """Checks the shared memory through which workers hand over batches; if it is full they fall back to pipes."""
     need = here * stream.in_flight(config.data, micro_batch(config, world) * blank(config, 1).x.nbytes)
     free = workers.free_shared_memory(folder)
     what = f"{readable_size(free)} of shared memory are free, and batches in transit take up to {readable_size(need)}"
@@ -130,7 +130,7 @@ def file_limit(config: Config) -> Finding:
 
 
 def disk(run: Path) -> Finding:
-    """Measure how fast the disk of the run directory takes a checkpoint's bytes."""
+    """Measures how fast the disk of the run directory takes a checkpoint's bytes."""
     folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
     file = folder / f".doctor-{os.getpid()}"
     data = np.random.default_rng().bytes(WRITTEN)
@@ -158,7 +158,7 @@ def lock(run: Path) -> Finding:
 
 
 def index(config: Config) -> Finding:
-    """Check both indexes, and read the first and the last sample of each."""
+    """Checks both indexes, and reads the first and the last sample of each."""
     counts = []
     for split in ("train", "val"):
         folder = Path(config.data.root) / split
@@ -214,7 +214,7 @@ def agreement(config: Config) -> Finding:
 
 
 def one_step(config: Config) -> Finding:
-    """Train and save one step in a temporary folder next to the run directory, and check that the run's checkpoints
+    """Trains and saves one step in a temporary folder next to the run directory, and checks that the run's checkpoints
     will fit."""
     run = Path(config.run)
     trial = run.absolute().with_name(distributed.tell(f".doctor-{os.getpid()}"))

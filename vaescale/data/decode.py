@@ -68,7 +68,7 @@ def train_image(
     decoder: Decoder = "pillow",
     max_megapixels: int = MAX_MEGAPIXELS,
 ) -> Pixels:
-    """Decode one training image: random-resized-crop (Szegedy et al. 2015, section 6) to uint8 [size, size, 3].
+    """Decodes one training image: random-resized-crop (Szegedy et al. 2015, section 6) to uint8 [size, size, 3].
 
     The crop covers a share of the picture between `min_crop_area` and 1, at an aspect ratio between 3/4 and 4/3. If no
     draw fits, it is the largest centred crop in that range of ratios. With `min_crop_area` 1 it is the centred square,
@@ -93,7 +93,7 @@ def train_image(
 
 
 def validation_image(data: bytes, size: int, max_megapixels: int = MAX_MEGAPIXELS) -> Pixels:
-    """Decode one validation image: the largest centred square, resized to uint8 [size, size, 3].
+    """Decodes one validation image: the largest centred square, resized to uint8 [size, size, 3].
 
     This equals "resize the short side to `size`, then crop the centre", in one resampling. Raises Damaged.
     """
@@ -105,7 +105,7 @@ def validation_image(data: bytes, size: int, max_megapixels: int = MAX_MEGAPIXEL
 
 
 def opened_image(image: Image.Image, size: int) -> Pixels:
-    """Do as `validation_image` does with a picture that Pillow has already opened. uint8 [size, size, 3].
+    """Does as `validation_image` does with a picture that Pillow has already opened. uint8 [size, size, 3].
 
     A JPEG is always decoded at full resolution, however small `size` is. Raises Damaged.
     """
@@ -114,7 +114,7 @@ def opened_image(image: Image.Image, size: int) -> Pixels:
 
 
 def _square(image: Image.Image, stored: tuple[int, int], scale: int, size: int) -> Pixels:
-    """Crop and resize the centred square, which does not depend on the orientation.
+    """Crops and resizes the centred square, which does not depend on the orientation.
 
     stored: the size of the picture before the decoder divided it by `scale`.
     """
@@ -126,7 +126,7 @@ def _square(image: Image.Image, stored: tuple[int, int], scale: int, size: int) 
 
 
 def prepared(data: bytes, short_side: int, quality: int, max_megapixels: int = MAX_MEGAPIXELS) -> bytes:
-    """Re-encode a picture as an upright RGB JPEG without metadata, its short side at most `short_side` pixels.
+    """Re-encodes a picture as an upright RGB JPEG without metadata, its short side at most `short_side` pixels.
 
     Chroma is not subsampled: training crops of so small a picture are hardly reduced, so the loss would show. The
     output is deterministic. Raises Damaged.
@@ -139,7 +139,7 @@ def prepared(data: bytes, short_side: int, quality: int, max_megapixels: int = M
 
 
 def converted(data: bytes, quality: int, max_megapixels: int = MAX_MEGAPIXELS) -> bytes:
-    """Convert the first picture of a TIFF, BMP, GIF or HEIF file: upright, 8 bits or 16-bit grey, no metadata.
+    """Converts the first picture of a TIFF, BMP, GIF or HEIF file: upright, 8 bits or 16-bit grey, no metadata.
 
     The result is a PNG. HEIF, which is lossy itself, becomes a JPEG of this quality, or a PNG if `quality` is 0.
     Bytes in one of FORMATS are returned unchanged. Raises Damaged.
@@ -195,7 +195,7 @@ RAISED = (OSError, SyntaxError, ValueError, TypeError)
 
 @contextmanager
 def _damaged(cause: str, raised: tuple[type[Exception], ...] = RAISED) -> Iterator[None]:
-    """Turn Pillow's exceptions into Damaged, and suppress its warnings."""
+    """Turns Pillow's exceptions into Damaged, and suppresses its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -205,7 +205,7 @@ def _damaged(cause: str, raised: tuple[type[Exception], ...] = RAISED) -> Iterat
 
 
 def _header(data: bytes, max_megapixels: int, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Open a picture without decoding it, so a refused size allocates nothing. Raises Damaged."""
+    """Opens a picture without decoding it, so a refused size allocates nothing. Raises Damaged."""
     most = max_megapixels * 1_000_000
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses more than twice as many
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
@@ -228,7 +228,7 @@ def _convertible() -> tuple[str, ...]:
 
 
 def _of_8_or_16_bits(image: Image.Image) -> Image.Image:
-    """Keep 16-bit grey, in the machine's byte order; convert other grey to 8 bits, all else to RGB on white."""
+    """Keeps 16-bit grey, in the machine's byte order; converts other grey to 8 bits, all else to RGB on white."""
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.asarray(image).astype(np.uint16))
     return image.convert("L") if image.mode in ("1", "L") and "transparency" not in image.info else _rgb(image)
@@ -252,7 +252,7 @@ def _open(data: bytes, max_megapixels: int) -> tuple[Image.Image, Turn, tuple[in
 
 
 def _full_range(values: NDArray[np.uint16], data: bytes) -> NDArray[np.uint16]:
-    """Scale the values of a 16-bit grey PNG to 0 … 65535.
+    """Scales the values of a 16-bit grey PNG to 0 … 65535.
 
     The standard wants samples with fewer significant bits (sBIT) scaled to all 16. Files from 12-bit cameras often
     keep them unscaled in the lower bits. Then all values are below 2 ** bits, and not all are multiples of
@@ -298,7 +298,7 @@ def _decode(image: Image.Image, scale: int = 1) -> None:
 
 @_damaged("cut or corrupt")
 def _rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
-    """Convert the picture, or a box of it, to RGB. Transparent pixels are composited on white."""
+    """Converts the picture, or a box of it, to RGB. Transparent pixels are composited on white."""
     image = image.crop(box) if box else image
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
@@ -307,7 +307,7 @@ def _rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
 
 
 def _turbo_crop(data: bytes, image: Image.Image, scale: int, box: Box) -> Pixels | None:
-    """Decode with simplejpeg, which wraps the same library and gives the same pixels as Pillow in less time.
+    """Decodes with simplejpeg, which wraps the same library and gives the same pixels as Pillow in less time.
 
     Returns None if Pillow must decode: for other formats and modes, and where simplejpeg raises.
     """
@@ -324,7 +324,7 @@ def _turbo_crop(data: bytes, image: Image.Image, scale: int, box: Box) -> Pixels
 
 
 def _resized(pixels: Pixels, size: int) -> Pixels:
-    """Resize bicubically with antialiasing: within one or two grey levels of Pillow, in a third of its time or less."""
+    """Resizes bicubically with antialiasing: to within one or two grey levels of Pillow, in a third of its time."""
     x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     x = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True)
     return x.permute(0, 2, 3, 1)[0].numpy()
@@ -337,7 +337,7 @@ def _turned(pixels: Pixels, turn: Turn) -> Pixels:
 
 
 def _stored_box(box: Box, size: tuple[int, int], turn: Turn) -> Box:
-    """Map a box of the upright picture, which has this `size`, to the stored picture."""
+    """Maps a box of the upright picture, which has this `size`, to the stored picture."""
     (left, upper, right, lower), (width, height) = box, size
     transpose, mirror, flip = turn
     if mirror:
@@ -354,7 +354,7 @@ def _draws(seed: int, block: int) -> NDArray[np.float64]:
 
 
 def _random_box(size: tuple[int, int], min_crop_area: float, draws: NDArray[np.float64]) -> Box:
-    """Draw a box as torchvision's RandomResizedCrop does: the first of TRIES boxes that fits.
+    """Draws a box as torchvision's RandomResizedCrop does: the first of TRIES boxes that fits.
 
     If none fits, the box is the largest centred one with an allowed ratio. It covers less than `min_crop_area` only if
     every allowed box does. If `min_crop_area` is 1, the box is the centred square.

@@ -38,7 +38,7 @@ QUALITY = 95
 
 
 def write_demo(root: Path) -> dict[str, int]:
-    """Write root/train and root/val, and return the number of tiles in each.
+    """Writes root/train and root/val, and returns the number of tiles in each.
 
     Raises DataError if scikit-image or scikit-learn is not installed.
     """
@@ -70,7 +70,7 @@ def installed(inside: str) -> Path:
 
 
 def tiles(photographs: dict[str, Image.Image], split: str) -> Iterator[Sample]:
-    """Yield the JPEG tiles of one split in a fixed order; the label is the photograph's position in the dict."""
+    """Yields the JPEG tiles of one split in a fixed order; the label is the photograph's position in the dict."""
     for label, (name, photograph) in enumerate(photographs.items()):
         part = photograph.crop(part_box(photograph.size, split))
         for window in WINDOWS:

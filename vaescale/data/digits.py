@@ -25,7 +25,7 @@ PER_SHARD = 250
 
 
 def write_digits(root: Path) -> dict[str, int]:
-    """Write root/train and root/val, and return the number of digits in each.
+    """Writes root/train and root/val, and returns the number of digits in each.
 
     Raises DataError if scikit-learn is not installed.
     """
@@ -39,7 +39,7 @@ def write_digits(root: Path) -> dict[str, int]:
 
 
 def read_digits() -> Iterator[Sample]:
-    """Yield all digits in file order, as grey PNGs of 8 × 8 pixels; the label is the digit."""
+    """Yields all digits in file order, as grey PNGs of 8 × 8 pixels; the label is the digit."""
     with gzip.open(installed(FILE), "rt") as file:
         rows = np.loadtxt(file, dtype=np.int64, delimiter=",")
     for number, row in enumerate(rows):

@@ -97,7 +97,7 @@ class Index:
         return xxhash.xxh3_64_hexdigest(json.dumps([self.shards, self.hashes["samples.npy"]]).encode())
 
     def check(self) -> None:
-        """Compare the arrays with their hashes, and every record with its shard and the classes.
+        """Compares the arrays with their hashes, and every record with its shard and the classes.
 
         Swapped labels would otherwise train without an error. The files are read completely, in parts. Raises
         DataError.
@@ -145,7 +145,7 @@ class Index:
 
 
 def check_files(*indexes: Index) -> None:
-    """Call Index.check of each index on one rank of every node. Collective. Raises DataError on all ranks."""
+    """Calls Index.check of each index on one rank of every node. Collective. Raises DataError on all ranks."""
     wrong = ""
     if distributed.place().local_rank == 0:
         try:
@@ -160,7 +160,7 @@ def check_files(*indexes: Index) -> None:
 def build(
     folder: Path, root: str, names: Sequence[str], fields: Fields, classes: Sequence[str], processes: int
 ) -> Index:
-    """Scan the shards `names` under `root` (a folder or a URL) and write the index into `folder`, atomically.
+    """Scans the shards `names` under `root` (a folder or a URL) and writes the index into `folder`, atomically.
 
     The entries of each shard are kept until the index is complete, so a repeated call continues after an interruption.
     Raises DataError with the names of the shards that cannot be read.
@@ -181,7 +181,7 @@ def build(
 
 
 def describe_shard(root: str, name: str, fields: Fields, part: Path) -> str | None:
-    """Scan one shard and write its entries to `part`. Returns None, or a sentence on why the shard cannot be read."""
+    """Scans one shard and writes its entries to `part`. Returns None, or a sentence on why the shard cannot be read."""
     try:
         current = places.state(root, name)
         state = f"{current} {fields}"
@@ -228,7 +228,7 @@ def describe_shard(root: str, name: str, fields: Fields, part: Path) -> str | No
 
 
 def _report(folder: Path, names: Sequence[str]) -> None:
-    """Print which samples are left out because their picture is damaged, and which members belong to no sample."""
+    """Prints which samples are left out because their picture is damaged, and which members belong to no sample."""
     left_out: list[str] = []
     passed: Counter[str] = Counter()
     for name in names:
@@ -250,7 +250,7 @@ def _is_known(part: Path, state: str) -> bool:
 
 
 def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]) -> None:
-    """Merge all parts into the index. index.json is written last: the index exists once that file does."""
+    """Merges all parts into the index. index.json is written last: the index exists once that file does."""
     shards, attributes = [], set()
     for name in names:
         with np.load(part_of(folder, name), allow_pickle=False) as part:
@@ -318,7 +318,7 @@ def _read_head(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
 
 
 def _check_head(head: dict[str, Any]) -> None:
-    """Check every field of index.json that is used as a path, a count or a name.
+    """Checks every field of index.json that is used as a path, a count or a name.
 
     Raises ValueError with a phrase, LookupError or TypeError; DataError for the name of a shard.
     """
@@ -340,7 +340,7 @@ def _check_head(head: dict[str, Any]) -> None:
 
 
 def _check_shards(names: Sequence[Any], samples: Sequence[Any], sizes: Sequence[Any], hashes: Sequence[Any]) -> None:
-    """Check the shards column by column, because there may be a hundred thousand of them."""
+    """Checks the shards column by column, because there may be a hundred thousand of them."""
     _require(set(map(type, (*names, *hashes))) == {str}, "a shard's name or hash is not text")
     _require(set(map(type, (*samples, *sizes))) == {int}, "a shard's samples or bytes are not a whole number")
     for name in names:
@@ -362,7 +362,7 @@ def _require(sound: bool, phrase: str) -> None:
 
 
 def _mapped(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Memory-map an .npy file. Raises DataError unless it has this type and shape."""
+    """Memory-maps an .npy file. Raises DataError unless it has this type and shape."""
     path = folder / name
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -380,7 +380,7 @@ def _mapped(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, ...]
 
 
 def _parts(path: Path, mapped: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield the rows of a mapped file, CHECKED at a time. They are read, because mapped pages would stay in memory."""
+    """Yields the rows of a mapped file, CHECKED at a time. They are read, because mapped pages would stay in memory."""
     width = int(np.prod(mapped.shape[1:]))
     with path.open("rb") as file:
         file.seek(path.stat().st_size - mapped.nbytes)

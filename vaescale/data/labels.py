@@ -137,7 +137,7 @@ class _Names:
 
 
 def _by_ends(paths: Sequence[str]) -> dict[str, int]:
-    """Map each path, and each of its ends that begins after a "/", to the number of the path.
+    """Maps each path, and each of its ends that begins after a "/", to the number of the path.
 
     A whole path takes precedence over the end of another.
     """
@@ -154,7 +154,7 @@ def _by_ends(paths: Sequence[str]) -> dict[str, int]:
 
 
 def _normal(text: str) -> str:
-    """Normalise accented letters, which file systems write in two ways, and unusual spaces."""
+    """Normalises accented letters, which file systems write in two ways, and unusual spaces."""
     return clean(unicodedata.normalize("NFC", text))
 
 
@@ -211,7 +211,7 @@ def _score(reading: _Reading) -> tuple[int, int]:
 
 
 def _candidates(readings: Sequence[_Reading], known: _Names, first: int | None) -> Iterator[_Reading]:
-    """Yield each column of each reading, with the matches in its first lines; None: in all lines."""
+    """Yields each column of each reading, with the matches in its first lines; None: in all lines."""
     for reading in readings:
         for column in range(reading.width):
             fields = [row[column] for row in reading.rows[:first]]
@@ -221,7 +221,7 @@ def _candidates(readings: Sequence[_Reading], known: _Names, first: int | None) 
 
 
 def _readings(path: Path, text: str, known: _Names) -> Iterator[_Reading]:
-    """Yield a reading for every delimiter that splits most lines into two or more fields."""
+    """Yields a reading for every delimiter that splits most lines into two or more fields."""
     try:
         tables = [
             [
@@ -242,7 +242,7 @@ def _readings(path: Path, text: str, known: _Names) -> Iterator[_Reading]:
 
 
 def _by_spaces(line: str, known: _Names) -> list[str]:
-    """Split a line into [name, class], which may both hold spaces. A line without a match is split at its first one."""
+    """Splits a line into [name, class], which may both hold spaces. A line without a match is split at the first."""
     words = line.replace('"', " ").split()
     for count in range(len(words) - 1, 0, -1):
         if known.find(" ".join(words[:count])) is not None:
@@ -257,7 +257,7 @@ def _is_columns(row: Sequence[str]) -> bool:
 
 
 def _in_order(path: Path, text: str, pictures: Sequence[str], known: "_Names") -> list[str] | list[int]:
-    """Read one word, number or quoted name per line, in the order of the pictures."""
+    """Reads one word, number or quoted name per line, in the order of the pictures."""
     lines = [fields for row in csv.reader(text.splitlines()) if any(fields := [field.strip() for field in row])]
     quoted = text.lstrip().startswith('"')
     if any(len(fields) > 1 or (not quoted and len(fields[0].split()) > 1) for fields in lines):
@@ -283,7 +283,7 @@ def _in_order(path: Path, text: str, pictures: Sequence[str], known: "_Names") -
 
 
 def _numbers(path: Path, given: list[str], pictures: Sequence[str]) -> list[str] | list[int]:
-    """Convert the labels to numbers if all of them are numbers. Raises DataError if one means an unknown class."""
+    """Converts the labels to numbers if all of them are numbers. Raises DataError if one means an unknown class."""
     unknown = UNKNOWN
     numbers = [_reads(label_of, label) for label in given]
     if any(numbers) and all(number or label.lower() in NOTHING for number, label in zip(numbers, given, strict=True)):
@@ -313,7 +313,7 @@ def _reads(kind: Callable[[str], object], text: str) -> bool:
 
 
 def _synsets(path: Path, numbers: Sequence[int]) -> list[str]:
-    """Map the numbers of the development kit (1 … 1000, in no sorted order) to WordNet ids."""
+    """Maps the numbers of the development kit (1 … 1000, in no sorted order) to WordNet ids."""
     try:
         from scipy.io import loadmat
 

@@ -69,7 +69,7 @@ def listing(
     out: Path | None = None,
     convert: bool = False,
 ) -> Listing:
-    """List all pictures of `source`.
+    """Lists all pictures of `source`.
 
     labels: a label file, for pictures that are not in class folders.
     classes: class names in the order of their labels; empty: the names in the source, sorted.
@@ -182,7 +182,7 @@ def _class_folders(source: Path, paths: Sequence[str], passed: Counter[str], not
 
 
 def _in_folder(source: Path, out: Path | None, passed: Counter[str], convert: bool) -> Iterator[Found]:
-    """Yield the pictures of a tree of any depth. Raises DataError for splits and for class folders without pictures."""
+    """Yields the pictures of a tree of any depth. Raises DataError for splits and class folders without pictures."""
     kinds = extensions(convert)
     holds: dict[str, Counter[str]] = {}  # class folder without a picture so far → its other files, by ending
     for folder, folders, names in progress(os.walk(source, True, _unreadable, True), f"list {source}", "folder"):
@@ -264,7 +264,7 @@ def _begins(source: Path, magic: bytes) -> bool:
 
 
 def _in_tar(source: Path, passed: Counter[str], convert: bool) -> Iterator[Found]:
-    """Yield the pictures of a tar. Those of an inner tar get the inner tar's name as their folder."""
+    """Yields the pictures of a tar. Those of an inner tar get the inner tar's name as their folder."""
     kinds = extensions(convert)
     with source.open("rb") as outer, source.open("rb") as within:
         for member in progress(files(outer, source), f"list {source}", "member"):
@@ -291,12 +291,12 @@ def _pictures(
 
 
 def _plain(name: str) -> str:
-    """Normalise a member's path: no `./`, no `//` and no leading `/`."""
+    """Normalises a member's path: no `./`, no `//` and no leading `/`."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _unwrapped(source: Path, found: list[Found], flat: bool) -> tuple[list[Found], str]:
-    """Remove the outer folder that `tar cf x.tar folder` adds. Returns (pictures, the folder or "").
+    """Removes the outer folder that `tar cf x.tar folder` adds. Returns (pictures, the folder or "").
 
     A single folder of pictures is a class, unless it has the name of a split or `flat` is true (no class folders).
     """

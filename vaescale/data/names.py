@@ -61,7 +61,7 @@ def offer(passed: Counter[str], convert: bool) -> str:
 
 
 def clean(text: str) -> str:
-    """Make `text` printable: unusual spaces become plain ones (NFKC), other unprintable characters become "_"."""
+    """Makes `text` printable: unusual spaces become plain ones (NFKC), other unprintable characters become "_"."""
     if text.isprintable():
         return text
     return "".join(

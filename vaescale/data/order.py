@@ -109,7 +109,7 @@ class Order:
         return self._first[shard] + permuted(place, self._sizes[shard], mix(self.seed, epoch, shard))
 
     def shards(self, g: Ints) -> Ints:
-        """Map g, int64 [B], to int64 [B]: the shard that holds each sample."""
+        """Maps g, int64 [B], to int64 [B]: the shard that holds each sample."""
         return self._locate(g)[1]
 
     def _locate(self, g: Ints) -> tuple[Ints, Ints, Ints]:

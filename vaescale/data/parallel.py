@@ -29,7 +29,7 @@ def processors() -> int:
 def in_processes(
     work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], processes: int, doing: str, unit: str
 ) -> Iterator[Result]:
-    """Yield work(*job) for each job, in order. An interrupt or the first error ends it; finished jobs stay finished."""
+    """Yields work(*job) for each job, in order. An interrupt or the first error ends it; finished jobs are kept."""
     jobs = list(jobs)
     if min(processes, len(jobs)) <= 1:
         results: Iterator[Result] = (work(*job) for job in jobs)
@@ -39,7 +39,7 @@ def in_processes(
 
 
 def progress(items: Iterable[Result], doing: str, unit: str, total: int | None = None) -> Iterator[Result]:
-    """Yield the items, with a progress bar on a terminal and one line a minute elsewhere."""
+    """Yields the items, with a progress bar on a terminal and one line a minute elsewhere."""
     watched = sys.stderr.isatty()
     delay, interval = (0.0, 0.1) if watched else (60.0, 60.0)
     return iter(tqdm(items, printable(doing), total, unit=unit, delay=delay, mininterval=interval))
@@ -47,7 +47,7 @@ def progress(items: Iterable[Result], doing: str, unit: str, total: int | None =
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Lock `folder`, which is made if needed. Raises DataError if another process is writing into it."""
+    """Locks `folder`, which is made if needed. Raises DataError if another process is writing into it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
     try:
@@ -84,7 +84,7 @@ def _shared_out(
 
 
 def _begin() -> None:
-    """Make the process exit when its parent dies."""
+    """Makes the process exit when its parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -144,7 +144,7 @@ def state(root: str, name: str) -> str:
 
 @contextmanager
 def local(root: str, name: str) -> Iterator[Path]:
-    """Yield the path of a shard as a local file: the shard itself, or a temporary copy. Raises DataError or OSError."""
+    """Yields the path of a shard as a local file: the shard itself or a temporary copy. Raises DataError, OSError."""
     if not is_url(root):
         path = Path(root) / name
         if not stat.S_ISREG(path.stat().st_mode):
@@ -178,13 +178,13 @@ def unreadable(path: Path | str, error: OSError) -> DataError:
 
 
 def _pause(attempt: int) -> None:
-    """Wait before every try but the first."""
+    """Waits before every try but the first."""
     if attempt:
         time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
 
 
 def fetch(url: str, target: Path, shard: Shard | None = None) -> None:
-    """Copy a URL to a local file, with up to TRIES tries and pauses that double.
+    """Copies a URL to a local file, with up to TRIES tries and pauses that double.
 
     shard: if given, the size and hash that the copy must have. Raises DataError if the copy fails.
     """
@@ -276,7 +276,7 @@ class _Watch(fsspec.Callback):
 
 
 def _called(filesystem: Any, name: str, *arguments: Any, late: Callable[[], bool], **named: Any) -> Any:
-    """Call filesystem.name(…) and abort it once late() is true. Any byte received resets the libraries' own limits.
+    """Calls filesystem.name(…) and aborts it once late() is true. Any byte received resets the libraries' own limits.
 
     Synchronous file systems are called without this limit. Raises Unfit if the call is aborted.
     """

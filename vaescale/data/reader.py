@@ -20,15 +20,15 @@ class Reader(Protocol):
         ...
 
     def training(self, data: bytes, seed: int, g: int) -> Any:
-        """Decode a sample for training. Random draws are functions of (seed, g). Raises Damaged."""
+        """Decodes a sample for training. Random draws are functions of (seed, g). Raises Damaged."""
         ...
 
     def validation(self, data: bytes) -> Any:
-        """Decode a sample for validation, deterministically. Raises Damaged."""
+        """Decodes a sample for validation, deterministically. Raises Damaged."""
         ...
 
     def stack(self, samples: list[Any]) -> Tensor:
-        """Stack the decoded samples of one batch → [B, …], as in Batch.x."""
+        """Stacks the decoded samples of one batch → [B, …], as in Batch.x."""
         ...
 
     def blank(self, count: int) -> Tensor:

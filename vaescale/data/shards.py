@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def write(folder: Path, samples: Iterable[Sample], per_shard: int, classes: Sequence[str]) -> Index:
-    """Write `samples` in order, `per_shard` per tar, then the index. The same samples give the same bytes."""
+    """Writes `samples` in order, `per_shard` per tar, then the index. The same samples give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for number, part in enumerate(_parts(samples, per_shard)):
@@ -53,7 +53,7 @@ def name(number: int) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one tar atomically."""
+    """Writes one tar atomically."""
     with (
         atomically(path) as partial,
         webdataset.TarWriter(str(partial), mtime=0, user="vaescale", group="vaescale") as tar,
@@ -64,7 +64,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
-    """Write classes.json: the names of class 0, class 1, … Raises DataError for a name with control characters."""
+    """Writes classes.json: the names of class 0, class 1, … Raises DataError for a name with control characters."""
     for name in classes:
         if not is_plain(name):
             raise DataError(f"{name!r:.80} is not a valid class name: remove its control characters")
@@ -87,7 +87,7 @@ def read_classes(path: Path) -> list[str]:
 
 
 def index(source: str, folder: Path, pattern: str, fields: Fields, processes: int) -> Index:
-    """Index the shards in `source` (a folder or a URL) that match `pattern`, and write the index into `folder`."""
+    """Indexes the shards in `source` (a folder or a URL) that match `pattern`, and writes the index into `folder`."""
     names = places.names_in(source, pattern)
     classes = [] if places.is_url(source) else read_classes(Path(source) / "classes.json")
     with alone(folder):
@@ -97,7 +97,7 @@ def index(source: str, folder: Path, pattern: str, fields: Fields, processes: in
 def verify(
     folder: Path, decoding: bool, processes: int, max_megapixels: int = decode.MAX_MEGAPIXELS
 ) -> Iterator[Finding]:
-    """Read every shard of an index and, with `decoding`, decode every picture. Returns an iterator over the faults.
+    """Reads every shard of an index and, with `decoding`, decodes every picture. Returns an iterator over the faults.
 
     Raises DataError if the index itself is damaged.
     """
@@ -128,7 +128,7 @@ def examine(folder: Path, number: int, max_megapixels: int) -> Finding | None:
 
 @lru_cache(1)
 def _opened(folder: Path) -> Index:
-    """Open an index once per process, not once per shard."""
+    """Opens an index once per process, not once per shard."""
     return Index(folder)
 
 

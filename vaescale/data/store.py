@@ -59,11 +59,11 @@ class Store:
                 continue
 
     def refetch(self, number: int) -> None:
-        """Remove a damaged copy from the cache, so that the next read fetches the shard again."""
+        """Removes a damaged copy from the cache, so that the next read fetches the shard again."""
         self._cache.drop(self._shards[number])
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Start fetching those of the shards that are not in the cache, at most AHEAD at a time."""
+        """Starts fetching those of the shards that are not in the cache, at most AHEAD at a time."""
         if not self.remote:
             return
         self._fetching = {number: thread for number, thread in self._fetching.items() if thread.is_alive()}
@@ -177,7 +177,7 @@ class Cache:
             pass
 
     def _reserve(self, shard: Shard) -> Path:
-        """Reserve space for a shard by an empty file whose name holds the size, and remove old shards if needed."""
+        """Reserves space for a shard by an empty file whose name holds the size, and removes old shards if needed."""
         while True:
             with self._lock("lock"):
                 held = self._held()
@@ -221,7 +221,7 @@ class Cache:
 
 
 def _used(path: Path) -> bool:
-    """Set a cached shard's time of use to now. Returns whether it exists; other users' files can be read, too."""
+    """Sets a cached shard's time of use to now. Returns whether it exists; other users' files can be read, too."""
     try:
         os.utime(path)
     except OSError:

@@ -60,7 +60,7 @@ def pictures(config: Config) -> Reader:
 
 
 def _require(config: Config) -> None:
-    """Check a config, which may be made in code: a swapped number would silently train on something else."""
+    """Checks a config, which may be made in code: a swapped number would silently train on something else."""
     try:
         require(config, "data")
     except ValueError as error:
@@ -154,7 +154,7 @@ class TrainSlices(Dataset[Decoded]):
         self.attributes = Attributes(self.samples.index, self.samples.index, config.attributes)
 
     def follow(self, version: int) -> None:
-        """Use this version of the order, the one that the run began with. Call it before a loader is made.
+        """Uses this version of the order, the one that the run began with. Call it before a loader is made.
 
         Raises DataError for a version that is not in VERSIONS.
         """
@@ -273,7 +273,7 @@ def schedule(
     steps: int,
     version: int = VERSIONS[-1],
 ) -> Iterator[tuple[int, int, int, str]]:
-    """Yield (step, rank, worker, key) of every sample that a run, resumed at step `first`, reads in `steps` steps.
+    """Yields (step, rank, worker, key) of every sample that a run, resumed at step `first`, reads in `steps` steps.
 
     The samples come in the order in which each rank gets them. The run replaces damaged samples; this does not. Raises
     DataError if the batch cannot be split evenly.

@@ -66,7 +66,7 @@ class Entry(NamedTuple):
 
 
 def scan(path: Path, fields: Fields = Fields(), passed: Counter[str] | None = None) -> Iterator[Entry]:
-    """Yield the samples of one tar, in order. passed: counts the members that belong to no sample, by ending.
+    """Yields the samples of one tar, in order. passed: counts the members that belong to no sample, by ending.
 
     Raises DataError if a sample is invalid or the tar is damaged or cut; tarfile itself mostly stops at a damaged
     header without an error.
@@ -118,7 +118,7 @@ def damaged(path: Path, place: int) -> str:
 
 
 def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of the tar that begins at byte `begin`, without folders.
+    """Yields the members of the tar that begins at byte `begin`, without folders.
 
     Raises DataError unless the tar is complete. Only zeros may follow its end, unless it is inside another tar.
     """
@@ -153,7 +153,7 @@ def files(file: BinaryIO, path: Path, begin: int = 0) -> Iterator[tarfile.TarInf
 
 
 def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the members that are not hidden. Raises DataError for names and kinds of members that no shard needs."""
+    """Yields the members that are not hidden. Raises DataError for names and kinds of members that no shard needs."""
     for member in files(file, path):
         if not is_hidden(member.name):
             _refuse(path, member)
@@ -161,14 +161,14 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[Members]:
-    """Yield groups of consecutive members with the same key."""
+    """Yields groups of consecutive members with the same key."""
     split = ((*_split(member.name), member) for member in members)
     for _, group in groupby(split, key=lambda member: member[0]):
         yield [(extension, member) for _, extension, member in group]
 
 
 def _samples(group: Members, fields: Fields) -> Iterator[tuple[str, Members]]:
-    """Yield (key, members) of each sample in a group that has a picture."""
+    """Yields (key, members) of each sample in a group that has a picture."""
     if any(extension in fields.extensions for extension, _ in group):
         yield _split(group[0][1].name)[0], group
         return
@@ -279,7 +279,7 @@ def _json(file: BinaryIO, path: Path, member: tarfile.TarInfo) -> dict[str, obje
 
 
 def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (dotted name, number) for every number in a JSON value.
+    """Yields (dotted name, number) for every number in a JSON value.
 
     true and false are 1 and 0. NaN and numbers beyond the range of float32 are skipped.
     """

@@ -114,7 +114,7 @@ _full = False  # shared memory was full, and this worker has reported it
 
 
 def _share(tensor: Tensor) -> "Tensor | _Copy":
-    """Move a tensor to shared memory, or copy it if there is no space.
+    """Moves a tensor to shared memory, or copies it if there is no space.
 
     The thread that writes to the pipe would do this, too, but an error there is lost, and the rank would wait forever.
     """
@@ -139,7 +139,7 @@ def _received(part: "Tensor | _Copy", pin: bool) -> Tensor:
 
 
 def _begin(parent: int, _: int) -> None:
-    """Set up a worker."""
+    """Sets up a worker."""
     process.die_with_parent(parent)
     torch.set_num_threads(1)
     # A signal to stop may reach the whole process group, but the rank needs its workers until it has finished.
@@ -149,13 +149,13 @@ def _begin(parent: int, _: int) -> None:
 
 
 def _lost(error: Exception, _: object) -> None:
-    """Exit, because a batch could not be sent. Without the worker's death the rank would wait for it forever."""
+    """Exits, because a batch could not be sent. Without the worker's death the rank would wait for it forever."""
     print(f"a batch cannot be sent ({type(error).__name__}: {error})", flush=True)
     os._exit(1)
 
 
 def _end(iterator: Any) -> None:
-    """Ask the workers to exit, and kill those that do not, such as one that is stopped (SIGSTOP)."""
+    """Asks the workers to exit, and kills those that do not, such as one that is stopped (SIGSTOP)."""
     if getattr(iterator, "ended", False):  # Python closes remaining generators once more at exit
         return
     iterator.ended = True
@@ -170,7 +170,7 @@ def _end(iterator: Any) -> None:
 
 @atexit.register
 def _end_all() -> None:
-    """End all workers before Python exits.
+    """Ends all workers before Python exits.
 
     An error keeps its loader alive until then. At exit Python would send SIGTERM to the workers, which ignore it (see
     _begin), and wait for them forever.

@@ -29,8 +29,8 @@ def evaluate(
     watched: bool = False,
     stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, Any]:
-    """Return the numbers of all METRICS that apply to this codec, by name. `micro`: images at a time per rank; `draws`:
-    latents drawn per image, by the metrics that draw any.
+    """Returns the numbers of all METRICS that apply to this codec, by name. `micro`: images at a time per rank;
+    `draws`: latents drawn per image, by the metrics that draw any.
 
     Collective; all ranks return the same result. Time grows with `draws`, memory does not. `stopped` is called after
     each batch, equally often on all ranks, and must return the same on all; if it is true, the result is {}.
@@ -57,13 +57,13 @@ def evaluate(
 
 
 def protocol() -> dict[str, str]:
-    """Return how each number of a result is measured, by name."""
+    """Returns how each number of a result is measured, by name."""
     return {"images": IMAGES} | {name: text for metric in metrics.METRICS for name, text in metric.protocol.items()}
 
 
 @torch.no_grad()
 def reconstruct(codec: Codec, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Return the reconstructions of the batch, uint8 [B, C, H, W], and its latents."""
+    """Returns the reconstructions of the batch, uint8 [B, C, H, W], and its latents."""
     latents = codec.encode(batch)
     return to_bytes(codec.decode(latents, batch.condition)), latents
 

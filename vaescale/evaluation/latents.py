@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def sums(latents: Sequence[Tensor]) -> Tensor:
-    """Return the sums of each latent and of its square over the images, fp64 [2, M], for float latents [B, …] of each
+    """Returns the sums of each latent and of its square over the images, fp64 [2, M], for float latents [B, …] of each
     level, all levels concatenated. The sums of several batches can be added."""
     values = torch.cat([level.flatten(1) for level in latents], dim=1).double()
     return torch.stack([values.sum(0), values.square().sum(0)])
 
 
 def moments(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Return (mean, variance) of each latent, fp64 [M], from the sums over this number of images."""
+    """Returns (mean, variance) of each latent, fp64 [M], from the sums over this number of images."""
     mean, square = sums / images
     return mean, (square - mean.square()).clamp(min=0)

@@ -77,8 +77,8 @@ class Subject:
 
 @torch.no_grad()
 def generate(subject: Subject) -> dict[str, Picture]:
-    """Sample z ~ p(z), and draw the mean of p(x|z) next to one draw from it for each z, with temperatures one below the
-    other.
+    """Samples z ~ p(z), and draws the mean of p(x|z) next to one draw from it for each z, with temperatures one below
+    the other.
 
     The classes take turns, one per column; so do the attributes of the shown images.
     """
@@ -100,7 +100,7 @@ def generate(subject: Subject) -> dict[str, Picture]:
 
 @torch.no_grad()
 def interpolate(subject: Subject) -> dict[str, Picture]:
-    """Interpolate between pairs of images, linearly and along a great circle (Shoemake 1985, "Animating rotation with
+    """Interpolates between pairs of images, linearly and along a great circle (Shoemake 1985, "Animating rotation with
     quaternion curves"). Both ends are reconstructions. The class is that of the nearer image. Raises Unsupported for
     fewer than two images, or latents that are codes."""
     x = subject.shown
@@ -127,7 +127,7 @@ def interpolate(subject: Subject) -> dict[str, Picture]:
 
 @torch.no_grad()
 def vary(subject: Subject) -> dict[str, Picture]:
-    """Draw variations of an image. One level of latents becomes μ + √(1 − a²) (z − μ) + a ζ, with the latents' mean μ
+    """Draws variations of an image. One level of latents becomes μ + √(1 − a²) (z − μ) + a ζ, with the latents' mean μ
     and ζ of their standard deviations around 0, which preserves both. Of several levels the first k are kept and the
     others drawn from the prior. Raises Unsupported for latents that are codes."""
     latents = [level[:IMAGES] for level in _continuous(subject, "cannot be mixed with noise")]
@@ -148,8 +148,8 @@ def vary(subject: Subject) -> dict[str, Picture]:
 
 @torch.no_grad()
 def at_temperatures(codec: Codec, condition: Condition) -> Picture:
-    """Draw samples from the prior under these conditions, at increasing temperatures one below the other, from the same
-    noise. Raises Unsupported if there is no prior."""
+    """Draws samples from the prior under these conditions, at increasing temperatures one below the other, from the
+    same noise. Raises Unsupported if there is no prior."""
     blocks = []
     for temperature in TEMPERATURES:
         images = from_prior(codec, in_turn(condition, SAMPLES), 0, temperature)
@@ -161,7 +161,7 @@ def at_temperatures(codec: Codec, condition: Condition) -> Picture:
 
 @torch.no_grad()
 def progressive(codec: Codec, x: Batch) -> Picture:
-    """Draw reconstructions from all levels of latents, from fewer and fewer, and from none; the finer levels are drawn
+    """Draws reconstructions from all levels of latents, from fewer and fewer, and from none; the finer levels are drawn
     from the prior. A level has the same noise in every column."""
     latents = codec.encode(x)
     (y,), columns = _redrawn(codec, latents, x.condition, [0])
@@ -172,7 +172,7 @@ def progressive(codec: Codec, x: Batch) -> Picture:
 
 @torch.no_grad()
 def traverse(subject: Subject) -> dict[str, Picture]:
-    """Move one latent per row, the most active first (by the variance of its posterior mean, Burda et al. 2016), in
+    """Moves one latent per row, the most active first (by the variance of its posterior mean, Burda et al. 2016), in
     steps of standard deviations away from the mean latents, and from those of the first image. Both use the condition
     of the first image. Raises Unsupported for latents that are codes."""
     latents = _continuous(subject, "cannot be moved in steps")
@@ -197,7 +197,7 @@ def traverse(subject: Subject) -> dict[str, Picture]:
 
 @torch.no_grad()
 def swap(subject: Subject) -> dict[str, Picture]:
-    """Decode the same latents under other conditions: every class, and each attribute at several standard deviations
+    """Decodes the same latents under other conditions: every class, and each attribute at several standard deviations
     from its mean. Raises Unsupported if the model has no condition or ignores it."""
     if not subject.classes and not subject.attributes:
         raise Unsupported("the model has neither class nor attributes as input, so there is nothing to swap")
@@ -245,7 +245,7 @@ def from_prior(
     draw: bool = False,
     given: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Return samples from the prior, uint8 [B, C, H, W], with B that of the condition. They are the same for the same
+    """Returns samples from the prior, uint8 [B, C, H, W], with B that of the condition. They are the same for the same
     seed, and `draw` does not change the latents.
 
     `given` fixes the coarsest levels of latents. Raises Unsupported if there is no prior.
@@ -263,13 +263,13 @@ def from_prior(
 
 
 def in_turn(condition: Condition, count: int) -> Condition:
-    """Repeat the conditions of the images in turn, up to `count`."""
+    """Repeats the conditions of the images in turn, up to `count`."""
     place = torch.arange(count, device=condition.label.device) % len(condition.label)
     return Condition(*(tensor[place] for tensor in condition))
 
 
 def decoded(codec: Codec, latents: Sequence[Tensor], condition: Condition) -> Tensor:
-    """Return the means of p(x|z), uint8 [B, C, H, W]."""
+    """Returns the means of p(x|z), uint8 [B, C, H, W]."""
     images = []
     for start in range(0, len(condition.label), AT_ONCE):
         part = slice(start, start + AT_ONCE)
@@ -279,7 +279,7 @@ def decoded(codec: Codec, latents: Sequence[Tensor], condition: Condition) -> Te
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Interpolate from a to b, one pair [1, …], along a great circle around 0, with linearly changing length."""
+    """Interpolates from a to b, one pair [1, …], along a great circle around 0, with linearly changing length."""
     one, two = a.double(), b.double()
     lengths = one.norm(), two.norm()
     cosine = ((one * two).sum() / (lengths[0] * lengths[1])).clamp(-1, 1)
@@ -292,7 +292,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's default generators inside the context, and restore their state afterwards."""
+    """Seeds torch's default generators inside the context, and restores their state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -319,7 +319,7 @@ def _mixed(subject: Subject, z: Tensor, condition: Condition) -> tuple[list[Tens
 
 
 def _each_level(subject: Subject, latents: Sequence[Tensor], shares: Sequence[float]) -> Picture:
-    """Interpolate from the first image to the second in one level per row. The other levels and the condition stay
+    """Interpolates from the first image to the second in one level per row. The other levels and the condition stay
     those of the first image."""
     x = subject.shown
     levels, count = _some(range(len(latents))), len(shares)
@@ -348,7 +348,7 @@ def _redrawn(
 
 
 def _under(subject: Subject, latents: list[Tensor], conditions: list[Condition]) -> list[Tensor]:
-    """Decode the latents under each condition, uint8 [B, C, H, W] each. Raises Unsupported if all images are equal."""
+    """Decodes the latents under each condition, uint8 [B, C, H, W] each. Raises Unsupported if all images are equal."""
     images = [decoded(subject.codec, latents, condition) for condition in conditions]
     if len(images) > 1 and all(torch.equal(images[0], other) for other in images[1:]):
         raise Unsupported("the images are the same for every condition: the model ignores it")

@@ -19,7 +19,7 @@ Pictures = Iterator[tuple[str, Picture]]  # (name on the board, picture), one at
 
 @torch.no_grad()
 def show(codec: Codec, shown: Batch) -> Pictures:
-    """Yield all pictures that this codec supports. shown: the fixed images, on the device."""
+    """Yields all pictures that this codec supports. shown: the fixed images, on the device."""
     y, latents = reconstruct(codec, shown)
     yield "val/reconstructions", reconstructions(shown.x, y)
     for capability, draw in PICTURES:
@@ -28,7 +28,7 @@ def show(codec: Codec, shown: Batch) -> Pictures:
 
 
 def reconstructions(x: Tensor, y: Tensor) -> Picture:
-    """Draw reconstructions with the PSNR of each image. Both uint8 [B, C, H, W]."""
+    """Draws reconstructions with the PSNR of each image. Both uint8 [B, C, H, W]."""
     return pictures.reconstructions(x, y, [f"{value:.1f} dB" for value in psnr(x, y).tolist()])
 
 

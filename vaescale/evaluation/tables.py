@@ -27,13 +27,13 @@ OTHERS = {  # rows of the listing after the metrics: key → words
 
 
 def line(result: Result) -> str:
-    """Return the main numbers in one line; for several codebooks, the lowest and the highest."""
+    """Returns the main numbers in one line; for several codebooks, the lowest and the highest."""
     found = {number.column: _ends(result, name, number.form) for name, number in _numbers() if number.logged}
     return "  ".join(f"{column} {'–'.join(dict.fromkeys(ends))}" for column, ends in found.items() if column and ends)
 
 
 def listing(result: Result) -> str:
-    """Return all numbers of one run, one per line. Those of one codebook or level among several include its name."""
+    """Returns all numbers of one run, one per line. Those of one codebook or level among several include its name."""
     words = {name: number.words for name, number in _numbers()} | OTHERS
     rows = [(text.format(**result), _number(result[key])) for key, text in words.items() if key in result]
     for key in result:
@@ -48,7 +48,7 @@ def listing(result: Result) -> str:
 
 
 def comparison(results: Sequence[Result]) -> str:
-    """Return a Markdown table with one row per run, and a note if rows are not comparable. A column that no run has is
+    """Returns a Markdown table with one row per run, and a note if rows are not comparable. A column that no run has is
     left out."""
     columns = {key: (key, form) for key, form in ABOUT.items()}
     columns |= {number.column: (name, number.form) for name, number in _numbers() if number.column}
@@ -79,7 +79,7 @@ def comparison(results: Sequence[Result]) -> str:
 
 
 def latents_in_words(latents: Sequence[Tensor], sizes: Sequence[int]) -> str:
-    """Describe the latents of one image, as in "16", "32 × 32, K = 512", "2 × (32 × 32, K = 512)".
+    """Describes the latents of one image, as in "16", "32 × 32, K = 512", "2 × (32 × 32, K = 512)".
 
     latents: [B, …] of each level; sizes: K of each codebook, empty if the latents are not codes.
     """

@@ -308,7 +308,7 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
 
 
 def load_averaged(model: torch.nn.Module, place: Path) -> Found:
-    """Load the averaged weights of `place`, a checkpoint or a run directory, into `model`. Returns the checkpoint that
+    """Loads the averaged weights of `place`, a checkpoint or a run directory, into `model`. Returns the checkpoint that
     was used. Raises CheckpointError. Collective."""
     found = agreed(place)
     if found.path is None:
@@ -338,14 +338,14 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Rename a checkpoint, then delete it: a process killed in between leaves no partial checkpoint behind."""
+    """Renames a checkpoint, then deletes it: a process killed in between leaves no partial checkpoint behind."""
     gone = checkpoint.with_name(f".gone-{checkpoint.name}")
     checkpoint.rename(gone)
     _delete(gone)
 
 
 def _delete(path: Path) -> None:
-    """Delete a file, a folder, or a link (not its target)."""
+    """Deletes a file, a folder, or a link (not its target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -78,7 +78,7 @@ def described(changed: Changes) -> str:
 
 
 def write(config: Config, step: int, changed: Changes) -> None:
-    """Write both files. Called on rank 0 after the first step with these settings. step: steps before it. Raises
+    """Writes both files. Called on rank 0 after the first step with these settings. step: steps before it. Raises
     OSError."""
     run = Path(config.run)
     if changed:

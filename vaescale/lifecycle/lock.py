@@ -53,8 +53,8 @@ class Lock:
             self._descriptor = -1
 
     def release(self) -> None:
-        """Clear the entry in the file; may be called from any thread. The kernel's lock stays until this process closes
-        the file or ends."""
+        """Clears the entry in the file; may be called from any thread. The kernel's lock stays until this process
+        closes the file or ends."""
         if self._descriptor >= 0:
             try:
                 os.ftruncate(self._descriptor, 0)
@@ -62,7 +62,7 @@ class Lock:
                 print(f"{self.path} still names this process ({error.strerror}): remove the file", flush=True)
 
     def acquire(self) -> None:
-        """Create the run directory and lock it. Collective. Raises InUse, or ConfigError if the directory cannot be
+        """Creates the run directory and locks it. Collective. Raises InUse, or ConfigError if the directory cannot be
         created or written, on all ranks."""
 
         def take() -> None:
@@ -161,8 +161,8 @@ def described(holder: dict[str, Any]) -> str:
 
 
 def on_rank_0(run: Path, act: Callable[[], object]) -> None:
-    """Run `act` on rank 0. If it raises InUse or ConfigError, all ranks raise the same; if it raises OSError, all ranks
-    raise ConfigError with a sentence about the run directory. Collective."""
+    """Runs `act` on rank 0. If it raises InUse or ConfigError, all ranks raise the same; if it raises OSError, all
+    ranks raise ConfigError with a sentence about the run directory. Collective."""
     error, used = "", False
     if distributed.rank() == 0:
         try:

@@ -31,7 +31,7 @@ class Work(NamedTuple):
 
 class Pace:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Time the forward passes of this model. Nothing waits for the device before `report`."""
+        """Times the forward passes of this model. Nothing waits for the device before `report`."""
         self.device = device
         self.slow: int | None = None  # the rank reported as slow
         self.times = 1.0  # the slowest rank's work in the last window, as a multiple of the others' median

@@ -50,11 +50,11 @@ class Status:
         self._earlier = self.read()  # written by an earlier process
 
     def begin(self, step: int) -> None:
-        """Write "running". Called on rank 0. Keeps the failures of earlier processes. Raises OSError."""
+        """Writes "running". Called on rank 0. Keeps the failures of earlier processes. Raises OSError."""
         self._write(RUNNING, "", step, self.read().get("failures", []))
 
     def end(self, status: str, why: str, step: int) -> None:
-        """Write that the run has finished or was preempted. Called on rank 0, after everything is saved, so a status
+        """Writes that the run has finished or was preempted. Called on rank 0, after everything is saved, so a status
         that cannot be written is only printed."""
         found = self.read()
         try:
@@ -68,13 +68,13 @@ class Status:
             )
 
     def interrupted(self, why: str, step: int) -> None:
-        """Write that the user has ended the run at once. This is not a failure, but loses the progress since the last
+        """Writes that the user has ended the run at once. This is not a failure, but loses the progress since the last
         save. Called on the rank that exits."""
         self._write(PREEMPTED, why, step, self.read().get("failures", []), INTERRUPTED_CODE)
 
     @contextmanager
     def recording(self, step: Callable[[], int]) -> Iterator[None]:
-        """Record the exception that ends the block, on any rank. step: returns the steps taken so far. Raises
+        """Records the exception that ends the block, on any rank. step: returns the steps taken so far. Raises
         NoProgress instead of an exception that has repeatedly ended the run at this step."""
         try:
             yield
@@ -91,7 +91,7 @@ class Status:
             raise
 
     def fail(self, why: str, step: int, code: int = 1) -> bool:
-        """Write the failure of this rank, which exits with `code`. If another rank has already written one, that one
+        """Writes the failure of this rank, which exits with `code`. If another rank has already written one, that one
         stays. Returns whether the status is now no-progress, after SAME identical failures. Errors that the user must
         fix (code 2) do not count, because nothing retries them."""
         before = self.read()

@@ -68,11 +68,11 @@ class Stop:
         return self.said
 
     def ask(self, why: str) -> None:
-        """Request a stop for one of REASONS, from any thread. The first request is kept."""
+        """Requests a stop for one of REASONS, from any thread. The first request is kept."""
         self._asked = self._asked or why
 
     def acknowledge(self) -> None:
-        """Remove the file STOP, so that the next start does not stop again. Called after the run has stopped or
+        """Removes the file STOP, so that the next start does not stop again. Called after the run has stopped or
         finished."""
         if distributed.rank() == 0:
             try:

@@ -78,7 +78,7 @@ class Watch:
         self.release()
 
     def beat(self, step: int) -> None:
-        """Report that `step` steps have been taken."""
+        """Reports that `step` steps have been taken."""
         gap = self._sign()
         if not self._what:
             self._gaps.append(gap)
@@ -86,7 +86,7 @@ class Watch:
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Run a block that may take longer than a step. Collective."""
+        """Runs a block that may take longer than a step. Collective."""
         self._sign()
         self._what = what
         try:
@@ -166,7 +166,7 @@ class Watch:
             faulthandler.dump_traceback(file)
 
     def _name_missing(self) -> None:
-        """Print which ranks left no stacks, on the first rank that left some."""
+        """Prints which ranks left no stacks, on the first rank that left some."""
         there = [rank for rank in range(self.world) if (self.folder / f"rank-{rank}.txt").exists()]
         missing = [str(rank) for rank in range(self.world) if rank not in there]
         if missing and self.rank == there[0]:

@@ -61,8 +61,9 @@ class Writer:
     def save(
         self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], buffers: Container[str]
     ) -> None:
-        """Start to save a checkpoint. Collective. buffers: names of the tensors that may hold infinities (but not NaN),
-        as bounds do before they have seen data. Raises Diverged, and saves nothing, if other tensors are not finite."""
+        """Starts to save a checkpoint. Collective. buffers: names of the tensors that may hold infinities (but not
+        NaN), as bounds do before they have seen data. Raises Diverged, and saves nothing, if other tensors are not
+        finite."""
         self.collect(wait=True)
         spoilt = distributed.tell(unsound(tensors, buffers) if distributed.rank() == 0 else "")
         if spoilt:
@@ -79,7 +80,7 @@ class Writer:
             self._thread.start()
 
     def collect(self, wait: bool, last: bool = False) -> None:
-        """Report a failed save. Raises CheckpointError, on all ranks, if it is the second in a row or the last one.
+        """Reports a failed save. Raises CheckpointError, on all ranks, if it is the second in a row or the last one.
         Collective. wait: until the save has ended; otherwise a save in progress is skipped.
         """
         failed = self._join() if wait or not (self._thread and self._thread.is_alive()) else ""
@@ -92,12 +93,12 @@ class Writer:
         self.console.say(f"{failed}; earlier checkpoints are intact, and training continues until the next save")
 
     def close(self) -> None:
-        """Finish the save in progress, however the run ended. Not collective."""
+        """Finishes the save in progress, however the run ended. Not collective."""
         if failed := self._join():
             self.console.say(failed)
 
     def _join(self) -> str:
-        """Wait for the save in progress. Returns why the last save failed, only once; "" if it did not."""
+        """Waits for the save in progress. Returns why the last save failed, only once; "" if it did not."""
         if self._thread:
             self._thread.join()
             self._thread = None

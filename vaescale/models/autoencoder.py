@@ -34,7 +34,7 @@ class Autoencoder(Model):
         self.decoder = decoder(config.network, shape, config.latent_dim, shape.channels)
 
     def forward(self, batch: Batch, step: int) -> Output:
-        """Return the squared error of pixels in [0, 1] as the loss, summed over each image and averaged over images."""
+        """Returns the squared error of pixels in [0, 1] as the loss, summed over each image, averaged over images."""
         del step
         x = batch.x / 255
         reconstruction = self._images(self._latents(x))
@@ -42,14 +42,14 @@ class Autoencoder(Model):
         return Output(errors.mean() * x[0].numel(), fidelity(errors), reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """Return latents fp32 [B, m]."""
+        """Returns latents fp32 [B, m]."""
         del temperature  # the encoder is deterministic
         return [self._latents(batch.x / 255).float()]
 
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
-        """Decode latents to images [B, C, H, W]. Raises ValueError without latents: there is no prior to draw from."""
+        """Decodes latents to images [B, C, H, W]. Raises ValueError without latents: there is no prior to draw from."""
         del condition, temperature, draw  # the decoder is deterministic and unconditional
         if not latents:
             raise ValueError("an autoencoder has no prior to draw samples from: give latents, or train a VAE")

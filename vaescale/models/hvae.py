@@ -81,12 +81,12 @@ class TwoLevels(Net):
         return self.decoder(with_condition(h.to(self.dtype), embedded))
 
     def _prior(self, top: Tensor, embedded: Tensor | None) -> gaussian.Normal:
-        """Return p(z1|z2)."""
+        """Returns p(z1|z2)."""
         return gaussian.normal(self.p_low(with_condition(top.to(self.dtype), embedded)))
 
 
 def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
-    """Build the model. Raises ValueError for invalid settings."""
+    """Builds the model. Raises ValueError for invalid settings."""
     return Variational(config, shape, seed, partial(TwoLevels, config, shape))
 
 

@@ -83,7 +83,7 @@ class PCA(Model):
         return Output(errors.mean(), fidelity(errors), reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """Return the scores u = Vᵀ(x − μ), fp32 [B, m] or [B, m, H/p, W/p]: they decode to the nearest image. The
+        """Returns the scores u = Vᵀ(x − μ), fp32 [B, m] or [B, m, H/p, W/p]: they decode to the nearest image. The
         posterior mean in `bound` is smaller by the factor (λ − σ²) / (λ + UNIFORM)."""
         u = self._scores(self._rows(batch.x) / 255)
         if temperature:
@@ -93,7 +93,7 @@ class PCA(Model):
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
-        """Decode scores, or draw as many images as the condition has entries. Raises ValueError without either."""
+        """Decodes scores, or draws as many images as the condition has entries. Raises ValueError without either."""
         if latents:
             u = rearrange(latents[0], "b m h w -> b (h w) m") if self.config.patch else latents[0][:, None]
         elif condition is not None:
@@ -108,7 +108,7 @@ class PCA(Model):
         return self._images(rows)
 
     def bound(self, batch: Batch, draw: int = 0) -> Bound:
-        """Return the bound of the dequantised image. The posterior is exact, so distortion − log_ratio is the same for
+        """Returns the bound of the dequantised image. The posterior is exact, so distortion − log_ratio is the same for
         every draw. Patches are treated as independent."""
         x = self._rows(batch.x) / 255
         prior, c = self._prior(), self.noise + UNIFORM
@@ -124,17 +124,17 @@ class PCA(Model):
         return Bound(distortion.sum((1, 2)), rate.sum((1, 2))[None], log_ratio.sum((1, 2)))
 
     def moments(self) -> Moments:
-        """Return empty moments to sum images into."""
+        """Returns empty moments to sum images into."""
         return Moments(len(self.mean)).to(self.mean.device)
 
     def count(self, moments: Moments, batch: Batch, counted: Tensor) -> None:
-        """Add the images of the batch where `counted`, bool [B], is true."""
+        """Adds the images of the batch where `counted`, bool [B], is true."""
         rows = self._rows(batch.x)
         moments.add(rows.flatten(0, 1), counted.repeat_interleave(rows.shape[1]))
 
     def solve(self, sums: dict[str, Tensor]) -> None:
-        """Compute the components from `sums`, those of Moments over all ranks. Collective: rank 0 solves, and all ranks
-        receive its solution.
+        """Computes the components from `sums`, those of Moments over all ranks. Collective: rank 0 solves, and all
+        ranks receive its solution.
 
         Signs are scikit-learn's: the largest entry of each component is positive.
         """
@@ -151,12 +151,12 @@ class PCA(Model):
             distributed.broadcast_(buffer)
 
     def explained(self) -> Tensor:
-        """Return the share of the variance that the components explain, in [0, 1]."""
+        """Returns the share of the variance that the components explain, in [0, 1]."""
         held = self.variance.sum()
         return held / (held + self.noise * (len(self.mean) - self.config.latent_dim)).clamp(min=1e-12)
 
     def basis(self) -> Tensor:
-        """Return the mean and the leading components as images [k, C, p, p]: of a patch, if `patch` is set."""
+        """Returns the mean and the leading components as images [k, C, p, p]: of a patch, if `patch` is set."""
         shown = self.components[:SHOWN]
         scaled = 0.5 + shown / (2 * shown.abs().amax(1, keepdim=True).clamp(min=1e-12))
         rows = torch.cat([self.mean[None], scaled])

@@ -49,13 +49,13 @@ class Level(NamedTuple):
     follows: bool = False  # whether p depends on z, as p(z1|z2) does if z2 was drawn given z1
 
     def rates(self) -> Tensor:
-        """Return KL(q‖p) in nats of each latent (each channel of feature maps), fp32 [B, D]. If p follows z, this is
+        """Returns KL(q‖p) in nats of each latent (each channel of feature maps), fp32 [B, D]. If p follows z, this is
         log q(z) − log p(z) of the one draw, because the closed form holds only for a p that does not depend on z."""
         each = self._log_ratios().neg() if self.follows else gaussian.kl(self.q, self.p)
         return each.flatten(2).sum(2) if each.ndim > 2 else each
 
     def log_ratio(self) -> Tensor:
-        """Return log p(z) − log q(z) in nats, fp32 [B]."""
+        """Returns log p(z) − log q(z) in nats, fp32 [B]."""
         return self._log_ratios().flatten(1).sum(1)
 
     def _log_ratios(self) -> Tensor:
@@ -77,7 +77,7 @@ class Net(nn.Module, ABC):
 
     @abstractmethod
     def generate(self, embedded: Tensor | None, images: int, draw: Draw) -> Tensor:
-        """Return h for this number of images, with z drawn from p, from the coarsest level to the finest."""
+        """Returns h for this number of images, with z drawn from p, from the coarsest level to the finest."""
 
     @abstractmethod
     def output(self, h: Tensor, embedded: Tensor | None) -> Tensor:
@@ -89,7 +89,7 @@ class Net(nn.Module, ABC):
         return next(self.parameters()).dtype
 
     def standard(self, images: int, dim: int) -> Normal:
-        """Return N(0, I) over vectors [images, dim]."""
+        """Returns N(0, I) over vectors [images, dim]."""
         return gaussian.standard(torch.empty(images, dim, device=next(self.parameters()).device))
 
 
@@ -113,7 +113,7 @@ class Variational(Model):
         self._pending: list[Tensor] = []
 
     def forward(self, batch: Batch, step: int) -> Output:
-        """Return as the loss −ELBO in nats per subpixel, modified by β, warm-up and free bits. Per subpixel, so that
+        """Returns as the loss −ELBO in nats per subpixel, modified by β, warm-up and free bits. Per subpixel, so that
         learning rates and gradient clipping mean the same at every image size."""
         condition = batch.condition
         if self.training and self.config.label_dropout:
@@ -140,7 +140,7 @@ class Variational(Model):
         return Output(loss, metrics, reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """Return each level's means of q(z|x), fp32 [B, D] or [B, D, h, w], or with a temperature draws around them
+        """Returns each level's means of q(z|x), fp32 [B, D] or [B, D, h, w], or with a temperature draws around them
         from torch's default generator. Each level is conditioned on the values chosen at the levels before it."""
         x, embedded = self._given(batch, batch.condition)
         _, levels = self.net.infer(x, embedded, lambda _, q: _drawn(q, temperature))
@@ -149,7 +149,7 @@ class Variational(Model):
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
-        """Decode latents; levels that are not given are drawn from the prior. Without a condition the image is
+        """Decodes latents; levels that are not given are drawn from the prior. Without a condition the image is
         generated unconditionally. Raises ValueError if there are neither latents nor a condition."""
         if not latents and condition is None:
             raise ValueError("decode needs latents, or a condition that says how many images to draw")
@@ -180,7 +180,7 @@ class Variational(Model):
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> None:
-        """Store the step's mean rates, which decide the free bits of the next step."""
+        """Stores the step's mean rates, which decide the free bits of the next step."""
         del step, lr
         if self._pending:
             total = distributed.sum_(torch.stack(self._pending).mean(0))
@@ -198,7 +198,7 @@ class Variational(Model):
         return (batch.x / 255 - 0.5).to(self.net.dtype), self._embedded(condition, len(batch.x))
 
     def _noise(self, sample: Tensor, *keys: int) -> Draw:
-        """Draw z from q with noise that depends only on the seed, the keys, the level and the sample number."""
+        """Draws z from q with noise that depends only on the seed, the keys, the level and the sample number."""
 
         def draw(level: int, q: Normal) -> Tensor:
             size = tuple(q.mean.shape[1:])

@@ -169,7 +169,7 @@ class TopDown(Net):
     def _walk(
         self, features: dict[int, Tensor], embedded: Tensor | None, images: int, draw: Draw
     ) -> tuple[Tensor, list[Level]]:
-        """Run all blocks: (h at full resolution, one level per block, or none without features)."""
+        """Runs all blocks: (h at full resolution, one level per block, or none without features)."""
         levels: list[Level] = []
         size = self.places[0]
         h = self._start(size, embedded, images)
@@ -192,12 +192,12 @@ class TopDown(Net):
 
 
 def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
-    """Build the model. Raises ValueError for invalid settings."""
+    """Builds the model. Raises ValueError for invalid settings."""
     return Variational(config, shape, seed, partial(TopDown, config, shape))
 
 
 def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Any:
-    """Return block(*inputs). With `recompute` only the inputs are stored, and the backward pass computes the rest
+    """Returns block(*inputs). With `recompute` only the inputs are stored, and the backward pass computes the rest
     again. The noise is the same both times, because it depends only on the sample numbers."""
     if recompute:
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)

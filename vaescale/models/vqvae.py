@@ -75,7 +75,7 @@ class VQVAE(Model):
         return Output(errors.mean() / self.config.variance + quantized.loss, metrics, reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """Return codes int64 [B, H/f, W/f], one tensor per codebook."""
+        """Returns codes int64 [B, H/f, W/f], one tensor per codebook."""
         del temperature  # the nearest code is deterministic
         codes = self.quantizer(self._features(batch.x / 255)).codes
         return list(codes.unbind(-1)) if len(self.quantizer.sizes) > 1 else [codes]
@@ -83,7 +83,7 @@ class VQVAE(Model):
     def decode(
         self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
     ) -> Tensor:
-        """Decode codes to images [B, C, H, W]. Raises ValueError without codes: the model has no prior to draw from."""
+        """Decodes codes to images [B, C, H, W]. Raises ValueError without codes: the model has no prior."""
         del condition, temperature, draw  # the decoder is deterministic and unconditional
         if not latents:
             raise ValueError("a VQ-VAE has no prior of its own to draw samples from: give codes")

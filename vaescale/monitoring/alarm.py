@@ -39,7 +39,7 @@ def reading_of(usage: Usage, commitment: float, step: int) -> Reading:
 
 
 def watch(name: str, reading: Reading, settings: Any, warmup: int, on: list[str]) -> str | None:
-    """Return the sentence to log when a collapse begins or ends, and None otherwise. Always None until GRACE steps
+    """Returns the sentence to log when a collapse begins or ends, and None otherwise. Always None until GRACE steps
     after the warm-up. settings: the quantiser's Config; on: names of the collapsed codebooks, updated in place."""
     before = name in on
     now = collapsed(reading, before, warmup)
@@ -53,7 +53,7 @@ def watch(name: str, reading: Reading, settings: Any, warmup: int, on: list[str]
 
 
 def collapsed(reading: Reading, before: bool, warmup: int) -> bool:
-    """Return whether the codebook has collapsed. `before` is the answer at the last report, which is kept while there
+    """Returns whether the codebook has collapsed. `before` is the answer at the last report, which is kept while there
     is too little data."""
     if reading.step < warmup + GRACE or reading.rows < ROWS * reading.codes:
         return before
@@ -61,7 +61,7 @@ def collapsed(reading: Reading, before: bool, warmup: int) -> bool:
 
 
 def sentence(name: str, reading: Reading, settings: Any, begins: bool) -> str:
-    """Return the sentence for a collapse that begins, with its cause, or is over. settings: the quantiser's Config."""
+    """Returns the sentence for a collapse that begins, with its cause, or is over. settings: the quantiser's Config."""
     state = (
         f"{name} {'has collapsed' if begins else 'has recovered'} at step {reading.step}: {reading.usage:.1%} of its "
         f"{reading.codes} codes are in use, with a perplexity of {reading.codes**reading.entropy:.1f}"
@@ -70,7 +70,7 @@ def sentence(name: str, reading: Reading, settings: Any, begins: bool) -> str:
 
 
 def cause(reading: Reading, settings: Any) -> str:
-    """Return the likeliest cause of a collapse, with the setting to change."""
+    """Returns the likeliest cause of a collapse, with the setting to change."""
     slower = "lower optimizer.lr or raise optimizer.warmup_steps"
     if settings.kind == "lfq":
         return (

@@ -50,7 +50,7 @@ class Board:
             self._write_alarms()
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write values by name; a name includes its group, as in "train/loss". metrics.jsonl has one line per step;
+        """Writes values by name; a name includes its group, as in "train/loss". metrics.jsonl has one line per step;
         later values of the last step are added to its line."""
         # JSON has no NaN: values that are not finite become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -70,7 +70,7 @@ class Board:
         self._write(write)
 
     def code_counts(self, name: str, counts: Tensor, step: int) -> None:
-        """Write a histogram of log10(1 + count) of the codes, in which both the few frequent and the many rare codes
+        """Writes a histogram of log10(1 + count) of the codes, in which both the few frequent and the many rare codes
         are visible."""
         logarithms = np.log10(1 + counts.cpu().numpy())
         self._write(lambda writer: writer.add_histogram(tag(name), logarithms, step))
@@ -79,7 +79,7 @@ class Board:
         self._write(lambda writer: writer.add_text(name, text, step))
 
     def compare(self, settings: dict[str, Any], names: Collection[str]) -> None:
-        """Write TensorBoard's HParams: the settings (numbers or words) next to the last values of these scalars."""
+        """Writes TensorBoard's HParams: the settings (numbers or words) next to the last values of these scalars."""
         parts = hparams(settings, dict.fromkeys(map(tag, names), 0.0))
 
         def write(writer: SummaryWriter) -> None:
@@ -90,7 +90,7 @@ class Board:
         self._write(write)
 
     def alarm(self, name: str, sentence: str, on: bool, step: int) -> None:
-        """Write the sentence of an alarm that goes on or off under Text, and keep it in alarms.json while it is on."""
+        """Writes the sentence of an alarm that goes on or off under Text, and keeps it in alarms.json while on."""
         self.text(f"{name}/alarm", sentence, step)
         if on:
             self._alarms[name] = sentence
@@ -123,7 +123,7 @@ class Board:
             partial.write_text(json.dumps(self._alarms, indent=1) + "\n")
 
     def _add(self, line: dict[str, Any]) -> None:
-        """Write the whole line or nothing, because a partial line would corrupt the next one. Values of the same step
+        """Writes the whole line or nothing, because a partial line would corrupt the next one. Values of the same step
         join the last line."""
         joins = self._last.keys() & line.keys() == {"step"} and self._last["step"] == line["step"]
         file = os.open(self._lines, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -145,7 +145,7 @@ class Board:
 
 
 def tag(name: str) -> str:
-    """Return the name of a scalar or picture in TensorBoard."""
+    """Returns the name of a scalar or picture in TensorBoard."""
     group, slash, card = name.partition("/")
     main = group in MAIN
     return (
@@ -154,8 +154,8 @@ def tag(name: str) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield each valid line of a metrics.jsonl with its values, numbers or None, including the step. Lines damaged by a
-    kill or a power cut are skipped. A missing file has no lines. Raises OSError if the file cannot be read."""
+    """Yields each valid line of a metrics.jsonl with its values, numbers or None, including the step. Lines damaged by
+    a kill or a power cut are skipped. A missing file has no lines. Raises OSError if the file cannot be read."""
     if not path.exists():
         return
     if not path.is_file():  # opening a pipe would block
@@ -172,7 +172,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def read_alarms(run: Path) -> dict[str, str]:
-    """Return the sentences of the alarms that are on, by name. Unreadable ones are left out."""
+    """Returns the sentences of the alarms that are on, by name. Unreadable ones are left out."""
     with suppress(OSError, ValueError):
         found = read_json(run / ALARMS)
         if isinstance(found, dict):
@@ -181,7 +181,7 @@ def read_alarms(run: Path) -> dict[str, str]:
 
 
 def validated(run: Path, step: int) -> bool:
-    """Return whether metrics.jsonl has a validation of this step."""
+    """Returns whether metrics.jsonl has a validation of this step."""
     with suppress(OSError):
         return any(
             values["step"] == step and any(name.startswith("val/") for name in values)
@@ -191,7 +191,7 @@ def validated(run: Path, step: int) -> bool:
 
 
 def add_pictures(run: Path, pictures: dict[str, Picture], step: int) -> None:
-    """Add pictures to a run's board as a separate TensorBoard run "samples", which does not disturb a training that is
+    """Adds pictures to a run's board as a separate TensorBoard run "samples", which does not disturb a training that is
     still running."""
     with SummaryWriter(str(run / "tensorboard" / "samples")) as writer:
         for name, picture in pictures.items():

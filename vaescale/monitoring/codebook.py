@@ -19,41 +19,41 @@ CHUNK = 32  # images decoded at once
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Return exp of the entropy of the code frequencies, from 1 (one code) to K (uniform). counts: [K] → fp64 []."""
+    """Returns exp of the entropy of the code frequencies, from 1 (one code) to K (uniform). counts: [K] → fp64 []."""
     return entropy(counts).exp2()
 
 
 def entropy(counts: Tensor) -> Tensor:
-    """Return the entropy of the code frequencies in bits, in [0, log2 K]; 0 without counts. counts: [K] → fp64 []."""
+    """Returns the entropy of the code frequencies in bits, in [0, log2 K]; 0 without counts. counts: [K] → fp64 []."""
     share = counts.double() / counts.sum().clamp(min=1e-30)
     return torch.special.entr(share).sum() / math.log(2)
 
 
 def entropy_share(counts: Tensor) -> Tensor:
-    """Return the entropy divided by log2 K, in [0, 1]. counts: [K] → fp64 []."""
+    """Returns the entropy divided by log2 K, in [0, 1]. counts: [K] → fp64 []."""
     return entropy(counts) / math.log2(len(counts))
 
 
 def used(counts: Tensor) -> Tensor:
-    """Return the share of the codes with a positive count, in [0, 1]. counts: [K] → fp64 []."""
+    """Returns the share of the codes with a positive count, in [0, 1]. counts: [K] → fp64 []."""
     return (counts > 0).double().mean()
 
 
 def in_use(average: Tensor) -> Tensor:
-    """Return which codes have an averaged share of the rows of at least IN_USE / K. average: [K] → bool [K]."""
+    """Returns which codes have an averaged share of the rows of at least IN_USE / K. average: [K] → bool [K]."""
     average = average.double()
     return (average > 0) & (average * len(average) >= IN_USE * average.sum())
 
 
 def usage_ema(average: Tensor) -> Tensor:
-    """Return the share of the codes that are `in_use`, in [0, 1]. average: [K] → fp64 []."""
+    """Returns the share of the codes that are `in_use`, in [0, 1]. average: [K] → fp64 []."""
     return in_use(average).double().mean()
 
 
 def scalars(usage: Usage) -> dict[str, float]:
-    """Return the curves of one codebook by name. usage_…: share of the codes used since the last report (window), since
-    the start (ever), and recently (ema). Perplexity and entropy, in bits per code and as a share of log2 K, are those
-    since the last report. Ages are in steps, resets in codes per step."""
+    """Returns the curves of one codebook by name. usage_…: share of the codes used since the last report (window),
+    since the start (ever), and recently (ema). Perplexity and entropy, in bits per code and as a share of log2 K, are
+    those since the last report. Ages are in steps, resets in codes per step."""
     values = {
         "usage_window": used(usage.window),
         "usage_ever": used(usage.ever),
@@ -70,7 +70,7 @@ def scalars(usage: Usage) -> dict[str, float]:
 
 @torch.no_grad()
 def decoded(codec: Codec, averages: list[Tensor], shapes: list[torch.Size]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each codebook, coarse to fine: (codes int64 [N], most used first; the image that each decodes to if it
+    """Yields for each codebook, coarse to fine: (codes int64 [N], most used first; the image that each decodes to if it
     fills the map, uint8 [N, 3, H, W]).
 
     averages: [K] of each codebook; shapes: (h, w) of each codebook's map. The other codebooks are held at their most
@@ -92,7 +92,7 @@ def decoded(codec: Codec, averages: list[Tensor], shapes: list[torch.Size]) -> I
 
 
 def most_used_first(average: Tensor) -> Tensor:
-    """Return the codes by decreasing use; if there are more than SHOWN, that many at even ranks. average: [K] →
+    """Returns the codes by decreasing use; if there are more than SHOWN, that many at even ranks. average: [K] →
     int64 [≤ SHOWN]."""
     order = average.argsort(descending=True, stable=True)
     places = torch.linspace(0, len(order) - 1, min(SHOWN, len(order)), dtype=torch.float64).round().long()

@@ -22,7 +22,7 @@ class Console:
         self._bar.update()
 
     def report(self, step: int, values: dict[str, float]) -> None:
-        """Print the main numbers, the time that this process has trained, the time left, and the time of day. Missing
+        """Prints the main numbers, the time that this process has trained, the time left, and the time of day. Missing
         numbers (of a model without a codebook) are left out. Several codebooks are shown by the lowest and highest."""
         passed = time.monotonic() - self._begun
         left = passed / max(1, step - self._start) * (self._steps - step)

@@ -24,12 +24,12 @@ ERROR_GAIN = 4  # factor of the absolute error, which would look black without i
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Convert float [B, 3, H, W] in [0, 1] to uint8, rounded to nearest and clamped."""
+    """Converts float [B, 3, H, W] in [0, 1] to uint8, rounded to nearest and clamped."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def reconstructions(x: Tensor, reconstruction: Tensor, below: Sequence[str] = (), per_row: int = 8) -> Picture:
-    """Draw rows of inputs, of their reconstructions with the captions `below`, and of their errors. Both uint8
+    """Draws rows of inputs, of their reconstructions with the captions `below`, and of their errors. Both uint8
     [B, C, H, W]."""
     error = (x.int() - reconstruction.int()).abs().mul(ERROR_GAIN).clamp(max=255).to(torch.uint8)
     strips = {"input": x, RECONSTRUCTION: reconstruction, f"error x{ERROR_GAIN}": error}
@@ -37,7 +37,7 @@ def reconstructions(x: Tensor, reconstruction: Tensor, below: Sequence[str] = ()
 
 
 def code_map(x: Tensor, codes: Tensor, size: int, per_row: int = 8) -> Picture:
-    """Draw rows of inputs, uint8 [B, C, H, W], and of their codes [B, h, w], with one colour for each of `size`
+    """Draws rows of inputs, uint8 [B, C, H, W], and of their codes [B, h, w], with one colour for each of `size`
     codes."""
     colours = torch.tensor([_colour(code) for code in range(size)], dtype=torch.uint8)
     blocks = colours[codes.cpu()].permute(0, 3, 1, 2)
@@ -47,17 +47,17 @@ def code_map(x: Tensor, codes: Tensor, size: int, per_row: int = 8) -> Picture:
 
 
 def legible(width: int) -> int:
-    """Return the text height in pixels for a picture of this width."""
+    """Returns the text height in pixels for a picture of this width."""
     return max(TEXT, round(width / SHOWN))
 
 
 def line_height(text: int) -> int:
-    """Return the height of a caption in pixels."""
+    """Returns the height of a caption in pixels."""
     return 4 + round(1.3 * text)
 
 
 def codebook(tiles: Tensor, codes: Tensor, in_use: Tensor, per_row: int = 36) -> Picture:
-    """Draw the centre of the image that each code decodes to, row by row. Codes not in use are struck out.
+    """Draws the centre of the image that each code decodes to, row by row. Codes not in use are struck out.
 
     tiles: uint8 [N, 1 or 3, H, W]; codes: int64 [N], most used first; in_use: bool [K].
     """
@@ -91,7 +91,7 @@ def grid(
     below: Sequence[str] = (),
     text: int = TEXT,
 ) -> Picture:
-    """Draw images, uint8 [N, 1 or 3, H, W], row by row under a title, with captions above the columns, to the left of
+    """Draws images, uint8 [N, 1 or 3, H, W], row by row under a title, with captions above the columns, to the left of
     the rows and below the images. `text` is the letter height in pixels."""
     images = enlarged(_coloured(images)).cpu()
     height, width = images.shape[-2:]
@@ -117,7 +117,7 @@ def grid(
 
 
 def bars(values: Sequence[float], title: str) -> Picture:
-    """Draw vertical bars that start at 0 and are numbered from 0."""
+    """Draws vertical bars that start at 0 and are numbered from 0."""
     text = legible(640)
     font, caption = ImageFont.load_default(size=text), line_height(text)
     pitch, height, most = max(8, min(40, 640 // len(values))), 160, max([*values, 1e-9])
@@ -136,7 +136,7 @@ def bars(values: Sequence[float], title: str) -> Picture:
 
 
 def joined(pictures: Sequence[Picture], axis: int) -> Picture:
-    """Join pictures vertically (axis 0) or side by side (axis 1)."""
+    """Joins pictures vertically (axis 0) or side by side (axis 1)."""
     size = [max(picture.shape[0] for picture in pictures), max(picture.shape[1] for picture in pictures)]
     size[axis] = sum(picture.shape[axis] for picture in pictures) + 2 * GAP * (len(pictures) - 1)
     sheet = np.empty((*size, 3), np.uint8)
@@ -151,13 +151,13 @@ def joined(pictures: Sequence[Picture], axis: int) -> Picture:
 
 
 def enlarged(images: Tensor) -> Tensor:
-    """Enlarge small images by repeating each pixel `factor` times in both directions."""
+    """Enlarges small images by repeating each pixel `factor` times in both directions."""
     times = factor(images.shape[-1])
     return images.repeat_interleave(times, -2).repeat_interleave(times, -1)
 
 
 def factor(width: int) -> int:
-    """Return the smallest integer factor that makes images of this width at least LEAST pixels wide."""
+    """Returns the smallest integer factor that makes images of this width at least LEAST pixels wide."""
     return max(1, -(-LEAST // width))
 
 
@@ -177,7 +177,7 @@ def _coloured(images: Tensor) -> Tensor:
 
 
 def _strips(strips: dict[str, Tensor], per_row: int, below: dict[str, Sequence[str]] | None = None) -> Picture:
-    """Draw each strip as one row, or as several rows that alternate. below: captions of some strips' images."""
+    """Draws each strip as one row, or as several rows that alternate. below: captions of some strips' images."""
     count, _, _, width = next(iter(strips.values())).shape
     per_row = min(per_row, count)
     text = legible(per_row * (factor(width) * width + GAP))

@@ -23,14 +23,14 @@ class Network:
 
 
 def encoder(network: Network, shape: Shape, out: int, condition: int = 0) -> nn.Module:
-    """Build a network with forward(x [B, C, H, W], condition [B, E] or None) → [B, out]."""
+    """Builds a network with forward(x [B, C, H, W], condition [B, E] or None) → [B, out]."""
     if network.kind == "linear":
         return LinearEncoder(shape, out, condition)
     return Encoder(shape, network.width, network.halvings, network.hidden, out, condition)
 
 
 def decoder(network: Network, shape: Shape, dim: int, out: int) -> nn.Module:
-    """Build a network with forward(z [B, dim]) → [B, out, H, W]."""
+    """Builds a network with forward(z [B, dim]) → [B, out, H, W]."""
     if network.kind == "linear":
         return LinearDecoder(shape, dim, out)
     return Decoder(shape, network.width, network.halvings, network.hidden, dim, out)
@@ -49,12 +49,12 @@ class ResidualBlock(nn.Module):
 
 
 def downsample(channels: int, out: int) -> nn.Conv2d:
-    """Build a convolution that halves height and width."""
+    """Builds a convolution that halves height and width."""
     return nn.Conv2d(channels, out, 4, stride=2, padding=1)
 
 
 def upsample(channels: int, out: int) -> nn.ConvTranspose2d:
-    """Build a transposed convolution that doubles height and width."""
+    """Builds a transposed convolution that doubles height and width."""
     return nn.ConvTranspose2d(channels, out, 4, stride=2, padding=1)
 
 
@@ -117,14 +117,14 @@ class LinearDecoder(nn.Linear):
 
 
 def with_condition(features: Tensor, condition: Tensor | None) -> Tensor:
-    """Concatenate [B, F] and [B, E] to [B, F + E], in the features' data type, which autocast decides."""
+    """Concatenates [B, F] and [B, E] to [B, F + E], in the features' data type, which autocast decides."""
     if condition is None:
         return features
     return torch.cat([features, condition.to(features.dtype)], dim=1)
 
 
 def he_(net: nn.Module, last: bool) -> None:
-    """Initialise the linear layers of a net with variance 2 / fan-in (He et al. 2015, "Delving deep into rectifiers",
+    """Initialises the linear layers of a net with variance 2 / fan-in (He et al. 2015, "Delving deep into rectifiers",
     equation 10). This keeps the scale of a signal through a ReLU; with torch's default it shrinks 2.4 times per layer.
     `last` includes the last layer, for a net that a ReLU follows."""
     layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
@@ -134,7 +134,7 @@ def he_(net: nn.Module, last: bool) -> None:
 
 
 def least_size(shape: Shape, halvings: int) -> int:
-    """Return the pixels per side after `halvings`. Raises ValueError if the size cannot be halved so often."""
+    """Returns the pixels per side after `halvings`. Raises ValueError if the size cannot be halved so often."""
     if shape.size % 2**halvings:
         raise ValueError(
             f"data.size={shape.size} cannot be halved {halvings} times: use a multiple of {2**halvings}, or lower "

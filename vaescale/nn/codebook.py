@@ -35,19 +35,19 @@ class Tally(nn.Module):
         self._pending: Tensor | None = None
 
     def add(self, codes: Tensor) -> None:
-        """Add codes int64 [N] of this rank and micro-batch to the pending counts."""
+        """Adds codes int64 [N] of this rank and micro-batch to the pending counts."""
         if self._pending is None:
             self._pending = torch.zeros(len(self.ever), device=codes.device)
         self._pending.index_add_(0, codes, torch.ones(len(codes), device=codes.device))
 
     def take(self) -> Tensor:
-        """Return this rank's counts since the last call, fp32 [K], to be summed over the ranks."""
+        """Returns this rank's counts since the last call, fp32 [K], to be summed over the ranks."""
         pending, self._pending = self._pending, None
         assert pending is not None, "no rows since the last update"
         return pending
 
     def count(self, counts: Tensor) -> None:
-        """Update the statistics with one step's uses of each code, fp32 [K]."""
+        """Updates the statistics with one step's uses of each code, fp32 [K]."""
         used = counts > 0
         self.window += counts.long()
         self.ever |= used

@@ -30,7 +30,7 @@ class Conditioner(nn.Module):
         return torch.cat(parts, dim=1)
 
     def nothing_said(self, images: int) -> Condition:
-        """Return the empty condition for this number of images."""
+        """Returns the empty condition for this number of images."""
         device = next(self.parameters()).device
         attributes = 0 if self.unknown is None else len(self.unknown)
         label = torch.full((images,), -1, device=device)
@@ -38,6 +38,6 @@ class Conditioner(nn.Module):
 
 
 def dropped(condition: Condition, drop: Tensor) -> Condition:
-    """Return the condition with label and attributes missing where `drop`, bool [B], is true."""
+    """Returns the condition with label and attributes missing where `drop`, bool [B], is true."""
     label = condition.label.masked_fill(drop, -1)
     return Condition(label, condition.attributes.masked_fill(drop[:, None], torch.nan))

@@ -30,7 +30,7 @@ class Moments(nn.Module):
         self.register_buffer("second", torch.zeros(dim, dim, dtype=torch.float64))
 
     def add(self, rows: Tensor, counted: Tensor) -> None:
-        """Add the rows, uint8 [R, D], where `counted`, bool [R], is true. No host synchronisation."""
+        """Adds the rows, uint8 [R, D], where `counted`, bool [R], is true. No host synchronisation."""
         for part, mask in zip(rows.split(CHUNK), counted.split(CHUNK), strict=True):
             shifted = (part.float() - MIDDLE) * mask[:, None]
             self.count += mask.sum()
@@ -38,11 +38,11 @@ class Moments(nn.Module):
             self.second += shifted.T @ shifted
 
     def over_ranks(self) -> "dict[str, Tensor]":
-        """Return copies of the three sums, summed over all ranks. Collective."""
+        """Returns copies of the three sums, summed over all ranks. Collective."""
         return {name: distributed.sum_(tensor.clone()) for name, tensor in self.named_buffers()}
 
 
 def covariance(count: Tensor, sum: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (mean [D], unbiased covariance [D, D]) from the sums of Moments, fp64, in grey levels."""
+    """Returns (mean [D], unbiased covariance [D, D]) from the sums of Moments, fp64, in grey levels."""
     mean = sum / count
     return mean + MIDDLE, torch.addr(second, sum, mean, alpha=-1) / (count - 1).clamp(min=1)

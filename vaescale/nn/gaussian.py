@@ -15,29 +15,29 @@ class Normal(NamedTuple):
     log_std: Tensor
 
     def draw(self, noise: Tensor) -> Tensor:
-        """Return mean + std ⊙ noise, with noise from N(0, I), differentiable in mean and std (Kingma, Welling 2014,
+        """Returns mean + std ⊙ noise, with noise from N(0, I), differentiable in mean and std (Kingma, Welling 2014,
         2.4)."""
         return self.mean + self.log_std.exp() * noise
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Return the log-density of each latent in nats, in the shape of z."""
+        """Returns the log-density of each latent in nats, in the shape of z."""
         squares = ((z - self.mean) * (-self.log_std).exp()).square()
         return -(squares / 2 + self.log_std + math.log(2 * math.pi) / 2)
 
 
 def normal(output: Tensor) -> Normal:
-    """Split a network's output of any float type, [B, 2 D, …], into means and log standard deviations."""
+    """Splits a network's output of any float type, [B, 2 D, …], into means and log standard deviations."""
     return Normal(*output.float().chunk(2, dim=1))
 
 
 def standard(like: Tensor) -> Normal:
-    """Return N(0, I) in the shape of `like`."""
+    """Returns N(0, I) in the shape of `like`."""
     zero = torch.zeros_like(like)
     return Normal(zero, zero)
 
 
 def kl(q: Normal, p: Normal) -> Tensor:
-    """Return KL(q‖p) of each latent in nats, in the shape of q and p: (d² + r² − 1)/2 − log r, with r = std_q / std_p
+    """Returns KL(q‖p) of each latent in nats, in the shape of q and p: (d² + r² − 1)/2 − log r, with r = std_q / std_p
     and d the distance of the means in units of std_p (Kingma, Welling 2014, appendix B, where p is N(0, I))."""
     log_ratio = q.log_std - p.log_std
     distance = (q.mean - p.mean) * (-p.log_std).exp()

@@ -41,15 +41,15 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """Return log p(x|z) in nats, fp32 [B], for x uint8 [B, C, H, W]."""
+        """Returns log p(x|z) in nats, fp32 [B], for x uint8 [B, C, H, W]."""
 
     @abstractmethod
     def mean(self, output: Tensor) -> Tensor:
-        """Return the mean of p(x|z), fp32 [B, C, H, W] in [0, 1]."""
+        """Returns the mean of p(x|z), fp32 [B, C, H, W] in [0, 1]."""
 
     @abstractmethod
     def draw(self, output: Tensor) -> Tensor:
-        """Draw from p(x|z) with torch's default generator: fp32 [B, C, H, W] in [0, 1]."""
+        """Draws from p(x|z) with torch's default generator: fp32 [B, C, H, W] in [0, 1]."""
 
 
 class _Gaussian(Likelihood):
@@ -83,11 +83,11 @@ class Gaussian(_Gaussian):
         return (constant - errors / (2 * c)).sum((1, 2, 3))
 
     def mean(self, output: Tensor) -> Tensor:
-        """Return f, which is not clamped and may leave [0, 1]."""
+        """Returns f, which is not clamped and may leave [0, 1]."""
         return output.float() + 0.5
 
     def draw(self, output: Tensor) -> Tensor:
-        """Draw from N(f, c); values are not clamped and may leave [0, 1]."""
+        """Draws from N(f, c); values are not clamped and may leave [0, 1]."""
         mean = self.mean(output)
         return mean + self.variance().sqrt() * torch.randn_like(mean)
 
@@ -108,7 +108,7 @@ class DiscretisedGaussian(_Gaussian):
         return (inner + torch.log(-torch.expm1(outer - inner))).sum((1, 2, 3))
 
     def mean(self, output: Tensor) -> Tensor:
-        """Return the mean of the Gaussian clamped to [0, 1], within half a grey level of the mean 8-bit value."""
+        """Returns the mean of the Gaussian clamped to [0, 1], within half a grey level of the mean 8-bit value."""
         f, std = output.float() + 0.5, self.variance().sqrt()
         return std * (_ramp(f / std) - _ramp((f - 1) / std))
 
@@ -152,7 +152,7 @@ class LogisticMixture(Likelihood):
         return (bins.sum(2) + logits).logsumexp(1).sum((1, 2))
 
     def mean(self, output: Tensor) -> Tensor:
-        """Return the mean of logistics clamped to [−1, 1], where each channel's mean depends on the means of the
+        """Returns the mean of logistics clamped to [−1, 1], where each channel's mean depends on the means of the
         channels before it. Within half a grey level of the mean 8-bit value if no component is clipped."""
         logits, means, log_scales, coefficients = self._split(output)
         v: list[Tensor] = []
@@ -220,6 +220,6 @@ KINDS: dict[str, type[Gaussian | DiscretisedGaussian | LogisticMixture | Bernoul
 
 
 def build(config: Config, channels: int) -> Likelihood:
-    """Build the likelihood for images with C = `channels`. Raises ValueError for invalid settings."""
+    """Builds the likelihood for images with C = `channels`. Raises ValueError for invalid settings."""
     require(config, "model.likelihood")
     return KINDS[config.kind](config, channels)

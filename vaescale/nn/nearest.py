@@ -17,7 +17,7 @@ TRITON = find_spec("triton") is not None  # comes with CUDA builds of torch
 
 @torch.no_grad()
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
-    """Return for each row of `z` the index of the codebook row at the smallest Euclidean distance.
+    """Returns for each row of `z` the index of the codebook row at the smallest Euclidean distance.
 
     z: fp32 [N, D], codebook: fp32 [K, D] → int64 [N]. Ties go to the lowest index; a row that is not finite gets an
     arbitrary code. The search minimises ‖e − c‖²/2 − (z − c)·(e − c), which for any c orders the codes as ‖z − e‖²
@@ -52,7 +52,7 @@ def centre(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _tiled(z: Tensor, codebook: Tensor, c: Tensor) -> Tensor:
-    """Search tile by tile. On a CPU a minimum with its index takes ten times as long as one without, and longer than
+    """Searches tile by tile. On a CPU a minimum with its index takes ten times as long as one without, and longer than
     the product if there are few channels. So the minimum of each block of codes is computed without an index, and the
     index is looked up in the best block only."""
     count = -(-len(codebook) // COLUMNS)
@@ -93,7 +93,7 @@ def _parts(codebook: Tensor, c: Tensor, columns: int) -> Iterator[tuple[Tensor, 
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Compute fp32 products in fp32, even if TF32 or bf16 is allowed (`torch.set_float32_matmul_precision`)."""
+    """Computes fp32 products in fp32, even if TF32 or bf16 is allowed (`torch.set_float32_matmul_precision`)."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     products = backend.matmul
     allowed = products.fp32_precision

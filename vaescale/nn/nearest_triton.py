@@ -12,7 +12,7 @@ CHANNELS = 16  # multiplied at a time, the minimum of `tl.dot`
 
 
 def search(z: Tensor, codebook: Tensor, c: Tensor, half_norms: Tensor) -> Tensor:
-    """Return the nearest codes as `nearest` does. z: fp32 [N, D], codebook: fp32 [K, D], c: fp32 [D], half_norms:
+    """Returns the nearest codes as `nearest` does. z: fp32 [N, D], codebook: fp32 [K, D], c: fp32 [D], half_norms:
     ‖e − c‖²/2, fp32 [K] → int64 [N].
 
     Each program iterates over all codes and keeps the running minimum of its rows. The codebook is read about once from

@@ -23,7 +23,7 @@ _WORD = 2**64 - 1
 
 
 def uniform(sample: Tensor, size: tuple[int, ...], *keys: int) -> Tensor:
-    """Return uniform numbers in (0, 1), fp64 [B, *size], for sample numbers int64 [B]. Different keys (a seed, a
+    """Returns uniform numbers in (0, 1), fp64 [B, *size], for sample numbers int64 [B]. Different keys (a seed, a
     purpose) give independent numbers."""
     place = torch.arange(math.prod(size), device=sample.device)
     words = mix(*keys, sample[:, None], place)
@@ -31,7 +31,7 @@ def uniform(sample: Tensor, size: tuple[int, ...], *keys: int) -> Tensor:
 
 
 def normal(sample: Tensor, size: tuple[int, ...], *keys: int, version: int | None = None) -> Tensor:
-    """Return numbers from N(0, 1), fp32 [B, *size], for sample numbers int64 [B].
+    """Returns numbers from N(0, 1), fp32 [B, *size], for sample numbers int64 [B].
 
     The two halves of a word's hash give two numbers (Box, Muller 1958, "A note on the generation of random normal
     deviates"), which lie half a sample apart. The largest possible number is 6.8; one in 10¹¹ would be larger.
@@ -45,7 +45,7 @@ def normal(sample: Tensor, size: tuple[int, ...], *keys: int, version: int | Non
 
 @torch.library.custom_op("vaescale::normal", mutates_args=())  # one operation for torch.compile and for profilers
 def _normal(sample: Tensor, count: int, state: int) -> Tensor:
-    """Return fp32 [B, count]. state: the hash of the keys."""
+    """Returns fp32 [B, count]. state: the hash of the keys."""
     if sample.is_cuda and TRITON:
         from .noise_triton import normal as kernel  # imported late: it takes a second and is rarely needed
 
@@ -68,7 +68,7 @@ def _(sample: Tensor, count: int, state: int) -> Tensor:
 
 
 def mix(*keys: int | Tensor) -> Tensor:
-    """Return one 64-bit hash, as int64, per element of the broadcast keys: `data.order.mix` on the device."""
+    """Returns one 64-bit hash, as int64, per element of the broadcast keys: `data.order.mix` on the device."""
     state = torch.zeros((), dtype=torch.int64)
     for key in keys:
         state = _mix_in(state, key)
@@ -76,7 +76,7 @@ def mix(*keys: int | Tensor) -> Tensor:
 
 
 def _mix_in(state: Tensor, key: int | Tensor) -> Tensor:
-    """Return the hash of (what `state` is the hash of, key), broadcast. SplitMix64 (Steele, Lea, Flood 2014, "Fast
+    """Returns the hash of (what `state` is the hash of, key), broadcast. SplitMix64 (Steele, Lea, Flood 2014, "Fast
     splittable pseudorandom number generators")."""
     state = (state + key).add_(1).mul_(_signed(_GAMMA))
     state = state.bitwise_xor_(_shifted(state, 30)).mul_(_signed(_FIRST))

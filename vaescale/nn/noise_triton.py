@@ -9,7 +9,7 @@ PAIRS = 1024  # per program; not timed on a GPU
 
 
 def normal(sample: Tensor, count: int, state: int) -> Tensor:
-    """Return fp32 [B, count] from N(0, 1). sample: int64 [B]; state: the hash of the keys, as int64."""
+    """Returns fp32 [B, count] from N(0, 1). sample: int64 [B]; state: the hash of the keys, as int64."""
     numbers = torch.empty(len(sample), count, device=sample.device)
     if numbers.numel():
         pairs = triton.cdiv(count, 2)

@@ -53,7 +53,7 @@ class Config:
 
 
 def build(config: Config, seed: int) -> Quantizer:
-    """Build the quantiser. Raises ValueError, with a one-sentence message, for settings that do not fit together."""
+    """Builds the quantiser. Raises ValueError, with a one-sentence message, for settings that do not fit together."""
     require(config, "model.quantizer")
     if config.kind == "fsq" and config.entropy_weight:
         raise ValueError(
@@ -136,7 +136,7 @@ class VectorQuantizer(Quantizer):
         return F.embedding(codes, self.codebook)
 
     def gather(self, step: int) -> list[Tensor]:
-        """Return the sum of each code's rows [K, D] and their number [K], exact in fp32 below 2**24 rows per step. In
+        """Returns the sum of each code's rows [K, D] and their number [K], exact in fp32 below 2**24 rows per step. In
         steps that initialise or reset, candidates [K, D] follow."""
         # A single micro-batch is not copied, which would take as long as summing its rows.
         rows, codes = self._seen[0] if len(self._seen) == 1 else map(torch.cat, zip(*self._seen, strict=True))
@@ -193,7 +193,7 @@ class VectorQuantizer(Quantizer):
         return sums, counts
 
     def _candidates(self, rows: Tensor, step: int) -> Tensor:
-        """Draw K rows [K, D] from the *global* batch by (seed, step), with zeros where another rank holds the row.
+        """Draws K rows [K, D] from the *global* batch by (seed, step), with zeros where another rank holds the row.
 
         Rank r holds the r-th part of the joined batch, so a draw selects the same row at any world size.
         """
@@ -208,7 +208,7 @@ class VectorQuantizer(Quantizer):
         return torch.where(mine[:, None], rows[place.clamp(0, len(rows) - 1)], 0.0)
 
     def _lloyd(self, codebook: Tensor, rows: Tensor) -> Tensor:
-        """Run k-means on the global batch (Lloyd 1982), starting from these codes; a code without rows stays."""
+        """Runs k-means on the global batch (Lloyd 1982), starting from these codes; a code without rows stays."""
         for _ in range(KMEANS):
             sums, counts = self._sums(rows, nearest(rows, codebook))
             total = distributed.sum_(torch.cat([sums, counts[:, None]], dim=1))
@@ -300,7 +300,7 @@ class FSQ(Quantizer):
         return (digits - self.levels // 2) / (self.levels // 2)
 
     def _bounded(self, z: Tensor) -> Tensor:
-        """Squash z so that rounding gives L integers per channel. The range is shifted by a half for even L, and zero
+        """Squashes z so that rounding gives L integers per channel. The range is shifted by a half for even L, and zero
         maps to zero."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = (self.levels % 2 == 0) * 0.5

@@ -41,27 +41,27 @@ class Quantizer(nn.Module, ABC):
         """Codes → the z that `forward` returns with them, fp32 [..., D]."""
 
     def gather(self, step: int) -> list[Tensor]:
-        """Return sums over this rank's rows since the last call, to be summed over the ranks. The default is the
+        """Returns sums over this rank's rows since the last call, to be summed over the ranks. The default is the
         counts, for quantisers without a codebook update."""
         del step
         return [self.tally.take()]
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
-        """Take from `totals` as many tensors as `gather` returned, and learn from them."""
+        """Takes from `totals` as many tensors as `gather` returned, and learns from them."""
         del step, lr
         self.tally.count(next(totals))
 
     def usages(self, clear: bool) -> list[Usage]:
-        """Return the usage of each codebook; `clear` starts a new window."""
+        """Returns the usage of each codebook; `clear` starts a new window."""
         return [self.tally.usage(clear)]
 
     def placed(self) -> bool | Tensor:
-        """Return whether the codes are initialised or need no initialisation; bool []."""
+        """Returns whether the codes are initialised or need no initialisation; bool []."""
         return True
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> None:
-        """Learn from the step's rows. Collective: all ranks call it in the same steps. No host synchronisation."""
+        """Learns from the step's rows. Collective: all ranks call it in the same steps. No host synchronisation."""
         parts = self.gather(step)
         flat = distributed.sum_(torch.cat([part.flatten() for part in parts]))
         totals = flat.split([part.numel() for part in parts])
@@ -144,7 +144,7 @@ class Residual(_Several):
             return Quantized(pass_through(z, total, self.gradient), *self._joined(outs))
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
-        """Let each part learn. A codebook is initialised from residuals of the previous ones, so only after them."""
+        """Lets each part learn. A codebook is initialised from residuals of the previous ones, so only after them."""
         ready: bool | Tensor = True
         for part in self._parts():
             part.ready, ready = ready, ready & part.placed()  # the state in which this step's rows were quantised
@@ -201,7 +201,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def pass_through(z: Tensor, e: Tensor, how: str) -> Tensor:
-    """Return e with a gradient for z. z, e: [..., D]. "straight-through" copies the gradient (van den Oord et al.
+    """Returns e with a gradient for z. z, e: [..., D]. "straight-through" copies the gradient (van den Oord et al.
     2017). "rotation" rotates and scales it as z is rotated and scaled to become e (Fifty et al. 2024, "Restructuring
     vector quantization with the rotation trick", equation 4).
 

@@ -43,7 +43,7 @@ class ClosedForm:
 
     @torch.no_grad()
     def step(self, batches: Iterable[Batch], step: int) -> Tensors:
-        """Add the images to the moments. The loss is that of the last solution, which does not include them yet: the
+        """Adds the images to the moments. The loss is that of the last solution, which does not include them yet: the
         mean squared error of pixels in [0, 1]."""
         total: Tensors = {}
         for count, batch in enumerate(batches, start=1):

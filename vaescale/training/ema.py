@@ -23,15 +23,15 @@ class WeightEMA:
         self._masters: Masters | None = None
 
     def follow(self, masters: Masters | None) -> None:
-        """Continue from the weights that `model` holds. If the trained model has fp16 weights, average this rank's
-        shards of its fp32 masters instead of its parameters."""
+        """Continues from the weights that `model` holds. If the trained model has fp16 weights, averages this
+        rank's shards of its fp32 masters instead of its parameters."""
         if masters:
             self._masters = masters
             self._averages = masters.scatter(list(self.model.parameters()))
 
     @torch.no_grad()
     def update(self, model: Model, step: int, skipped: Tensor) -> None:
-        """Move the averages towards the weights of `model`, and copy its buffers.
+        """Moves the averages towards the weights of `model`, and copies its buffers.
 
         The decay starts as (1 + t) / (10 + t) and is capped at its configured value, so the initial weights are soon
         forgotten. skipped: fp32 [] on the device, 1 if the weights did not change; the averages then stay as well. The
@@ -48,7 +48,7 @@ class WeightEMA:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Gather the averages of all ranks into `model`. Called before `model` is read. Collective."""
+        """Gathers the averages of all ranks into `model`. Called before `model` is read. Collective."""
         if self._masters:
             for parameter, average in zip(self.model.parameters(), self._masters.gather(self._averages), strict=True):
                 parameter.copy_(average)

@@ -76,7 +76,7 @@ class Masters:
 
     @torch.no_grad()
     def _replace(self, parts: list[Tensor]) -> list[Tensor]:
-        """Overwrite the masters with `parts`; returns copies of their previous values."""
+        """Overwrites the masters with `parts`; returns copies of their previous values."""
         kept = [part.detach().clone() for part in self.parts]
         torch._foreach_copy_(self.parts, parts)
         return kept
@@ -171,7 +171,7 @@ class Engine:
         return self._norm
 
     def apply(self, lr: float, refused: Tensor, overflow: Tensor) -> None:
-        """Clip the gradient, update the weights unless the step is refused, and free the gradients.
+        """Clips the gradient, updates the weights unless the step is refused, and frees the gradients.
 
         refused, overflow: bool [], the same on all ranks: keep the weights; lower the loss scale as well.
         """
@@ -216,7 +216,7 @@ class Engine:
         return {self._prefixed("optimizer_steps"): self.optimizer_steps(), self._prefixed("scaler"): self.scaler()}
 
     def load(self, read: Read, state: dict[str, Any]) -> None:
-        """Restore what `tensors` and `state` returned. Raises CheckpointError if the tensors do not fit."""
+        """Restores what `tensors` and `state` returned. Raises CheckpointError if the tensors do not fit."""
         steps = state[self._prefixed("optimizer_steps")]
         weights, moments = self.saved(steps)
         weights, moments = read(self.name, weights), read(self._prefixed("optimizer"), moments)
@@ -294,7 +294,7 @@ class Engine:
         return {}
 
     def load_scaler(self, state: dict[str, float]) -> None:
-        """Restore the loss scaler. The state of another precision or ZeRO stage is ignored: the scale adapts again
+        """Restores the loss scaler. The state of another precision or ZeRO stage is ignored: the scale adapts again
         within some steps."""
         if state.keys() != self.scaler().keys():
             return

@@ -29,11 +29,11 @@ class Learner(Protocol):
         ...
 
     def step(self, batches: Iterable[Batch], step: int) -> Tensors:
-        """Take one step on its micro-batches; returns this rank's means over them, fp32 scalars on the device."""
+        """Takes one step on its micro-batches; returns this rank's means over them, fp32 scalars on the device."""
         ...
 
     def refresh(self) -> None:
-        """Bring the model and `averaged` up to date before they are validated or saved, by work that is too costly for
+        """Brings the model and `averaged` up to date before they are validated or saved, by work that is too costly for
         every step. Collective."""
         ...
 
@@ -56,11 +56,11 @@ class Learner(Protocol):
         ...
 
     def load(self, read: Read, state: dict[str, Any]) -> None:
-        """Restore what `tensors` and `state` returned."""
+        """Restores what `tensors` and `state` returned."""
         ...
 
     def begin(self, read: Read) -> None:
-        """Start from the "model" and "ema" tensors of another run, and nothing else of it."""
+        """Starts from the "model" and "ema" tensors of another run, and nothing else of it."""
         ...
 
     def size(self) -> int:

@@ -30,7 +30,7 @@ class Position:
     since: dict[str, int] | None = None  # the current batch size, and the step and images at which it began
 
     def advance(self, batch: int) -> None:
-        """Count one step of `batch` images."""
+        """Counts one step of `batch` images."""
         if self.since is None or self.since["batch"] != batch:
             self.since = {"batch": batch, "step": self.step, "images": self.images}
         self.step, self.images = self.step + 1, self.images + batch
@@ -57,7 +57,7 @@ def order(config: Config, slices: TrainSlices) -> dict[str, int | str]:
 
 
 def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
-    """Load the newest valid checkpoint of the run directory; else the weights of `init_from`, at step 0 with a fresh
+    """Loads the newest valid checkpoint of the run directory; else the weights of `init_from`, at step 0 with a fresh
     optimiser; else start from scratch. Returns the position. Collective.
 
     A resumed run keeps the version of the sample order that it began with. Raises ConfigError if the order would

@@ -85,7 +85,7 @@ class Trainer:
             on_rank_0(self.run, self.reporter.open)
 
     def compare(self) -> None:
-        """Read the settings of an earlier process. Raises ConfigError if its weights do not fit today's settings."""
+        """Reads the settings of an earlier process. Raises ConfigError if its weights do not fit today's settings."""
         if checkpoint.there(self.run / "checkpoints"):
             self.before = history.saved_settings(self.run)
             history.check_changes(self.run, history.changes(self.before, self.config))
@@ -95,7 +95,7 @@ class Trainer:
         return self.position.step < self.config.steps or self.position.validation_due
 
     def train(self) -> str:
-        """Train to the end. Returns why the run was stopped early, one of stops.REASONS; "" if it has finished.
+        """Trains to the end. Returns why the run was stopped early, one of stops.REASONS; "" if it has finished.
 
         Raises NoProgress instead of an error that has repeatedly ended the run at the same step.
         """
@@ -178,7 +178,7 @@ class Trainer:
         self.console.advance()
 
     def next_batches(self, batches: Iterator[stream.Decoded]) -> Iterator[Batch]:
-        """Yield one step's micro-batches on the device, and measure the time spent waiting for them."""
+        """Yields one step's micro-batches on the device, and measures the time spent waiting for them."""
         for _ in range(self.config.accumulation):
             begun = time.monotonic()
             batch, damage = next(batches)
@@ -189,8 +189,8 @@ class Trainer:
             yield batch.to(self.device)
 
     def count_damage(self) -> None:
-        """Add the damaged samples of all ranks since the last call to the run's count. Collective. Raises DataError, on
-        all ranks, if there are too many."""
+        """Adds the damaged samples of all ranks since the last call to the run's count. Collective. Raises DataError,
+        on all ranks, if there are too many."""
         config, position = self.config.data, self.position
         counts = distributed.sum_(torch.tensor([self.damaged[cause] for cause in CAUSES], device=self.device))
         self.damaged.clear()
@@ -205,7 +205,7 @@ class Trainer:
             )
 
     def count_skips(self) -> None:
-        """Log which steps were skipped since the last call, and why. Collective. Raises Diverged, on all ranks, if
+        """Logs which steps were skipped since the last call, and why. Collective. Raises Diverged, on all ranks, if
         there are too many."""
         optimizer, micros = self.config.optimizer, self.config.accumulation
         for skip in self.learner.skips():
@@ -226,8 +226,9 @@ class Trainer:
         return f"its samples: {', '.join(keys)}" + (f" and {len(g) - NAMED} more" if len(g) > NAMED else "")
 
     def validate(self, stop: Stop, watch: Watch) -> str:
-        """Evaluate the averaged weights on the validation set, and draw the fixed images. Returns why it was cut short,
-        one of stops.REASONS; "" if it was not. A validation that was cut short stays pending for the next process."""
+        """Evaluates the averaged weights on the validation set, and draws the fixed images. Returns why it was cut
+        short, one of stops.REASONS; "" if it was not. A validation that was cut short stays pending for the next
+        process."""
         averaged = self.learner.averaged
         if not isinstance(averaged, Codec):
             self.position.validation_due = False  # nothing to measure
@@ -241,7 +242,7 @@ class Trainer:
         return ""
 
     def save(self) -> None:
-        """Save a checkpoint: all ranks gather, rank 0 writes. Collective."""
+        """Saves a checkpoint: all ranks gather, rank 0 writes. Collective."""
         position = self.position
         state = resume.state(position, self.learner, self.order)
         self.writer.save(position.step, self.learner.tensors(), state, dict(self.model.named_buffers()))

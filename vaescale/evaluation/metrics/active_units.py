@@ -11,7 +11,7 @@ ACTIVE = 0.01  # variance of a posterior mean above which a latent is active
 
 
 def sums(seen: Seen) -> Tensors:
-    """Return the sums of each level's latents; {} for a codec without a likelihood."""
+    """Returns the sums of each level's latents; {} for a codec without a likelihood."""
     if not isinstance(seen.codec, Bounded):
         return {}
     return by_level("latents", [latents.sums([level]) for level in seen.latents])

@@ -9,7 +9,7 @@ from .metric import Metric, Number, Seen
 
 
 def bits(codec: Bounded, batch: Batch, draws: int) -> Tensors:
-    """Return bits per subpixel of each image, fp64 [B] by name; `bits_per_dim_iw` only with several draws.
+    """Returns bits per subpixel of each image, fp64 [B] by name; `bits_per_dim_iw` only with several draws.
 
     The bounds are those of Burda, Grosse, Salakhutdinov 2016, "Importance weighted autoencoders": equation 3 with the
     KL in closed form, and equation 8, −log p(x) ≤ −log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x).

@@ -8,7 +8,7 @@ from .metric import Metric, Number, Seen
 
 
 def sums(seen: Seen) -> Tensors:
-    """Return how often each code occurs, [K] for each codebook; {} for a codec without codebooks."""
+    """Returns how often each code occurs, [K] for each codebook; {} for a codec without codebooks."""
     if not isinstance(seen.codec, Codebooks):
         return {}
     counts = {}

@@ -12,19 +12,19 @@ BORDER = WINDOW // 2
 
 
 def mse(x: Tensor, y: Tensor) -> Tensor:
-    """Return the mean squared error of pixels in [0, 1]. uint8, uint8 → fp64 [B]."""
+    """Returns the mean squared error of pixels in [0, 1]. uint8, uint8 → fp64 [B]."""
     return ((x.double() - y.double()) / 255).square().mean(dim=(1, 2, 3))
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB at peak 1, fp64 [B]. Equal images get the value of an error of one
+    """Returns the peak signal-to-noise ratio in dB at peak 1, fp64 [B]. Equal images get the value of an error of one
     grey level in one subpixel, so that a mean stays finite."""
     least = 1 / (255**2 * x[0].numel())
     return -10 * mse(x, y).clamp(min=least).log10()
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Return the structural similarity (Wang et al. 2004), fp64 [B]: data range 1, Gaussian window 11, σ 1.5, averaged
+    """Returns the structural similarity (Wang et al. 2004), fp64 [B]: data range 1, Gaussian window 11, σ 1.5, averaged
     where the window lies wholly inside the image, as in the authors' code. Sides need at least WINDOW pixels."""
     _, similarity = structural_similarity_index_measure(
         y.float() / 255,
