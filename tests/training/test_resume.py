@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from vaescale.config import ConfigError
 from vaescale.data import DataError
 from vaescale.data.stream import Config, TrainSlices
 from vaescale.lifecycle import checkpoint
@@ -43,8 +44,24 @@ def test_an_order_of_a_later_version_is_refused(pictures: Path, tmp_path: Path) 
         resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
 
 
-def begun(pictures: Path, run: Path, version: dict[str, int]) -> tuple[TrainSlices, Any]:
-    """Returns (slices, config), and writes a checkpoint of them to `run`, with `version` in its order."""
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"data": "0"},
+            r"the training images are not those that .* began with \(index \w+, was 0\): restore data\.root",
+        ),
+        ({"seed": 8}, r"was started with seed=8 and now has 7, which would change the order of samples: set it back"),
+    ],
+)
+def test_another_order_is_refused(pictures: Path, tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    slices, config = begun(pictures, tmp_path, changed)
+    with pytest.raises(ConfigError, match=message):
+        resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
+
+
+def begun(pictures: Path, run: Path, version: dict[str, Any]) -> tuple[TrainSlices, Any]:
+    """Returns (slices, config), and writes a checkpoint of them to `run`, with `version` added to its order."""
     data = Config(root=str(pictures), size=16, columns=8, workers=0)
     slices = TrainSlices(data, seed=7)
     order = {"seed": 7, "data.columns": 8, "data": slices.samples.index.fingerprint(), **version}
