@@ -22,7 +22,7 @@ from vaescale.monitoring.pictures import to_bytes
 
 SAMPLES = 1000
 SMALLER = [
-    "model.network.width=8", "model.network.halvings=2", "model.network.hidden=128", "steps=300",
+    "model.network.width=8", "model.network.halvings=2", "model.network.hidden=128", "steps=600",
     "global_batch=64", "optimizer.lr=4e-3", "optimizer.warmup_steps=50", "ema_decay=0.98", "data.augment=false",
     "data.workers=0", "every.validate=1000", "every.checkpoint=1000",
 ]  # fmt: skip
