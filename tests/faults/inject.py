@@ -239,11 +239,6 @@ def fail(out: Path, step: int) -> None:
     _at_step(step, act)
 
 
-def cling(out: Path) -> None:
-    """Let the process group hang when it is destroyed, as NCCL does while another rank is inside a collective."""
-    torch.distributed.destroy_process_group = lambda *_: time.sleep(600)
-
-
 def starve(out: Path, seconds: float, steps: int) -> None:
     """Delay the data of this rank by `seconds` in each of the first steps."""
     whole = trainer.Trainer.batches
@@ -413,7 +408,6 @@ FAULTS: dict[str, Callable[..., None]] = {
     "hang": hang,
     "stand": stand,
     "fail": fail,
-    "cling": cling,
     "starve": starve,
     "dawdle": dawdle,
     "draw slowly": draw_slowly,

@@ -53,8 +53,7 @@ def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     several = (*slow[:1], "data.workers=1", "hang_timeout=60")
     for name, fault in LOST.items():
         command = train(folder / name / "run", pictures, *several, world=2)
-        given_faults = [fault, ["cling", 0], ["cling", 1]]
-        jobs.append({**job(folder / name, command, *given_faults, world=2), "code": None, "patience": 60.0})
+        jobs.append({**job(folder / name, command, fault, world=2), "code": None, "patience": 60.0})
     doctor = [str(ROOT / "launch" / "doctor.py"), *train(folder / "new" / "run", pictures, world=2)[1:]]
     jobs.append(job(folder / "well", doctor, world=2))
     jobs.append(job(folder / "ill", [*doctor, "init_from=nowhere"], world=2))

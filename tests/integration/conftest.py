@@ -76,9 +76,9 @@ def training(out: Path, config: Path, given: Sequence[str], world: int = 1) -> d
     return {"task": "train", "world": world, "out": str(out), "config": str(config), "overrides": list(given)}
 
 
-def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500, within: Sequence[str] = ()) -> None:
+def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500, within: Sequence[str] = ()) -> str:
     """Run the jobs with forked.py one after another, in at most `timeout` seconds. `within` is a command that forked.py
-    is run under."""
+    is run under. Returns what it printed."""
     for job in jobs:
         Path(job["out"]).mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -90,6 +90,7 @@ def forked(folder: Path, jobs: list[dict[str, Any]], timeout: float = 500, withi
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # remaining ranks
     assert process.returncode == 0, output
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -16,16 +16,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests import strict
 from tests.faults import inject
 from tests.integration import probe
 from vaescale import distributed, settings
@@ -117,6 +119,7 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     try:
         distributed.init()
+        strict.arm()
         TASKS[job["task"]](job)
         distributed.finish()
         code = 0
@@ -178,12 +181,26 @@ def train(job: dict[str, Any]) -> None:
     (out / f"rank-{distributed.rank()}.txt").write_text("".join(said))
 
 
+def violate(job: dict[str, Any]) -> None:
+    """Break the rule "how" of the strict process group on rank 1, or on both ranks where one alone cannot."""
+    other = distributed.rank() == 1
+    breaches: dict[str, Callable[[], object]] = {
+        "none": lambda: distributed.sum_(torch.ones(3)),
+        "type": lambda: distributed.sum_(torch.ones(3, dtype=torch.int16)),
+        "stride": lambda: distributed.sum_(torch.ones(3, 2).t()),
+        "shape": lambda: distributed.sum_(torch.ones(3 + other)),
+        "order": lambda: distributed.barrier() if other else distributed.sum_(torch.ones(3)),
+    }
+    breaches[job["how"]]()
+
+
 TASKS = {
     "train": train,
     "launch": inject.launch,
     "cases": probe.every_case,
     "resets": probe.every_reset,
     "collectives": probe.collectives,
+    "violate": violate,
 }
 
 if __name__ == "__main__":
