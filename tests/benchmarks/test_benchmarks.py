@@ -45,3 +45,9 @@ def test_overhead(pictures: Path) -> None:
     ]
     for _, ours, _, theirs, ratio, _ in rows:
         assert 0.3 < float(ratio) * float(theirs) / float(ours) < 3
+
+
+def test_save() -> None:
+    rows = [line.split("|")[1:-1] for line in run("save.py", "--mib", "8", "--rounds", "1").splitlines()[2:]]
+    assert [name.strip() for name, *_ in rows] == ["ours", "safetensors.torch.save"]
+    assert all(0 < float(gap) <= 1000 * float(seconds) + 10 for _, seconds, gap, _ in rows)

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import xxhash
 from torch import Tensor, nn
@@ -50,6 +51,16 @@ def forge(saved: Path, name: str, data: bytes) -> None:
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest[name] = {"bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}
     (saved / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def test_files_are_those_of_the_library() -> None:
+    values = {
+        f"{kind}.ü{size}": (9 * torch.randn(3, size)).to(kind) for kind in checkpoint.DTYPES for size in (0, 1, 5)
+    }
+    values |= {"scalar": torch.tensor(3.0), "transposed": torch.randn(4, 3).t(), "part": torch.randn(9)[2:5]}
+    for some in (values, {}):
+        library = safetensors.torch.save({name: value.contiguous() for name, value in some.items()})
+        assert b"".join(checkpoint.serialised(some)) == library
 
 
 def test_what_was_saved_is_read(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .. import distributed
@@ -42,13 +41,13 @@ NAMED = 3  # tensors that an error names
 FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # file names that a checkpoint may contain
 LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # folders that an interrupted save may leave behind
 FORMER = ("levels", "radix")  # buffers that older versions saved, although they follow from the settings
-DTYPES = {  # as safetensors names them
+DTYPES = {  # as safetensors names them, in the order in which it stores them
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -101,14 +100,13 @@ def save(
         partial.mkdir()
         manifest = {}
         for name, values in tensors.items():
-            data = to_bytes({key: value.cpu().contiguous() for key, value in values.items()})
-            manifest[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", data)
-        manifest[STATE] = _write(partial / STATE, _json(state))
-        _write(partial / MANIFEST, _json(manifest))
+            manifest[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", serialised(values))
+        manifest[STATE] = _write(partial / STATE, [_json(state)])
+        _write(partial / MANIFEST, [_json(manifest)])
         _sync(partial)
         if wrong := verify(partial):
             raise CheckpointError(f"the disk returned other bytes than were written: {'; '.join(wrong)}")
-        _write(pointer, f"{final.name}\n".encode())  # now, because the remaining operations need no disk space
+        _write(pointer, [f"{final.name}\n".encode()])  # now, because the remaining operations need no disk space
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # the original error is reported, not this one
@@ -327,14 +325,37 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _write(path: Path, data: bytes) -> dict[str, Any]:
+def serialised(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the parts of a safetensors file with these tensors, byte for byte as the library writes it.
+
+    The library's `save` holds the interpreter's lock for seconds, in which training stands still, and copies all
+    tensors once more; its `save_file` gives no bytes to compute the manifest's hash from.
+    """
+    kinds = list(DTYPES)
+    ordered = sorted(tensors.items(), key=lambda pair: (kinds.index(pair[1].dtype), pair[0]))
+    head, end = {}, 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        head[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write and sync a file. Returns its manifest entry, computed from the bytes in memory."""
+    digest, size = xxhash.xxh3_64(), 0
     with path.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that `verify` reads from the disk
-    return {"bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}
+    return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
 def _remove(checkpoint: Path) -> None:
