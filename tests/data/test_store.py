@@ -1,8 +1,10 @@
-"""Shards behind a URL: a real web server on loopback, real faults, a real cache that several processes share."""
+"""Shards behind a URL: a real web server on loopback, real faults, a real cache that several processes share; and how
+many shards of a folder are open."""
 
 import json
 import multiprocessing
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -372,3 +374,21 @@ def test_credentials_come_from_netrc_and_are_not_repeated(
         root = indexed(url, tmp_path / "index")
         assert all("Authorization" in headers for headers in faults.headers)
         assert SECRET not in (root / "train" / "index.json").read_text()
+
+
+@pytest.mark.parametrize(("allowed", "opened"), [(1000, 100), (resource.RLIM_INFINITY, 100), (40, 300)])
+def test_a_shard_is_opened_once_as_far_as_files_may_be_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int, opened: int
+) -> None:
+    shards.write(tmp_path, samples(100), 1, [])
+    calls, whole = [], os.open
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (allowed, allowed))
+    monkeypatch.setattr(os, "open", lambda *given: calls.append(given) or whole(*given))
+    read = stream.Samples(tmp_path)
+    calls.clear()
+    for sample in 3 * list(range(100)):
+        assert read.read(sample)[1] == sample % 7
+    assert len(calls) == opened
+    assert len(read.store._files) == (20 if allowed == 40 else 100)
+    for file in read.store._files.values():
+        os.close(file)

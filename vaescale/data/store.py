@@ -1,6 +1,7 @@
 """Reading the bytes of shards: from a folder, or from a URL through a bounded cache on the node's disk."""
 
 import os
+import resource
 import shutil
 import stat
 import threading
@@ -14,7 +15,6 @@ from filelock import FileLock, Timeout
 from . import DataError, places
 from .places import Shard, fetch, is_url, url_of
 
-OPEN_SHARDS = 64  # file descriptors that a process keeps open
 HASH = "[0-9a-f]" * 16  # pattern of a shard's hash in the cache's file names
 AHEAD = 2  # shards that one process prefetches at a time
 
@@ -27,6 +27,10 @@ class Store:
         self._root = root
         self._shards = shards
         self._files: dict[int, int] = {}
+        # The order walks `data.columns` shards at a time, and opening one for each sample takes longer than reading it.
+        # So a process keeps all of them open, as far as it may: half of its files are left to others.
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_open = len(shards) if allowed == resource.RLIM_INFINITY else allowed // 2
         self._cache = Cache(Path(cache).expanduser() / "shards", int(gib * 2**30))
         self._fetching: dict[int, threading.Thread] = {}
         if self.remote:
@@ -85,7 +89,7 @@ class Store:
 
     def _opened(self, number: int) -> int:
         if number not in self._files:
-            if len(self._files) >= OPEN_SHARDS:
+            if len(self._files) >= self._most_open:
                 os.close(self._files.pop(next(iter(self._files))))
             shard = self._shards[number]
             path = Path(self._root) / shard.name
