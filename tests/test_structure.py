@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vaescale"
-BASE = {"files", "renamed", "hints", "interfaces", "distributed", "process", "ranges", "config"}
+BASE = {"files", "numerics", "renamed", "hints", "interfaces", "distributed", "process", "ranges", "config"}
 BELOW = {*BASE, "nn", "models", "data", "settings", "monitoring", "lifecycle"}
 LAYERS = {  # package or file → the others that it may import
     "arguments": set(),
@@ -17,14 +17,15 @@ LAYERS = {  # package or file → the others that it may import
     "distributed": set(),
     "process": set(),
     "ranges": {"files"},
+    "numerics": set(),
     "renamed": set(),
     "config": {"files", "hints", "ranges"},
-    "nn": {"interfaces", "distributed", "ranges"},
+    "nn": {"interfaces", "distributed", "numerics", "ranges"},
     "models": {"interfaces", "distributed", "ranges", "nn"},
     "data": {"files", "interfaces", "distributed", "process", "ranges"},
     "settings": {"hints", "renamed", "interfaces", "config", "ranges", "models", "data"},
     "monitoring": {"files", "interfaces"},
-    "evaluation": {"files", "interfaces", "distributed", "data", "monitoring"},
+    "evaluation": {"files", "numerics", "interfaces", "distributed", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
     "trained": {"files", "interfaces", "distributed", "config", "settings", "lifecycle"},
     "library": {"interfaces", "settings", "data", "monitoring", "evaluation", "trained"},

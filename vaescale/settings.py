@@ -55,6 +55,8 @@ class Config:
     global_batch: int = ranged(128, least=1)  # images per step, over all ranks and accumulated micro-batches
     accumulation: int = ranged(1, least=1)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    tf32: bool = False  # on GPUs, fp32 products and convolutions may round their inputs to TF32; not in evaluation
+    deterministic: bool = False  # the same bits in every run on the same GPUs; slower
     zero_stage: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
     # decay of the averaged weights that validation and evaluation use
     ema_decay: float = ranged(0.999, least=0, below=1)

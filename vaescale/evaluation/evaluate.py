@@ -13,6 +13,7 @@ from .. import distributed
 from ..data import stream
 from ..interfaces import Batch, Codec, Tensors
 from ..monitoring.pictures import to_bytes
+from ..numerics import exact
 from . import metrics
 from .metrics.metric import Seen
 
@@ -68,6 +69,7 @@ def reconstruct(codec: Codec, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     return to_bytes(codec.decode(latents, batch.condition)), latents
 
 
+@exact()
 def _measure(codec: Codec, batch: Batch, draws: int) -> list[Tensors]:
     """The sums of each of the METRICS over the images of this batch."""
     y, latents = reconstruct(codec, batch)

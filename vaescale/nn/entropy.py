@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .nearest import COLUMNS, TILE, centre, exact
+from ..numerics import exact
+from .nearest import COLUMNS, TILE, centre
 
 
 def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,7 @@ class _Entropies(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         totals, entropy = z.new_empty(len(z)), z.new_zeros(len(z))  # log Σ_k exp s_nk; H
         mean = z.new_zeros(len(codebook))  # m
-        with exact(z.device):
+        with exact():
             for n in _rows(z, codebook):
                 totals[n] = _totals(z[n], codebook, temperature)
                 for k in _slices(len(codebook), COLUMNS):
@@ -59,7 +60,7 @@ class _Entropies(torch.autograd.Function):
         of_z = torch.zeros_like(z)
         of_codebook = torch.zeros_like(codebook) if ctx.needs_input_grad[1] else None
         surprise = -mean.clamp(min=torch.finfo(mean.dtype).tiny).log()  # w
-        with exact(z.device):
+        with exact():
             for n in _rows(z, codebook):
                 average = z.new_zeros(len(z[n]))  # Σ_k p_nk w_k
                 for k in _slices(len(codebook), COLUMNS):

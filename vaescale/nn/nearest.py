@@ -1,12 +1,13 @@
 """Nearest-code search without an N×K matrix."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..numerics import exact
 
 TILE = 2**20  # numbers per tile: 4 MiB, which stay in a CPU's cache between the product and the minimum
 COLUMNS = 4096  # most codes per tile; with fewer codes a tile holds more rows
@@ -27,7 +28,7 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     """
     if not len(z):
         return torch.empty(0, dtype=torch.int64, device=z.device)
-    with exact(z.device):
+    with exact():
         c = centre(z, codebook)
         if z.is_cuda and TRITON:
             from .nearest_triton import search  # imported late: it takes a second and is rarely needed
@@ -89,19 +90,3 @@ def _parts(codebook: Tensor, c: Tensor, columns: int) -> Iterator[tuple[Tensor, 
         norms = some.square().sum(1).div_(2)
         missing = columns - len(some)
         yield F.pad(some, (0, 0, 0, missing)), F.pad(norms, (0, missing), value=torch.inf)
-
-
-@contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """Computes fp32 products in fp32, even if TF32 or bf16 is allowed (`torch.set_float32_matmul_precision`)."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    products = backend.matmul
-    allowed = products.fp32_precision
-    if allowed in ("ieee", "none"):
-        yield
-        return
-    products.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision = allowed

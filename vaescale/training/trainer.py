@@ -4,6 +4,7 @@ A run's position in the data is one integer, the number of images consumed. Toge
 everything that follows. To resume, run the same command.
 """
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import distributed, process
+from .. import distributed, numerics, process
 from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check_files
@@ -43,6 +44,7 @@ class Trainer:
         decodes the samples; None: as pictures."""
         self.config = config
         self.launcher = process.launcher()
+        numerics.choose(config.tf32, config.deterministic)
         self.device = distributed.init(config.hang_timeout)
         self.run = Path(config.run)
         self.rank, self.world = distributed.rank(), distributed.world()
@@ -112,6 +114,7 @@ class Trainer:
             ):
                 why = self.loop(stop, watch)
         finally:
+            gc.enable()
             self.writer.close()
         if self.rank == 0:
             status.end(PREEMPTED if why else FINISHED, why, position.step)
@@ -133,6 +136,8 @@ class Trainer:
             self.step(batches)
             watch.beat(position.step)
             if position.step == first + 1:
+                gc.freeze()  # what lives now lives to the end
+                gc.disable()  # a collection would interrupt a step on this rank, and all others would wait; see below
                 on_rank_0(self.run, lambda: history.write(config, first, self.changes))
 
             last = position.step == config.steps
@@ -147,6 +152,7 @@ class Trainer:
                 self.count_skips()
                 self.writer.collect(wait=False)
                 reporter.report(position.images / len(self.slices.samples.index))
+                gc.collect()
             paused = time.monotonic()
             if position.validation_due and not asked:
                 asked = self.validate(stop, watch)

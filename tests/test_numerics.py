@@ -1,0 +1,49 @@
+"""Which precision torch is told to compute in. What hardware makes of it shows on a GPU only."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vaescale import numerics
+from vaescale.numerics import PRODUCTS
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    before = [part.fp32_precision for part in PRODUCTS]
+    yield
+    for part, allowed in zip(PRODUCTS, before, strict=True):
+        part.fp32_precision = allowed
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(False, "ieee"), (True, "tf32")])
+def test_matrices_and_convolutions_are_computed_alike(tf32: bool, precision: str) -> None:
+    numerics.choose(tf32, deterministic=False)
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == precision
+    assert torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_algorithms_are_neither_searched_for_nor_left() -> None:
+    numerics.choose(tf32=False, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_exact_holds_inside_and_what_was_chosen_afterwards(tf32: bool) -> None:
+    numerics.choose(tf32, deterministic=False)
+    chosen = [part.fp32_precision for part in PRODUCTS]
+    for error in (False, True):
+        try:
+            with numerics.exact():
+                assert {part.fp32_precision for part in PRODUCTS} <= {"ieee", "none"}
+                if error:
+                    raise KeyError
+        except KeyError:
+            pass
+        assert [part.fp32_precision for part in PRODUCTS] == chosen
