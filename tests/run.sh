@@ -4,6 +4,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# `bash tests/run.sh gpu [--pretend] [--parts …]`: what needs a GPU, in 8 minutes (tests/gpu/kit.py). If there is a folder
+# bundle, made by launch/bundle.sh, it is installed next to the machine's own torch, without network.
+if [ "${1:-}" = gpu ]; then
+    shift
+    if [ -d bundle ]; then
+        python3 -m pip install -q --no-index --no-deps --upgrade --target .bundle bundle/*.whl
+        PATH=$PWD/.bundle/bin:$PATH PYTHONPATH=$PWD/.bundle:$PWD exec python3 -m tests.gpu.kit "$@"
+    fi
+    source launch/setup.sh dev
+    exec python -m tests.gpu.kit "$@"
+fi
+
 echo "== install"
 source launch/setup.sh dev
 # Some tests open TensorBoard in Chromium, or start SLURM or ssh hosts. They are skipped if these are missing.

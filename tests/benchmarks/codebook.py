@@ -42,11 +42,13 @@ class Peak(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--only", choices=devices, help="this device")
+    rounds, only = vars(parser.parse_args()).values()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds\n")
     print("| search and statistics | on | N | D | K | theirs, ms | ours, ms | theirs ÷ ours | target |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in (only,) if only else devices:
         clock = clock_of(device)
         peak = None if device == "cpu" else measure_peak()
         for dim, codes in SHAPES:
