@@ -97,8 +97,8 @@ def guarding(trainer: Trainer) -> Work:
 
     def work() -> None:
         before = [buffer.clone() for buffer in trainer.model.buffers()]
-        guard.usual(), norm.isfinite(), guard.refuses(norm)
-        why = guard.judge(norm, ~finite)
+        guard.usual()
+        why = guard.judge(norm, guard.refuses(norm), ~finite)
         learner.take_back(before, guard.spoilt(why))
         torch.stack([why, norm, norm, guard.run, guard.share, ~finite])
 

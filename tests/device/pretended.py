@@ -1,13 +1,10 @@
 """A GPU that is pretended: tensors on it have shapes and a device, but no values.
 
-`FakeTensorMode` computes shapes only. An operation that mixes devices, or reads a value on the host, raises an error,
-and `Kernels` counts the operations that a GPU would be given.
+`FakeTensorMode` computes shapes only. An operation that mixes devices, or reads a value on the host, raises an error.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
@@ -19,28 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vaescale.interfaces import Batch
 
 NAME = "gpu"
-# Operations that only allocate or describe memory; views are recognised by their schema.
-FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_pinned"}
+# At import, which pytest does before it runs any test: autograd counts the devices at the first backward pass.
+torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
 
 
 class HostCopy(RuntimeError):
     """A tensor was copied between host and device in a way that makes one wait for the other."""
 
 
-@cache
-def device() -> torch.device:
-    torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
-    torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
-    return torch.device(NAME)
-
-
 @contextmanager
 def pretended() -> Iterator[torch.device]:
-    place = device()
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), NoHostCopies():
         patch.setattr(Tensor, "pin_memory", pinned)
         patch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)  # copies share the mode
-        yield place
+        yield torch.device(NAME)
 
 
 def pinned(tensor: Tensor) -> Tensor:
@@ -60,25 +50,6 @@ class NoHostCopies(TorchDispatchMode):
             if source.device.type != result.device.type and not free:
                 raise HostCopy(f"{source.device.type} → {result.device.type}, {list(source.shape)} {source.dtype}")
         return result
-
-
-class Kernels(TorchDispatchMode):
-    """Counts the operations that launch a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launched: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        view = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
-        name = schema.name.removeprefix("aten::")
-        if not view and name not in FREE and not name.startswith("profiler::"):
-            self.launched[name] += 1
-        return func(*args, **(kwargs or {}))
-
-    def total(self) -> int:
-        return sum(self.launched.values())
 
 
 def moved(module: nn.Module, place: torch.device) -> Any:

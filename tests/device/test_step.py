@@ -89,7 +89,7 @@ def test_a_training_step_neither_mixes_devices_nor_waits(name: str, load: Callab
             output.loss.backward()
             model.update(step, 1e-3)
             norm = torch.ones((), device=gpu)
-            why = guard.judge(norm, norm > 2)
+            why = guard.judge(norm, guard.refuses(norm), norm > 2)
             ema.update(model, step, guard.spoilt(why).float())
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.device.pretended import Kernels
+from tests.device.kernels import Kernels
 from vaescale import distributed, settings
 from vaescale.interfaces import Batch
 from vaescale.settings import Config

@@ -28,7 +28,8 @@ def guard(factor: float = 10.0) -> Guard:
 
 
 def judge(guard: Guard, norms: list[float], excused: torch.Tensor = NO) -> list[int]:
-    return [int(guard.judge(torch.tensor(norm), excused)) for norm in norms]
+    given = [torch.tensor(norm) for norm in norms]
+    return [int(guard.judge(norm, guard.refuses(norm), excused)) for norm in given]
 
 
 def moments(taken: list[float]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from ..lifecycle.checkpoint import Read
 from ..settings import Config, Optimizer, blank, micro_batch
 from .ema import WeightEMA
 from .engine import MOMENTS, Engine
-from .guard import TAKEN, WHY, Guard, Skip
+from .guard import LARGEST, OVERFLOW, WHY, Guard, Skip
 
 
 class Descent:
@@ -59,10 +59,10 @@ class Descent:
         lr = learning_rate(self.config.optimizer, step, self.config.steps)
         count = self.config.accumulation
         names: list[str] = []
-        totals: list[
-            Tensor
-        ] = []  # per micro-batch, all metrics in one tensor: a kernel for all instead of three for each
-        before = [buffer.clone() for buffer in self.model.buffers()]
+        totals: list[Tensor] = []  # all metrics of a micro-batch in one tensor: a kernel for all, not some for each
+        buffers = list(self.model.buffers())
+        before = [torch.empty_like(buffer) for buffer in buffers]
+        copy(before, buffers)
         for number, batch in enumerate(batches, start=1):
             loss, metrics = self.engine.forward(batch, step)[:2]  # the reconstruction is freed before the backward pass
             self.engine.backward(loss)
@@ -72,25 +72,26 @@ class Descent:
                 self.engine.micro_step()
         engine, guard = self.engine, self.guard
         stacked, usual = torch.stack(totals), guard.usual()
-        finite = stacked[:, 0].isfinite()
+        finite = stacked[:, 0].abs() < math.inf
         excused, norm = engine.scaled(finite.all()), engine.norm()
-        engine.apply(lr, guard.refuses(norm), excused & ~norm.isfinite())
-        why = guard.judge(norm, excused)
+        refused = guard.refuses(norm)
+        why = guard.judge(norm, refused, excused)
+        engine.apply(lr, refused, why == OVERFLOW)
         self.model.update(step, lr)
         self.take_back(before, guard.spoilt(why))
         if not self._records:
             self._first = step
         self._records.append(torch.stack([why, norm, usual, guard.run, guard.share, *~finite]).float())
-        skipped = (why != TAKEN).float()
+        skipped = refused.float()
         self.ema.update(self.model, step, skipped)
         means = dict(zip(names, stacked.mean(0).unbind(), strict=True))
-        return {**means, "gradient_norm": torch.where(why != TAKEN, 0.0, norm), "skipped": skipped}
+        return {**means, "gradient_norm": torch.where(refused, 0.0, norm), "skipped": skipped}
 
     def take_back(self, before: list[Tensor], spoilt: Tensor) -> None:
         """Restore the buffers if `spoilt`, a bool []: a skipped step must not update codebooks. `update` has run on all
         ranks either way, because it contains collectives."""
-        for buffer, old in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(torch.where(spoilt, old, buffer))
+        buffers = list(self.model.buffers())
+        copy(buffers, [torch.where(spoilt, old, new) for old, new in zip(before, buffers, strict=True)])
 
     def refresh(self) -> None:
         self.ema.refresh()
@@ -121,7 +122,7 @@ class Descent:
         values = {grouped(name): value for name, value in means.items()}
         values["optim/skipped"] = skipped  # share of the window's steps
         values["optim/gradient_norm"] = norm / max(1 - skipped, 1e-9)  # mean of the others
-        if math.isfinite(limit := float(self.guard.limit())):
+        if (limit := float(self.guard.limit())) < LARGEST:
             values["optim/norm_limit"] = limit
         values |= {f"optim/skipped_{why.replace(' ', '_')}": float(count) for why, count in self.skipped.items()}
         values["optim/lr"] = learning_rate(self.config.optimizer, step - 1, self.config.steps)
@@ -171,6 +172,11 @@ class Descent:
 def grouped(name: str) -> str:
     """Returns the metric's name with its group, which is "train" if the name has none."""
     return name if "/" in name else f"train/{name}"
+
+
+def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:  # torch refuses an empty list
+        torch._foreach_copy_(targets, sources)
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

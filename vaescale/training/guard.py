@@ -17,6 +17,7 @@ from ..lifecycle.state import GUARD
 MEMORY = 100
 DEVIATIONS = 6  # beyond chance; a loss that is always noisy has a larger deviation, hence a higher limit
 MOST = 0.25  # largest share of skipped steps, averaged over MEMORY steps
+LARGEST = torch.finfo(torch.float32).max
 TAKEN, NOT_FINITE, SPIKE, OVERFLOW = range(4)
 WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
 
@@ -47,9 +48,9 @@ class Guard:
         self.share = torch.zeros((), device=device)  # of skipped steps, exponentially averaged over MEMORY steps
 
     def limit(self) -> Tensor:
-        """Returns fp32 []: the largest norm that is not a spike; infinite before MEMORY steps."""
+        """Returns fp32 []: the largest norm that is not a spike; the largest finite number before MEMORY steps."""
         above = (DEVIATIONS * self.variance.sqrt()).clamp(min=self.least)
-        return torch.where(self.count >= MEMORY, (self.mean + above).exp(), math.inf)
+        return torch.where(self.count >= MEMORY, (self.mean + above).exp().clamp(max=LARGEST), LARGEST)
 
     def usual(self) -> Tensor:
         """Returns fp32 []: the geometric mean of the norms; NaN before the first step that was taken."""
@@ -57,34 +58,33 @@ class Guard:
 
     def refuses(self, norm: Tensor) -> Tensor:
         """Returns bool []: whether to skip the step."""
-        return ~norm.isfinite() | (norm > self.limit())
+        return ~(norm <= self.limit())  # also NaN and infinity
 
-    def judge(self, norm: Tensor, excused: Tensor) -> Tensor:
+    def judge(self, norm: Tensor, refused: Tensor, excused: Tensor) -> Tensor:
         """Returns int64 []: TAKEN, or why the step is skipped. Also updates the statistics, so call it once a step.
 
-        excused: bool [], a non-finite gradient would be due to a loss scale that can still fall. Such a step neither
-        lengthens nor ends a run of skipped steps.
+        refused: bool [], from `refuses`. excused: bool [], a non-finite gradient would be due to a loss scale that can
+        still fall. Such a step neither lengthens nor ends a run of skipped steps.
         """
-        refused = self.refuses(norm)
-        failed = torch.where(excused, OVERFLOW, NOT_FINITE)
-        why = torch.where(norm.isfinite(), torch.where(refused, SPIKE, TAKEN), failed)
-        enters = ~refused & (norm > 0)  # a gradient of zero has no logarithm
+        finite = norm < math.inf  # one kernel; `isfinite` is four
+        overflow = excused & ~finite
+        enters = (norm > 0) > refused  # and not refused; a gradient of zero has no logarithm
         self.count = (self.count + enters).clamp(max=MEMORY)
-        weight = 1 / self.count.clamp(min=1)
-        off = norm.log() - self.mean
-        variance = (1 - weight) * (self.variance + weight * off.square())
-        self.variance = torch.where(enters, variance, self.variance)
-        self.mean = torch.where(enters, self.mean + weight * off, self.mean)
-        self.run = torch.where(why == TAKEN, 0.0, self.run + (why != OVERFLOW))
-        skipped = ((why == NOT_FINITE) | (why == SPIKE)).float()
-        self.share = torch.where(why == OVERFLOW, self.share, self.share + (skipped - self.share) / MEMORY)
-        return why
+        weight = enters / self.count.clamp(min=1)
+        off = torch.where(enters, norm.log() - self.mean, 0.0)
+        step = weight * off
+        self.variance = (1 - weight) * torch.addcmul(self.variance, step, off)
+        self.mean = self.mean + step
+        skipped = refused > overflow
+        self.run = (self.run + skipped) * refused
+        self.share = torch.where(overflow, self.share, self.share.lerp(skipped.float(), 1 / MEMORY))
+        return torch.where(overflow, OVERFLOW, torch.where(finite, SPIKE, NOT_FINITE)) * refused
 
     def spoilt(self, why: Tensor) -> Tensor:
         """Returns bool []: whether buffers must not learn from the step either. They may if it overflowed before MEMORY
         steps were taken: the loss scale is still adapting, and these images initialise codebooks. A later overflow may
         be a spike."""
-        return (why != TAKEN) & ((why != OVERFLOW) | (self.count >= MEMORY))
+        return (why != TAKEN) > ((why == OVERFLOW) & (self.count < MEMORY))
 
     def state(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in GUARD}

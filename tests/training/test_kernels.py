@@ -1,0 +1,37 @@
+"""The operations that a training step dispatches, each of which a GPU launches as a kernel, beside those of the model's
+own forward and backward pass. Counted on a CPU: the number depends neither on the device nor on widths."""
+
+import pytest
+
+from tests.device.kernels import Kernels
+from vaescale import settings
+from vaescale.training.descent import Descent
+
+# Config, settings that make it small, largest ratio. A VQ-VAE's own pass is short, and its codebook's update, the guard
+# and the buffers that a skipped step restores are many small operations.
+STEPS = [
+    ("vqvae_imagenet128", ["data.size=32", "model.width=8", "model.residual_width=4"], 2.2),
+    ("vae_imagenet64", ["model.network.width=8", "model.network.hidden=16"], 1.25),
+    ("hvae_imagenet64", ["model.width=8", "model.bottleneck=4"], 1.02),
+]
+
+
+@pytest.mark.parametrize(("name", "small", "most"), STEPS)
+def test_a_step_launches_few_kernels_beside_the_models_own(
+    group: None, name: str, small: list[str], most: float
+) -> None:
+    given = ["run=none", "data.root=none", "precision=fp32", "global_batch=2", *small]
+    config = settings.load(f"configs/{name}.yaml", given)
+    batch = settings.blank(config, 2)
+    model = settings.build(config).train()
+    model(batch, 0).loss.backward()
+    model.update(0, 1e-3)
+    model.zero_grad()
+    with Kernels() as own:
+        model(batch, 1).loss.backward()
+    learner = Descent(settings.build(config).train(), config)
+    learner.step([batch], 0)
+    with Kernels() as whole:
+        learner.step([batch], 1)
+    print(f"{name}: {own.total()} own, {whole.total()} in a step")
+    assert own.total() < whole.total() <= most * own.total()
