@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -130,10 +131,14 @@ SPOILT = {
 
 @pytest.mark.parametrize("how", SPOILT)
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer", "moments"])
-def test_tensors_of_another_type_are_refused(tmp_path: Path, name: str, how: str) -> None:
+def test_tensors_of_another_type_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    """Also of types that a checkpoint never has: its files may be made by others."""
     spoil, words = SPOILT[how]
+    monkeypatch.setattr(checkpoint, "serialised", lambda tensors: [safetensors.torch.save(tensors)])
     wanted = nn.Linear(3, 1).state_dict()
-    tensors = {name: {**wanted, "weight": spoil(wanted["weight"])}}
+    tensors = {name: {**wanted, "weight": spoil(wanted["weight"]).contiguous()}}
     saved = checkpoint.save(tmp_path, 4, tensors, NEW, keep=1)
     with pytest.raises(CheckpointError, match=words):
         checkpoint.read_fitting(saved, name, wanted)
