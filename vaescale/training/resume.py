@@ -58,7 +58,7 @@ def order(config: Config, slices: TrainSlices) -> dict[str, int | str]:
 
 def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
     """Loads the newest valid checkpoint of the run directory; else the weights of `init_from`, at step 0 with a fresh
-    optimiser; else start from scratch. Returns the position. Collective.
+    optimiser; else starts from scratch. Returns the position. Collective.
 
     A resumed run keeps the version of the sample order that it began with. Raises ConfigError if the order would
     change, and CheckpointError if a checkpoint cannot be used.
