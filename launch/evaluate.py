@@ -49,7 +49,7 @@ from vaescale.evaluation.evaluate import evaluate, protocol, reconstruct
 from vaescale.evaluation.show import reconstructions
 from vaescale.interfaces import Codebooks, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
-from vaescale.monitoring import codebook, pictures
+from vaescale.monitoring import code_statistics, pictures
 
 BATCH = 32  # images at a time on one rank
 RECORD = "evaluation.json"
@@ -149,7 +149,7 @@ def evaluate_run(
     watched = distributed.rank() == 0 and sys.stderr.isatty()
     metrics = evaluate(model, slices, device, BATCH, draws, watched)
     for name, one in usage.items():
-        metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(codebook.used(one.ever))
+        metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
     shown = stream.fixed_images(slices).to(device)
     reconstruction, latents = reconstruct(model, shown)
     # What a closed form has learned are buffers.

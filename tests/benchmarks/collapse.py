@@ -27,7 +27,7 @@ from vaescale.evaluation.evaluate import reconstruct
 from vaescale.evaluation.metrics import reconstruction
 from vaescale.interfaces import Shape
 from vaescale.models.vqvae import VQVAE, Config
-from vaescale.monitoring import codebook
+from vaescale.monitoring import code_statistics
 from vaescale.nn import quantize
 from vaescale.settings import Optimizer
 from vaescale.training.descent import learning_rate
@@ -145,8 +145,8 @@ def measure(remedy: str, codes: int, seed: int, images: Images, steps: int) -> L
             psnr += reconstruction.psnr(batch.x, y).tolist()
     return {
         "latents": int(counts.sum()),
-        "usage": float(codebook.used(counts)),
-        "perplexity": float(codebook.perplexity(counts)),
+        "usage": float(code_statistics.used(counts)),
+        "perplexity": float(code_statistics.perplexity(counts)),
         "psnr": statistics.mean(psnr),
         "seconds": seconds,
     }

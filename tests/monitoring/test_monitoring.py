@@ -9,16 +9,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from vaescale.monitoring import codebook, pictures
+from vaescale.monitoring import code_statistics, pictures
 from vaescale.monitoring.board import Board, read_lines, tag
 from vaescale.monitoring.console import Console
 
 
 def test_perplexity_of_known_counts() -> None:
-    assert codebook.perplexity(torch.full((512,), 7)) == pytest.approx(512)
-    assert codebook.perplexity(torch.tensor([9, 0, 0])) == pytest.approx(1)
-    assert codebook.perplexity(torch.tensor([1, 1, 2])) == pytest.approx(2**1.5)
-    assert codebook.perplexity(torch.zeros(5).long()) == 1  # an empty window says nothing, and is no NaN
+    assert code_statistics.perplexity(torch.full((512,), 7)) == pytest.approx(512)
+    assert code_statistics.perplexity(torch.tensor([9, 0, 0])) == pytest.approx(1)
+    assert code_statistics.perplexity(torch.tensor([1, 1, 2])) == pytest.approx(2**1.5)
+    assert code_statistics.perplexity(torch.zeros(5).long()) == 1  # an empty window says nothing, and is no NaN
 
 
 def test_a_resumed_board_is_one_monotone_curve(tmp_path: Path) -> None:

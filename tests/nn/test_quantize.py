@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaescale.monitoring import codebook as monitoring
+from vaescale.monitoring import code_statistics as monitoring
 from vaescale.nn.codebook import LAPLACE
 from vaescale.nn.quantize import Config, VectorQuantizer, build
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..interfaces import Basis, Batch, Bounded, Codebooks, Codec
-from ..monitoring import codebook, pictures
+from ..monitoring import code_statistics, pictures
 from ..monitoring.pictures import Picture
 from . import sample
 from .evaluate import reconstruct
@@ -45,10 +45,10 @@ def progressive(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:
 
 def codebooks(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:
     averages = {name: usage.average for name, usage in codec.usage(clear=False).items()}
-    decoded = codebook.decoded(codec, list(averages.values()), [level.shape[1:] for level in latents])
+    decoded = code_statistics.decoded(codec, list(averages.values()), [level.shape[1:] for level in latents])
     for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=True):
         yield f"{name}/map", pictures.code_map(shown.x, level, len(average))
-        yield f"{name}/decoded", pictures.codebook(tiles, codes, codebook.in_use(average))
+        yield f"{name}/decoded", pictures.codebook(tiles, codes, code_statistics.in_use(average))
 
 
 def basis(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:

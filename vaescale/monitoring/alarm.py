@@ -7,7 +7,7 @@ reports nor on a single unusual batch.
 from typing import Any, NamedTuple
 
 from ..interfaces import Usage
-from .codebook import entropy_share, usage_ema
+from .code_statistics import entropy_share, usage_ema
 
 # A collapse begins when the share of codes in use, or the entropy as a share of log2 K, falls below the first number,
 # and ends above the second. They differ so that a codebook near the limit is not announced repeatedly. VQGAN's known

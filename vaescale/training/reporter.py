@@ -15,7 +15,7 @@ from ..evaluation import tables
 from ..evaluation.show import show
 from ..interfaces import Batch, Codebooks, Codec, KLWeighted, Model, Tensors, Usage
 from ..lifecycle.pace import Pace
-from ..monitoring import alarm, codebook, pictures, posterior
+from ..monitoring import alarm, code_statistics, pictures, posterior
 from ..monitoring.board import Board
 from ..monitoring.console import Console
 from ..settings import Config, shape
@@ -136,7 +136,7 @@ class Reporter:
         self._alarm(name, alarm.watch(name, reading, quantizer, self.config.optimizer.warmup_steps, on))
         if self.board:
             self.board.code_counts(f"{name}/counts", usage.window, step)
-        values = {**codebook.scalars(usage), "alarm": float(name in on)}
+        values = {**code_statistics.scalars(usage), "alarm": float(name in on)}
         return {f"{name}/{key}": value for key, value in values.items()}
 
     def _alarm(self, name: str, said: str | None) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from ...interfaces import Codebooks, Tensors
-from ...monitoring import codebook
+from ...monitoring import code_statistics
 from .metric import Metric, Number, Seen
 
 
@@ -23,8 +23,8 @@ def result(sums: Tensors, images: int) -> dict[str, float]:
     found = {}
     for name, count in sums.items():
         prefix = "" if len(sums) == 1 else f"{name}/"
-        found[f"{prefix}usage"] = float(codebook.used(count))
-        found[f"{prefix}perplexity"] = float(codebook.perplexity(count))
+        found[f"{prefix}usage"] = float(code_statistics.used(count))
+        found[f"{prefix}perplexity"] = float(code_statistics.perplexity(count))
     return found
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.nn.test_quantize import batches
 from vaescale.interfaces import Batch, Shape
 from vaescale.models import vqvae
-from vaescale.monitoring import codebook, pictures
+from vaescale.monitoring import code_statistics, pictures
 from vaescale.nn import quantize
 from vaescale.nn.quantize import Config, build
 
@@ -45,7 +45,7 @@ def test_numbers_are_those_of_a_plain_count(config: Config) -> None:
         window = counts[40:].sum(0)
         share = window[window > 0] / window.sum()
         bits = -(share * np.log2(share)).sum()
-        numbers = codebook.scalars(usage)
+        numbers = code_statistics.scalars(usage)
         assert numbers["usage_window"] == (window > 0).mean()
         assert numbers["usage_ever"] == (counts.sum(0) > 0).mean()
         assert numbers["usage_ema"] == (average / average.sum() >= 0.01 / size).mean()
@@ -64,9 +64,9 @@ def test_resets_are_a_mean_over_the_steps_of_the_window() -> None:
         quantizer.update(step, lr=0.1)
         if step == 0:
             (first,) = quantizer.usages(clear=True)
-    assert codebook.scalars(first)["resets_per_step"] == 9
+    assert code_statistics.scalars(first)["resets_per_step"] == 9
     (usage,) = quantizer.usages(clear=False)
-    assert codebook.scalars(usage)["resets_per_step"] == 4 * 8 / 16
+    assert code_statistics.scalars(usage)["resets_per_step"] == 4 * 8 / 16
 
 
 @pytest.mark.parametrize("kind", ["vq", "simvq"])
@@ -93,8 +93,8 @@ def test_commitment_is_each_codebooks_own(kind: str) -> None:
 def test_a_hundredth_of_the_even_share_is_in_use() -> None:
     """K = 4: shares of 1/400 and below."""
     average = torch.tensor([397.0, 1.0, 1.01, 0.99])
-    assert codebook.in_use(average / 7).tolist() == [True, True, True, False]
-    assert not codebook.in_use(torch.zeros(4)).any()
+    assert code_statistics.in_use(average / 7).tolist() == [True, True, True, False]
+    assert not code_statistics.in_use(torch.zeros(4)).any()
 
 
 class Painter:
@@ -121,18 +121,18 @@ def test_codes_are_decoded_alone() -> None:
     painter = Painter()
     averages = [torch.arange(200.0), torch.zeros(90).index_fill_(0, torch.tensor([7]), 5.0)]
     averages[0][128] = 0  # the greyest of all is not in use
-    (reds, red), (greens, green) = codebook.decoded(painter, averages, [torch.Size([2, 2]), torch.Size([4, 4])])
+    (reds, red), (greens, green) = code_statistics.decoded(painter, averages, [torch.Size([2, 2]), torch.Size([4, 4])])
     assert reds[:3].tolist() == [199, 198, 197]
     assert sorted(reds.tolist()) == list(range(200))
     assert red[:, :, 3, 3].tolist() == [[code, 7, 128] for code in reds.tolist()]
     assert greens[0] == 7
     assert green[:, :, 3, 3].tolist() == [[127, code, 128] for code in greens.tolist()]
-    assert painter.largest <= codebook.CHUNK
+    assert painter.largest <= code_statistics.CHUNK
 
 
 def test_of_many_codes_evenly_spread_ones_are_shown() -> None:
-    codes = codebook.most_used_first(-torch.arange(5000.0))
-    assert len(codes) == len(codes.unique()) == codebook.SHOWN
+    codes = code_statistics.most_used_first(-torch.arange(5000.0))
+    assert len(codes) == len(codes.unique()) == code_statistics.SHOWN
     assert (codes[0], codes[-1]) == (0, 4999)
     assert 9 <= int(codes.diff().min()) <= int(codes.diff().max()) <= 10
 
@@ -151,7 +151,7 @@ def test_every_kind_shows_its_codes(config: quantize.Config) -> None:
     model = vqvae.VQVAE(vqvae.Config(width=8, residual_width=4, quantizer=config), Shape()).eval()
     averages = [torch.rand(size) for size in model.quantizer.sizes]
     shapes = [torch.Size([4, 4])] * len(averages)
-    shown = list(codebook.decoded(model, averages, shapes))
+    shown = list(code_statistics.decoded(model, averages, shapes))
     assert [len(codes) for codes, _ in shown] == list(model.quantizer.sizes)
     codes, tiles = shown[0]
     others = [average.argmax().expand(1, 4, 4) for average in averages[1:]]
