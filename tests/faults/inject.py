@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -296,7 +297,8 @@ def harm(out: Path, run: str, how: str) -> None:
     latest = Path(run) / "checkpoints" / "latest"
     if how == "a flipped bit":
         path = max(latest.parent.glob("step-*")) / "optimizer.safetensors"
-        flip(path, path.stat().st_size // 2, 16)
+        place = zlib.crc32(str(out).encode())  # of this attempt: a second flip would undo the first
+        flip(path, place % path.stat().st_size, 16)
     elif how == "an empty latest":
         latest.write_bytes(b"")
     else:
@@ -364,22 +366,23 @@ def kill_worker(out: Path, step: int) -> None:
 
 def pester(out: Path, number: int) -> None:
     """Send SIGUSR1 to this rank before the number-th file-system call of its first save; asked.txt counts the calls."""
-    whole, count = Writer.save, -1
+    whole, count, over = Writer.save, -1, False
 
     def save(self: Writer, *arguments: Any) -> None:
-        nonlocal count
-        count = max(count, 0)
+        nonlocal count, over
+        if self._thread:
+            self._thread.join()
+        over, count = count > 0, max(count, 0)
         whole(self, *arguments)
 
     def act(path: Path) -> None:
         nonlocal count
-        if count < 0 or "checkpoints" not in path.parts or (out / "asked.txt").exists():
+        if count < 0 or over or "checkpoints" not in path.parts:
             return
         count += 1
+        (out / "asked.txt").write_text(str(count))
         if count == number:
             os.kill(os.getpid(), signal.SIGUSR1)
-        if path.name == ".latest" and count > 10:
-            (out / "asked.txt").write_text(str(count))
 
     Writer.save = save
     for owner, name in ((Path, "mkdir"), (os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "open")):
