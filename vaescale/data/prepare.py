@@ -208,7 +208,7 @@ def _refuse_others(job: Job) -> None:
     try:
         read = {RENAMED.get(key, key): value for key, value in read_json(out / PLAN).items()}
         before = {**asdict(Settings()), **read}  # older versions had fewer settings
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
         raise DataError(f"{out} already contains shards that were not made by prepare: give an empty --out") from None
     if before != plan:
         other = next(key for key in {**plan, **before} if before.get(key) != plan.get(key))
