@@ -96,7 +96,7 @@ def guarding(trainer: Trainer) -> Work:
     finite = norm.bool()
 
     def work() -> None:
-        before = [buffer.clone() for buffer in trainer.model.buffers()]
+        before = learner.kept()
         guard.usual()
         why = guard.judge(norm, guard.refuses(norm), ~finite)
         learner.take_back(before, guard.spoilt(why))

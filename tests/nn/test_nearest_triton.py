@@ -1,13 +1,13 @@
 """The CUDA kernel: in Triton's interpreter, compiled for GPUs that are not here, and on a GPU where there is one."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Start, finish
+from tests.conftest import Start
+from tests.nn.triton_kernels import compile_for, interpret
 from vaescale.nn.nearest import _tiled, centre, nearest
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (130, 200, 40), (70, 300, 16), (64, 129, 70)]
@@ -53,29 +53,21 @@ def check_all(device: str) -> None:
 
 
 def test_agrees_with_brute_force_in_the_interpreter(start: Start) -> None:
-    """In a process of its own: Triton decides once whether it interprets."""
-    pytest.importorskip("triton")
-    command = "from tests.nn.test_nearest_triton import check_all; check_all('cpu')"
-    code, output = finish(start([sys.executable, "-W", "ignore", "-c", command], TRITON_INTERPRET="1"))
-    assert code == 0, output
+    interpret(start, "from tests.nn.test_nearest_triton import check_all; check_all('cpu')")
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [75, 80, 90])
 def test_compiles_to_fp32_products_that_fit(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For T4, A100 and H100: no TF32, no tensor cores, and 48 KiB of shared memory, which all of them have."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from vaescale.nn import nearest_triton as kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kinds = dict.fromkeys(("z", "codebook", "centre", "half_norms"), "*fp32") | {"codes": "*i64"}
     kinds |= dict.fromkeys(("K", "D", "N"), "i32") | dict.fromkeys(("rows", "columns", "channels"), "constexpr")
     constants = {"rows": kernel.ROWS, "columns": kernel.CODES, "channels": kernel.CHANNELS}
-    source = ASTSource(kernel._search, signature=kinds, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    compiled = compile_for(kernel._search, kinds, constants, capability)
     assert "fma.rn.f32" in compiled.asm["ptx"]
     assert "mma" not in compiled.asm["ptx"]
     assert "tf32" not in compiled.asm["ptx"]

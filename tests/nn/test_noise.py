@@ -1,6 +1,5 @@
 """Noise that depends only on the seed and the sample number."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,8 @@ import scipy.special
 import scipy.stats
 import torch
 
-from tests.conftest import Start, finish
+from tests.conftest import Start
+from tests.nn.triton_kernels import compile_for, interpret
 from vaescale.data import order
 from vaescale.nn import noise
 
@@ -77,9 +77,7 @@ def check_kernel(device: str) -> None:
     from vaescale.nn.noise_triton import normal  # here, because TRITON_INTERPRET is read at its import
 
     for count in (0, 1, 2, 7, 2048, 5000):
-        state = noise._mixed(3, 0, count)
-        state = state - 2**64 if state >= 2**63 else state
-        kernel = normal(torch.from_numpy(SAMPLES).to(device), count, state).cpu()
+        kernel = normal(torch.from_numpy(SAMPLES).to(device), count, noise._mixed(3, 0, count)).cpu()
         assert kernel.shape == (5, count)
         torch.testing.assert_close(
             kernel, noise.normal(torch.from_numpy(SAMPLES), (count,), 3, 0, count), rtol=0, atol=1e-6
@@ -87,28 +85,19 @@ def check_kernel(device: str) -> None:
 
 
 def test_the_kernel_draws_the_same_in_the_interpreter(start: Start) -> None:
-    """In a process of its own: Triton decides once whether it interprets."""
-    pytest.importorskip("triton")
-    command = "from tests.nn.test_noise import check_kernel; check_kernel('cpu')"
-    code, output = finish(start([sys.executable, "-W", "ignore", "-c", command], TRITON_INTERPRET="1"))
-    assert code == 0, output
+    interpret(start, "from tests.nn.test_noise import check_kernel; check_kernel('cpu')")
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [75, 80, 90])
 def test_the_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For T4, A100 and H100."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from vaescale.nn import noise_triton as kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kinds = {"sample": "*i64", "numbers": "*fp32", "state": "i64", "count": "i32", "pairs": "i32", "block": "constexpr"}
-    source = ASTSource(kernel._normal, signature=kinds, constexprs={"block": kernel.PAIRS})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert ".entry _normal" in compiled.asm["ptx"]
+    assert ".entry _normal" in compile_for(kernel._normal, kinds, {"block": kernel.PAIRS}, capability).asm["ptx"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -39,8 +39,7 @@ def normal(sample: Tensor, size: tuple[int, ...], *keys: int, version: int | Non
     """
     if version == 1:
         return torch.special.ndtri(uniform(sample, size, *keys)).float()
-    state = _mixed(*keys)
-    return _normal(sample, math.prod(size), state - 2**64 if state >= 2**63 else state).view(len(sample), *size)
+    return _normal(sample, math.prod(size), _mixed(*keys)).view(len(sample), *size)
 
 
 @torch.library.custom_op("vaescale::normal", mutates_args=())  # one operation for torch.compile and for profilers
@@ -85,18 +84,19 @@ def _mix_in(state: Tensor, key: int | Tensor) -> Tensor:
 
 
 def _mixed(*keys: int) -> int:
-    """`mix` of Python integers, unsigned."""
+    """`mix` of Python integers."""
     state = 0
     for key in keys:
         state = (state + key + 1) * _GAMMA & _WORD
         state = (state ^ state >> 30) * _FIRST & _WORD
         state = (state ^ state >> 27) * _SECOND & _WORD
         state ^= state >> 31
-    return state
+    return _signed(state)
 
 
 def _signed(word: int) -> int:
-    return word - 2**64  # as int64; products wrap around
+    """Returns a 64-bit word as int64, whose products wrap around."""
+    return word - 2**64 if word >= 2**63 else word
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:

@@ -11,7 +11,7 @@ from .. import distributed
 from ..interfaces import Batch, Model, Tensors
 from ..lifecycle.checkpoint import Read
 from ..settings import Config, Optimizer, blank, micro_batch
-from .ema import WeightEMA
+from .ema import WeightEMA, copy_all
 from .engine import MOMENTS, Engine
 from .guard import LARGEST, OVERFLOW, WHY, Guard, Skip
 
@@ -60,9 +60,7 @@ class Descent:
         count = self.config.accumulation
         names: list[str] = []
         totals: list[Tensor] = []  # all metrics of a micro-batch in one tensor: a kernel for all, not some for each
-        buffers = list(self.model.buffers())
-        before = [torch.empty_like(buffer) for buffer in buffers]
-        copy(before, buffers)
+        before = self.kept()
         for number, batch in enumerate(batches, start=1):
             loss, metrics = self.engine.forward(batch, step)[:2]  # the reconstruction is freed before the backward pass
             self.engine.backward(loss)
@@ -87,11 +85,17 @@ class Descent:
         means = dict(zip(names, stacked.mean(0).unbind(), strict=True))
         return {**means, "gradient_norm": torch.where(refused, 0.0, norm), "skipped": skipped}
 
+    def kept(self) -> list[Tensor]:
+        """Returns copies of the buffers, for `take_back`."""
+        copies = [torch.empty_like(buffer) for buffer in self.model.buffers()]
+        copy_all(copies, self.model.buffers())
+        return copies
+
     def take_back(self, before: list[Tensor], spoilt: Tensor) -> None:
         """Restore the buffers if `spoilt`, a bool []: a skipped step must not update codebooks. `update` has run on all
         ranks either way, because it contains collectives."""
         buffers = list(self.model.buffers())
-        copy(buffers, [torch.where(spoilt, old, new) for old, new in zip(before, buffers, strict=True)])
+        copy_all(buffers, [torch.where(spoilt, old, new) for old, new in zip(before, buffers, strict=True)])
 
     def refresh(self) -> None:
         self.ema.refresh()
@@ -172,11 +176,6 @@ class Descent:
 def grouped(name: str) -> str:
     """Returns the metric's name with its group, which is "train" if the name has none."""
     return name if "/" in name else f"train/{name}"
-
-
-def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:  # torch refuses an empty list
-        torch._foreach_copy_(targets, sources)
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

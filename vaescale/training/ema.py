@@ -1,12 +1,19 @@
 """Averaged weights."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..interfaces import Model
 from .engine import Masters
+
+
+def copy_all(targets: list[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copies tensors in one call."""
+    if targets:  # torch refuses an empty list
+        torch._foreach_copy_(targets, list(sources))
 
 
 class WeightEMA:
@@ -43,8 +50,7 @@ class WeightEMA:
         differences = torch._foreach_sub(weights, self._averages)
         torch._foreach_mul_(differences, weight * (1 - skipped))
         torch._foreach_add_(self._averages, differences)
-        if self._copies:  # torch refuses an empty list
-            torch._foreach_copy_(self._copies, list(model.buffers()))
+        copy_all(self._copies, model.buffers())
 
     @torch.no_grad()
     def refresh(self) -> None:
