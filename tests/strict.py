@@ -9,7 +9,6 @@ Not covered: tensors on the CPU, which gloo needs and NCCL refuses. tests/device
 
 import time
 import zlib
-from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -32,9 +31,6 @@ NAMES = (
     "barrier",
 )
 PATIENCE = 600.0  # seconds that a rank waits for the others to destroy their groups
-
-calls: Counter[str] = Counter()  # collectives of the default group, by name
-sent: Counter[str] = Counter()  # bytes of their tensors on this rank, by name
 
 
 class Refused(RuntimeError):
@@ -69,8 +65,6 @@ def arm() -> None:
                 if not one.is_contiguous():
                     raise Refused(f"{name} of a tensor that is not contiguous: {tuple(one.shape)}, {one.stride()}")
             agreed(name, tensors)
-            calls[name] += 1
-            sent[name] += sum(one.nbytes for one in tensors)
             return whole(*arguments, **options)
 
         return collective

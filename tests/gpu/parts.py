@@ -52,12 +52,9 @@ def kernels(out: Path, pretend: bool) -> Result:
     """Triton's search and noise against float64, by their tests."""
     files = ["tests/nn/test_nearest_triton.py", "tests/nn/test_noise.py", "tests/nn/test_nearest.py"]
     chosen = ["-k", "gpu"] if pretend else []
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *chosen],
-        cwd=ROOT, text=True, capture_output=True, check=False,
-    )  # fmt: skip
-    assert done.returncode in (0, 5), done.stdout[-3000:]
-    return {"tests": done.stdout.strip().splitlines()[-1]}
+    nothing_to_test = 5
+    printed = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *chosen, codes=(0, nothing_to_test))
+    return {"tests": printed.strip().splitlines()[-1]}
 
 
 def losses(config: Config, steps: int = STEPS) -> list[float]:
@@ -186,15 +183,10 @@ def timing(learner: Descent, batch: Batch, images: int, rounds: int = 20) -> str
     return f"{1000 * seconds:.1f} ms a step, {images / seconds:.1f} images/s{memory}"
 
 
-def script(name: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, f"tests/benchmarks/{name}.py", *arguments],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+def python(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
+    """Returns what a command of Python printed, which must end with one of `codes`."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode in codes, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 
 
@@ -202,13 +194,14 @@ def search(out: Path, pretend: bool) -> Result:
     """Nearest codes and their statistics beside the roofline."""
     if not torch.cuda.is_available():
         return {"left out": "it needs CUDA; on a CPU run tests/benchmarks/codebook.py"}
-    return {"table": script("codebook", "--rounds", "5", "--only", "cuda")}
+    return {"table": python("tests/benchmarks/codebook.py", "--rounds", "5", "--only", "cuda")}
 
 
 def save(out: Path, pretend: bool) -> Result:
     """What a save costs the training thread."""
     return {
-        f"{mib} MiB": script("save", "--mib", str(mib), "--rounds", "1") for mib in ((8,) if pretend else (512, 2048))
+        f"{mib} MiB": python("tests/benchmarks/save.py", "--mib", str(mib), "--rounds", "1")
+        for mib in ((8,) if pretend else (512, 2048))
     }
 
 
