@@ -35,8 +35,9 @@ from vaescale.training.engine import Engine
 
 
 def launch(job: dict[str, Any]) -> None:
-    """Run a command as this rank. Reads "command" [script, argument …] and "faults". Writes output-R.txt, everything
-    printed, and code-R, the exit code, unless the rank is killed or leaves at once."""
+    """Run a command as this rank. Reads "command" [script, argument …], "faults", and "every", the seconds between
+    exchanges of requests to stop (default 0: after each step, so that the step at which a run stops is known). Writes
+    output-R.txt, everything printed, and code-R, the exit code, unless the rank is killed or leaves at once."""
     out, rank = Path(job["out"]), distributed.rank()
     (out / f"pid-{rank}").write_text(str(os.getpid()))
     distributed.barrier()
@@ -58,6 +59,7 @@ def launch(job: dict[str, Any]) -> None:
 
 
 def arm(job: dict[str, Any]) -> None:
+    stops.EVERY = job.get("every", 0.0)
     for name, victim, *arguments in job.get("faults", []):
         if victim == distributed.rank():
             FAULTS[name](Path(job["out"]), *arguments)

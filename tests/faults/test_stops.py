@@ -11,6 +11,8 @@ from tests.faults.test_checkpoints import end, job, names, train, twins  # noqa:
 from tests.integration.conftest import forked
 from tests.integration.test_resume import same_bits
 from vaescale.advice.postmortem import read_metrics
+from vaescale.lifecycle import stops
+from vaescale.lifecycle.checkpoint import verify
 
 
 class Asked(NamedTuple):
@@ -72,6 +74,10 @@ def stopped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         command = train(folder / "impatient", pictures, "data.workers=1", world=2)
         one = job(folder / f"impatient-{life}", command, ["insist", 0, 6], world=2)
         jobs.append({**one, "code": None, "patience": 30.0})
+    endless = ("steps=1000000", "every.checkpoint=1000000", "every.validate=1000000", "every.report=1")
+    out = folder / "seldom"
+    seldom = job(out, train(out / "run", pictures, *endless, world=2), world=2)
+    jobs.append({**seldom, "every": stops.EVERY, "training": True, "events": [[3, "SIGTERM", 1]]})
     for life in range(4):
         out = folder / f"failing-{life}"
         jobs.append(job(out, train(folder / "failing", pictures, *FAILING, world=2), world=2))
@@ -96,6 +102,16 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(stopped:
     same_bits(out / "run", twins / str(one.world) / "run")
     found = status(out / "run")
     assert (found["status"], found["step"], found["why"]) == ("finished", 12, "")
+
+
+def test_ranks_that_exchange_requests_seldom_stop_at_the_same_step(stopped: Path) -> None:
+    """As in production, and not after each step as in the other tests."""
+    codes, output = end(stopped / "seldom")
+    assert codes == [75, 75], output
+    found = status(stopped / "seldom" / "run")
+    assert (found["status"], found["why"]) == ("preempted", "SIGTERM")
+    assert found["step"] > 10
+    assert verify(stopped / "seldom" / "run" / "checkpoints" / f"step-{found['step']:08d}") == []
 
 
 def test_it_may_be_stopped_at_any_place(stopped: Path) -> None:

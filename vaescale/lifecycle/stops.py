@@ -1,9 +1,12 @@
 """Handles requests to stop a run: SIGTERM, SIGUSR1, SIGHUP or SIGINT (^C) to any rank, a file STOP in the run
 directory, the end of the SLURM job, or the death of the launcher, which watch.py detects.
 
-After each step, and each batch of a validation, the ranks exchange their requests over gloo, asynchronously, so that no
-device waits. All ranks know a request at the end of the step after the one it arrived in, so all save the same step.
-The next process repeats a validation that was cut short.
+About once a second, after a step or a batch of a validation, the ranks exchange their requests over gloo, in the
+background, so that no device waits: after each step, an exchange of 1,024 ranks could take longer than the step. The
+exchange also tells all ranks how long a step takes on the slowest one. From this number, which is the same on all, each
+computes after how many steps the next exchange takes place. All ranks read the result one step after the exchange
+began, so all save the same step, about two seconds and a step after the request at the latest. The next process repeats
+a validation that was cut short.
 """
 
 import math
@@ -23,6 +26,8 @@ SIGNALS = tuple(number.name for number in process.SIGNALS)
 REASONS = ("", *SIGNALS, "the file STOP", "the end of the SLURM job", "the death of its launcher")
 FILE, JOB_ENDS, LAUNCHER = REASONS[-3:]
 TWICE_INTERRUPTED = "a second ^C: ended at once, the steps since the last checkpoint are lost"
+EVERY = 1.0  # seconds between exchanges, unless a single step takes longer
+MOST = 100  # steps between exchanges at most, because steps may become slower at any time
 LOOK = 1.0  # seconds between checks of the file and the clock
 TWICE = 0.5  # seconds within which two SIGINTs count as one ^C: from the terminal, and passed on by a launcher
 
@@ -41,8 +46,10 @@ class Stop:
         self._asked = ""
         self._looked, self._interrupted = -math.inf, math.inf  # times of the last check and of the first ^C
         self._group = dist.new_group(backend="gloo") if distributed.world() > 1 else None
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._shared = torch.zeros(2, dtype=torch.float64)  # the request, and seconds per call of `agreed`
         self._pending: dist.Work | None = None
+        self._after, self._interval = "", 1  # what the calls follow, and calls from one exchange to the next
+        self._begun, self._calls = time.monotonic(), 0  # time of the last exchange, and calls since
 
     def __enter__(self) -> "Stop":
         self._listener = process.Listener(self._hear, self._handle).__enter__()
@@ -54,17 +61,30 @@ class Stop:
             process.ended()
         self._listener.__exit__()
 
-    def agreed(self) -> str:
-        """Returns one of REASONS, the same on all ranks; "" to continue. Collective; called after each step or
-        batch."""
+    def agreed(self, after: str = "step") -> str:
+        """Returns one of REASONS, the same on all ranks; "" to continue. Collective; called after each step or batch.
+
+        after: what the call follows. If that changes, the last interval no longer fits, and an exchange begins at once.
+        """
         if self._group is None:
             self.said = self._look()
             return self.said
+        self._calls += 1
         if self._pending:
             self._pending.wait()
-            self.said = REASONS[int(self._flag)]
-        self._flag = torch.tensor([REASONS.index(self._look())], dtype=torch.int32)
-        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
+            self._pending = None
+            why, seconds = self._shared.tolist()
+            self.said = REASONS[int(why)]
+            # At most twice as many steps as before: the first ones are quick where they only fill a device's queue.
+            self._interval = max(1, min(MOST, 2 * self._interval, int(EVERY / max(seconds, 1e-9))))
+        if after != self._after:
+            self._after, self._interval = after, 1
+        if self._calls >= self._interval:
+            now = time.monotonic()
+            request, pace = REASONS.index(self._look()), (now - self._begun) / self._calls
+            self._begun, self._calls = now, 0
+            self._shared = torch.tensor([request, pace], dtype=torch.float64)
+            self._pending = dist.all_reduce(self._shared, dist.ReduceOp.MAX, self._group, async_op=True)
         return self.said
 
     def ask(self, why: str) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,8 @@ class Trainer:
             self.position.validation_due = False  # nothing to measure
             return ""
         with watch.doing("validation"):
-            measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stop.agreed)
+            stopped = partial(stop.agreed, "batch")
+            measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stopped)
             if not measured:
                 return stop.said
             self.reporter.validation(measured, averaged, lambda: stream.fixed_images(self.validation).to(self.device))
