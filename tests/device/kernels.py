@@ -30,7 +30,7 @@ class Kernels(TorchDispatchMode):
         schema = func._schema
         view = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
         name = schema.name.removeprefix("aten::")
-        if not view and name not in FREE and not name.startswith("profiler::"):
+        if not view and name not in FREE and not name.startswith(("profiler::", "prim::")):
             self.launched[name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.nn.memory import MIB, growth
-from vaescale.nn import entropy as module
+from vaescale.nn import nearest
 from vaescale.nn.entropy import entropies
 from vaescale.nn.quantize import Config, SimVQ, VectorQuantizer
 
@@ -22,8 +22,7 @@ def dense(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tens
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "COLUMNS", 4)
-    monkeypatch.setattr(module, "TILE", 12)
+    monkeypatch.setattr(nearest, "CPU", nearest.Tile(12, 4))
 
 
 @pytest.mark.usefixtures("small_tiles")

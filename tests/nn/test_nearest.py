@@ -1,6 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from tests.nn.memory import MIB, growth
 from vaescale.nn import nearest as module
@@ -63,7 +65,7 @@ def test_a_codebook_around_the_origin_is_not_moved() -> None:
     assert torch.equal(centre(torch.randn(9, 2), torch.full((3, 2), 70.3)), torch.full((2,), 70.3))
 
 
-@pytest.mark.parametrize("codes", [5, 100, 2 * module.COLUMNS + 7])
+@pytest.mark.parametrize("codes", [5, 100, 2 * module.CPU.columns + 7])
 def test_ties_go_to_the_lowest_index(codes: int) -> None:
     """Every code occurs again, in its own block, in another one and in another tile."""
     half = torch.randn(-(-codes // 2), 4)
@@ -88,25 +90,24 @@ def test_many_rows_take_no_memory_either() -> None:
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_products_are_fp32_whatever_is_allowed(precision: str) -> None:
+def test_products_are_fp32_whatever_is_allowed(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """TF32 and bf16 are only used on hardware that has them; so look at what is allowed during the product."""
-    seen: list[tuple[str, str]] = []
+    seen: list[str] = []
+    addmm = torch.addmm
 
     def allowed() -> tuple[str, str]:
         return torch.backends.mkldnn.matmul.fp32_precision, torch.get_float32_matmul_precision()
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if "addmm" in str(func):
-                seen.append(torch.backends.mkldnn.matmul.fp32_precision)
-            return func(*args, **(kwargs or {}))
+    def watched(*arguments: Any, **others: Any) -> Tensor:
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return addmm(*arguments, **others)
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
+    monkeypatch.setattr(torch, "addmm", watched)
     try:
         outside = allowed()
-        with Watch():
-            nearest(torch.randn(10, 4), torch.randn(20, 4))
+        nearest(torch.randn(10, 4), torch.randn(20, 4))
         assert seen == ["ieee"]
         assert allowed() == outside
         assert outside[1] == precision

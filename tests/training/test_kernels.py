@@ -10,7 +10,7 @@ from vaescale.training.descent import Descent
 # Config, settings that make it small, largest ratio. A VQ-VAE's own pass is short, and its codebook's update, the guard
 # and the buffers that a skipped step restores are many small operations.
 STEPS = [
-    ("vqvae_imagenet128", ["data.size=32", "model.width=8", "model.residual_width=4"], 2.2),
+    ("vqvae_imagenet128", ["data.size=32", "model.width=8", "model.residual_width=4"], 2.4),
     ("vae_imagenet64", ["model.network.width=8", "model.network.hidden=16"], 1.25),
     ("hvae_imagenet64", ["model.width=8", "model.bottleneck=4"], 1.02),
 ]

@@ -8,7 +8,6 @@ A row's soft code is p_nk = softmax_k(s_nk), s_nk = −‖z_n − e_k‖² / τ.
 Scores are computed in tiles, twice in the forward and twice in the backward pass: more products for less memory.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..numerics import exact
-from .nearest import COLUMNS, TILE, centre
+from .nearest import centre, tile_of
 
 
 def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -38,13 +37,14 @@ def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, 
 class _Entropies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        tiles = _Tiles(z, codebook, temperature)
         totals, entropy = z.new_empty(len(z)), z.new_zeros(len(z))  # log Σ_k exp s_nk; H
         mean = z.new_zeros(len(codebook))  # m
         with exact():
-            for n in _rows(z, codebook):
-                totals[n] = _totals(z[n], codebook, temperature)
-                for k in _slices(len(codebook), COLUMNS):
-                    log_soft = _scores(z[n], codebook[k], temperature).sub_(totals[n, None])
+            for n in tiles.rows:
+                totals[n] = torch.stack([tiles.scores(n, k).logsumexp(1) for k in tiles.columns]).logsumexp(0)
+                for k in tiles.columns:
+                    log_soft = tiles.scores(n, k).sub_(totals[n, None])
                     soft = log_soft.exp()
                     mean[k] += soft.sum(0)
                     entropy[n] -= soft.mul_(log_soft).sum(1)
@@ -57,18 +57,19 @@ class _Entropies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, sure: Tensor, varied: Tensor) -> tuple[Tensor, Tensor | None, None]:
         z, codebook, totals, entropy, mean = ctx.saved_tensors
+        tiles = _Tiles(z, codebook, ctx.temperature)
         of_z = torch.zeros_like(z)
         of_codebook = torch.zeros_like(codebook) if ctx.needs_input_grad[1] else None
         surprise = -mean.clamp(min=torch.finfo(mean.dtype).tiny).log()  # w
         with exact():
-            for n in _rows(z, codebook):
+            for n in tiles.rows:
                 average = z.new_zeros(len(z[n]))  # Σ_k p_nk w_k
-                for k in _slices(len(codebook), COLUMNS):
-                    soft = _scores(z[n], codebook[k], ctx.temperature).sub_(totals[n, None]).exp_()
+                for k in tiles.columns:
+                    soft = tiles.scores(n, k).sub_(totals[n, None]).exp_()
                     average.addmv_(soft, surprise[k])
                 by_row = sure * entropy[n] + varied * average
-                for k in _slices(len(codebook), COLUMNS):
-                    log_soft = _scores(z[n], codebook[k], ctx.temperature).sub_(totals[n, None])
+                for k in tiles.columns:
+                    log_soft = tiles.scores(n, k).sub_(totals[n, None])
                     soft = log_soft.exp()
                     of_scores = log_soft.mul_(-sure).add_(varied * surprise[k]).sub_(by_row[:, None]).mul_(soft)
                     of_z[n].addmm_(of_scores, codebook[k])
@@ -79,20 +80,20 @@ class _Entropies(torch.autograd.Function):
         return of_z.mul_(scale), None if of_codebook is None else of_codebook.mul_(scale), None
 
 
-def _totals(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
-    parts = [_scores(z, codebook[k], temperature).logsumexp(1) for k in _slices(len(codebook), COLUMNS)]
-    return torch.stack(parts).logsumexp(0)
+class _Tiles:
+    """The scores s, without the term −‖z‖² / τ, which cancels in the softmax, tile by tile."""
+
+    def __init__(self, z: Tensor, codebook: Tensor, temperature: float) -> None:
+        most = tile_of(z.device)
+        self.rows = _slices(len(z), most.rows(len(codebook)))
+        self.columns = _slices(len(codebook), most.columns)
+        self.z, self.codebook, self.temperature = z, codebook, temperature
+        self.norms = torch.cat([codebook[k].square().sum(1) for k in self.columns]).div_(-temperature)
+
+    def scores(self, rows: slice, columns: slice) -> Tensor:
+        codes = self.codebook[columns]
+        return torch.addmm(self.norms[columns], self.z[rows], codes.t(), alpha=2 / self.temperature)
 
 
-def _scores(z: Tensor, codebook: Tensor, temperature: float) -> Tensor:
-    """The scores s without the term −‖z‖² / τ, which cancels in the softmax."""
-    return torch.addmm(codebook.square().sum(1).div_(-temperature), z, codebook.t(), alpha=2 / temperature)
-
-
-def _rows(z: Tensor, codebook: Tensor) -> Iterator[slice]:
-    """Slices of as many rows as fill a tile."""
-    return _slices(len(z), max(TILE // min(COLUMNS, len(codebook)), 1))
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(i, i + size) for i in range(0, count, size))
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, count, size)]
