@@ -1,12 +1,15 @@
-"""The place of a process: the variables of launchers, and their leftovers."""
+"""The place of a process: the variables of launchers, and their leftovers; the groups of ranks."""
 
+import mmap
 import os
 import pty
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import Start, finish
+from tests.conftest import ROOT, Start, finish, free_port
 from vaescale.distributed import Misplaced, Place, place
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -99,3 +102,47 @@ def test_training_refuses_them_in_one_sentence(start: Start) -> None:
     assert code == 2
     assert output.startswith("error: RANK=0 is set, but WORLD_SIZE is not: ")
     assert output.count("\n") == 1
+
+
+RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE")
+FORMER = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+RECORDED = """
+import os, sys
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from vaescale import distributed
+whole = dist.init_process_group
+def init(*arguments, **options):
+    print([os.environ.get(name) for name in %r])
+    whole(*arguments, **options)
+dist.init_process_group = init
+distributed.init(1000.0, Path(sys.argv[1]))
+for group in (distributed.side_group(), dist.new_group(range(2))):
+    print(group._get_backend(distributed._device()).options._timeout)
+"""
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nccl_records_collectives_before_the_group_is_made_and_all_groups_wait_as_long(
+    tmp_path: Path, start: Start, given: bool
+) -> None:
+    names = (*RECORDER, *FORMER)
+    users = {FORMER[0]: "7", RECORDER[1]: "0", FORMER[1]: "theirs"} if given else {}
+    command = [sys.executable, "-c", RECORDED % (names,), str(tmp_path / "stacks")]
+    variables = {**users, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [start(command, **variables, PYTHONPATH=str(ROOT), RANK=str(rank)) for rank in range(2)]
+    for rank in ranks:
+        code, output = finish(rank, 120)
+        assert code == 0, output
+        wanted = (
+            [None, "0", None, "7", "theirs"] if given else ["2000", "1", f"{tmp_path}/stacks/nccl-rank-", None, None]
+        )
+        lines = [line for line in output.splitlines() if "is deprecated" not in line]
+        assert lines == [str(wanted), "3:20:00", "3:20:00"]
+
+
+def test_torch_knows_the_variables_of_the_recorder() -> None:
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        assert all(text.find(name.encode()) >= 0 for name in (RECORDER[0], RECORDER[2], *FORMER))

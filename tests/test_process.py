@@ -323,3 +323,45 @@ def test_a_rank_does_not_wait_for_ever_for_one_that_has_died() -> None:
         said, _ = one.communicate(timeout=90)
         assert said.startswith(f"not all 2 ranks connected to 127.0.0.1:{port} within 2 s: one of them has ended")
         assert said.count("\n") == 1
+
+
+UNCONNECTED = """
+import os, sys
+from vaescale import distributed
+try:
+    distributed.init(60.0)
+    os.environ["GLOO_SOCKET_IFNAME"] = "vs-none"
+    distributed.side_group()
+except distributed.Unjoined as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_ranks_that_cannot_connect_name_the_variable_to_set(first: bool) -> None:
+    """In the process group of CPUs, and in the side group, which GPUs have, too."""
+    port = free_port()
+    variables = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    if first:
+        variables["GLOO_SOCKET_IFNAME"] = "vs-none"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", UNCONNECTED],
+            env={**os.environ, **variables, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    # A rank may see only that the other one has gone, with the store.
+    assert any("Unable to find address for: vs-none" in text for text in said), said
+    for text in said:
+        assert text.startswith("the ranks cannot connect over gloo ("), said
+        assert "set GLOO_SOCKET_IFNAME (now 'vs-none') on each node to the network interface by which" in text
+        assert text.count("\n") == 1

@@ -5,7 +5,10 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,11 +19,12 @@ from torch.distributed.rendezvous import rendezvous
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
 JOIN = 60.0  # seconds that a rank waits at least for the others to start
 COLLECTIVE = 1800.0  # seconds that a rank waits at least in a collective: torch's default for gloo
+TRACE = "nccl-rank-"  # name of a record of the last collectives, followed by the rank
 LONG = 12  # times hang_timeout: the watch's limit for phases other than steps, see lifecycle/watch.py
 
 
 class Unjoined(RuntimeError):
-    """Not all ranks joined the process group in time."""
+    """Not all ranks joined the process group in time, or they cannot connect to one another."""
 
     exit_code = 1
 
@@ -83,11 +87,14 @@ def _place(rank: str, local_rank: str, world: str, advice: str) -> Place:
     return found
 
 
-def init(patience: float = 300.0) -> torch.device:
+def init(patience: float = 300.0, traces: Path | None = None) -> torch.device:
     """Joins the process group and returns this rank's device. A single process needs neither address nor port.
 
     patience: hang_timeout in seconds. A rank waits so long, and at least JOIN, for the others to start (0: COLLECTIVE),
-    then raises Unjoined. Collectives time out after LONG times as long, and at least COLLECTIVE. Raises Misplaced.
+    then raises Unjoined. Collectives of all groups time out after LONG times as long, and at least COLLECTIVE. Raises
+    Misplaced.
+
+    traces: the folder in which NCCL writes the last collectives of each rank when one has timed out.
     """
     rank, local_rank, world = place()
     cuda = torch.cuda.is_available()
@@ -110,10 +117,62 @@ def init(patience: float = 300.0) -> torch.device:
         store = _met(Place(rank, local_rank, world), wait)
         wait = timedelta(seconds=max(COLLECTIVE, LONG * patience))
         store.set_timeout(wait)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=wait, device_id=device if cuda else None
-        )
+        # Groups made later, ours and DeepSpeed's, take their time-out from here: NCCL's would be 10 minutes.
+        defaults = dist.distributed_c10d
+        defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = wait
+        if traces:
+            _record(traces)
+        with _over_gloo(backend):
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=wait, device_id=device if cuda else None
+            )
     return device
+
+
+def _record(folder: Path) -> None:
+    """Has NCCL record the last collectives, and write them into this folder when one has timed out. Keeps what the user
+    has set, also under the names of older versions of torch."""
+    wanted = {
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",  # collectives
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(folder.absolute() / TRACE),
+    }
+    for names, value in wanted.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
+
+
+def recorded() -> bytes:
+    """Returns NCCL's record of this rank's last collectives, as torch's `torchfrtrace` reads it; b"" without NCCL."""
+    if not dist.is_initialized() or dist.get_backend() != "nccl":
+        return b""
+    return bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+
+
+def side_group() -> dist.ProcessGroup | None:
+    """Returns a gloo group of all ranks, whose collectives no device waits for; None for a single process. Collective.
+    Raises Unjoined if the ranks cannot connect."""
+    if world() == 1:
+        return None
+    with _over_gloo("gloo"):
+        return dist.new_group(backend="gloo")
+
+
+@contextmanager
+def _over_gloo(backend: str) -> Iterator[None]:
+    """Raises Unjoined, which says what to set, if the block cannot connect ranks over gloo."""
+    try:
+        yield
+    except RuntimeError as error:
+        if backend != "gloo":
+            raise
+        reason = re.sub(r"^\[.*?\] ", "", str(error).partition("\n")[0])  # without the place in gloo's sources
+        given = os.environ.get("GLOO_SOCKET_IFNAME")
+        raise Unjoined(
+            f"the ranks cannot connect over gloo ({reason}): set GLOO_SOCKET_IFNAME "
+            f"({f'now {given!r}' if given else 'not set now'}) on each node to the network interface by which the "
+            f"others reach it, one of those that `ip -br address` lists"
+        ) from None
 
 
 def _met(place: Place, wait: timedelta) -> dist.Store:

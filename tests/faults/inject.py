@@ -28,6 +28,7 @@ from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
 from vaescale.lifecycle import stops
 from vaescale.lifecycle.checkpoint import verify
 from vaescale.lifecycle.writer import Writer
+from vaescale.monitoring.board import Board
 from vaescale.training import reporter, trainer
 from vaescale.training.descent import Descent
 from vaescale.training.ema import WeightEMA
@@ -279,6 +280,18 @@ def draw_slowly(out: Path, seconds: float) -> None:
     reporter.show = slowed
 
 
+def report_slowly(out: Path, seconds: float) -> None:
+    """Delay the first report by `seconds`, where rank 0 writes its files."""
+    whole = Board.scalars
+
+    def slowed(*arguments: Any) -> None:
+        time.sleep(seconds)
+        Board.scalars = whole
+        whole(*arguments)
+
+    Board.scalars = slowed
+
+
 def interrupt(out: Path, victim: int) -> None:
     """Send SIGTERM to rank `victim` in the first batch of the first validation; batches-R counts those of rank R."""
     measure, count = evaluate._measure, 0
@@ -416,6 +429,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "starve": starve,
     "dawdle": dawdle,
     "draw slowly": draw_slowly,
+    "report slowly": report_slowly,
     "interrupt": interrupt,
     "harm": harm,
     "keep": keep,

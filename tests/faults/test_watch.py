@@ -32,6 +32,7 @@ LOST: dict[str, list[Any]] = {
     "a worker": ["kill worker", 1, 6],
     "an error": ["fail", 1, 6],
 }
+RANK_0 = {"pictures": "draw slowly", "a report": "report slowly"}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,9 @@ def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs.append(job(folder / "ill", [*doctor, "init_from=nowhere"], world=2))
     long = train(folder / "long" / "run", pictures, given)
     jobs.append(job(folder / "long", long, ["dawdle", 0, 2 * TIMEOUT]))
-    drawn = train(folder / "drawn" / "run", pictures, given, world=2)
-    jobs.append(job(folder / "drawn", drawn, ["draw slowly", 0, 2 * TIMEOUT], world=2))
+    for name, fault in RANK_0.items():
+        command = train(folder / name / "run", pictures, given, world=2)
+        jobs.append(job(folder / name, command, [fault, 0, 2 * TIMEOUT], world=2))
     jobs[0]["code"] = HUNG_CODE
     jobs[1]["code"] = [HUNG_CODE, -signal.SIGKILL]
     forked(folder, jobs)
@@ -135,10 +137,11 @@ def test_a_long_validation_is_no_hang(befallen: Path) -> None:
     assert not (befallen / "long" / "run" / "stacks").exists()
 
 
-def test_slow_pictures_on_rank_0_are_no_hang_on_the_others(befallen: Path) -> None:
-    codes, output = end(befallen / "drawn")
+@pytest.mark.parametrize("what", RANK_0)
+def test_slow_work_on_rank_0_is_no_hang_on_the_others(befallen: Path, what: str) -> None:
+    codes, output = end(befallen / what)
     assert codes == [0, 0], output
-    assert not (befallen / "drawn" / "run" / "stacks").exists()
+    assert not (befallen / what / "run" / "stacks").exists()
 
 
 def test_a_slow_rank_is_named(befallen: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from vaescale import process
 from vaescale.lifecycle import pace, stops, watch
 from vaescale.lifecycle.pace import Pace, Work, slowest
-from vaescale.lifecycle.status import Status
+from vaescale.lifecycle.status import HUNG_CODE, Status
 from vaescale.lifecycle.stops import Stop
 from vaescale.lifecycle.watch import Watch
 
@@ -58,6 +59,26 @@ def test_validation_has_a_timeout_of_its_own(tmp_path: Path, clock: list[float])
     assert one.limit(1.0) == 20  # of the gap since the validation
     with one.doing("saving"):
         assert one.limit(30.0) == 360
+
+
+def test_the_first_step_keeps_its_limit_if_a_validation_precedes_it(tmp_path: Path, clock: list[float]) -> None:
+    one = watching(tmp_path)
+    with one.doing("validation"):
+        clock[0] += 1
+    assert one.limit(30.0) == 360
+    one.beat(1)
+    assert one.limit(30.0) == 30
+
+
+def test_a_hang_leaves_what_nccl_has_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(watch.distributed, "recorded", lambda: b"collectives")
+    monkeypatch.setattr(watch, "LINGER", 0.0)
+    monkeypatch.setattr(watch.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(watch.os, "_exit", ended.append)
+    watching(tmp_path)._end(31.0, 30.0, False)
+    assert ended == [HUNG_CODE]
+    assert (tmp_path / "stacks" / "nccl-rank-0").read_bytes() == b"collectives"
 
 
 class Ticks:

@@ -37,7 +37,7 @@ class Stop:
     except that a second ^C ends the process at once."""
 
     def __init__(self, run: Path, margin: float) -> None:
-        """margin: seconds before the end of the SLURM job at which to stop. Collective."""
+        """margin: seconds before the end of the SLURM job at which to stop. Collective. Raises Unjoined."""
         self.file = run / "STOP"
         ends = os.environ.get("SLURM_JOB_END_TIME", "")  # seconds since 1970
         self.until = float(ends) - margin if re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", ends) else math.inf
@@ -45,7 +45,7 @@ class Stop:
         self.parting: Callable[[], None] = lambda: None  # called before a second ^C ends the process
         self._asked = ""
         self._looked, self._interrupted = -math.inf, math.inf  # times of the last check and of the first ^C
-        self._group = dist.new_group(backend="gloo") if distributed.world() > 1 else None
+        self._group = distributed.side_group()
         self._shared = torch.zeros(2, dtype=torch.float64)  # the request, and seconds per call of `agreed`
         self._pending: dist.Work | None = None
         self._after, self._interval = "", 1  # what the calls follow, and calls from one exchange to the next

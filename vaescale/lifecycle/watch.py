@@ -3,7 +3,8 @@
 If the launcher is gone, the watchdog requests a stop, so that all ranks save and exit and leave no orphans. If nothing
 happens for too long, it writes the stacks of all threads to RUN/stacks/rank-R.txt and exits with HUNG_CODE. When one
 rank hangs, all others wait for it in their next collective, so each rank detects the hang without communication. The
-rank whose stacks differ, or that left none, is the cause.
+rank whose stacks differ, or that left none, is the cause. With NCCL, nccl-rank-R next to them has the last collectives
+of each rank.
 """
 
 import faulthandler
@@ -65,6 +66,8 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)  # from an earlier process
+            if distributed.recorded():  # NCCL may write here, too, and does not create folders
+                self.folder.mkdir(parents=True)
         self.stop.parting = self._part
         self._thread.start()
         return self
@@ -88,13 +91,13 @@ class Watch:
     def doing(self, what: str) -> Iterator[None]:
         """Runs a block that may take longer than a step. Collective."""
         self._sign()
-        self._what = what
+        outer, self._what = self._what, what  # the first step stays the first one if something precedes it
         try:
             yield
             distributed.barrier()  # otherwise a rank that is done would wait for the others in its next step
         finally:
             self._longest[what] = max(self._sign(), self._longest.get(what, 0.0))
-            self._what = ""
+            self._what = outer
 
     def limit(self, floor: float) -> float:
         """Returns the seconds without progress that now count as a hang. floor: the least limit for a step."""
@@ -141,6 +144,8 @@ class Watch:
             if self.status.fail(why, self.step, HUNG_CODE):
                 code = NO_PROGRESS_CODE
             process.say(f"error: {head}; all stacks are in {self.folder}")
+            if record := distributed.recorded():
+                (self.folder / f"{distributed.TRACE}{self.rank}").write_bytes(record)
             time.sleep(LINGER)
             self._name_missing()
             self.release()

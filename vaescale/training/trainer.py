@@ -26,7 +26,7 @@ from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
 from ..lifecycle.stops import Stop
-from ..lifecycle.watch import Watch
+from ..lifecycle.watch import FOLDER, Watch
 from ..lifecycle.writer import Writer
 from ..models import MODELS
 from ..monitoring.board import validated
@@ -44,10 +44,10 @@ class Trainer:
         """lock: the run directory's lock, acquired here; None if no other process can know the directory. reader:
         decodes the samples; None: as pictures."""
         self.config = config
+        self.run = Path(config.run)
         self.launcher = process.launcher()
         numerics.choose(config.tf32, config.deterministic)
-        self.device = distributed.init(config.hang_timeout)
-        self.run = Path(config.run)
+        self.device = distributed.init(config.hang_timeout, self.run / FOLDER)
         self.rank, self.world = distributed.rank(), distributed.world()
         self.micro = micro_batch(config, self.world)
         self.release: Callable[[], None] = lambda: None
@@ -106,11 +106,10 @@ class Trainer:
         if self.left():
             on_rank_0(self.run, lambda: status.begin(position.step))
         try:
-            stop = Stop(self.run, self.config.stop_before)
             timeout = self.config.hang_timeout
             with (
                 status.recording(lambda: position.step),
-                stop,
+                Stop(self.run, self.config.stop_before) as stop,
                 Watch(self.run, timeout, self.launcher, stop, status, position.step, self.release) as watch,
             ):
                 why = self.loop(stop, watch)
@@ -139,7 +138,8 @@ class Trainer:
             if position.step == first + 1:
                 gc.freeze()  # what lives now lives to the end
                 gc.disable()  # a collection would interrupt a step on this rank, and all others would wait; see below
-                on_rank_0(self.run, lambda: history.write(config, first, self.changes))
+                with watch.doing("writing the settings"):
+                    on_rank_0(self.run, lambda: history.write(config, first, self.changes))
 
             last = position.step == config.steps
             asked = "" if last else stop.agreed()
@@ -149,11 +149,12 @@ class Trainer:
                 with watch.doing("updating the weights to save"):
                     self.learner.refresh()
             if report:
-                self.count_damage()
-                self.count_skips()
-                self.writer.collect(wait=False)
-                reporter.report(position.images / len(self.slices.samples.index))
-                gc.collect()
+                with watch.doing("the report"):
+                    self.count_damage()
+                    self.count_skips()
+                    self.writer.collect(wait=False)
+                    reporter.report(position.images / len(self.slices.samples.index))
+                    gc.collect()
             paused = time.monotonic()
             if position.validation_due and not asked:
                 asked = self.validate(stop, watch)
