@@ -93,14 +93,13 @@ def guarding(trainer: Trainer) -> Work:
     assert isinstance(learner, Descent)
     guard = learner.guard
     norm = torch.ones((), device=trainer.device)
-    finite = norm.bool()
+    excused = norm > 2
 
     def work() -> None:
-        before = learner.kept()
-        guard.usual()
-        why = guard.judge(norm, guard.refuses(norm), ~finite)
-        learner.take_back(before, guard.spoilt(why))
-        torch.stack([why, norm, norm, guard.run, guard.share, ~finite])
+        before = learner.buffers.clone()
+        verdict = guard.judge(norm, excused)
+        torch.where(verdict.spoilt, before, learner.buffers, out=learner.buffers)
+        torch.cat([verdict.record, norm[None]])
 
     return work
 

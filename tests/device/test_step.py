@@ -18,6 +18,7 @@ from vaescale.models import MODELS
 from vaescale.nn import likelihood, quantize
 from vaescale.nn.covariance import Moments
 from vaescale.settings import Config
+from vaescale.training.buffers import joined
 from vaescale.training.ema import WeightEMA
 from vaescale.training.guard import Guard
 
@@ -83,14 +84,14 @@ def test_a_training_step_neither_mixes_devices_nor_waits(name: str, load: Callab
     with pretended() as gpu:
         model = moved(settings.build(config), gpu).train()
         batch = batch_on(settings.blank(config, IMAGES), gpu)
-        guard, ema = Guard(10.0, gpu), WeightEMA(model, 0.9)
+        guard, ema, buffers = Guard(10.0, gpu), WeightEMA(model, 0.9), joined(model)
         for step in (0, 1, 10):
             output = model(batch, step)
             output.loss.backward()
             model.update(step, 1e-3)
             norm = torch.ones((), device=gpu)
-            why = guard.judge(norm, guard.refuses(norm), norm > 2)
-            ema.update(model, step, guard.spoilt(why).float())
+            verdict = guard.judge(norm, norm > 2)
+            ema.update(model, buffers, step, verdict.spoilt.float())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -146,8 +146,8 @@ def spoil(out: Path, step: int) -> None:
     """Set an averaged weight to NaN from this step on, which training itself does not notice."""
     whole = WeightEMA.update
 
-    def update(self: WeightEMA, model: torch.nn.Module, now: int, *skipped: torch.Tensor) -> None:
-        whole(self, model, now, *skipped)
+    def update(self: WeightEMA, model: torch.nn.Module, buffers: torch.Tensor, now: int, skipped: torch.Tensor) -> None:
+        whole(self, model, buffers, now, skipped)
         if now + 1 == step:
             next(iter(self.model.parameters())).view(-1)[0] = torch.nan
 

@@ -161,10 +161,11 @@ def train(job: dict[str, Any]) -> None:
         seen.extend(int(g) for batch in held for g in batch.sample)
         if number in job.get("omitted", []):
             # The averages do not change; only their copies of the buffers follow what a report has cleared.
-            trainer.learner.ema.update(trainer.model, number, metrics["skipped"].new_ones(()))
+            learner = trainer.learner
+            learner.ema.update(trainer.model, learner.buffers, number, metrics["skipped"].new_ones(()))
             return {**metrics, "skipped": metrics["skipped"].new_ones(())}
         if number == job.get("settled"):
-            trainer.learner.guard.count.fill_(MEMORY)
+            trainer.learner.guard.load({"count": float(MEMORY)})
         metrics = step(held, number)
         if number == 0 and "stranded" in job:
             probe.strand(trainer.model, slice(*job["stranded"]))

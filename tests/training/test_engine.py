@@ -273,7 +273,7 @@ def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest
     assert steps(20, 12) == [NOT_FINITE] * 20
     learner.guard.load({"count": 100.0, "mean": -10.0, "variance": 0.0, "run": 20.0})
     assert steps(2, 32) == [SPIKE] * 2
-    assert learner.guard.run == 22
+    assert learner.guard.state()["run"] == 22
     assert engine.loss_scale() == scale
 
     hook = model.decoder[0].bias.register_hook(lambda gradient: gradient * torch.inf)
@@ -281,13 +281,13 @@ def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest
     halvings = int(math.log2(scale)) + forgiven
     assert steps(halvings + 3, 34) == [OVERFLOW] * halvings + [NOT_FINITE] * 3
     assert engine.loss_scale() == 1
-    assert learner.guard.run == 25
+    assert learner.guard.state()["run"] == 25
     assert engine.optimizer_steps() == learned
     hook.remove()
     learner.guard.load({"count": 0.0, "mean": 0.0, "variance": 0.0, "run": 25.0})
     assert steps(1, 80) == []
     assert engine.optimizer_steps() == learned + 1
-    assert learner.guard.run == 0
+    assert learner.guard.state()["run"] == 0
 
 
 @pytest.mark.parametrize("zero", [1, 2])
@@ -317,7 +317,7 @@ def test_half_weights_are_averaged_as_their_masters(group: None, monkeypatch: py
             again.model.load_state_dict(learner.averaged.state_dict())
             again.follow(learner.engine.masters())
         if step > 30:
-            again.update(model, step, skipped)
+            again.update(model, learner.buffers, step, skipped)
         if not skipped:
             weight = 1 - min(0.9, (1 + step) / (10 + step))
             for name, master in learner.engine.weights().items():

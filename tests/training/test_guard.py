@@ -2,11 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import Start
+from tests.nn.triton_kernels import compile_for, interpret
 from vaescale.training.guard import (
     MEMORY,
     NOT_FINITE,
@@ -21,6 +24,7 @@ from vaescale.training.guard import (
 )
 
 NO, YES = torch.tensor(False), torch.tensor(True)
+INFINITE = torch.tensor(math.inf)
 
 
 def guard(factor: float = 10.0) -> Guard:
@@ -29,7 +33,7 @@ def guard(factor: float = 10.0) -> Guard:
 
 def judge(guard: Guard, norms: list[float], excused: torch.Tensor = NO) -> list[int]:
     given = [torch.tensor(norm) for norm in norms]
-    return [int(guard.judge(norm, guard.refuses(norm), excused)) for norm in given]
+    return [int(guard.judge(norm, excused).record[0]) for norm in given]
 
 
 def moments(taken: list[float]) -> tuple[float, float]:
@@ -54,8 +58,8 @@ def test_the_limit_is_that_of_the_whole_history(deviation: float) -> None:
         if len(taken) >= MEMORY:
             mean, variance = moments(taken)
             limit = math.exp(mean + max(math.log(10), 6 * math.sqrt(variance)))
-            assert float(watched.limit()) == pytest.approx(limit, rel=1e-4)
-            assert float(watched.usual()) == pytest.approx(math.exp(mean), rel=1e-5)
+            assert watched.limit() == pytest.approx(limit, rel=1e-4)
+            assert math.exp(watched.state()["mean"]) == pytest.approx(math.exp(mean), rel=1e-5)
         expected = NOT_FINITE if not math.isfinite(given) else SPIKE if given > limit else TAKEN
         assert judge(watched, [given]) == [expected], step
         refused += expected != TAKEN
@@ -81,9 +85,9 @@ def test_a_lasting_change_is_refused_as_long_as_it_lasts_and_counted() -> None:
     watched = guard()
     judge(watched, [1.0] * 150)
     assert judge(watched, [50.0] * 30) == [SPIKE] * 30
-    assert watched.run == 30
+    assert watched.state()["run"] == 30
     assert judge(watched, [1.0]) == [TAKEN]
-    assert watched.run == 0
+    assert watched.state()["run"] == 0
 
 
 def test_rare_steps_do_not_keep_a_run_alive() -> None:
@@ -93,11 +97,12 @@ def test_rare_steps_do_not_keep_a_run_alive() -> None:
         judge(watched, [1.0] * 150)
         stopped = None
         for step in range(1000):
-            (why,) = judge(watched, [math.nan if (step % 20 > 0) == ends else 1.0])
-            skip = Skip(step, why, math.nan, 1.0, int(watched.run), float(watched.share), [])
+            norm = torch.tensor(math.nan if (step % 20 > 0) == ends else 1.0)
+            why, _, _, run, share = watched.judge(norm, NO).record.tolist()
+            skip = Skip(step, int(why), math.nan, 1.0, int(run), share, [])
             if stopped is None and why != TAKEN and too_many(skip, 20):
                 stopped = step
-        assert watched.run < 20
+        assert watched.state()["run"] < 20
         assert (stopped is not None and stopped < 60) == ends
         if ends:
             assert "% of the last 100 steps were skipped" in diagnosis(skip, 1, 10.0)
@@ -106,15 +111,60 @@ def test_rare_steps_do_not_keep_a_run_alive() -> None:
 def test_overflows_neither_count_as_steps_in_a_row_nor_end_a_row() -> None:
     watched = guard()
     assert judge(watched, [math.inf] * 3, YES) == [OVERFLOW] * 3
-    assert watched.run == 0
-    assert not watched.spoilt(torch.tensor(OVERFLOW))
+    assert watched.state()["run"] == 0
+    assert not watched.judge(INFINITE, YES).spoilt
     assert judge(watched, [math.nan] * 2) == [NOT_FINITE] * 2
     assert judge(watched, [math.inf], YES) == [OVERFLOW]
     assert judge(watched, [math.nan]) == [NOT_FINITE]
-    assert watched.run == 3
+    assert watched.state()["run"] == 3
     judge(watched, [1.0] * MEMORY, YES)
     assert judge(watched, [1e6], YES) == [SPIKE]  # finite: no overflow
-    assert [bool(watched.spoilt(torch.tensor(why))) for why in (TAKEN, NOT_FINITE, SPIKE, OVERFLOW)] == [0, 1, 1, 1]
+    given = [(1.0, NO), (math.nan, NO), (1e6, NO), (math.inf, YES)]
+    assert [bool(watched.judge(torch.tensor(norm), excused).spoilt) for norm, excused in given] == [0, 1, 1, 1]
+
+
+def check_kernel(device: str) -> None:
+    """The kernel judges as the operations on a CPU do, step by step, with all of its verdicts."""
+    from vaescale.training.guard_triton import judge as kernel  # here, because TRITON_INTERPRET is read at its import
+
+    generator = np.random.default_rng(2)
+    for factor in (10.0, 0.0):
+        watched = guard(factor)
+        own, seen = watched.statistics.to(device), set()
+        for step, norm in enumerate(generator.lognormal(0, 0.5, 160).tolist()):
+            given = {3: math.inf, 30: math.nan, 31: 0.0, 120: 1e4, 121: math.inf, 150: math.inf}.get(step, norm)
+            excused = torch.tensor(step in (3, 120, 150))
+            before = own.cpu().clone()
+            record, flags = kernel(own, torch.tensor(given, device=device), excused.to(device), watched.least)
+            watched.statistics.copy_(before)  # so that roundings do not add up
+            verdict = watched.judge(torch.tensor(given), excused)
+            torch.testing.assert_close(own.cpu(), watched.statistics, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(record.cpu(), verdict.record, rtol=1e-5, atol=1e-6, equal_nan=True)
+            assert torch.equal(flags.cpu(), torch.stack(verdict[1:]))
+            seen.add(int(record[0]))
+        assert seen == {TAKEN, NOT_FINITE, OVERFLOW, *([SPIKE] if factor else [])}
+
+
+def test_the_kernel_judges_alike_in_the_interpreter(start: Start) -> None:
+    interpret(start, "from tests.training.test_guard import check_kernel; check_kernel('cpu')")
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_the_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For T4, A100 and H100."""
+    pytest.importorskip("triton")
+    from vaescale.training import guard_triton as kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    floats, flags = ("statistics", "norm", "record"), ("excused", "flags")
+    kinds = dict.fromkeys(floats, "*fp32") | dict.fromkeys(flags, "*i1") | {"least": "fp32"}
+    assert ".entry _judge" in compile_for(kernel._judge, kinds, {}, capability).asm["ptx"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_kernel_judges_alike_on_a_gpu() -> None:
+    check_kernel("cuda")
 
 
 def test_a_guard_resumes_from_its_state_with_the_same_bits() -> None:

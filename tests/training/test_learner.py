@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from vaescale import settings
 from vaescale.advice.dry_run import dry_run
 from vaescale.settings import Optimizer
+from vaescale.training.buffers import joined
 from vaescale.training.descent import activation_bytes, learning_rate
 from vaescale.training.ema import WeightEMA
 
@@ -30,12 +31,12 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_averaged_weights_are_the_weighted_sum() -> None:
     model = nn.Linear(1, 1, bias=False)
     model.register_buffer("codebook", torch.zeros(2))
-    ema = WeightEMA(model, decay=0.9)
+    ema, buffers = WeightEMA(model, decay=0.9), joined(model)
     expected = model.weight.item()
     for step in range(200):
         model.weight.data.fill_(math.sin(step))
         model.codebook.fill_(step)
-        ema.update(model, step, torch.zeros(()))
+        ema.update(model, buffers, step, torch.zeros(()))
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * math.sin(step)
     assert float(ema.model.weight) == pytest.approx(expected, abs=1e-5)
@@ -45,13 +46,13 @@ def test_averaged_weights_are_the_weighted_sum() -> None:
 def test_averaged_weights_do_not_move_in_skipped_steps() -> None:
     """Skipped steps do not change the average; the decision is on the device."""
     model = nn.Linear(3, 2)
-    ema = WeightEMA(model, decay=0.9)
+    ema, buffers = WeightEMA(model, decay=0.9), joined(model)
     expected = [p.detach().clone() for p in model.parameters()]
     for step in range(20):
         torch.nn.init.normal_(model.weight)
         before = [p.clone() for p in ema.model.parameters()]
         skipped = step % 3 == 1
-        ema.update(model, step, torch.tensor(float(skipped)))
+        ema.update(model, buffers, step, torch.tensor(float(skipped)))
         if skipped:
             assert all(torch.equal(p, q) for p, q in zip(ema.model.parameters(), before, strict=True))
         else:
@@ -63,10 +64,10 @@ def test_averaged_weights_do_not_move_in_skipped_steps() -> None:
 
 def test_a_model_without_buffers_is_averaged() -> None:
     model = nn.Linear(1, 1)
-    ema = WeightEMA(model, decay=0.9)
+    ema, buffers = WeightEMA(model, decay=0.9), joined(model)
     before = float(ema.model.weight)
     model.weight.data.fill_(3.0)
-    ema.update(model, 0, torch.zeros(()))
+    ema.update(model, buffers, 0, torch.zeros(()))
     assert float(ema.model.weight) == pytest.approx(0.1 * before + 0.9 * 3.0)
 
 

@@ -11,9 +11,10 @@ from .. import distributed
 from ..interfaces import Batch, Model, Tensors
 from ..lifecycle.checkpoint import Read
 from ..settings import Config, Optimizer, blank, micro_batch
-from .ema import WeightEMA, copy_all
+from .buffers import joined
+from .ema import WeightEMA
 from .engine import MOMENTS, Engine
-from .guard import LARGEST, OVERFLOW, WHY, Guard, Skip
+from .guard import LARGEST, WHY, Guard, Skip
 
 
 class Descent:
@@ -29,11 +30,12 @@ class Descent:
             model, config.optimizer, config.precision, config.zero_stage, micro, config.accumulation, config.deepspeed
         )
         self.ema.follow(self.engine.masters())
+        self.buffers = joined(model)
         self.guard = Guard(config.optimizer.spike, self.engine.device)
         self.config = config
         self.skipped = dict.fromkeys(WHY.values(), 0)  # cause → skipped steps since the run began
         # One record per step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, their share
-        # of the last steps, and for each micro-batch of this rank whether its loss is not finite.
+        # of the last steps, and the losses of this rank's micro-batches.
         self._first = 0
         self._records: list[Tensor] = []
 
@@ -60,7 +62,7 @@ class Descent:
         count = self.config.accumulation
         names: list[str] = []
         totals: list[Tensor] = []  # all metrics of a micro-batch in one tensor: a kernel for all, not some for each
-        before = self.kept()
+        before = self.buffers.clone()
         for number, batch in enumerate(batches, start=1):
             loss, metrics = self.engine.forward(batch, step)[:2]  # the reconstruction is freed before the backward pass
             self.engine.backward(loss)
@@ -68,34 +70,20 @@ class Descent:
             totals.append(torch.stack([value.float() for value in (loss.detach(), *metrics.values())]))
             if number < count:
                 self.engine.micro_step()
-        engine, guard = self.engine, self.guard
-        stacked, usual = torch.stack(totals), guard.usual()
-        finite = stacked[:, 0].abs() < math.inf
-        excused, norm = engine.scaled(finite.all()), engine.norm()
-        refused = guard.refuses(norm)
-        why = guard.judge(norm, refused, excused)
-        engine.apply(lr, refused, why == OVERFLOW)
-        self.model.update(step, lr)
-        self.take_back(before, guard.spoilt(why))
+        stacked = torch.stack(totals)
+        losses = stacked[:, 0]
+        excused, norm = self.engine.scaled(losses), self.engine.norm()
+        verdict = self.guard.judge(norm, excused)
+        self.engine.apply(lr, verdict.refused, verdict.overflow)
+        self.model.update(step, lr)  # also in a skipped step: it contains collectives
+        torch.where(verdict.spoilt, before, self.buffers, out=self.buffers)
         if not self._records:
             self._first = step
-        self._records.append(torch.stack([why, norm, usual, guard.run, guard.share, *~finite]).float())
-        skipped = refused.float()
-        self.ema.update(self.model, step, skipped)
+        self._records.append(torch.cat([verdict.record, losses]))
+        skipped = verdict.refused.float()
+        self.ema.update(self.model, self.buffers, step, skipped)
         means = dict(zip(names, stacked.mean(0).unbind(), strict=True))
-        return {**means, "gradient_norm": torch.where(refused, 0.0, norm), "skipped": skipped}
-
-    def kept(self) -> list[Tensor]:
-        """Returns copies of the buffers, for `take_back`."""
-        copies = [torch.empty_like(buffer) for buffer in self.model.buffers()]
-        copy_all(copies, self.model.buffers())
-        return copies
-
-    def take_back(self, before: list[Tensor], spoilt: Tensor) -> None:
-        """Restore the buffers if `spoilt`, a bool []: a skipped step must not update codebooks. `update` has run on all
-        ranks either way, because it contains collectives."""
-        buffers = list(self.model.buffers())
-        copy_all(buffers, [torch.where(spoilt, old, new) for old, new in zip(before, buffers, strict=True)])
+        return {**means, "gradient_norm": torch.where(verdict.refused, 0.0, norm), "skipped": skipped}
 
     def refresh(self) -> None:
         self.ema.refresh()
@@ -110,7 +98,7 @@ class Descent:
             return []
         mine = records[places.to(records.device)]
         failed = mine.new_zeros(distributed.world(), *mine[:, 5:].shape)
-        failed[distributed.rank()] = mine[:, 5:]
+        failed[distributed.rank()] = (~mine[:, 5:].isfinite()).float()
         failures = distributed.sum_(failed).transpose(0, 1).flatten(1).cpu()
         found = []
         for place, (why, norm, usual, run, share), failure in zip(
@@ -126,7 +114,7 @@ class Descent:
         values = {grouped(name): value for name, value in means.items()}
         values["optim/skipped"] = skipped  # share of the window's steps
         values["optim/gradient_norm"] = norm / max(1 - skipped, 1e-9)  # mean of the others
-        if (limit := float(self.guard.limit())) < LARGEST:
+        if (limit := self.guard.limit()) < LARGEST:
             values["optim/norm_limit"] = limit
         values |= {f"optim/skipped_{why.replace(' ', '_')}": float(count) for why, count in self.skipped.items()}
         values["optim/lr"] = learning_rate(self.config.optimizer, step - 1, self.config.steps)

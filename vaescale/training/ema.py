@@ -1,19 +1,13 @@
 """Averaged weights."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..interfaces import Model
+from .buffers import joined
 from .engine import Masters
-
-
-def copy_all(targets: list[Tensor], sources: Iterable[Tensor]) -> None:
-    """Copies tensors in one call."""
-    if targets:  # torch refuses an empty list
-        torch._foreach_copy_(targets, list(sources))
 
 
 class WeightEMA:
@@ -26,7 +20,7 @@ class WeightEMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self._averages: list[Tensor] = list(self.model.parameters())
-        self._copies = list(self.model.buffers())
+        self._buffers = joined(self.model)
         self._masters: Masters | None = None
 
     def follow(self, masters: Masters | None) -> None:
@@ -37,8 +31,8 @@ class WeightEMA:
             self._averages = masters.scatter(list(self.model.parameters()))
 
     @torch.no_grad()
-    def update(self, model: Model, step: int, skipped: Tensor) -> None:
-        """Moves the averages towards the weights of `model`, and copies its buffers.
+    def update(self, model: Model, buffers: Tensor, step: int, skipped: Tensor) -> None:
+        """Moves the averages towards the weights of `model`, and copies its buffers, which `joined` returned.
 
         The decay starts as (1 + t) / (10 + t) and is capped at its configured value, so the initial weights are soon
         forgotten. skipped: fp32 [] on the device, 1 if the weights did not change; the averages then stay as well. The
@@ -50,7 +44,7 @@ class WeightEMA:
         differences = torch._foreach_sub(weights, self._averages)
         torch._foreach_mul_(differences, weight * (1 - skipped))
         torch._foreach_add_(self._averages, differences)
-        copy_all(self._copies, model.buffers())
+        self._buffers.copy_(buffers)
 
     @torch.no_grad()
     def refresh(self) -> None:

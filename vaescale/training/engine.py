@@ -127,6 +127,7 @@ class Engine:
         for buffer in module.buffers():
             distributed.broadcast_(buffer)
         self.device = next(iter(self.parameters.values())).device
+        self._unscaled = torch.zeros((), dtype=torch.bool, device=self.device)
         if self.sharded:
             zero_optimizer = self.deepspeed.optimizer
             self._scaled_norm, zero_optimizer.scaled_global_norm = zero_optimizer.scaled_global_norm, self._judged_norm
@@ -142,19 +143,19 @@ class Engine:
         """Called after the backward pass of each micro-batch except the last."""
         self.deepspeed.step()
 
-    def scaled(self, finite: Tensor) -> Tensor:
+    def scaled(self, losses: Tensor) -> Tensor:
         """Returns bool [], the same on all ranks: whether a non-finite gradient would be caused by the loss scale.
 
         That is False if any loss is not finite itself, or if losses are not scaled (1 is DeepSpeed's lowest scale).
-        finite: bool [], whether this rank's losses are finite. Call it before `apply`. Collective with fp16.
+        losses: fp32 [M] of this rank's micro-batches. Call it before `apply`. Collective with fp16.
         """
         if scaler := self.deepspeed.torch_autocast_z0_gradscaler:
             scaled = scaler._scale > 1
         elif self.deepspeed.fp16_enabled():
             scaled = torch.tensor(self.deepspeed.optimizer.loss_scale > 1, device=self.device)
         else:
-            return torch.zeros((), dtype=torch.bool, device=self.device)
-        return scaled & (distributed.sum_((~finite).float()) == 0)
+            return self._unscaled
+        return scaled & (distributed.sum_((~losses.isfinite()).sum()) == 0)
 
     def norm(self) -> Tensor:
         """Returns fp32 []: the norm of the gradient over all ranks, before clipping and without the loss scale. Call it

@@ -5,6 +5,7 @@ without communication. Verdicts and statistics stay on the device and are logged
 """
 
 import math
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ MEMORY = 100
 DEVIATIONS = 6  # beyond chance; a loss that is always noisy has a larger deviation, hence a higher limit
 MOST = 0.25  # largest share of skipped steps, averaged over MEMORY steps
 LARGEST = torch.finfo(torch.float32).max
+TRITON = find_spec("triton") is not None  # comes with CUDA builds of torch
 TAKEN, NOT_FINITE, SPIKE, OVERFLOW = range(4)
 WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
 
@@ -34,6 +36,15 @@ class Skip(NamedTuple):
     micros: list[int]  # micro-batches of the step whose loss is not finite, numbered rank by rank
 
 
+class Verdict(NamedTuple):
+    """On a step, the same on all ranks."""
+
+    record: Tensor  # fp32 [5]: TAKEN or a key of WHY; the norm; and `usual`, `run` and `share` as in Skip
+    refused: Tensor  # bool []: the weights must not change
+    overflow: Tensor  # bool []: the loss scale must fall
+    spoilt: Tensor  # bool []: buffers must not learn from the step either
+
+
 class Guard:
     """Running mean and variance of log ‖g‖ over the steps that were taken: plain over the first MEMORY steps,
     exponentially averaged after them."""
@@ -41,57 +52,70 @@ class Guard:
     def __init__(self, factor: float, device: torch.device) -> None:
         """factor: a norm above `factor` times the usual one may be a spike; 0: no norm is."""
         self.least = math.log(factor) if factor else math.inf
-        self.count = torch.zeros((), device=device)  # steps in the statistics, at most MEMORY
-        self.mean = torch.zeros((), device=device)
-        self.variance = torch.zeros((), device=device)
-        self.run = torch.zeros((), device=device)  # consecutive skipped steps
-        self.share = torch.zeros((), device=device)  # of skipped steps, exponentially averaged over MEMORY steps
+        # Steps in the statistics, at most MEMORY; mean and variance; consecutive skipped steps; their share of all
+        # steps, exponentially averaged over MEMORY steps. In one tensor, so that one kernel updates it.
+        self.statistics = torch.zeros(len(GUARD), device=device)
 
-    def limit(self) -> Tensor:
-        """Returns fp32 []: the largest norm that is not a spike; the largest finite number before MEMORY steps."""
-        above = (DEVIATIONS * self.variance.sqrt()).clamp(min=self.least)
-        return torch.where(self.count >= MEMORY, (self.mean + above).exp().clamp(max=LARGEST), LARGEST)
+    def limit(self) -> float:
+        """Returns the largest norm that is not a spike; the largest finite number before MEMORY steps. Waits for the
+        device."""
+        return float(_limit(self.statistics, self.least))
 
-    def usual(self) -> Tensor:
-        """Returns fp32 []: the geometric mean of the norms; NaN before the first step that was taken."""
-        return torch.where(self.count > 0, self.mean.exp(), math.nan)
+    def judge(self, norm: Tensor, excused: Tensor) -> Verdict:
+        """Returns the verdict on a step and updates the statistics, so call it once a step.
 
-    def refuses(self, norm: Tensor) -> Tensor:
-        """Returns bool []: whether to skip the step."""
-        return ~(norm <= self.limit())  # also NaN and infinity
-
-    def judge(self, norm: Tensor, refused: Tensor, excused: Tensor) -> Tensor:
-        """Returns int64 []: TAKEN, or why the step is skipped. Also updates the statistics, so call it once a step.
-
-        refused: bool [], from `refuses`. excused: bool [], a non-finite gradient would be due to a loss scale that can
-        still fall. Such a step neither lengthens nor ends a run of skipped steps.
+        norm: fp32 []. excused: bool [], a non-finite gradient would be due to a loss scale that can still fall. Such a
+        step neither lengthens nor ends a run of skipped steps. Buffers may learn from it before MEMORY steps were
+        taken: the loss scale is still adapting, and these images initialise codebooks. A later overflow may be a spike.
         """
-        finite = norm < math.inf  # one kernel; `isfinite` is four
-        overflow = excused & ~finite
-        enters = (norm > 0) > refused  # and not refused; a gradient of zero has no logarithm
-        self.count = (self.count + enters).clamp(max=MEMORY)
-        weight = enters / self.count.clamp(min=1)
-        off = torch.where(enters, norm.log() - self.mean, 0.0)
-        step = weight * off
-        self.variance = (1 - weight) * torch.addcmul(self.variance, step, off)
-        self.mean = self.mean + step
-        skipped = refused > overflow
-        self.run = (self.run + skipped) * refused
-        self.share = torch.where(overflow, self.share, self.share.lerp(skipped.float(), 1 / MEMORY))
-        return torch.where(overflow, OVERFLOW, torch.where(finite, SPIKE, NOT_FINITE)) * refused
-
-    def spoilt(self, why: Tensor) -> Tensor:
-        """Returns bool []: whether buffers must not learn from the step either. They may if it overflowed before MEMORY
-        steps were taken: the loss scale is still adapting, and these images initialise codebooks. A later overflow may
-        be a spike."""
-        return (why != TAKEN) > ((why == OVERFLOW) & (self.count < MEMORY))
+        record, flags = _judge(self.statistics, norm, excused, self.least)
+        return Verdict(record, *flags.unbind())
 
     def state(self) -> dict[str, float]:
-        return {name: float(getattr(self, name)) for name in GUARD}
+        return dict(zip(GUARD, self.statistics.tolist(), strict=True))
 
     def load(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            getattr(self, name).fill_(value)
+        values = self.state() | state
+        self.statistics.copy_(torch.tensor([values[name] for name in GUARD]))
+
+
+def _limit(statistics: Tensor, least: float) -> Tensor:
+    count, mean, variance, _, _ = statistics.unbind()
+    above = (DEVIATIONS * variance.sqrt()).clamp(min=least)
+    return torch.where(count >= MEMORY, (mean + above).exp().clamp(max=LARGEST), LARGEST)
+
+
+@torch.library.custom_op("vaescale::judge", mutates_args={"statistics"})  # some 40 operations on single numbers
+def _judge(statistics: Tensor, norm: Tensor, excused: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Returns the Verdict's record, and its flags as bool [3]."""
+    if statistics.is_cuda and TRITON:
+        from .guard_triton import judge as kernel  # imported late: it takes a second and is rarely needed
+
+        return kernel(statistics, norm, excused, least)
+    refused = ~(norm <= _limit(statistics, least))  # also NaN and infinity
+    finite = norm < math.inf
+    overflow = excused & ~finite
+    enters = (norm > 0) > refused  # and not refused; a gradient of zero has no logarithm
+    count, mean, variance, run, share = statistics.clone().unbind()
+    usual = torch.where(count > 0, mean.exp(), math.nan)
+    count = (count + enters).clamp(max=MEMORY)
+    weight = enters / count.clamp(min=1)
+    off = torch.where(enters, norm.log() - mean, 0.0)
+    step = weight * off
+    variance = (1 - weight) * torch.addcmul(variance, step, off)
+    skipped = refused > overflow
+    run = (run + skipped) * refused
+    share = torch.where(overflow, share, share.lerp(skipped.float(), 1 / MEMORY))
+    torch.stack([count, mean + step, variance, run, share], out=statistics)
+    why = torch.where(overflow, OVERFLOW, torch.where(finite, SPIKE, NOT_FINITE)) * refused
+    spoilt = refused > (overflow & (count < MEMORY))
+    return torch.stack([why.float(), norm, usual, run, share]), torch.stack([refused, overflow, spoilt])
+
+
+@_judge.register_fake
+def _(statistics: Tensor, norm: Tensor, excused: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    del excused, least
+    return torch.empty_like(statistics), torch.empty(3, dtype=torch.bool, device=norm.device)
 
 
 def explained(skip: Skip, micros: int) -> str:
