@@ -92,6 +92,9 @@ def test_a_training_step_neither_mixes_devices_nor_waits(name: str, load: Callab
             norm = torch.ones((), device=gpu)
             verdict = guard.judge(norm, norm > 2)
             ema.update(model, buffers, step, verdict.spoilt.float())
+        one = buffers.untyped_storage()._cdata
+        replaced = [name for name, buffer in model.named_buffers() if buffer.untyped_storage()._cdata != one]
+        assert not replaced, f"changed other than in place, so that a skipped step cannot restore them: {replaced}"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -49,11 +49,20 @@ def environment(out: Path, pretend: bool) -> Result:
 
 
 def kernels(out: Path, pretend: bool) -> Result:
-    """Triton's search and noise against float64, by their tests."""
-    files = ["tests/nn/test_nearest_triton.py", "tests/nn/test_noise.py", "tests/nn/test_nearest.py"]
+    """Triton's search, noise and guard against float64 or the operations on a CPU, by their tests."""
+    files = ["nn/test_nearest_triton.py", "nn/test_noise.py", "nn/test_nearest.py", "training/test_guard.py"]
     chosen = ["-k", "gpu"] if pretend else []
     nothing_to_test = 5
-    printed = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *chosen, codes=(0, nothing_to_test))
+    printed = python(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{file}" for file in files),
+        *chosen,
+        codes=(0, nothing_to_test),
+    )
     return {"tests": printed.strip().splitlines()[-1]}
 
 

@@ -28,6 +28,33 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert sorted(rates[10:], reverse=True) == rates[10:]
 
 
+def test_joined_buffers_keep_their_values_and_are_restored_together() -> None:
+    """Of all types and shapes, NaN among them; kernels read them at multiples of 128 bytes."""
+    module = nn.Module()
+    module.inner = nn.Module()
+    given = {
+        "age": torch.arange(5),
+        "ever": torch.tensor([True, False, True]),
+        "inner.sums": torch.tensor([[1.5, math.nan], [-math.inf, 0.0]]).t(),
+        "inner.steps": torch.tensor(7),
+        "nothing": torch.empty(0, 3),
+    }
+    for name, value in given.items():
+        owner, _, key = name.rpartition(".")
+        module.get_submodule(owner).register_buffer(key, value.clone())
+    words = joined(module)
+    before = words.clone()
+    for restored in (False, True):
+        for name, buffer in module.named_buffers():
+            assert buffer.dtype == given[name].dtype
+            torch.testing.assert_close(buffer, given[name], rtol=0, atol=0, equal_nan=True)
+            assert (buffer.data_ptr() - words.data_ptr()) % 128 == 0
+            buffer.zero_()
+        if not restored:
+            assert not words.any()
+            words.copy_(before)
+
+
 def test_averaged_weights_are_the_weighted_sum() -> None:
     model = nn.Linear(1, 1, bias=False)
     model.register_buffer("codebook", torch.zeros(2))
