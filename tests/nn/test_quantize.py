@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vaescale.monitoring import code_statistics as monitoring
 from vaescale.nn.codebook import LAPLACE
-from vaescale.nn.quantize import Config, VectorQuantizer, build
+from vaescale.nn.quantize import AGAIN, Config, VectorQuantizer, build
 
 LEARNING = ["ema", "gradient"]
 
@@ -230,6 +230,27 @@ def test_a_nan_cannot_poison_the_codebook(learning: str) -> None:
             torch.testing.assert_close(quantizer.codebook, before, rtol=1e-5, atol=1e-5)
     for name, value in quantizer.state_dict().items():
         assert value.double().isfinite().all(), name
+
+
+@pytest.mark.parametrize("init", ["samples", "kmeans"])
+def test_micro_batches_are_summed_as_they_come(init: Any) -> None:
+    """A step of five micro-batches has the bits of the joined batch. It holds the rows of two, but of all five where it
+    places or replaces codes."""
+    config = Config(codebook_size=8, dim=4, init=init, reset_every=4, dead_after=3)
+    joined, split = VectorQuantizer(config, seed=1), VectorQuantizer(config, seed=1)
+    split.load_state_dict(joined.state_dict())
+    for step, z in enumerate(batches(42, 60, 4)):
+        joined(z)
+        joined.update(step, lr=0.01)
+        held = []
+        for part in z.chunk(5):
+            split(part)
+            held.append(len(split._seen))
+        split.update(step, lr=0.01)
+        assert max(held) == (5 if step in AGAIN or step % 4 == 0 else 1)
+        assert not split._seen
+        for name, value in joined.state_dict().items():
+            assert torch.equal(value, split.state_dict()[name]), (step, name)
 
 
 def test_usage_is_a_plain_count() -> None:

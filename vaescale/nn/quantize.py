@@ -109,7 +109,9 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("codebook", codebook)
         self.tally = Tally(config.codebook_size, age=0 if random else config.dead_after)
         self.learner: EMA | Adam = EMA(codebook, config.ema_decay) if config.learning == "ema" else Adam(codebook)
-        self._seen: list[tuple[Tensor, Tensor]] = []  # (rows [N, D], codes [N]) of this step's micro-batches
+        self._seen: list[tuple[Tensor, Tensor]] = []  # (rows [N, D], codes [N]) of micro-batches not yet in `_total`
+        self._total: tuple[Tensor, Tensor] | None = None  # sums and counts of earlier micro-batches of this step
+        self._keep = True  # whether this step needs its rows and not only their sums; True before the first step
         self._first: Tensor | None = None  # rows of the initialising step, for k-means
 
     def forward(self, z: Tensor) -> Quantized:
@@ -118,7 +120,7 @@ class VectorQuantizer(Quantizer):
             rows = z.reshape(-1, self.config.dim)
             codes = nearest(rows.detach(), self.codebook)
             if self.training:
-                self._seen.append((rows.detach(), codes))
+                self._see(rows.detach(), codes)
             e = F.embedding(codes, self.codebook).view_as(z)
             commitment = F.mse_loss(z, e)
             loss = self.config.beta * commitment
@@ -138,13 +140,20 @@ class VectorQuantizer(Quantizer):
     def gather(self, step: int) -> list[Tensor]:
         """Returns the sum of each code's rows [K, D] and their number [K], exact in fp32 below 2**24 rows per step. In
         steps that initialise or reset, candidates [K, D] follow."""
-        # A single micro-batch is not copied, which would take as long as summing its rows.
-        rows, codes = self._seen[0] if len(self._seen) == 1 else map(torch.cat, zip(*self._seen, strict=True))
-        self._seen.clear()
-        if self._begins(step) and self.config.init == "kmeans":
-            self._first = rows
-        candidates = [self._candidates(rows, step)] if self._begins(step) or self._resets(step) else []
-        return [*self._sums(rows, codes), *candidates]
+        draws = self._draws(step)
+        candidates = []
+        if draws:
+            assert self._total is None, "steps are consecutive, so that `_keep` is true in a step that draws rows"
+            # A single micro-batch is not copied, which would take as long as summing its rows.
+            rows = self._seen[0][0] if len(self._seen) == 1 else torch.cat([rows for rows, _ in self._seen])
+            candidates = [self._candidates(rows, step)]
+            if self._begins(step) and self.config.init == "kmeans":
+                self._first = rows
+        self._add()
+        total, self._total = self._total, None
+        self._keep = self._draws(step + 1)
+        assert total is not None, "no rows since the last update"
+        return [*total, *candidates]
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
         sums, counts = next(totals), next(totals)
@@ -157,7 +166,7 @@ class VectorQuantizer(Quantizer):
         self.learner.learn(self.codebook, sums, counts, torch.where(sane, lr, 0.0))
         self.tally.count(counts)
         begins, resets = self._begins(step), self._resets(step)
-        if begins or resets:
+        if self._draws(step):
             candidates = next(totals)
             due = torch.where(placed, resets, self.ready & begins) & sane & candidates.isfinite().all()
             dead = (self.tally.age >= self.config.dead_after) & due
@@ -186,11 +195,26 @@ class VectorQuantizer(Quantizer):
         every = self.config.reset_every
         return step > self.begin and every > 0 and step % every == 0
 
-    def _sums(self, rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def _draws(self, step: int) -> bool:
+        return self._begins(step) or self._resets(step)
+
+    def _see(self, rows: Tensor, codes: Tensor) -> None:
+        """Takes the rows of a micro-batch. At most two micro-batches are held, except in a step that draws rows."""
+        self._seen.append((rows, codes))
+        if len(self._seen) > 1 and not self._keep:
+            self._add()
+
+    def _add(self) -> None:
+        for rows, codes in self._seen:
+            self._total = self._sums(rows, codes, self._total)
+        self._seen.clear()
+
+    def _sums(self, rows: Tensor, codes: Tensor, total: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """(sum of each code's rows [K, D], their number [K]), added to `total` in place."""
         # Two tensors, because adding to columns of a joint one takes four times as long.
-        sums = rows.new_zeros(self.config.codebook_size, self.config.dim).index_add_(0, codes, rows)
-        counts = rows.new_zeros(self.config.codebook_size).scatter_add_(0, codes, rows.new_ones(1).expand(len(rows)))
-        return sums, counts
+        size = self.config.codebook_size
+        sums, counts = total or (rows.new_zeros(size, self.config.dim), rows.new_zeros(size))
+        return sums.index_add_(0, codes, rows), counts.scatter_add_(0, codes, rows.new_ones(1).expand(len(rows)))
 
     def _candidates(self, rows: Tensor, step: int) -> Tensor:
         """Draws K rows [K, D] from the *global* batch by (seed, step), with zeros where another rank holds the row.
