@@ -40,26 +40,31 @@ FORESEEN = (ConfigError, DataError, CheckpointError, Diverged, distributed.Unjoi
 
 def main(given: argparse.Namespace) -> int:
     try:
-        world = distributed.place().world  # first of all: whatever else is wrong is said by rank
+        rank, local_rank, world = distributed.place()  # first of all: whatever else is wrong is said by rank
         config = settings.load(given.config, given.overrides)
-        settings.check(config, world)
+        mistake = wrong(config, rank, world)
         # Imported only now, so that a typo is answered before DeepSpeed's import or a process group cost time.
         if given.dry_run:
             from vaescale.advice.dry_run import dry_run
 
-            if distributed.place().rank == 0:
-                print(dry_run(config, distributed.place().world))
+            if mistake:
+                raise ConfigError(mistake)
+            if rank == 0:
+                print(dry_run(config, world))
             return 0
         from vaescale.advice import preflight
         from vaescale.training.trainer import Trainer
 
-        _, local_rank, world = distributed.place()
         shared = preflight.shared_memory(config, world, preflight.ranks_here(world))
         if local_rank == 0 and shared.level != preflight.OK:
             print(shared, flush=True)
-        status = Status(Path(config.run), distributed.place().rank)
+        status = Status(Path(config.run), rank)
         with Lock(Path(config.run), given.take_over) as lock:
             with status.recording(lambda: status.read().get("step", 0)):
+                if world > 1:
+                    distributed.init(config.hang_timeout)
+                    if mistake := distributed.tell(mistake):
+                        raise ConfigError(mistake)
                 trainer = Trainer(config, lock)
             return PREEMPTED_CODE if trainer.train() else 0
     except distributed.Misplaced as error:
@@ -76,6 +81,20 @@ def main(given: argparse.Namespace) -> int:
         ):  # the same on all ranks
             say(error)
         return error.exit_code
+
+
+def wrong(config: settings.Config, rank: int, world: int) -> str:
+    """Checks the settings. Returns what rank 0 finds wrong with the model's shapes, which takes it seconds that the
+    other ranks spend on imports. Raises ConfigError for what all ranks find, and for everything in a single process."""
+    settings.micro_batch(config, world)
+    if rank == 0:
+        try:
+            settings.check(config, world)
+        except ConfigError as error:
+            if world == 1:
+                raise
+            return str(error)
+    return ""
 
 
 def say(error: Exception) -> None:

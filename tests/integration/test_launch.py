@@ -48,6 +48,14 @@ def test_a_typo_stops_the_launcher_with_2_and_a_suggestion(start: Start) -> None
     assert "Traceback" not in output
 
 
+def test_a_shape_that_does_not_fit_is_found_by_rank_0_and_stops_all(tmp_path: Path, start: Start) -> None:
+    given = [f"run={tmp_path / 'run'}", "data.root=none", "data.size=130"]
+    found = [finish(rank) for rank in ranks(start, 2, [*QUICKSTART, *given])]
+    assert [code for code, _ in found] == [2, 2]
+    assert "error: rank 0: data.size=130 does not fit the model, which would decode 128 px" in found[0][1]
+    assert "fit" not in found[1][1]
+
+
 def test_missing_data_are_one_sentence_that_tells_how(tmp_path: Path, start: Start) -> None:
     root = tmp_path / "data"  # next to nothing that could be meant
     root.mkdir()
