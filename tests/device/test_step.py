@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
+from tests.device.kernels import Kernels
 from tests.device.pretended import HostCopy, batch_on, moved, pretended
 from vaescale import settings
 from vaescale.evaluation.metrics import METRICS
@@ -43,6 +44,16 @@ COMBINED = {
     "k-means": ["init=kmeans"],
     "residual": ["depth=2", "groups=2"],
     "entropy": ["entropy_weight=0.1"],
+}
+# Operations that raise RuntimeError on CUDA with `deterministic: true`, from the documentation of
+# torch.use_deterministic_algorithms (2.13). `index_add_` and `scatter_add_`, which sum codebooks' rows, have
+# deterministic implementations, which it then chooses.
+REFUSED = {
+    *("_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "_ctc_loss_backward", "put_", "histc"),
+    *("nll_loss_forward", "nll_loss2d_forward", "bincount", "median", "cumsum", "grid_sampler_2d_backward"),
+    *("upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "upsample_linear1d_backward"),
+    *("_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward"),
+    *("reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward"),
 }
 LIKELIHOODS = get_args(get_type_hints(likelihood.Config)["kind"])
 
@@ -80,8 +91,9 @@ def load(tmp_path: Any) -> Callable[[list[str]], Config]:
 
 @pytest.mark.parametrize("name", [name for name in CASES if MODELS[name.split(",")[0]].learner == "descent"])
 def test_a_training_step_neither_mixes_devices_nor_waits(name: str, load: Callable[[list[str]], Config]) -> None:
+    """Nor does it use operations without a deterministic implementation."""
     config = load(CASES[name])
-    with pretended() as gpu:
+    with pretended() as gpu, Kernels() as kernels:
         model = moved(settings.build(config), gpu).train()
         batch = batch_on(settings.blank(config, IMAGES), gpu)
         guard, ema, buffers = Guard(10.0, gpu), WeightEMA(model, 0.9), joined(model)
@@ -95,6 +107,8 @@ def test_a_training_step_neither_mixes_devices_nor_waits(name: str, load: Callab
         one = buffers.untyped_storage()._cdata
         replaced = [name for name, buffer in model.named_buffers() if buffer.untyped_storage()._cdata != one]
         assert not replaced, f"changed other than in place, so that a skipped step cannot restore them: {replaced}"
+    assert kernels.total() > 50
+    assert not kernels.launched.keys() & REFUSED
 
 
 @pytest.mark.parametrize("name", CASES)
