@@ -223,6 +223,13 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def reduce_(tensor: Tensor) -> Tensor:
+    """Sums over ranks, in place, on rank 0. The other ranks' values are undefined afterwards."""
+    if world() > 1:
+        dist.reduce(tensor, 0)
+    return tensor
+
+
 def broadcast_(tensor: Tensor) -> Tensor:
     """Copies rank 0's values to all ranks, in place."""
     if world() > 1:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,23 +35,29 @@ def writer(folder: Path, keep: int = 2, keep_every: int = 0) -> Writer:
     return Writer(folder, keep, keep_every, Console(0, 10, loud=True))
 
 
-def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
-    return {"model": {"w": torch.full((3,), value)}}
+def tensors(value: float) -> Callable[[], dict[str, dict[str, torch.Tensor]]]:
+    return lambda: {"model": {"w": torch.full((3,), value)}}
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, disk: threading.Event) -> None:
-    """It contains the values of its step; `latest` changes once all is written, and the next save waits for that."""
-    writing, held, state = writer(tmp_path), tensors(5), {"step": 5, "damaged": {"torn": 0}}
-    writing.save(5, held, state, ())
-    held["model"]["w"].fill_(-1)
+    """`latest` changes once all is written, and the next save waits for that before it copies tensors."""
+    writing, state = writer(tmp_path), {"step": 5, "damaged": {"torn": 0}}
+    writing.save(5, tensors(5), state, ())
     state["damaged"]["torn"] = 9
     writing.collect(wait=False)
     assert not (tmp_path / "latest").exists()
 
-    later = threading.Thread(target=writing.save, args=(10, tensors(10), {"step": 10}, ()))
+    copied = []
+
+    def copies() -> dict[str, dict[str, torch.Tensor]]:
+        copied.append(10)
+        return tensors(10)()
+
+    later = threading.Thread(target=writing.save, args=(10, copies, {"step": 10}, ()))
     later.start()
     later.join(0.2)
     assert later.is_alive()
+    assert not copied
     disk.set()
     later.join(60)
     first = tmp_path / "step-00000005"
@@ -109,10 +115,11 @@ def test_two_failures_in_a_row_stop(
 def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
     writing = writer(tmp_path)
     writing.save(5, tensors(5), {}, ())
+    writing.save(10, tensors(float("nan")), {}, ())
     with pytest.raises(
         Diverged, match=r"checkpoint of step 10 is not written, because w of model\.safetensors is not finite"
     ):
-        writing.save(10, tensors(float("nan")), {}, ())
+        writing.collect(wait=True)
     writing.close()
     assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000005", [])
 

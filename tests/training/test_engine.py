@@ -1,5 +1,6 @@
 """The DeepSpeed engine on one process, in this process."""
 
+import dataclasses
 import inspect
 import math
 import multiprocessing.queues
@@ -14,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.tensor_fragment import tensor_fragment
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -154,13 +156,64 @@ def test_two_engines_share_a_step_a_verdict_and_a_checkpoint(group: None, tmp_pa
             assert all(torch.equal(value, files[file][key]) for key, value in tensors.items()), (name, file)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_frozen_and_unused_parameters_are_saved_and_loaded(group: None, tmp_path: Path, zero: int) -> None:
+    """A frozen parameter has no moments; one that never had a gradient has moments of zero."""
+    optimizer, no = settings.Optimizer(), torch.tensor(False)
+
+    def engine() -> Engine:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        net.unused = nn.Parameter(torch.ones(5))
+        net[1].requires_grad_(False)
+        return Engine(net, optimizer, "fp32", zero)
+
+    def train(engine: Engine) -> None:
+        engine.backward(engine.forward(torch.ones(1, 4)).square().mean())
+        engine.norm()
+        engine.apply(1e-2, no, no)
+
+    one = engine()
+    for _ in range(2):
+        train(one)
+    assert one.moments().keys() == {
+        f"{name}/{key}" for name in ("unused", "0.weight", "0.bias") for key in ("exp_avg", "exp_avg_sq")
+    }
+    assert not one.moments()["unused/exp_avg"].any()
+    saved = checkpoint.save(tmp_path, 2, one.tensors(), one.state(), keep=1)
+    other = engine()
+    for parameter in other.module.parameters():
+        nn.init.zeros_(parameter)
+    other.load(partial(checkpoint.read_fitting, saved), one.state())
+    for each in (one, other):
+        train(each)
+        assert each.optimizer_steps() == 3
+    for file, tensors in one.tensors().items():
+        assert all(torch.equal(value, other.tensors()[file][name]) for name, value in tensors.items()), file
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_what_is_to_be_saved_does_not_change_with_training(group: None, zero: int) -> None:
+    config = load(f"zero_stage={zero}")
+    learner = Descent(settings.build(config), config)
+    learner.step([batch()], 0)
+    held = learner.tensors()
+    before = {file: {name: value.clone() for name, value in tensors.items()} for file, tensors in held.items()}
+    learner.step([batch()], 1)
+    assert not torch.equal(learner.tensors()["ema"]["encoder.0.weight"], held["ema"]["encoder.0.weight"])
+    for file, tensors in before.items():
+        assert all(torch.equal(value, held[file][name]) for name, value in tensors.items()), file
+
+
 def test_private_methods_of_libraries_that_we_use_exist() -> None:
     """Replacing a method that DeepSpeed no longer calls would raise no error."""
-    zero = ["scaled_global_norm", "_update_scale", "_wait_for_offload_copies", "_lazy_init_hp_params_optimizer_state"]
+    zero = ["scaled_global_norm", "_update_scale", "_wait_for_offload_copies"]
     assert all(hasattr(DeepSpeedZeroOptimizer, name) for name in zero)
     called = inspect.getsource(DeepSpeedZeroOptimizer.step)
     assert "self.scaled_global_norm()" in called
     assert "self._update_scale(self.overflow)" in called
+    mapping = {"lp_fragment_address", "hp_fragment_address"}  # of `_hp_mapping`, which test_gather.py covers
+    assert mapping <= {field.name for field in dataclasses.fields(tensor_fragment)}
     assert hasattr(torch_autocast, "TORCH_AUTOCAST_INITIALIZED")
     assert "torch_autocast_z0_gradscaler" in inspect.getsource(DeepSpeedEngine)
     assert "self.enable_backward_allreduce" in inspect.getsource(DeepSpeedEngine)

@@ -1,6 +1,6 @@
 """Writes checkpoints in parallel with training: a step waits only for the copy to the host and for the previous save.
 
-    save       all ranks gather; rank 0 checks that tensors are finite, copies them to the host, and starts a thread
+    save       all ranks gather copies in rank 0's host memory; there a thread checks that they are finite and writes
     collect    all ranks learn the outcome: at every report, before the next save, and at the end
 
 A full disk costs one checkpoint, not the run: the previous one is untouched, and the next save tries again.
@@ -9,16 +9,16 @@ A full disk costs one checkpoint, not the run: the previous one is untouched, an
 import copy
 import os
 import shutil
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import distributed
 from ..files import readable_size
+from ..interfaces import Tensors
 from ..monitoring.console import Console
 from . import checkpoint
 from .checkpoint import CheckpointError
@@ -35,6 +35,7 @@ class Writer:
         self._thread: Thread | None = None  # on rank 0, until its outcome is known
         self._failed = ""  # why the last save failed, until it is reported
         self._failures = 0  # failed saves in a row
+        self._diverged = False  # whether the last save failed because a tensor was not finite
 
     def check_room(self, size: int, steps: int) -> None:
         """Raises CheckpointError if the run's checkpoints do not fit on the disk or cannot be written. size: bytes of
@@ -59,34 +60,32 @@ class Writer:
             raise CheckpointError(error)
 
     def save(
-        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], buffers: Container[str]
+        self, step: int, tensors: Callable[[], dict[str, Tensors]], state: dict[str, Any], buffers: Container[str]
     ) -> None:
-        """Starts to save a checkpoint. Collective. buffers: names of the tensors that may hold infinities (but not
-        NaN), as bounds do before they have seen data. Raises Diverged, and saves nothing, if other tensors are not
-        finite."""
+        """Starts to save a checkpoint. Collective.
+
+        tensors: returns the tensors by file on rank 0, copies in host memory; called once the previous save has ended,
+        so that there is one copy at a time. buffers: names of the tensors that may hold infinities (but not NaN), as
+        bounds do before they have seen data. If others are not finite, nothing is saved, and `collect` raises Diverged.
+        """
         self.collect(wait=True)
-        spoilt = distributed.tell(unsound(tensors, buffers) if distributed.rank() == 0 else "")
-        if spoilt:
-            raise Diverged(
-                f"the checkpoint of step {step} is not written, because {spoilt} is not finite: run the same command "
-                f"to continue from the previous one, with a lower optimizer.lr or more optimizer.warmup_steps"
-            )
+        held = tensors()
         if distributed.rank() == 0:
-            held = {
-                file: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
-                for file, values in tensors.items()
-            }
-            self._thread = Thread(target=self._write, args=(step, held, copy.deepcopy(state)), name="checkpoint")
+            given = (step, held, copy.deepcopy(state), buffers)
+            self._thread = Thread(target=self._write, args=given, name="checkpoint")
             self._thread.start()
 
     def collect(self, wait: bool, last: bool = False) -> None:
-        """Reports a failed save. Raises CheckpointError, on all ranks, if it is the second in a row or the last one.
-        Collective. wait: until the save has ended; otherwise a save in progress is skipped.
+        """Reports a failed save. Raises CheckpointError, on all ranks, if it is the second in a row or the last one,
+        and Diverged if a tensor was not finite. Collective. wait: until the save has ended; otherwise a save in
+        progress is skipped.
         """
         failed = self._join() if wait or not (self._thread and self._thread.is_alive()) else ""
-        failed, failures = distributed.tell([failed, self._failures])
+        failed, failures, diverged = distributed.tell([failed, self._failures, self._diverged])
         if not failed:
             return
+        if diverged:
+            raise Diverged(failed)
         if last or failures >= PATIENCE:
             why = "it was the last one" if last else f"{failures} saves in a row have failed"
             raise CheckpointError(f"{failed}, and {why}: free disk space in {self.folder}, then run the same command")
@@ -105,8 +104,16 @@ class Writer:
         failed, self._failed = self._failed, ""
         return failed
 
-    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any], buffers: Container[str]) -> None:
         try:
+            if spoilt := unsound(tensors, buffers):
+                self._diverged = True
+                self._failed = (
+                    f"the checkpoint of step {step} is not written, because {spoilt} is not finite: run the same "
+                    f"command to continue from the previous one, with a lower optimizer.lr or more "
+                    f"optimizer.warmup_steps"
+                )
+                return
             checkpoint.save(self.folder, step, tensors, state, self.keep, self.keep_every)
             self._failures = 0
         except Exception as error:  # an exception in a thread would be lost
@@ -115,7 +122,7 @@ class Writer:
             self._failures += 1
 
 
-def unsound(tensors: dict[str, dict[str, Tensor]], buffers: Container[str]) -> str:
+def unsound(tensors: dict[str, Tensors], buffers: Container[str]) -> str:
     """Returns a description of the first tensor that is not finite; "" if there is none. `buffers` may be infinite but
     not NaN."""
     for file, values in tensors.items():

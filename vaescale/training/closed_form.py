@@ -12,6 +12,7 @@ from ..interfaces import Batch, Model, Tensors
 from ..lifecycle.checkpoint import Read
 from ..models.pca import PCA
 from ..settings import Config
+from .gather import on_host
 from .guard import Skip
 
 
@@ -67,8 +68,8 @@ class ClosedForm:
         }
 
     def tensors(self) -> dict[str, Tensors]:
-        solution = self.model.state_dict()
-        return {"model": solution, "moments": self.moments.over_ranks(), "ema": solution}
+        solution = on_host(self.model.state_dict())
+        return {"model": solution, "moments": on_host(self.moments.over_ranks()), "ema": solution}
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -14,6 +14,7 @@ from ..settings import Config, Optimizer, blank, micro_batch
 from .buffers import joined
 from .ema import WeightEMA
 from .engine import MOMENTS, Engine
+from .gather import on_host
 from .guard import LARGEST, WHY, Guard, Skip
 
 
@@ -123,7 +124,7 @@ class Descent:
         return values
 
     def tensors(self) -> dict[str, Tensors]:
-        return {**self.engine.tensors(), "ema": self.averaged.state_dict()}
+        return {**self.engine.tensors(), "ema": on_host(self.averaged.state_dict())}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -154,7 +155,8 @@ class Descent:
         weights = sum(p.numel() for p in self.model.parameters())
         buffers = sum(buffer.nbytes for buffer in self.model.buffers())
         averages = sum(value.nbytes for value in self.averaged.state_dict().values())
-        return 4 * weights * (1 + len(MOMENTS)) + buffers + averages
+        moments = sum(p.numel() for p in self.engine.trained.values()) * len(MOMENTS)
+        return 4 * (weights + moments) + buffers + averages
 
     def summary(self) -> str:
         weights = sum(p.numel() for p in self.model.parameters())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..interfaces import Model
 from .buffers import joined
-from .engine import Masters
+from .gather import Masters
 
 
 class WeightEMA:
@@ -28,7 +28,7 @@ class WeightEMA:
         rank's shards of its fp32 masters instead of its parameters."""
         if masters:
             self._masters = masters
-            self._averages = masters.scatter(list(self.model.parameters()))
+            self._averages = masters.scatter(self.model.parameters())
 
     @torch.no_grad()
     def update(self, model: Model, buffers: Tensor, step: int, skipped: Tensor) -> None:
@@ -50,5 +50,4 @@ class WeightEMA:
     def refresh(self) -> None:
         """Gathers the averages of all ranks into `model`. Called before `model` is read. Collective."""
         if self._masters:
-            for parameter, average in zip(self.model.parameters(), self._masters.gather(self._averages), strict=True):
-                parameter.copy_(average)
+            self._masters.gather(self._averages, self.model.parameters())

@@ -27,19 +27,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
-from deepspeed.utils import (
-    logger,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.utils import logger
 
 from .. import distributed
 from ..config import ConfigError
 from ..interfaces import Tensors
 from ..lifecycle.checkpoint import Read
 from ..settings import Optimizer
+from .gather import Masters, Shards, on_host
 
 logger.setLevel(logging.WARNING)
 # Only inference_all_reduce uses this kernel, and compiling it takes 39 s on every new machine.
@@ -49,47 +44,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class Masters:
-    """The fp32 master weights of a model with fp16 weights, at ZeRO 1 and 2.
-
-    parts: this rank's shards, flat. Tensors of the same shapes, such as averages of the masters, can be gathered and
-    scattered too: they temporarily replace the masters, where DeepSpeed looks up the fragment of each parameter.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], parts: list[Tensor]) -> None:
-        self.parameters = parameters
-        self.parts = parts
-
-    def gather(self, parts: list[Tensor]) -> list[Tensor]:
-        """Returns the full fp32 tensors of all ranks' `parts`, one per parameter. Collective."""
-        kept = self._replace(parts)
-        full = [safe_get_full_fp32_param(parameter) for parameter in self.parameters]
-        self._replace(kept)
-        return full
-
-    def scatter(self, full: list[Tensor]) -> list[Tensor]:
-        """Returns this rank's shards of `full`, one tensor per parameter."""
-        kept = [part.detach().clone() for part in self.parts]
-        for parameter, value in zip(self.parameters, full, strict=True):
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
-        return self._replace(kept)
-
-    @torch.no_grad()
-    def _replace(self, parts: list[Tensor]) -> list[Tensor]:
-        """Overwrites the masters with `parts`; returns copies of their previous values."""
-        kept = [part.detach().clone() for part in self.parts]
-        torch._foreach_copy_(self.parts, parts)
-        return kept
-
-
 class Engine:
     """One module in one DeepSpeed engine with one AdamW. A process may have several engines.
 
     A step is `forward` and `backward` for each micro-batch with `micro_step` between them, then `norm`, then `apply`
     with the guard's verdict.
 
-    State is read and written one parameter at a time, unsharded and in fp32, so a checkpoint depends neither on the
-    world size nor on the ZeRO stage. It never passes through pickle.
+    State is saved unsharded and in fp32, so a checkpoint depends neither on the world size nor on the ZeRO stage. It
+    never passes through pickle.
     """
 
     def __init__(
@@ -111,6 +73,7 @@ class Engine:
         self.clip = optimizer.grad_clip
         self.sharded = zero > 0
         self.parameters = dict(module.named_parameters())
+        self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad and p.numel()}
         self.optimizer = torch.optim.AdamW(
             module.parameters(), optimizer.lr, optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
@@ -129,6 +92,7 @@ class Engine:
         self.device = next(iter(self.parameters.values())).device
         self._unscaled = torch.zeros((), dtype=torch.bool, device=self.device)
         if self.sharded:
+            self.shards = Shards(list(self.trained.values()))
             zero_optimizer = self.deepspeed.optimizer
             self._scaled_norm, zero_optimizer.scaled_global_norm = zero_optimizer.scaled_global_norm, self._judged_norm
             self._rescale, zero_optimizer._update_scale = zero_optimizer._update_scale, self._judged_rescale
@@ -209,7 +173,8 @@ class Engine:
             self._rescale(skipped)
 
     def tensors(self) -> dict[str, Tensors]:
-        """Returns a checkpoint's tensors by file: weights and moments. Collective."""
+        """Returns a checkpoint's tensors by file: weights and moments, copied to rank 0's host memory. The other ranks
+        have none. Collective."""
         return {self.name: self.weights(), self._prefixed("optimizer"): self.moments()}
 
     def state(self) -> dict[str, Any]:
@@ -230,61 +195,68 @@ class Engine:
         return part if self.name == "model" else f"{self.name}_{part}"
 
     def weights(self) -> dict[str, Tensor]:
-        """Returns parameters in fp32 and buffers in their own type, by name. Collective."""
-        full = {name: self._master(p).detach() for name, p in self.parameters.items()}
-        return full | self._buffers()
+        """Returns copies of the parameters in fp32 and of the buffers in their own type, by name, in rank 0's host
+        memory; {} on the other ranks. Collective."""
+        if not self.sharded:
+            return on_host(self.parameters | self._buffers())
+        frozen = on_host({name: p for name, p in self.parameters.items() if name not in self.trained})
+        masters = zip(self.trained, self.shards.on_host(self._shard()), strict=False)
+        return {**{name: p.float() for name, p in frozen.items()}, **dict(masters), **on_host(self._buffers())}
 
     def saved(self, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the tensors of `weights` and `moments` after `steps` optimiser steps, but on the meta device (buffers
         excepted)."""
         with torch.device("meta"):
             full = {name: torch.empty(p.shape, dtype=torch.float32) for name, p in self.parameters.items()}
-        moments = {f"{name}/{key}": p for name, p in full.items() for key in MOMENTS} if steps else {}
+        moments = {f"{name}/{key}": full[name] for name in self.trained for key in MOMENTS} if steps else {}
         return full | self._buffers(), moments
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         self.module.load_state_dict(weights)
         if self.sharded:
-            for name, parameter in self.parameters.items():
-                safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+            self.shards.scatter([weights[name] for name in self.trained], self._shard())
 
     def masters(self) -> Masters | None:
         """Returns the fp32 masters; None if the model's own weights are fp32."""
         if not self.sharded or all(parameter.dtype == torch.float32 for parameter in self.parameters.values()):
             return None
-        return Masters(list(self.parameters.values()), self.deepspeed.optimizer.single_partition_of_fp32_groups)
+        return Masters(self.shards, self._shard(), [name in self.trained for name in self.parameters])
 
     def moments(self) -> dict[str, Tensor]:
-        """Returns AdamW's moments in fp32, by "name/exp_avg" and "name/exp_avg_sq"; {} before the first step.
-        Collective."""
+        """Returns copies of AdamW's moments in fp32, by "name/exp_avg" and "name/exp_avg_sq", in rank 0's host memory;
+        {} on the other ranks and before the first step. Frozen parameters have none. Collective."""
         if not self.optimizer_steps():
             return {}
-        return {f"{name}/{key}": self._moment(p, key) for name, p in self.parameters.items() for key in MOMENTS}
+        moments: dict[str, Tensor] = {}
+        for key in MOMENTS:
+            if self.sharded:
+                full = self.shards.on_host(self.optimizer.state[self._shard()][key])
+                moments |= {f"{name}/{key}": value for name, value in zip(self.trained, full, strict=False)}
+            else:
+                moments |= on_host({f"{name}/{key}": self._moment(p, key) for name, p in self.trained.items()})
+        return moments
 
     def load_moments(self, moments: dict[str, Tensor], steps: int) -> None:
         if not steps:
             return
-        held = [group["params"][0] for group in self.optimizer.param_groups] if self.sharded else None
-        for tensor in held or self.parameters.values():
+        for tensor in [self._shard()] if self.sharded else self.trained.values():
             state = self.optimizer.state[tensor]
             state["step"] = torch.tensor(float(steps), device=tensor.device)
             for key in MOMENTS:
-                state[key] = torch.zeros_like(tensor)
-        if self.sharded:
-            # DeepSpeed links the flat state to the parameters at its first step only, so we do it here.
-            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.parameters.items():
-            for key in MOMENTS:
-                value = moments[f"{name}/{key}"].to(parameter.device)
-                if self.sharded:
-                    safe_set_full_optimizer_state(parameter, value, key)
-                else:
-                    self.optimizer.state[parameter][key].copy_(value)
+                state.setdefault(key, torch.zeros_like(tensor))
+        for key in MOMENTS:
+            full = [moments[f"{name}/{key}"] for name in self.trained]
+            if self.sharded:
+                self.shards.scatter(full, self.optimizer.state[self._shard()][key])
+                continue
+            for parameter, value in zip(self.trained.values(), full, strict=True):
+                self.optimizer.state[parameter][key].copy_(value)
 
     def optimizer_steps(self) -> int:
         """Returns the number of steps that updated the weights: the trainer's steps less the skipped ones."""
-        states = list(self.optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
+        # A parameter that has had no gradient since the run was resumed still has the count of then.
+        counts = [state["step"] for state in self.optimizer.state.values()]
+        return int(torch.stack(counts).max()) if counts else 0
 
     def scaler(self) -> dict[str, float]:
         """Returns the state of the fp16 loss scaler; {} for other precisions."""
@@ -315,13 +287,14 @@ class Engine:
         kept = self.module.state_dict()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        return safe_get_full_fp32_param(parameter) if self.sharded else parameter
+    def _shard(self) -> Tensor:
+        """Returns this rank's shard of the fp32 masters, flat, which replaces the parameters in the optimiser."""
+        return self.optimizer.param_groups[0]["params"][0]
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        if self.sharded:
-            return safe_get_full_optimizer_state(parameter, key)
-        return self.optimizer.state[parameter][key]
+        """A parameter that has never had a gradient has no state yet."""
+        state = self.optimizer.state.get(parameter)
+        return state[key] if state else torch.zeros_like(parameter)
 
 
 def deepspeed_config(

@@ -48,7 +48,7 @@ class Learner(Protocol):
 
     def tensors(self) -> dict[str, Tensors]:
         """Returns a checkpoint's tensors by file: "model", "ema" (those of `averaged`) and others that the learner
-        needs. Collective."""
+        needs. They are copies in rank 0's host memory; the other ranks have none. Collective."""
         ...
 
     def state(self) -> dict[str, Any]:

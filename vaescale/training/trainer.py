@@ -254,7 +254,7 @@ class Trainer:
         """Saves a checkpoint: all ranks gather, rank 0 writes. Collective."""
         position = self.position
         state = resume.state(position, self.learner, self.order)
-        self.writer.save(position.step, self.learner.tensors(), state, dict(self.model.named_buffers()))
+        self.writer.save(position.step, self.learner.tensors, state, dict(self.model.named_buffers()))
 
     def banner(self) -> str:
         config, index = self.config, self.slices.samples.index
