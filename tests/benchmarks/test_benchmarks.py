@@ -48,6 +48,8 @@ def test_overhead(pictures: Path) -> None:
 
 
 def test_save() -> None:
-    rows = [line.split("|")[1:-1] for line in run("save.py", "--mib", "8", "--rounds", "1").splitlines()[2:]]
+    rows = [line.split("|")[1:-1] for line in run("save.py", "--mib", "24", "--rounds", "1").splitlines()[2:]]
     assert [name.strip() for name, *_ in rows] == ["ours", "safetensors.torch.save"]
-    assert all(0 < float(gap) <= 1000 * float(seconds) + 10 for _, seconds, gap, _ in rows)
+    for _, copied, called, gap, _, seconds, *_ in rows:
+        assert float(copied) >= 0
+        assert 0 < float(called) <= float(gap) + 0.01 <= float(seconds) + 0.02
