@@ -223,6 +223,11 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def begin_sum_(tensor: Tensor) -> dist.Work:
+    """Begins to sum over ranks, in place. The result is there after `wait` of what this returns. Needs a group."""
+    return dist.all_reduce(tensor, async_op=True)
+
+
 def reduce_(tensor: Tensor) -> Tensor:
     """Sums over ranks, in place, on rank 0. The other ranks' values are undefined afterwards."""
     if world() > 1:

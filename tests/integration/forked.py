@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tests import strict
 from tests.faults import inject
-from tests.integration import gathering, probe
+from tests.integration import averaging, gathering, probe
 from vaescale import distributed, settings
 from vaescale.interfaces import Batch
 from vaescale.training.guard import MEMORY
@@ -201,6 +201,7 @@ TASKS = {
     "cases": probe.every_case,
     "resets": probe.every_reset,
     "collectives": probe.collectives,
+    "averaged": averaging.averaged,
     "gathered": gathering.gathered,
     "violate": violate,
 }

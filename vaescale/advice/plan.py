@@ -14,7 +14,7 @@ The model of a step on W = N·G ranks, N nodes of G accelerators, each with its 
                 workstations")
     bytes     = fp32 gradients and all buffers (codebooks, whose statistics are summed once a step)
 
-DeepSpeed's ZeRO 0 sums after the backward pass, so exposed is 1. Validation and saving are not counted.
+At ZeRO 0 sums overlap with the backward pass; exposed = 1 assumes that none do. Validation and saving do not count.
 """
 
 import math

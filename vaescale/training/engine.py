@@ -7,7 +7,11 @@
 - fp16 at ZeRO 0 is `torch_autocast` with torch's GradScaler. At ZeRO 1 and 2 DeepSpeed would clip those gradients
   while they are still scaled, so there we use the `fp16` engine: fp16 weights, fp32 masters.
 - An optimizer in the JSON config compiles FusedAdam, which takes a minute and a half: we pass in torch's fused AdamW.
+- At ZeRO 0 gradients would be averaged after the backward pass: average.py does so during it.
 - Initialisation broadcasts parameters but not buffers: we broadcast the buffers, codebooks among them.
+- ZeRO 1 and 2 have no reduce-scatter, even with `reduce_scatter`: they all-reduce every bucket, ZeRO 2 in every
+  micro-batch. With `use_multi_rank_bucket_allreduce: false` they reduce each part to the rank that owns it. That sends
+  half as much and gives the same bits on two ranks, but takes at least a collective per rank, so it is not the default.
 - ZeRO 1 and 2 compute the norm inside the step and skip a step whose norm is not finite. We compute the norm before,
   and report it as infinite if the guard refuses the step. DeepSpeed would then lower the loss scale, and raise an error
   if it cannot go lower; so we report only real overflows to the loss scaler.
@@ -34,6 +38,7 @@ from ..config import ConfigError
 from ..interfaces import Tensors
 from ..lifecycle.checkpoint import Read
 from ..settings import Optimizer
+from .average import Average
 from .gather import Masters, Shards, on_host
 
 logger.setLevel(logging.WARNING)
@@ -41,6 +46,11 @@ logger.setLevel(logging.WARNING)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed's settings of how it reduces gradients. If one is passed, it does so itself, after the backward pass.
+REDUCTION = {
+    *("communication_data_type", "gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"),
+    "sparse_gradients",
+}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -84,9 +94,12 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
-        if distributed.world() == 1 and not self.sharded:
+        self.average: Average | None = None
+        if not self.sharded and (distributed.world() == 1 or not REDUCTION & (passed or {}).keys()):
             # One rank needs no reduction, which would copy all gradients into a bucket and back.
             self.deepspeed.enable_backward_allreduce = False
+            if distributed.world() > 1:
+                self.average = Average(list(self.trained.values()), self.deepspeed.is_gradient_accumulation_boundary)
         for buffer in module.buffers():
             distributed.broadcast_(buffer)
         self.device = next(iter(self.parameters.values())).device
@@ -102,6 +115,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss)
+        if self.average and self.average.last():
+            self.average.finish()
 
     def micro_step(self) -> None:
         """Called after the backward pass of each micro-batch except the last."""
