@@ -5,11 +5,25 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # `bash tests/run.sh gpu [--pretend] [--parts …]`: what needs a GPU, in 8 minutes (tests/gpu/kit.py). If there is a folder
-# bundle, made by launch/bundle.sh, it is installed next to the machine's own torch, without network.
+# bundle, made by launch/bundle.sh, what is missing beside the machine's own torch comes from it, without network, and is
+# put into the folder .bundle.
 if [ "${1:-}" = gpu ]; then
     shift
     if [ -d bundle ]; then
-        python3 -m pip install -q --no-index --no-deps --upgrade --target .bundle bundle/*.whl
+        pip=$(echo bundle/pip-*.whl)
+        offline() { # pip of the bundle, which no setting of this machine sends to a network
+            PIP_CONFIG_FILE=/dev/null python3 "$pip/pip" --isolated --no-cache-dir "$@" --no-index --find-links bundle
+        }
+        rm -rf .bundle
+        # All of it where pip cannot say what is missing, as for a torch whose own packages it does not know.
+        missing=$(echo bundle/*.whl)
+        if report=$(offline install -q --dry-run --report - '.[kit]'); then
+            missing=$(python3 -c '
+import json, sys
+found = json.load(sys.stdin)["install"]
+print(*(one["download_info"]["url"] for one in found if one["metadata"]["name"] != "vaescale"))' <<< "$report")
+        fi
+        [ -z "$missing" ] || offline install -q --no-deps --no-compile --target .bundle $missing
         PATH=$PWD/.bundle/bin:$PATH PYTHONPATH=$PWD/.bundle:$PWD exec python3 -m tests.gpu.kit "$@"
     fi
     source launch/setup.sh dev

@@ -58,7 +58,11 @@ def main() -> None:
             codebook = torch.randn(codes, dim, generator=generator).to(device)
             check(z, codebook)
             for pair in [*searches(z, codebook), *statistics(z, codebook), *steps(z, codebook)]:
-                theirs, ours, ratio = paired(pair.theirs, pair.ours, 1, rounds, clock)
+                try:
+                    theirs, ours, ratio = paired(pair.theirs, pair.ours, 1, rounds, clock)
+                except torch.cuda.OutOfMemoryError:
+                    print(f"| {pair.what} | {where} | out of memory | | | |", flush=True)
+                    continue
                 line(pair.what, where, theirs, ours, ratio, pair.target)
                 if peak and pair.what.endswith("alone"):
                     least = roofline(peak, len(z), dim, codes, "product" in pair.what)

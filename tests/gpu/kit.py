@@ -1,23 +1,33 @@
 """Everything that needs a GPU, in at most 8 minutes on one and without network: `bash tests/run.sh gpu [--pretend]`.
 
 Each part runs in a process of its own and within its own limit, so that what fails or hangs costs no other part.
-OUT/report.json has each part's results, or its error; OUT/report.md says the same to people. --pretend runs all parts
-on the CPU at their smallest scale; what needs CUDA is left out and said. Exit code: 1 if a part failed.
+OUT/report.json has each part's results, or its error; OUT/report.md says the same to people and where the numbers
+belong; OUT/output.txt has all that the parts printed. --pretend runs all parts on the CPU at their smallest scale; what
+needs CUDA is left out and said. Exit code: 1 if a part failed.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.parts import PARTS, Part
+from tests.gpu.common import FAILED, ROOT, Part
+from tests.gpu.parts import PARTS
 
-ROOT = Path(__file__).parents[2]
+TOTAL = 470  # seconds of all parts together
+LEAST = 10  # seconds with which no part is begun
 TAIL = 3000  # characters of output that a failed part's entry keeps
+# Where libraries keep what they compile: by default in the home folder, which may be read-only or slow.
+CACHES = ("TRITON_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")
+
+Report = dict[str, dict[str, Any]]
 
 
 def main() -> int:
@@ -26,68 +36,100 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these")
     parser.add_argument("--pretend", action="store_true", help="on the CPU, at the smallest scale")
     given = parser.parse_args()
-    given.out = given.out.resolve()
-    given.out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {}
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "output.txt").unlink(missing_ok=True)
     chosen = {*(given.parts or [part.name for part in PARTS])}
     if "families" in chosen:
         chosen.add("reference")
+    report: Report = {}
+    ends = time.monotonic() + TOTAL
     for part in PARTS:
         if part.name not in chosen:
             continue
-        print(f"== {part.name} (at most {part.limit} s)", flush=True)
+        left = int(ends - time.monotonic())
+        limit = min(part.limit, left)
+        print(f"== {part.name} (at most {limit} s)", flush=True)
         begun = time.monotonic()
-        report[part.name] = {**run(part, given.out, given.pretend), "seconds": round(time.monotonic() - begun, 1)}
-        write(report, given.out)  # after each part: the machine may be taken away
-        print(f"   {report[part.name].get('error', 'done').splitlines()[-1]}", flush=True)
-    print((given.out / "report.md").read_text())
-    return int(any("error" in entry for entry in report.values()))
+        found = run(part, out, given.pretend, limit) if left >= LEAST else {"error": f"not begun: {TOTAL} s are over"}
+        report[part.name] = {**found, "seconds": round(time.monotonic() - begun, 1)}
+        write(report, out)  # after each part: the machine may be taken away
+        print(f"   {state(report[part.name])}", flush=True)
+    print("\n" + (out / "report.md").read_text())
+    return int(any(state(entry) == "FAILED" for entry in report.values()))
 
 
-def run(part: Part, out: Path, pretend: bool) -> dict[str, Any]:
-    result = out / f"{part.name}.json"
+def run(part: Part, out: Path, pretend: bool, limit: int) -> dict[str, Any]:
+    """Returns the part's results, also those before it failed, and then an "error", too."""
+    result, output = out / f"{part.name}.json", out / "output.txt"
     result.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    if pretend or part.on_cpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    begins = output.stat().st_size if output.exists() else 0
     command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.parts", part.name, str(out), str(int(pretend))]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=part.limit, check=False
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches, output.open("ab") as log:
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        environment |= {name: f"{caches}/{name.lower()}" for name in CACHES}
+        if pretend or part.on_cpu:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # small models, and many cores
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    except subprocess.TimeoutExpired as late:
-        return {"error": f"{str(late.stdout or '')[-TAIL:]}\nnot done within {part.limit} s"}
-    if done.returncode or not result.exists():
-        return {"error": f"{(done.stdout + done.stderr)[-TAIL:]}\nexit code {done.returncode}"}
-    found: dict[str, Any] = json.loads(result.read_text())
-    result.unlink()
+        try:
+            code = process.wait(limit)
+            why = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            why = f"not done within {limit} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            process.wait()
+    found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+    result.unlink(missing_ok=True)
+    if why or not found:
+        tail = output.read_bytes()[begins:].decode(errors="replace")[-TAIL:].strip()
+        found["error"] = f"{tail}\n{why or 'no results'}".strip()
     return found
 
 
-def write(report: dict[str, Any], out: Path) -> None:
+def state(entry: dict[str, Any]) -> str:
+    if "error" in entry or any(str(value).startswith(FAILED) for value in entry.values()):
+        return "FAILED"
+    return "left out" if "left out" in entry else "ok"
+
+
+def write(report: Report, out: Path) -> None:
     (out / "report.json").write_text(json.dumps(report, indent=1))
-    lines = ["# GPU report", ""]
-    for name, entry in report.items():
-        lines += [f"## {name} ({entry['seconds']} s)", ""]
-        if "error" in entry:
-            lines += ["failed:", "", *(f"    {line}" for line in entry["error"].splitlines()), ""]
+    lines = ["# GPU report", "", "| part | state | seconds |", "|---|---|---|"]
+    lines += [f"| {name} | {state(entry)} | {entry['seconds']} |" for name, entry in report.items()]
+    for part in PARTS:
+        if part.name not in report:
             continue
+        entry = {key: value for key, value in report[part.name].items() if key != "seconds"}
+        lines += ["", f"## {part.name}", "", (part.work.__doc__ or "").strip(), ""]
+        error = entry.pop("error", "")
+        short = {key: shown(value) for key, value in entry.items() if "\n" not in str(value).strip()}
+        if short:
+            lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in short.items())]
         for key, value in entry.items():
-            if key == "seconds":
-                continue
-            if isinstance(value, dict):
-                lines += [f"- {key}:", *(f"  - {inner}: {shown(one)}" for inner, one in value.items())]
-            else:
-                lines.append(f"- {key}: {shown(value)}")
-        lines.append("")
-    (out / "report.md").write_text("\n".join(lines))
+            if key not in short:
+                lines += ["", f"{key}:", "", *quoted(str(value))]
+        if error:
+            lines += ["", "It ended early:", "", *(f"    {line}" for line in error.splitlines())]
+        if part.then:
+            lines += ["", f"What to do with it: {part.then}"]
+    (out / "report.md").write_text("\n".join(lines) + "\n")
 
 
 def shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = str(value)
-    return "\n\n" + "\n".join(f"      {line}" for line in text.splitlines()) + "\n" if "\n" in text else text
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).strip().replace("|", "\\|")
+
+
+def quoted(text: str) -> list[str]:
+    """Returns a text of several lines: tables as they are, the rest as code."""
+    if text.startswith(FAILED):
+        return [f"    {line}" for line in text.splitlines()]
+    return text.strip().splitlines()
 
 
 if __name__ == "__main__":

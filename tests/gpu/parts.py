@@ -1,128 +1,181 @@
-"""The parts of the kit. `python -m tests.gpu.parts NAME OUT PRETEND` runs one and writes OUT/NAME.json."""
+"""The parts of the kit that check. `python -m tests.gpu.parts NAME OUT PRETEND` runs any part, and writes OUT/NAME.json
+after each result."""
 
 import json
+import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from tests.conftest import samples
 from tests.device.kernels import Kernels
-from vaescale import distributed, settings
-from vaescale.interfaces import Batch
+from tests.gpu import speed
+from tests.gpu.common import CUDA, ROOT, Part, Results, load, made, python, tried
+from vaescale import distributed
+from vaescale.data.shards import write
 from vaescale.settings import Config
-from vaescale.training.descent import Descent
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = {name: f"tests/integration/{name}.yaml" for name in ("tiny", "tiny_vae", "tiny_hvae", "tiny_vdvae")}
 STEPS = 8
 # Largest relative difference of losses from those of a CPU in fp32: products are summed in another order, and 16 bits
 # keep three digits (bf16) or four (fp16), in networks of up to ten layers.
 CLOSE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
-TIMED = {  # config → images in a step
-    "configs/vqvae_imagenet128.yaml": 64,
-    "configs/vae_imagenet64.yaml": 64,
-    "configs/hvae_imagenet32.yaml": 16,
-    "configs/hvae_imagenet64.yaml": 8,
-}
-
-Result = dict[str, Any]
-
-
-class Part(NamedTuple):
-    name: str
-    limit: int  # seconds
-    work: Callable[[Path, bool], Result]
-    on_cpu: bool = False
+# Tests that compare CUDA kernels with float64 or a CPU; those of a new kernel belong here.
+KERNEL_TESTS = (
+    "tests/nn/test_nearest_triton.py",
+    "tests/nn/test_noise.py",
+    "tests/training/test_guard.py",
+)
+NO_TEST = 5  # pytest's exit code if it found none
 
 
-def environment(out: Path, pretend: bool) -> Result:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    if torch.cuda.is_available():
-        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda or ""}
-        found["memory, GiB"] = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f}"
-    return found
-
-
-def kernels(out: Path, pretend: bool) -> Result:
-    """Triton's search, noise and guard against float64 or the operations on a CPU, by their tests."""
-    files = ["nn/test_nearest_triton.py", "nn/test_noise.py", "nn/test_nearest.py", "training/test_guard.py"]
-    chosen = ["-k", "gpu"] if pretend else []
-    nothing_to_test = 5
-    printed = python(
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *(f"tests/{file}" for file in files),
-        *chosen,
-        codes=(0, nothing_to_test),
+def environment(out: Path, pretend: bool) -> Results:
+    """What a reader needs to compare the numbers with others."""
+    yield "commit", commit()
+    yield "python", platform.python_version()
+    for name in ("torch", "triton", "deepspeed", "numpy"):
+        yield name, tried(lambda name=name: version(name))
+    yield "CPU cores", len(os.sched_getaffinity(0))
+    yield "/dev/shm, GiB", shutil.disk_usage("/dev/shm").total / 2**30 if Path("/dev/shm").exists() else "none"
+    yield "nvcc", shutil.which("nvcc") or "none (not needed)"
+    if not CUDA:
+        yield "device", "CPU"
+        return
+    properties = torch.cuda.get_device_properties(0)
+    yield (
+        "device",
+        f"{properties.name}, {properties.multi_processor_count} multiprocessors, {torch.cuda.device_count()} visible",
     )
-    return {"tests": printed.strip().splitlines()[-1]}
+    yield "compute capability", f"{properties.major}.{properties.minor}"
+    yield "memory, GiB", properties.total_memory / 2**30
+    yield (
+        "CUDA, cuDNN, NCCL",
+        tried(lambda: f"{torch.version.cuda}, {torch.backends.cudnn.version()}, {torch.cuda.nccl.version()}"),
+    )
+
+
+def commit() -> str:
+    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, text=True, capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no git, or no repository)"
+
+
+def version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def kernels(out: Path, pretend: bool) -> Results:
+    """Triton's search, noise and guard against float64 or the operations on a CPU, by their tests."""
+    chosen = ["-k", "gpu"] if pretend else []
+    for file in KERNEL_TESTS:
+        command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "100", file, *chosen)
+        yield file, tried(lambda command=command: python(*command, codes=(0, NO_TEST)).strip().splitlines()[-1])
 
 
 def losses(config: Config, steps: int = STEPS) -> list[float]:
-    """Of a training on noise, which no data set is needed for."""
     learner, batch = made(config)
     return [float(learner.step([batch], step)["loss"]) for step in range(steps)]
 
 
-def made(config: Config) -> tuple[Descent, Batch]:
-    device = distributed.init()
-    torch.manual_seed(0)
-    learner = Descent(settings.build(config).to(device), config)
-    blank = settings.blank(config, config.global_batch)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, blank.x.shape, dtype=torch.uint8, generator=generator)
-    return learner, blank._replace(x=x, sample=torch.arange(config.global_batch)).to(device)
-
-
-def load(path: str, *overrides: str) -> Config:
-    return settings.load(ROOT / path, ["run=none", "data.root=none", *overrides])
-
-
-def reference(out: Path, pretend: bool) -> Result:
+def reference(out: Path, pretend: bool) -> Results:
     """The losses of each family on the CPU in fp32."""
-    return {name: losses(load(path, "precision=fp32")) for name, path in FAMILIES.items()}
+    for name, path in FAMILIES.items():
+        yield name, tried(lambda path=path: losses(load(path, "precision=fp32")))
 
 
-def families(out: Path, pretend: bool) -> Result:
+def families(out: Path, pretend: bool) -> Results:
     """Each family at each precision and ZeRO stage, against the CPU's losses."""
     wanted = json.loads((out / "report.json").read_text())["reference"]
-    found = {}
-    for name, path in FAMILIES.items():
+    for name in FAMILIES:
         for precision in ("fp32",) if pretend else CLOSE:
             for zero in (0, 1, 2):
-                seen = losses(load(path, f"precision={precision}", f"zero_stage={zero}"))
-                off = max(abs(a - b) / abs(b) for a, b in zip(seen, wanted[name], strict=True))
-                assert off <= CLOSE[precision], f"{name} {precision} ZeRO {zero}: {seen} instead of {wanted[name]}"
-                found[f"{name}, {precision}, ZeRO {zero}"] = off
-    return found
+                case = (name, precision, zero, wanted.get(name))
+                yield f"{name}, {precision}, ZeRO {zero}", tried(lambda case=case: difference(*case))
 
 
-def waits(out: Path, pretend: bool) -> Result:
+def difference(name: str, precision: str, zero: int, wanted: Any) -> float:
+    """Returns the largest relative difference of losses from `wanted`."""
+    assert isinstance(wanted, list), f"the part reference has no losses: {wanted}"
+    seen = losses(load(FAMILIES[name], f"precision={precision}", f"zero_stage={zero}"))
+    off = max(abs(a - b) / abs(b) for a, b in zip(seen, wanted, strict=True))
+    assert off <= CLOSE[precision], f"{off:.2g} > {CLOSE[precision]}: losses {seen} instead of {wanted}"
+    return off
+
+
+def resume(out: Path, pretend: bool) -> Results:
+    """A run that stops after its first step and goes on, against one that does not stop."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write(root / "data/train", samples(90), 20, [])
+        write(root / "data/val", samples(11, seed=1), 4, [])
+        precision = "bf16" if CUDA else "fp32"
+        weights = {}
+        for name, stopped in (("through", False), ("stopped", True)):
+            run = root / name
+            run.mkdir()
+            command = (
+                *("launch/train.py", "--config", FAMILIES["tiny"], f"run={run}", f"data.root={root / 'data'}"),
+                *(f"precision={precision}", "deterministic=true", "data.workers=2"),
+            )
+            if stopped:
+                (run / "STOP").touch()
+                yield "stops", tried(lambda command=command: ended(python(*command, codes=(75,))))
+            yield name, tried(lambda command=command: ended(python(*command)))
+            weights[name] = [load_file(file) for file in run.glob("checkpoints/step-*12/model.safetensors")]
+        yield "weights", tried(lambda: equal(*weights["through"], *weights["stopped"], CLOSE[precision]))
+
+
+def ended(output: str) -> str:
+    """Returns the line that says at which step a run has ended."""
+    (line,) = (line for line in output.splitlines() if " finished at step " in line or " stopped at step " in line)
+    return re.sub(r"^\S+ ", "", line)
+
+
+def equal(wanted: dict[str, torch.Tensor], seen: dict[str, torch.Tensor], close: float) -> str:
+    if all(torch.equal(seen[name], value) for name, value in wanted.items()):
+        return "the same bits"
+    off = max(float((seen[name] - value).abs().max() / value.abs().max()) for name, value in wanted.items())
+    assert off <= close, f"{off:.2g} > {close}"
+    return f"relative difference {off:.2g}"
+
+
+def waits(out: Path, pretend: bool) -> Results:
     """No step waits for the host: torch raises an error where one would."""
-    found = {}
     for name, path in FAMILIES.items():
         for precision in ("fp32",) if pretend else ("fp32", "bf16"):
-            learner, batch = made(load(path, f"precision={precision}"))
-            for step in range(2):  # what is made once
-                learner.step([batch], step)
-            with refusing_waits():
-                for step in range(2, 12):  # among them a step that resets codes
-                    learner.step([batch], step)
-            found[f"{name}, {precision}"] = "none" if torch.cuda.is_available() else "not checked without CUDA"
-    return found
+            config = load(path, f"precision={precision}")
+            yield f"{name}, {precision}", tried(lambda config=config: without_waits(config))
+
+
+def without_waits(config: Config) -> str:
+    learner, batch = made(config)
+    for step in range(2):  # what is made once
+        learner.step([batch], step)
+    with refusing_waits():
+        for step in range(2, 12):  # among them a step that resets codes
+            learner.step([batch], step)
+    return "none" if CUDA else "runs; waits are not seen without CUDA"
 
 
 @contextmanager
 def refusing_waits() -> Iterator[None]:
-    if not torch.cuda.is_available():
+    if not CUDA:
         yield
         return
     torch.cuda.synchronize()
@@ -133,101 +186,68 @@ def refusing_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def launches(out: Path, pretend: bool) -> Result:
+def launches(out: Path, pretend: bool) -> Results:
     """Kernels that a step launches, as the profiler sees them, beside the operations that torch dispatches."""
-    found = {}
     for name, path in FAMILIES.items():
-        learner, batch = made(load(path, "precision=fp32"))
-        learner.step([batch], 0)
-        with Kernels() as dispatched:
-            learner.step([batch], 1)
-        found[name] = {"dispatched": dispatched.total()}
-        if torch.cuda.is_available():
-            from torch.profiler import ProfilerActivity, profile
-
-            with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                learner.step([batch], 2)
-                torch.cuda.synchronize()
-            events = [one for one in seen.events() if one.device_type == torch.autograd.DeviceType.CUDA]
-            found[name]["launched"] = sum("mem" not in one.name.lower() for one in events)
-    return {name: str(entry) for name, entry in found.items()}
+        yield name, tried(lambda path=path: counted(load(path, "precision=fp32")))
 
 
-def speed(out: Path, pretend: bool) -> Result:
-    """Images a second and peak memory of the trainer's step, in bf16."""
-    found = {}
-    timed = {"tests/integration/tiny.yaml": 4} if pretend else TIMED
-    for path, images in timed.items():
-        for side in ("eager", "channels_last", "compiled"):
-            if pretend and side == "compiled":
-                continue
-            precision = "bf16" if torch.cuda.is_available() else "fp32"
-            learner, batch = made(load(path, f"precision={precision}", f"global_batch={images}"))
-            if side == "channels_last":  # after initialisation: DeepSpeed cannot broadcast such parameters
-                learner.model.to(memory_format=torch.channels_last)
-            if side == "compiled":
-                for child in learner.model.children():
-                    child.compile()
-            try:
-                found[f"{Path(path).stem}, {side}"] = timing(learner, batch, images)
-            except Exception as error:
-                found[f"{Path(path).stem}, {side}"] = f"failed: {str(error).splitlines()[0][:200]}"
-            del learner
-    return found
+def counted(config: Config) -> str:
+    learner, batch = made(config)
+    learner.step([batch], 0)
+    with Kernels() as dispatched:
+        learner.step([batch], 1)
+    text = f"{dispatched.total()} operations dispatched"
+    if not CUDA:
+        return text
+    from torch.profiler import ProfilerActivity, profile
 
-
-def timing(learner: Descent, batch: Batch, images: int, rounds: int = 20) -> str:
-    from tests.benchmarks.paired import clock_of
-
-    clock = clock_of(batch.x.device.type)
-    for step in range(5):
-        learner.step([batch], step)
-    if cuda := torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    begun = clock()
-    for step in range(5, 5 + rounds):
-        learner.step([batch], step)
-    seconds = (clock() - begun) / rounds
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if cuda else ""
-    return f"{1000 * seconds:.1f} ms a step, {images / seconds:.1f} images/s{memory}"
-
-
-def python(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
-    """Returns what a command of Python printed, which must end with one of `codes`."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True, check=False)
-    assert done.returncode in codes, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
-
-
-def search(out: Path, pretend: bool) -> Result:
-    """Nearest codes and their statistics beside the roofline."""
-    if not torch.cuda.is_available():
-        return {"left out": "it needs CUDA; on a CPU run tests/benchmarks/codebook.py"}
-    return {"table": python("tests/benchmarks/codebook.py", "--rounds", "5", "--only", "cuda")}
-
-
-def save(out: Path, pretend: bool) -> Result:
-    """What a save costs the training thread."""
-    return {
-        f"{mib} MiB": python("tests/benchmarks/save.py", "--mib", str(mib), "--rounds", "1")
-        for mib in ((8,) if pretend else (512, 2048))
-    }
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        learner.step([batch], 2)
+        torch.cuda.synchronize()
+    events = [one for one in seen.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    copies = sum("mem" in one.name.lower() for one in events)
+    return f"{text}, {len(events) - copies} kernels and {copies} copies launched"
 
 
 PARTS = [
-    Part("environment", 20, environment),
-    Part("kernels", 90, kernels),
-    Part("reference", 60, reference, on_cpu=True),
-    Part("families", 90, families),
-    Part("waits", 40, waits),
-    Part("launches", 40, launches),
-    Part("speed", 120, speed),
-    Part("search", 60, search),
-    Part("save", 60, save),
+    Part("environment", 60, environment, "State the device and the versions with every number."),
+    Part(
+        "kernels",
+        150,
+        kernels,
+        "Where a kernel fails, set TRITON = False in vaescale/nn/nearest.py, vaescale/nn/noise.py or "
+        "vaescale/training/guard.py until it is mended. The operations of torch then do the same.",
+    ),
+    Part("reference", 60, reference, "", on_cpu=True),
+    Part(
+        "families",
+        120,
+        families,
+        "Numbers are relative differences from the CPU's losses. If all pass, say so in launch/README.md, «What was "
+        "tested, and what was not», with the device and the commit.",
+    ),
+    Part(
+        "resume", 120, resume, "As families. If the bits differ, find the operation that `deterministic: true` misses."
+    ),
+    Part("waits", 60, waits, "The traceback in output.txt names the operation that waits; plant it in tests/device."),
+    Part(
+        "launches", 60, launches, "More kernels than operations: what to fuse next, see `torch.profiler` of that step."
+    ),
+    *speed.PARTS,
 ]
 
-if __name__ == "__main__":
-    _, name, out, pretend = sys.argv
+
+def main(name: str, out: Path, pretend: bool) -> None:
     (part,) = (part for part in PARTS if part.name == name)
-    (Path(out) / f"{name}.json").write_text(json.dumps(part.work(Path(out), pretend == "1")))
+    found = {}
+    for key, value in part.work(out, pretend):
+        found[key] = value
+        partial = out / f"{name}.partial"  # after each result, because the part may be ended at any time
+        partial.write_text(json.dumps(found))
+        partial.replace(out / f"{name}.json")
     distributed.finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "1")

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
 import torch
 
 from tests.conftest import Start
@@ -27,8 +25,9 @@ def test_a_sample_draws_the_same_in_any_batch() -> None:
 
 
 def test_it_is_normal_and_independent_over_samples_places_and_keys() -> None:
+    stats = pytest.importorskip("scipy.stats")
     draws = torch.stack([noise.normal(torch.arange(2000), (8,), seed, key) for seed in (0, 1) for key in (0, 1)])
-    assert scipy.stats.kstest(draws.flatten().numpy(), "norm").pvalue > 1e-3
+    assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 1e-3
     columns = draws.permute(0, 2, 1).reshape(32, 2000)
     correlations = torch.corrcoef(torch.cat([columns[:, 1:], columns[:, :-1]])) - torch.eye(64)
     assert correlations.abs().max() < 5.5 / 2000**0.5  # 2016 pairs of independent numbers stay below 4.5 of 1/√n
@@ -55,9 +54,10 @@ def test_it_is_box_muller_in_float64(size: tuple[int, ...]) -> None:
 
 
 def test_a_begun_run_keeps_its_noise() -> None:
+    special = pytest.importorskip("scipy.special")
     drawn = noise.normal(torch.from_numpy(SAMPLES), (40,), 3, 1, version=1)
     words = order.mix(3, 1, SAMPLES[:, None], np.arange(40))
-    quantiles = scipy.special.ndtri(((words >> np.uint64(11)) + 0.5) / 2**53)
+    quantiles = special.ndtri(((words >> np.uint64(11)) + 0.5) / 2**53)
     assert np.abs(drawn.numpy() - quantiles).max() < 1e-6
 
 
@@ -106,7 +106,8 @@ def test_the_kernel_draws_the_same_on_a_gpu() -> None:
 
 
 def test_uniform_is_uniform_and_never_an_end() -> None:
+    stats = pytest.importorskip("scipy.stats")
     draws = noise.uniform(torch.arange(50_000), (), 2, 1)
     assert draws.shape == (50_000,)
     assert 0 < draws.min() < draws.max() < 1
-    assert scipy.stats.kstest(draws.numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(draws.numpy(), "uniform").pvalue > 1e-3
