@@ -146,3 +146,30 @@ def test_torch_knows_the_variables_of_the_recorder() -> None:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         assert all(text.find(name.encode()) >= 0 for name in (RECORDER[0], RECORDER[2], *FORMER))
+
+
+SOCKETS = """
+import psutil
+from vaescale import distributed
+def count():
+    return sum(one.status == "ESTABLISHED" for one in psutil.Process().net_connections("tcp"))
+distributed.init()
+distributed.barrier()
+before = count()
+group = distributed.side_group()
+distributed.barrier()
+print(count() - before)
+distributed.barrier()
+"""
+
+
+def test_the_side_group_connects_each_rank_to_its_neighbours_only(start: Start) -> None:
+    """Four ranks in a ring have two each, and would have three if all were connected with all."""
+    variables = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "4",
+        "PYTHONPATH": str(ROOT),
+    }
+    ranks = [start([sys.executable, "-c", SOCKETS], **variables, RANK=str(rank)) for rank in range(4)]
+    assert [finish(rank, 120) for rank in ranks] == [(0, "2\n")] * 4

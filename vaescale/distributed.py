@@ -151,11 +151,18 @@ def recorded() -> bytes:
 
 def side_group() -> dist.ProcessGroup | None:
     """Returns a gloo group of all ranks, whose collectives no device waits for; None for a single process. Collective.
-    Raises Unjoined if the ranks cannot connect."""
+    Raises Unjoined if the ranks cannot connect.
+
+    Each rank connects only to those it talks to, two for an all-reduce. A connection from each to each, gloo's default,
+    would need W − 1 sockets on a rank, more than the usual limit of 1,024 files, and W² reads from rank 0's store.
+    """
     if world() == 1:
         return None
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     with _over_gloo("gloo"):
-        return dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        dist.all_reduce(torch.zeros(1), group=group)  # connects now, where an error has a cause that can be named
+    return group
 
 
 @contextmanager
