@@ -5,13 +5,22 @@
 
 --step-time: seconds per step on one accelerator with its share of the batch: train with global_batch=SHARE and read
 perf/seconds_per_step while data/wait_share is small. --inside, --between: GB/s, the busbw of nccl-tests, or the
-topology line of a training's log. The formulas are in vaescale/advice/plan.py.
+topology line of a training's log. A table follows with every cost that grows with the number of ranks, its formula and
+its assumption; --ranks 8,64,1024 prints it for these numbers of ranks, each with the same share of the batch. The
+formulas are in vaescale/advice/plan.py.
 """
 
 import argparse
 import sys
 
 from vaescale import arguments
+
+
+def worlds(text: str) -> list[int]:
+    found = text.split(",")
+    if not all(one.isdecimal() and int(one) for one in found):
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers of ranks, such as 8,64,1024")
+    return list(map(int, found))
 
 
 def parse() -> argparse.Namespace:
@@ -31,6 +40,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--latency", type=float, default=0.0, help="ms per step, however small the sums are (default: 0)"
     )
+    parser.add_argument(
+        "--exposed", type=float, default=1.0, help="share of the sums that no computation hides (default: 1)"
+    )
+    parser.add_argument("--ranks", type=worlds, help="numbers of ranks of the table, such as 8,64,1024")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return arguments.parse(parser)
 
@@ -39,7 +52,7 @@ if __name__ == "__main__":
     given = parse()  # before the other imports, which take seconds
 
 from vaescale import settings
-from vaescale.advice.plan import Cluster, plan
+from vaescale.advice.plan import Cluster, plan, table
 from vaescale.config import ConfigError
 
 
@@ -51,10 +64,13 @@ def main(given: argparse.Namespace) -> int:
         1e9 * given.between,
         given.jitter,
         given.latency / 1000,
+        given.exposed,
     )
     try:
         config = settings.load(given.config, given.overrides)
-        print("\n".join(plan(config, cluster, given.step_time)))
+        lines = plan(config, cluster, given.step_time)
+        lines += ["", *table(config, cluster, given.step_time, given.ranks or [cluster.world])]
+        print("\n".join(lines))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from vaescale.advice.plan import Cluster, step_seconds, sums
+from vaescale import settings
+from vaescale.advice.plan import IMAGE, IMAGES, Cluster, moved, step_seconds, sums, table
+from vaescale.files import readable_size
 
 
 def ring(ranks: int, size: float, speed: float) -> float:
@@ -40,3 +42,38 @@ def test_the_slowest_of_many_is_about_as_late_as_said(world: int) -> None:
     late = step_seconds(1.0, 0.0, Cluster(1, world, 1.0, 1.0, jitter=0.05)) - 1
     assert late == pytest.approx(0.05 * math.sqrt(2 * math.log(world)))
     assert 0.7 * late < times.max(1).mean() - 1 < late
+
+
+CONFIG = ["run=none", "data.root=none", "global_batch=16"]
+NODE = Cluster(1, 8, inside=2e11, between=1.25e10)
+
+
+def rows(*given: str) -> dict[str, list[str]]:
+    """What → its values at 8, 64 and 1024 ranks."""
+    config = settings.load("tests/integration/tiny.yaml", [*CONFIG, *given])
+    lines = [line.split(" | ") for line in table(config, NODE, 0.1, [8, 64, 1024])]
+    return {line[1]: line[2:5] for line in lines[2:]}
+
+
+def test_the_table_has_every_term_at_each_number_of_ranks() -> None:
+    found = rows("zero_stage=1")
+    for what in ("gradients", "weights", "gradient norm", "codebooks, rates", "gather moments", "pictures on rank 0"):
+        assert len(found[what]) == 3
+    assert found["compute"] == ["100 ms"] * 3
+    assert found["stop requests"] == ["0.42 ms", "3.78 ms", "61.4 ms"]  # 2 (W − 1) · 30 µs
+    assert "weights" not in rows("zero_stage=0")
+
+
+def test_every_node_fetches_the_columns_that_it_needs() -> None:
+    """A node of 128 reads 16 images of a step from the same quarter of 64 columns; a single one reads all in turn."""
+    one, _, many = rows("data.columns=64")["fetched in all"]
+    assert one == readable_size(IMAGE * IMAGES[0])
+    assert many == readable_size(128 * IMAGE * IMAGES[0] / 4)
+
+
+def test_the_plan_counts_gathered_weights_as_half_a_sum() -> None:
+    config = settings.load("tests/integration/tiny.yaml", [*CONFIG, "zero_stage=1"])
+    model = settings.build(config)
+    plain = moved(model, settings.load("tests/integration/tiny.yaml", CONFIG), 8)
+    weights = 4 * math.ceil(sum(p.numel() for p in model.parameters()) / 16) * 16
+    assert moved(model, config, 8) == plain + weights / 2 + 4

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tests import strict
 from tests.faults import inject
-from tests.integration import averaging, gathering, probe
+from tests.integration import averaging, gathering, probe, traffic
 from vaescale import distributed, settings
 from vaescale.interfaces import Batch
 from vaescale.training.guard import MEMORY
@@ -203,6 +203,7 @@ TASKS = {
     "collectives": probe.collectives,
     "averaged": averaging.averaged,
     "gathered": gathering.gathered,
+    "traffic": traffic.counted,
     "violate": violate,
 }
 
