@@ -148,7 +148,7 @@ import signal, sys
 from tests.data.test_workers import batches
 loader = batches(sys.argv[1], workers=1)
 next(loader)
-print(signal.getsignal(signal.SIGCHLD))
+print(int(signal.getsignal(signal.SIGCHLD)))
 """
 
 
