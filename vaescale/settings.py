@@ -57,6 +57,7 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     tf32: bool = False  # on GPUs, fp32 products and convolutions may round their inputs to TF32; not in evaluation
     deterministic: bool = False  # the same bits in every run on the same GPUs; slower
+    compile: bool = False  # compile the model by torch.compile, which takes minutes at the start
     zero_stage: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
     # decay of the averaged weights that validation and evaluation use
     ema_decay: float = ranged(0.999, least=0, below=1)

@@ -1,13 +1,17 @@
 """Training by gradient descent: one model, one engine, AdamW, averaged weights."""
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import distributed
+from ..config import ConfigError
 from ..interfaces import Batch, Model, Tensors
 from ..lifecycle.checkpoint import Read
 from ..settings import Config, Optimizer, blank, micro_batch
@@ -26,6 +30,9 @@ class Descent:
         self.model = model
         self.ema = WeightEMA(model, config.ema_decay)  # copied before an engine converts the model's weights to fp16
         self.averaged = self.ema.model
+        if config.compile:
+            require_compiler()
+            model.compile()  # in place: the copy above, names and class stay as they are
         micro = micro_batch(config, distributed.world())
         self.engine = Engine(
             model, config.optimizer, config.precision, config.zero_stage, micro, config.accumulation, config.deepspeed
@@ -161,6 +168,17 @@ class Descent:
     def summary(self) -> str:
         weights = sum(p.numel() for p in self.model.parameters())
         return f"{weights / 1e6:.2f} M parameters, {self.config.precision}, ZeRO {self.config.zero_stage}"
+
+
+def require_compiler() -> None:
+    """Raises ConfigError without what `torch.compile` needs."""
+    missing = []
+    if torch.cuda.is_available() and not find_spec("triton"):
+        missing.append("the package triton")
+    if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++"))):
+        missing.append("a C++ compiler")
+    if missing:
+        raise ConfigError(f"compile=true needs {' and '.join(missing)}: install it, or set compile=false")
 
 
 def grouped(name: str) -> str:

@@ -1,0 +1,60 @@
+"""Training a compiled model is training that model."""
+
+from functools import partialmethod
+
+import pytest
+import torch
+from torch import nn
+
+from vaescale import settings
+from vaescale.config import ConfigError
+from vaescale.training.descent import Descent, require_compiler
+
+FAMILIES = ["tiny", "tiny_vae", "tiny_hvae", "tiny_vdvae"]
+AT_SCHEDULES = {"tiny_vae": ["model.beta_warmup_steps=3", "model.free_bits=0.1"]}  # the loss depends on the step
+
+
+def trained(name: str, *overrides: str) -> tuple[list[float], dict[str, torch.Tensor], Descent]:
+    given = ["run=none", "data.root=none", "precision=fp32", *AT_SCHEDULES.get(name, []), *overrides]
+    config = settings.load(f"tests/integration/{name}.yaml", given)
+    torch.manual_seed(0)
+    learner = Descent(settings.build(config), config)
+    x = torch.randint(0, 256, settings.blank(config, 4).x.shape, dtype=torch.uint8)
+    batch = settings.blank(config, 4)._replace(x=x, sample=torch.arange(4))
+    losses = [float(learner.step([batch], step)["loss"]) for step in range(5)]
+    return losses, {**learner.engine.weights(), **learner.engine.moments()}, learner
+
+
+def check(name: str, *overrides: str) -> None:
+    """Losses, weights and moments of five steps, one of them with a reset of codes."""
+    eager, compiled = trained(name, *overrides), trained(name, "compile=true", *overrides)
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
+    assert compiled[1].keys() == eager[1].keys()
+    for key, value in eager[1].items():
+        torch.testing.assert_close(compiled[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+    model, averaged = compiled[2].model, compiled[2].averaged
+    assert model._compiled_call_impl is not None
+    assert averaged._compiled_call_impl is None
+    assert type(model) is type(averaged)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:2])
+def test_a_captured_model_trains_as_before(group: None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Inductor, which takes a minute and more: what is captured is executed operation by operation."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    check(name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [*((name, []) for name in FAMILIES), ("tiny", ["accumulation=2"]), ("tiny_vae", ["zero_stage=1"])],
+)
+def test_a_compiled_model_trains_as_before(group: None, name: str, overrides: list[str]) -> None:
+    check(name, *overrides)
+
+
+def test_a_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"^compile=true needs a C\+\+ compiler: install it, or set compile=false$"):
+        require_compiler()
