@@ -98,6 +98,13 @@ def test_a_wrong_setting_is_one_sentence(override: str, sentence: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_weights_in_one_flat_tensor_have_no_layout(zero: int) -> None:
+    assert settings.load(QUICKSTART, ["channels_last=true"]).channels_last
+    with pytest.raises(ConfigError, match=f"with zero_stage={zero}, .*: set zero_stage=0 or channels_last=false$"):
+        settings.load(QUICKSTART, ["channels_last=true", f"zero_stage={zero}"])
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

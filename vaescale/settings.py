@@ -58,6 +58,7 @@ class Config:
     tf32: bool = False  # on GPUs, fp32 products and convolutions may round their inputs to TF32; not in evaluation
     deterministic: bool = False  # the same bits in every run on the same GPUs; slower
     compile: bool = False  # compile the model by torch.compile, which takes minutes at the start
+    channels_last: bool = False  # keep weights of convolutions in memory as images are: [B, H, W, C]; at ZeRO 0
     zero_stage: Literal[0, 1, 2] = 0  # ZeRO stage; 0 is the fastest below about 1B parameters
     # decay of the averaged weights that validation and evaluation use
     ema_decay: float = ranged(0.999, least=0, below=1)
@@ -268,6 +269,11 @@ def _require(config: Config) -> None:
         )
     if config.optimizer.spike and config.optimizer.spike <= 1:
         raise ConfigError(f"optimizer.spike={config.optimizer.spike} must be above 1, or 0 for no limit")
+    if config.channels_last and config.zero_stage:
+        raise ConfigError(
+            f"channels_last=true cannot be used with zero_stage={config.zero_stage}, where all weights are parts of "
+            f"one flat tensor: set zero_stage=0 or channels_last=false"
+        )
     if places.is_url(config.data.cache):
         raise ConfigError("data.cache is a folder on the node's own disk, not a URL")
     if places.is_url(config.data.root):  # not quoted: the URL may contain a password, which must not reach the log

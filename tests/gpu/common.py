@@ -53,6 +53,7 @@ def made(config: Config) -> tuple[Descent, Batch]:
     blank = settings.blank(config, config.global_batch)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, blank.x.shape, dtype=torch.uint8, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)  # as the loader's
     return learner, blank._replace(x=x, sample=torch.arange(config.global_batch)).to(device)
 
 

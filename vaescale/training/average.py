@@ -73,6 +73,7 @@ class Average:
 
 
 def _views(joined: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Returns views of `joined` of the shapes of `tensors`."""
+    """Returns views of `joined` with the shapes and strides of `tensors`. With other strides each copy would need a
+    kernel. A gradient has the strides of its parameter, the same on all ranks."""
     parts = joined.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return [part.as_strided(tensor.shape, tensor.stride()) for part, tensor in zip(parts, tensors, strict=True)]

@@ -37,6 +37,13 @@ class Descent:
         self.engine = Engine(
             model, config.optimizer, config.precision, config.zero_stage, micro, config.accumulation, config.deepspeed
         )
+        if config.channels_last:
+            # Not earlier: DeepSpeed broadcasts parameters, which must be contiguous for that. Averages need the strides
+            # of their weights to be updated by few kernels; gradients and moments get them by themselves. The loader's
+            # images are in channels_last already.
+            for parameter in (*model.parameters(), *self.averaged.parameters()):
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.to(memory_format=torch.channels_last)
         self.ema.follow(self.engine.masters())
         self.buffers = joined(model)
         self.guard = Guard(config.optimizer.spike, self.engine.device)
