@@ -158,3 +158,21 @@ def test_torch_leaves_no_handler_behind(pictures: Path) -> None:
     command = [sys.executable, "-c", HANDLER, str(pictures)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["0"], done.stderr  # SIG_DFL
+
+
+AT_EXIT = """
+import sys, threading
+from tests.data.test_workers import batches
+loader = batches(sys.argv[1], workers=1)
+next(loader)
+def refuse(thread):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+threading.Thread.start = refuse
+"""
+
+
+def test_a_process_ends_with_its_workers_where_threads_cannot_be_started_any_more(pictures: Path) -> None:
+    """As at exit from Python 3.12 on."""
+    command = [sys.executable, "-c", AT_EXIT, str(pictures)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
