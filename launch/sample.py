@@ -51,7 +51,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 
-from vaescale import distributed, trained
+from vaescale import distributed, numerics, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation.sample import MODES, Subject, Unsupported
@@ -85,6 +85,7 @@ def load(given: argparse.Namespace) -> tuple[Subject, int]:
     if wrong := [number for number in given.images or () if not 0 <= number < total]:
         raise ConfigError(f"--images {wrong[0]}: the validation images are 0 to {total - 1}")
     device = distributed.init()
+    numerics.choose(tf32=False, deterministic=False)
     model, step = trained.read_model(given.run, config, device)
     assert isinstance(model, Codec)
 

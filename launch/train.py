@@ -34,6 +34,7 @@ from vaescale.data import DataError
 from vaescale.lifecycle.checkpoint import CheckpointError, Unreadable
 from vaescale.lifecycle.lock import Lock
 from vaescale.lifecycle.status import PREEMPTED_CODE, Diverged, NoProgress, Status
+from vaescale.lifecycle.watch import STACKS
 
 FORESEEN = (ConfigError, DataError, CheckpointError, Diverged, distributed.Unjoined)
 
@@ -62,7 +63,7 @@ def main(given: argparse.Namespace) -> int:
         with Lock(Path(config.run), given.take_over) as lock:
             with status.recording(lambda: status.read().get("step", 0)):
                 if world > 1:
-                    distributed.init(config.hang_timeout)
+                    distributed.init(config.hang_timeout, Path(config.run) / STACKS)
                     if mistake := distributed.tell(mistake):
                         raise ConfigError(mistake)
                 trainer = Trainer(config, lock)

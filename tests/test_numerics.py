@@ -1,11 +1,15 @@
 """Which precision torch is told to compute in. What hardware makes of it shows on a GPU only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from vaescale import numerics
+from vaescale import numerics, settings
+from vaescale.evaluation.evaluate import reconstruct
+from vaescale.evaluation.sample import decoded, from_prior
+from vaescale.library import Trained
 from vaescale.numerics import PRODUCTS
 
 
@@ -47,3 +51,29 @@ def test_exact_holds_inside_and_what_was_chosen_afterwards(tf32: bool) -> None:
         except KeyError:
             pass
         assert [part.fp32_precision for part in PRODUCTS] == chosen
+
+
+def test_whatever_encodes_and_decodes_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also outside a training, where torch's own default lets convolutions round."""
+    for part in PRODUCTS[:2]:
+        part.fp32_precision = "tf32"
+    config = settings.load("tests/integration/tiny_vae.yaml", ["run=none", "data.root=none"])
+    model = settings.build(config).eval()
+    seen: list[str] = []
+
+    def recorded(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def recording(*given: Any) -> Any:
+            seen.extend(part.fp32_precision for part in PRODUCTS)
+            return whole(*given)
+
+        return recording
+
+    monkeypatch.setattr(model, "encode", recorded(model.encode))
+    monkeypatch.setattr(model, "decode", recorded(model.decode))
+    batch = settings.blank(config, 2)
+    _, latents = reconstruct(model, batch)
+    decoded(model, latents, batch.condition)
+    from_prior(model, batch.condition, seed=0)
+    Trained(model, config, 0, torch.device("cpu")).encode(batch.x.permute(0, 2, 3, 1).numpy())
+    assert len(seen) == 5 * len(PRODUCTS)
+    assert set(seen) <= {"ieee", "none"}

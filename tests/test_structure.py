@@ -28,7 +28,7 @@ LAYERS = {  # package or file → the others that it may import
     "evaluation": {"files", "numerics", "interfaces", "distributed", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
     "trained": {"files", "interfaces", "distributed", "config", "settings", "lifecycle"},
-    "library": {"interfaces", "settings", "data", "monitoring", "evaluation", "trained"},
+    "library": {"interfaces", "numerics", "settings", "data", "monitoring", "evaluation", "trained"},
     "training": {*BELOW, "evaluation"},
     "advice": {*BELOW, "training"},
 }

@@ -24,6 +24,7 @@ from .data import stream
 from .data.decode import Pixels, opened_image
 from .evaluation.sample import decoded, from_prior
 from .interfaces import Batch, Codebooks, Codec, Condition
+from .numerics import exact
 
 AT_ONCE = 32  # pictures per forward pass, as in launch/evaluate.py
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
@@ -53,6 +54,7 @@ class Trained:
         self.reader = stream.pictures(config.data)
 
     @torch.no_grad()
+    @exact()
     def encode(
         self, pictures: Picture | Sequence[Picture], label: Label = None, attributes: ArrayLike | Tensor | None = None
     ) -> list[Tensor]:

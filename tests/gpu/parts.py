@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -180,11 +181,19 @@ def refusing_waits() -> Iterator[None]:
         yield
         return
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with pytest.MonkeyPatch.context() as patch:
+        # The mode does not know of these.
+        for place in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
+            patch.setattr(place, "synchronize", refused)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def refused(*given: Any) -> NoReturn:
+    raise RuntimeError("a step waits for the device")
 
 
 def launches(out: Path, pretend: bool) -> Results:

@@ -177,6 +177,7 @@ def train(job: dict[str, Any]) -> None:
 
     trainer.learner.step, trainer.console.say = recording, saying
     trainer.train()
+    assert not gc.get_freeze_count(), "what the trainer froze would never be collected"
     probe.save(out, "", trainer.model)
     (out / f"rank-{distributed.rank()}.json").write_text(json.dumps(seen))
     (out / f"rank-{distributed.rank()}.txt").write_text("".join(said))

@@ -48,12 +48,28 @@ def test_a_typo_stops_the_launcher_with_2_and_a_suggestion(start: Start) -> None
     assert "Traceback" not in output
 
 
+RECORDS = """
+import os, runpy, sys
+from vaescale import distributed
+init = distributed.init
+def shown(*given):
+    device = init(*given)
+    print("records:", os.environ.get("TORCH_FR_DUMP_TEMP_FILE"), flush=True)
+    return device
+distributed.init = shown
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_shape_that_does_not_fit_is_found_by_rank_0_and_stops_all(tmp_path: Path, start: Start) -> None:
+    """When the ranks have met; NCCL's records are set up before."""
     given = [f"run={tmp_path / 'run'}", "data.root=none", "data.size=130"]
-    found = [finish(rank) for rank in ranks(start, 2, [*QUICKSTART, *given])]
+    found = [finish(rank) for rank in ranks(start, 2, ["-c", RECORDS, *QUICKSTART, *given])]
     assert [code for code, _ in found] == [2, 2]
+    assert all(f"records: {tmp_path}/run/stacks/nccl-rank-\n" in output for _, output in found)
     assert "error: rank 0: data.size=130 does not fit the model, which would decode 128 px" in found[0][1]
-    assert "fit" not in found[1][1]
+    assert "fit the model" not in found[1][1]
 
 
 def test_missing_data_are_one_sentence_that_tells_how(tmp_path: Path, start: Start) -> None:

@@ -304,6 +304,18 @@ def test_a_step_at_zero_0_does_not_synchronise(group: None, precision: str) -> N
         learner.skips()
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_nothing_synchronises_the_device(group: None, monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
+    """DeepSpeed's timers do, by default, from the second step on."""
+    calls = []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda self, *device: calls.append(device))
+    config = load(f"zero_stage={zero}", "accumulation=2", "global_batch=24")
+    learner = Descent(settings.build(config), config)
+    for step in range(5):
+        learner.step([batch(), batch()], step)
+    assert not calls
+
+
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_loss_scale_falls_for_overflows_alone(group: None, monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
     """Neither for a loss that is not finite nor for a spike; and not below 1, where an overflow is none any more and

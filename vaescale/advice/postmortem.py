@@ -14,7 +14,7 @@ from ..lifecycle import checkpoint
 from ..lifecycle.checkpoint import CheckpointError
 from ..lifecycle.pace import SLOW
 from ..lifecycle.status import FAILED, FINISHED, NO_PROGRESS, PREEMPTED, RUNNING, Status
-from ..lifecycle.watch import FOLDER
+from ..lifecycle.watch import STACKS
 from ..monitoring.board import METRICS, read_alarms, read_lines
 from .preflight import FAIL, OK, WARN, Finding
 
@@ -80,7 +80,7 @@ def _running(run: Path, metrics: Metrics, step: Any) -> Finding:
 
 def stacks(run: Path) -> list[Finding]:
     """Returns where each rank was when the run hung, and which ranks left no stacks."""
-    files = sorted((run / FOLDER).glob("rank-*.txt"))
+    files = sorted((run / STACKS).glob("rank-*.txt"))
     heads = [printable(file.read_text(errors="replace").partition("\n")[0]) for file in files if file.is_file()]
     if not heads:
         return []
@@ -88,7 +88,7 @@ def stacks(run: Path) -> list[Finding]:
     world = re.match(r"rank \d+ of (\d{1,6}):", heads[0])
     if not world:  # for example because the disk was full
         return found
-    missing = [rank for rank in range(int(world[1])) if run / FOLDER / f"rank-{rank}.txt" not in files]
+    missing = [rank for rank in range(int(world[1])) if run / STACKS / f"rank-{rank}.txt" not in files]
     if missing:
         ranks = ", ".join(map(str, missing))
         found.append(Finding(WARN, f"rank {ranks} left no stacks", "check its node and the kernel log there"))
@@ -97,7 +97,7 @@ def stacks(run: Path) -> list[Finding]:
             Finding(
                 WARN,
                 "the rank whose stacks differ from the others' is the likely cause",
-                f"compare the files in {run / FOLDER}",
+                f"compare the files in {run / STACKS}",
             )
         )
     return found

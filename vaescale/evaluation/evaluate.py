@@ -63,6 +63,7 @@ def protocol() -> dict[str, str]:
 
 
 @torch.no_grad()
+@exact()
 def reconstruct(codec: Codec, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     """Returns the reconstructions of the batch, uint8 [B, C, H, W], and its latents."""
     latents = codec.encode(batch)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.order import mix
 from ..interfaces import Batch, Codec, Condition
 from ..monitoring.pictures import Picture, factor, grid, joined, legible, to_bytes
+from ..numerics import exact
 from .latents import moments, sums
 
 AT_ONCE = 64  # images decoded together
@@ -237,6 +238,7 @@ MODES: dict[str, Callable[[Subject], dict[str, Picture]]] = {
 
 
 @torch.no_grad()
+@exact()
 def from_prior(
     codec: Codec,
     condition: Condition,
@@ -268,6 +270,7 @@ def in_turn(condition: Condition, count: int) -> Condition:
     return Condition(*(tensor[place] for tensor in condition))
 
 
+@exact()
 def decoded(codec: Codec, latents: Sequence[Tensor], condition: Condition) -> Tensor:
     """Returns the means of p(x|z), uint8 [B, C, H, W]."""
     images = []

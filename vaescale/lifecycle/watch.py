@@ -22,7 +22,7 @@ from .. import distributed, process
 from .status import HUNG_CODE, NO_PROGRESS_CODE, Status
 from .stops import LAUNCHER, TWICE_INTERRUPTED, Stop
 
-FOLDER = "stacks"
+STACKS = "stacks"
 PACKAGE = Path(__file__).parents[1]
 TICK = 1.0  # seconds between checks
 LEAVE = 20.0  # replaces the timeout, in seconds, once the launcher is gone
@@ -48,7 +48,7 @@ class Watch:
     ) -> None:
         """timeout: least seconds without a step that count as a hang; 0: never. step: steps taken so far. release:
         releases the run directory before this process exits at once."""
-        self.folder = run / FOLDER
+        self.folder = run / STACKS
         self.timeout = timeout
         self.launcher = launcher
         self.stop, self.status, self.release = stop, status, release

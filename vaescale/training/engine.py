@@ -8,6 +8,7 @@
   while they are still scaled, so there we use the `fp16` engine: fp16 weights, fp32 masters.
 - An optimizer in the JSON config compiles FusedAdam, which takes a minute and a half: we pass in torch's fused AdamW.
 - At ZeRO 0 gradients would be averaged after the backward pass: average.py does so during it.
+- Its throughput timer, on by default, waits for the device twice in each micro-batch: we turn it off.
 - Initialisation broadcasts parameters but not buffers: we broadcast the buffers, codebooks among them.
 - ZeRO 1 and 2 have no reduce-scatter, even with `reduce_scatter`: they all-reduce every bucket, ZeRO 2 in every
   micro-batch. With `use_multi_rank_bucket_allreduce: false` they reduce each part to the rank that owns it. That sends
@@ -329,6 +330,7 @@ def deepspeed_config(
     }
     return {
         "steps_per_print": 2**62,  # never: we report ourselves
+        "timers": {"throughput": {"enabled": False}},
         **passed,
         "train_batch_size": micro * accumulation * distributed.world(),
         "train_micro_batch_size_per_gpu": micro,

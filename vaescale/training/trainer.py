@@ -26,7 +26,7 @@ from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
 from ..lifecycle.stops import Stop
-from ..lifecycle.watch import FOLDER, Watch
+from ..lifecycle.watch import STACKS, Watch
 from ..lifecycle.writer import Writer
 from ..models import MODELS
 from ..monitoring.board import validated
@@ -47,7 +47,7 @@ class Trainer:
         self.run = Path(config.run)
         self.launcher = process.launcher()
         numerics.choose(config.tf32, config.deterministic)
-        self.device = distributed.init(config.hang_timeout, self.run / FOLDER)
+        self.device = distributed.init(config.hang_timeout, self.run / STACKS)
         self.rank, self.world = distributed.rank(), distributed.world()
         self.micro = micro_batch(config, self.world)
         self.release: Callable[[], None] = lambda: None
@@ -115,6 +115,7 @@ class Trainer:
                 why = self.loop(stop, watch)
         finally:
             gc.enable()
+            gc.unfreeze()
             self.writer.close()
         if self.rank == 0:
             status.end(PREEMPTED if why else FINISHED, why, position.step)
