@@ -20,7 +20,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
 JOIN = 60.0  # seconds that a rank waits at least for the others to start
 COLLECTIVE = 1800.0  # seconds that a rank waits at least in a collective: torch's default for gloo
 TRACE = "nccl-rank-"  # name of a record of the last collectives, followed by the rank
-LONG = 12  # times hang_timeout: the watch's limit for phases other than steps, see lifecycle/watch.py
+LONG = 12  # times hang_timeout: the limit for anything but a step (validation, saving, the first step)
 
 
 class Unjoined(RuntimeError):

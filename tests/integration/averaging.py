@@ -14,7 +14,7 @@ from vaescale.settings import Optimizer
 from vaescale.training import average
 from vaescale.training.engine import Engine
 
-BUCKET, WIDTH, LAYERS, STEPS = 1000, 12, 8, 4  # bytes; a layer has 624
+BUCKET_BYTES, WIDTH, LAYERS, STEPS = 1000, 12, 8, 4  # a layer has 624 bytes
 
 
 class Net(nn.Module):
@@ -38,7 +38,7 @@ def averaged(job: dict[str, Any]) -> None:
     """Train one engine with our averaging and one with DeepSpeed's. Writes averaged-R.json: [precision, accumulation,
     steps taken, collectives of each micro-batch's backward pass, those begun before the last gradient, whether the
     weights have the same bits, their largest difference] of each case."""
-    average.BUCKET = BUCKET
+    average.BUCKET_BYTES = BUCKET_BYTES
     rows = []
     for precision, accumulation in product(("fp32", "bf16", "fp16"), (1, 3)):
         ours = train(precision, accumulation, {})

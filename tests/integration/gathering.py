@@ -16,7 +16,7 @@ from vaescale.settings import Optimizer
 from vaescale.training import gather
 from vaescale.training.engine import MOMENTS, Engine
 
-BUCKET = 100  # entries; fewer than some parameters have, and no divisor of where shards end
+BUCKET_ENTRIES = 100  # fewer than some parameters have, and no divisor of where shards end
 
 
 class Net(nn.Module):
@@ -78,7 +78,7 @@ def gathered(job: dict[str, Any]) -> None:
     """Compare what is saved with what DeepSpeed's functions return, bit for bit; continue from it in another engine.
     Writes gathered-R.json: [precision, stage, collectives of a save, collectives of DeepSpeed's functions, largest
     tensor of a save] of each case."""
-    gather.BUCKET = BUCKET
+    gather.BUCKET_ENTRIES = BUCKET_ENTRIES
     rows = []
     for precision, zero in (("fp32", 1), ("fp32", 2), ("fp16", 1), ("fp16", 2)):
         engine = engine_of(precision, zero)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.averaging import BUCKET, STEPS, Net
+from tests.integration.averaging import BUCKET_BYTES, STEPS, Net
 from tests.integration.conftest import forked
 
 BYTES = sum(p.nbytes for p in Net().parameters() if p.requires_grad)
@@ -25,7 +25,7 @@ def test_gradients_are_averaged_during_the_last_backward_pass(averaged: Path, wo
     """With accumulation, parameters without gradient on some ranks, and loss scaling: two ranks get the bits of
     DeepSpeed, more ranks up to the order of sums. There is one collective per bucket, and some begin before the last
     gradient is there. That all ranks begin the same ones in the same order is checked by the strict group."""
-    most = math.ceil(BYTES / BUCKET)
+    most = math.ceil(BYTES / BUCKET_BYTES)
     for rank in range(world):
         rows = json.loads((averaged / str(world) / f"averaged-{rank}.json").read_text())
         assert [tuple(row[:2]) for row in rows] == list(product(("fp32", "bf16", "fp16"), (1, 3)))

@@ -17,7 +17,7 @@ from ..interfaces import KLWeighted
 from ..nn.quantize import VectorQuantizer
 from ..nn.quantizer import Quantizer
 from ..settings import Config
-from ..training.average import BUCKET
+from ..training.average import BUCKET_BYTES
 
 SUM, GATHER = "all-reduce", "all-gather"
 ALIGNED = 2  # DeepSpeed pads the flat weights to a multiple of this many entries per rank
@@ -58,9 +58,9 @@ def _buckets(model: nn.Module, config: Config) -> int:
     passed = (config.deepspeed or {}).get("zero_optimization") or {}
     if config.zero_stage or passed:
         return math.ceil(sum(p.numel() for p in weights) / passed.get("reduce_bucket_size", 5e8))
-    count, filled = 0, BUCKET
+    count, filled = 0, BUCKET_BYTES
     for parameter in reversed(weights):
-        if filled >= BUCKET:
+        if filled >= BUCKET_BYTES:
             count, filled = count + 1, 0
         filled += parameter.nbytes
     return count

@@ -29,7 +29,6 @@ LEAVE = 20.0  # replaces the timeout, in seconds, once the launcher is gone
 LINGER = 5.0  # seconds from writing the stacks to the exit, so that other ranks time out before the exit ends them
 USUAL = 10  # the limit is at least this multiple of the longest recent gap
 GAPS = 100  # gaps between steps that are remembered
-LONG = 12  # multiple of the timeout for anything but a step: validation, saving, the first step
 
 
 class Watch:
@@ -102,7 +101,7 @@ class Watch:
     def limit(self, floor: float) -> float:
         """Returns the seconds without progress that now count as a hang. floor: the least limit for a step."""
         if self._what:
-            return max(LONG * floor, USUAL * self._longest.get(self._what, 0.0))
+            return max(distributed.LONG * floor, USUAL * self._longest.get(self._what, 0.0))
         return max(floor, USUAL * max(self._gaps, default=0.0))
 
     def _sign(self) -> float:

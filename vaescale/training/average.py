@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 
-BUCKET = 25 * 2**20  # bytes; a bucket with as many is full
+BUCKET_BYTES = 25 * 2**20  # a bucket with as many is full
 
 
 class Average:
@@ -29,7 +29,7 @@ class Average:
         self.buckets: list[list[nn.Parameter]] = []
         for parameter in reversed(parameters):
             bucket = self.buckets[-1] if self.buckets else []
-            if not bucket or bucket[0].dtype != parameter.dtype or sum(p.nbytes for p in bucket) >= BUCKET:
+            if not bucket or bucket[0].dtype != parameter.dtype or sum(p.nbytes for p in bucket) >= BUCKET_BYTES:
                 self.buckets.append(bucket := [])
             bucket.append(parameter)
         for number, bucket in enumerate(self.buckets):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..interfaces import Tensors
 
-BUCKET = 2**23  # entries: 32 MiB of fp32
+BUCKET_ENTRIES = 2**23  # 32 MiB of fp32
 
 
 def on_host(tensors: Tensors) -> Tensors:
@@ -79,8 +79,8 @@ class Shards:
         """Yields (place of the first entry, reduced values) for each part of the joined tensor. The values are
         overwritten by the next ones."""
         total = self.begins[-1]
-        bucket = torch.empty(min(BUCKET, total), device=self.device)
-        for begin in range(0, total, BUCKET):
+        bucket = torch.empty(min(BUCKET_ENTRIES, total), device=self.device)
+        for begin in range(0, total, BUCKET_ENTRIES):
             values = bucket[: total - begin].zero_()
             targets, sources = [], []
             for number, start, place, entries in self.pieces:
