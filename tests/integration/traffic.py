@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vaescale import distributed, settings
+from vaescale.training import average
 from vaescale.training.descent import Descent
 
+BUCKET_BYTES = 2000  # of our own averaging of gradients; several buckets for each of the models
 FIRST, COUNTED = 21, 4  # steps before the counted ones, which initialise codebooks, and as many as from reset to reset
 
 
@@ -30,6 +32,7 @@ class Traffic(TorchDispatchMode):
 
 def counted(job: dict[str, Any]) -> None:
     """Train the "cases", [config file, key=value …] each, for some steps; traffic.json has the collectives by case."""
+    average.BUCKET_BYTES = BUCKET_BYTES
     found = []
     for case in job["cases"]:
         config = load(*case)

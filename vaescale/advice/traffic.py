@@ -2,7 +2,8 @@
 
 What DeepSpeed 0.19.8 does, as tests/integration/test_traffic.py counts it on two ranks:
 
-- ZeRO 0 all-reduces the gradients once a step, in fp32 at every precision, in our own buckets.
+- ZeRO 0 all-reduces the gradients once a step, in fp32 at every precision: in our own buckets during the backward pass,
+  or in DeepSpeed's after it if a setting of its reduction is passed (average.py).
 - ZeRO 1 all-reduces the whole gradient too, not only each rank's shard (`use_multi_rank_bucket_allreduce`), and gathers
   the updated weights. So it moves 1.5 times as much as ZeRO 0. With fp16, both are 2 bytes an entry.
 - ZeRO 2 all-reduces the whole gradient after every micro-batch.
@@ -17,9 +18,10 @@ from ..interfaces import KLWeighted
 from ..nn.quantize import VectorQuantizer
 from ..nn.quantizer import Quantizer
 from ..settings import Config
-from ..training.average import BUCKET_BYTES
+from ..training.average import averages, bucketed
 
 SUM, GATHER = "all-reduce", "all-gather"
+BUCKET_ENTRIES = 500_000_000  # of DeepSpeed by default; at stage 0 always
 ALIGNED = 2  # DeepSpeed pads the flat weights to a multiple of this many entries per rank
 
 
@@ -53,17 +55,13 @@ def traffic(model: nn.Module, config: Config, world: int) -> list[Collective]:
 
 
 def _buckets(model: nn.Module, config: Config) -> int:
-    """Returns the number of all-reduces of a pass, in buckets of training/average.py at ZeRO 0, else DeepSpeed's."""
+    """Returns the number of all-reduces of a pass, in our own buckets or in DeepSpeed's."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    passed = (config.deepspeed or {}).get("zero_optimization") or {}
-    if config.zero_stage or passed:
-        return math.ceil(sum(p.numel() for p in weights) / passed.get("reduce_bucket_size", 5e8))
-    count, filled = 0, BUCKET_BYTES
-    for parameter in reversed(weights):
-        if filled >= BUCKET_BYTES:
-            count, filled = count + 1, 0
-        filled += parameter.nbytes
-    return count
+    if averages(config.zero_stage, config.deepspeed):
+        return len(bucketed(weights))
+    passed = config.deepspeed.get("zero_optimization") or {}
+    size = passed.get("reduce_bucket_size", BUCKET_ENTRIES) if config.zero_stage else BUCKET_ENTRIES
+    return math.ceil(sum(p.numel() for p in weights) / size)
 
 
 def statistics_bytes(model: nn.Module) -> float:

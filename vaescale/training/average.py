@@ -5,6 +5,7 @@ no effect.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,27 @@ from torch import Tensor, nn
 from .. import distributed
 
 BUCKET_BYTES = 25 * 2**20  # a bucket with as many is full
+# DeepSpeed's settings of how it reduces gradients. If one is passed, it does so itself, after the backward pass.
+REDUCTION = {
+    *("communication_data_type", "gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"),
+    "sparse_gradients",
+}
+
+
+def averages(zero: int, passed: dict[str, Any] | None) -> bool:
+    """Returns whether Average averages the gradients, not DeepSpeed. passed: the settings given to DeepSpeed."""
+    return not zero and not REDUCTION & (passed or {}).keys()
+
+
+def bucketed(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Groups parameters into buckets, last parameters first."""
+    buckets: list[list[nn.Parameter]] = []
+    for parameter in reversed(parameters):
+        bucket = buckets[-1] if buckets else []
+        if not bucket or bucket[0].dtype != parameter.dtype or sum(p.nbytes for p in bucket) >= BUCKET_BYTES:
+            buckets.append(bucket := [])
+        bucket.append(parameter)
+    return buckets
 
 
 class Average:
@@ -26,12 +48,7 @@ class Average:
     def __init__(self, parameters: list[nn.Parameter], last: Callable[[], bool]) -> None:
         """last: whether this is the backward pass of a step's last micro-batch; the others only accumulate."""
         self.last = last
-        self.buckets: list[list[nn.Parameter]] = []
-        for parameter in reversed(parameters):
-            bucket = self.buckets[-1] if self.buckets else []
-            if not bucket or bucket[0].dtype != parameter.dtype or sum(p.nbytes for p in bucket) >= BUCKET_BYTES:
-                self.buckets.append(bucket := [])
-            bucket.append(parameter)
+        self.buckets = bucketed(parameters)
         for number, bucket in enumerate(self.buckets):
             bucket.reverse()  # the order of DeepSpeed, on which the rounding of sums over three or more ranks depends
             for parameter in bucket:

@@ -39,7 +39,7 @@ from ..config import ConfigError
 from ..interfaces import Tensors
 from ..lifecycle.checkpoint import Read
 from ..settings import Optimizer
-from .average import Average
+from .average import Average, averages
 from .gather import Masters, Shards, on_host
 
 logger.setLevel(logging.WARNING)
@@ -47,11 +47,6 @@ logger.setLevel(logging.WARNING)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# DeepSpeed's settings of how it reduces gradients. If one is passed, it does so itself, after the backward pass.
-REDUCTION = {
-    *("communication_data_type", "gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"),
-    "sparse_gradients",
-}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -96,7 +91,7 @@ class Engine:
             model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
         self.average: Average | None = None
-        if not self.sharded and (distributed.world() == 1 or not REDUCTION & (passed or {}).keys()):
+        if averages(zero, passed) or (not self.sharded and distributed.world() == 1):
             # One rank needs no reduction, which would copy all gradients into a bucket and back.
             self.deepspeed.enable_backward_allreduce = False
             if distributed.world() > 1:
