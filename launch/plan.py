@@ -41,7 +41,10 @@ def parse() -> argparse.Namespace:
         "--latency", type=float, default=0.0, help="ms per step, however small the sums are (default: 0)"
     )
     parser.add_argument(
-        "--exposed", type=float, default=1.0, help="share of the sums that no computation hides (default: 1)"
+        "--exposed",
+        type=float,
+        default=1.0,
+        help="share of the gradients' sums at ZeRO 0 that does not overlap with the backward pass (default: 1)",
     )
     parser.add_argument("--ranks", type=worlds, help="numbers of ranks of the table, such as 8,64,1024")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

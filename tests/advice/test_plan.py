@@ -1,12 +1,14 @@
 """The formulas of the plan against step-by-step simulations."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from vaescale import settings
-from vaescale.advice.plan import IMAGE, IMAGES, Cluster, moved, step_seconds, sums, table
+from vaescale.advice.plan import IMAGE, IMAGES, Cluster, data_of, moved, step_seconds, sums, table, terms
+from vaescale.advice.traffic import traffic
 from vaescale.files import readable_size
 
 
@@ -48,16 +50,27 @@ CONFIG = ["run=none", "data.root=none", "global_batch=16"]
 NODE = Cluster(1, 8, inside=2e11, between=1.25e10)
 
 
+def load(*given: str) -> settings.Config:
+    return settings.load("tests/integration/tiny.yaml", [*CONFIG, *given])
+
+
 def rows(*given: str) -> dict[str, list[str]]:
     """What → its values at 8, 64 and 1024 ranks."""
-    config = settings.load("tests/integration/tiny.yaml", [*CONFIG, *given])
+    config = load(*given)
     lines = [line.split(" | ") for line in table(config, NODE, 0.1, [8, 64, 1024])]
     return {line[1]: line[2:5] for line in lines[2:]}
 
 
 def test_the_table_has_every_term_at_each_number_of_ranks() -> None:
     found = rows("zero_stage=1")
-    for what in ("gradients", "weights", "gradient norm", "codebooks, rates", "gather moments", "pictures on rank 0"):
+    for what in (
+        "gradients",
+        "weights",
+        "gradient norm",
+        "codebooks, rates",
+        "gather moments",
+        "pictures on rank 0",
+    ):
         assert len(found[what]) == 3
     assert found["compute"] == ["100 ms"] * 3
     assert found["stop requests"] == ["0.42 ms", "3.78 ms", "61.4 ms"]  # 2 (W − 1) · 30 µs
@@ -72,8 +85,19 @@ def test_every_node_fetches_the_columns_that_it_needs() -> None:
 
 
 def test_the_plan_counts_gathered_weights_as_half_a_sum() -> None:
-    config = settings.load("tests/integration/tiny.yaml", [*CONFIG, "zero_stage=1"])
+    config = load("zero_stage=1")
     model = settings.build(config)
-    plain = moved(model, settings.load("tests/integration/tiny.yaml", CONFIG), 8)
+    plain = moved(model, load(), NODE)
     weights = 4 * math.ceil(sum(p.numel() for p in model.parameters()) / 16) * 16
-    assert moved(model, config, 8) == plain + weights / 2 + 4
+    assert moved(model, config, NODE) == plain + weights / 2 + 4
+
+
+def test_only_gradients_that_we_average_overlap_with_the_backward_pass() -> None:
+    hidden = replace(NODE, exposed=0.0)
+    model = settings.build(load())
+    (codebooks,) = (one.bytes for one in traffic(model, load(), 8) if one.what == "codebooks, rates")
+    assert moved(model, load(), hidden) == codebooks > 0
+    for given in ("zero_stage=1", "zero_stage=2", "deepspeed.prescale_gradients=true"):
+        assert moved(model, load(given), hidden) == moved(model, load(given), NODE), given
+    config, data = load("zero_stage=1"), data_of(load())
+    assert terms(config, model, hidden, 0.1, data) == terms(config, model, NODE, 0.1, data)

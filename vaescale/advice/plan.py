@@ -7,7 +7,8 @@ W = N·G ranks on N nodes of G accelerators, each with its share of the batch. A
                 tiny model
     straggler = jitter · compute · sqrt(2 ln W): how far the largest of W normally distributed times lies above their
                 mean; jitter is their standard deviation as a share of the mean
-    exposed   = the part of the sums below that does not overlap with the backward pass
+    exposed   = the collectives below; of the gradients that average.py sums during the backward pass, at ZeRO 0, only
+                a share, which is assumed: 1, the default, means that nothing overlaps
 
     all-reduce = 2 (G − 1)/G · bytes/inside + 2 (N − 1)/N · bytes/between: within each node a ring reduce-scatter and
                  all-gather; between nodes a ring all-reduce of each accelerator's share, where all shares of a node go
@@ -16,8 +17,7 @@ W = N·G ranks on N nodes of G accelerators, each with its share of the batch. A
     all-gather = half of that
 
 traffic.py says which collectives a step has. `terms` lists everything that grows with the number of ranks, each with
-its formula and assumption; what takes place more rarely than in each step has a row of its own and is not part of a
-step's time. At ZeRO 0 sums overlap with the backward pass; exposed = 1, the default, assumes that none do.
+its formula and assumption; rarer costs have their own row and are not part of a step's time.
 """
 
 import math
@@ -32,7 +32,7 @@ from ..data import DataError
 from ..data.index import RECORD, Index
 from ..files import readable_size
 from ..settings import Config, build, micro_batch
-from .traffic import GATHER, SUM, traffic
+from .traffic import GATHER, SUM, Collective, traffic
 
 IMAGE = 110_000  # mean bytes of an ImageNet image
 IMAGES, SHARDS = (1_281_167, 50_000), 1_282  # of ImageNet's training and validation sets; shards of 1,000 images
@@ -55,7 +55,7 @@ class Cluster:
     between: float  # bytes per second into and out of a node
     jitter: float = 0.02  # standard deviation of the compute time, as a share of it
     latency: float = 0.0  # seconds per step
-    exposed: float = 1.0  # share of the sums that does not overlap with computation
+    exposed: float = 1.0  # share of the gradients' sums at ZeRO 0 that does not overlap with the backward pass
 
     @property
     def world(self) -> int:
@@ -104,13 +104,19 @@ def straggler(compute: float, cluster: Cluster) -> float:
 
 
 def step_seconds(compute: float, size: float, cluster: Cluster) -> float:
-    """size: bytes summed, as an all-reduce: gathered ones count half."""
-    return compute + cluster.latency + straggler(compute, cluster) + cluster.exposed * sums(size, cluster)
+    """size: bytes summed that do not overlap with computation, see `moved`."""
+    return compute + cluster.latency + straggler(compute, cluster) + sums(size, cluster)
 
 
-def moved(model: nn.Module, config: Config, world: int) -> float:
-    """Returns the bytes of a step's collectives, as those of an all-reduce that takes as long."""
-    return sum(one.bytes / (2 if one.kind == GATHER else 1) for one in traffic(model, config, world))
+def exposed(one: Collective, cluster: Cluster) -> float:
+    """Returns the bytes of a collective that do not overlap with computation, as those of an all-reduce that takes as
+    long: gathered ones count half."""
+    return one.bytes * (0.5 if one.kind == GATHER else 1) * (cluster.exposed if one.overlaps else 1)
+
+
+def moved(model: nn.Module, config: Config, cluster: Cluster) -> float:
+    """Returns the `exposed` bytes of a step."""
+    return sum(exposed(one, cluster) for one in traffic(model, config, cluster.world))
 
 
 def data_of(config: Config) -> Data:
@@ -125,15 +131,16 @@ def data_of(config: Config) -> Data:
 def terms(config: Config, model: nn.Module, cluster: Cluster, compute: float, data: Data) -> list[Term]:
     """Returns all costs on this cluster. compute: seconds of a step on one accelerator with its share of the batch."""
     micro = micro_batch(config, cluster.world)
-    step = step_seconds(compute, moved(model, config, cluster.world), cluster)
+    step = step_seconds(compute, moved(model, config, cluster), cluster)
     found = [
         Term("step", "compute", time(compute), "measured on one accelerator"),
         Term("step", "straggler", time(straggler(compute, cluster)), f"{cluster.jitter:g} · compute · sqrt(2 ln W)"),
     ]
     for one in traffic(model, config, cluster.world):
-        seconds = sums(one.bytes, cluster) / (2 if one.kind == GATHER else 1) * cluster.exposed
-        formula = f"{one.kind} of {readable_size(one.bytes)} in {one.calls:g} call(s), {cluster.exposed:.0%} exposed"
-        found.append(Term("step", one.what, time(seconds + one.calls * small(cluster)), f"{formula}; + 2 log2 W · hop"))
+        seconds = sums(exposed(one, cluster), cluster) + one.calls * small(cluster)
+        share = f", {cluster.exposed:.0%} exposed" if one.overlaps else ""
+        formula = f"{one.kind} of {readable_size(one.bytes)} in {one.calls:g} call(s){share}; + 2 log2 W · hop"
+        found.append(Term("step", one.what, time(seconds), formula))
     found += [Term("step", "other latency", time(cluster.latency), "as given")]
     return [
         *found,
@@ -226,9 +233,8 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
     batch. Raises ConfigError if the batch does not divide evenly."""
     micro = micro_batch(config, cluster.world)
     model, data = build(config), data_of(config)
-    size = moved(model, config, cluster.world)
+    size = moved(model, config, cluster)
     seconds = step_seconds(compute, size, cluster)
-    exposed = cluster.exposed * sums(size, cluster)
     speed = config.global_batch / seconds
     hours = config.steps * seconds / 3600
     image = data.bytes / data.images[0]
@@ -245,7 +251,7 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
         f"ranks       {cluster.nodes} × {cluster.accelerators} = {cluster.world}, "
         f"{micro} × {config.accumulation} images per rank and step",
         f"step        {seconds:.4g} s = {compute:.4g} compute + {cluster.latency:.4g} latency + "
-        f"{straggler(compute, cluster):.4g} straggler + {exposed:.4g} exposed collectives",
+        f"{straggler(compute, cluster):.4g} straggler + {sums(size, cluster):.4g} exposed collectives",
         f"collectives {calls or 'none'} per step and rank, ZeRO {config.zero_stage}",
         f"speed       {speed:.1f} images/s, efficiency {compute / seconds:.1%}",
         f"loading     {node:.1f} images/s per node: {node * DECODE:.1f} cores, "

@@ -30,6 +30,7 @@ class Collective(NamedTuple):
     kind: str
     bytes: float  # per step: of the sum, or of the gathered result
     calls: float  # per step
+    overlaps: bool = False  # with the backward pass, in part
 
 
 def traffic(model: nn.Module, config: Config, world: int) -> list[Collective]:
@@ -40,7 +41,9 @@ def traffic(model: nn.Module, config: Config, world: int) -> list[Collective]:
     width = 2 if sharded and half else 4
     if weights:
         passes = config.accumulation if config.zero_stage == 2 else 1
-        found.append(Collective("gradients", SUM, passes * width * weights, passes * _buckets(model, config)))
+        calls = passes * _buckets(model, config)
+        overlaps = averages(config.zero_stage, config.deepspeed)
+        found.append(Collective("gradients", SUM, passes * width * weights, calls, overlaps))
     if weights and sharded:
         padded = math.ceil(weights / (ALIGNED * world)) * ALIGNED * world
         found.append(Collective("weights", GATHER, width * padded, 1))
