@@ -48,7 +48,16 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=worlds, help="numbers of ranks of the table, such as 8,64,1024")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return arguments.parse(parser)
+    given = arguments.parse(parser)
+    node = given.accelerators
+    for world in given.ranks or []:
+        if world > node and world % node:
+            lower = world // node * node
+            parser.error(
+                f"argument --ranks: {world} ranks do not fill nodes of {node} accelerators: use {lower} or "
+                f"{lower + node} ranks, or set --accelerators"
+            )
+    return given
 
 
 if __name__ == "__main__":

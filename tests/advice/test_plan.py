@@ -1,11 +1,14 @@
 """The formulas of the plan against step-by-step simulations."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
 from vaescale import settings
 from vaescale.advice.plan import IMAGE, IMAGES, Cluster, data_of, moved, step_seconds, sums, table, terms
 from vaescale.advice.traffic import traffic
@@ -75,6 +78,19 @@ def test_the_table_has_every_term_at_each_number_of_ranks() -> None:
     assert found["compute"] == ["100 ms"] * 3
     assert found["stop requests"] == ["0.42 ms", "3.78 ms", "61.4 ms"]  # 2 (W − 1) · 30 µs
     assert "weights" not in rows("zero_stage=0")
+
+
+def test_a_rank_has_sockets_only_to_its_neighbours() -> None:
+    columns = [terms(load(), settings.build(load()), NODE.of(world), 0.1, data_of(load())) for world in (1, 2, 4, 8)]
+    values = [one.value for column in columns for one in column if one.what == "stop requests: sockets"]
+    assert values == ["0 per rank", "1 per rank", "2 per rank", "2 per rank"]
+
+
+def test_ranks_that_do_not_fill_their_nodes_are_refused() -> None:
+    command = "launch/plan.py --config tests/integration/tiny.yaml --step-time 1 --inside 1 --ranks 4,12"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "12 ranks do not fill nodes of 8 accelerators: use 8 or 16 ranks, or set --accelerators" in done.stderr
 
 
 def test_every_node_fetches_the_columns_that_it_needs() -> None:

@@ -62,7 +62,7 @@ class Cluster:
         return self.nodes * self.accelerators
 
     def of(self, world: int) -> "Cluster":
-        """Returns as many of these nodes as have this many ranks, or a part of one."""
+        """Returns as many of these nodes as have this many ranks, or a part of one. `world` fills them."""
         inside = min(world, self.accelerators)
         return replace(self, nodes=math.ceil(world / inside), accelerators=inside)
 
@@ -205,7 +205,10 @@ def _start(config: Config, cluster: Cluster, data: Data, micro: int) -> list[Ter
             *("start", "check of the index", time(index / DISK + HASH * sum(data.images))),
             f"{readable_size(index)} read once per node; processes share its memory",
         ),
-        Term("start", "stop requests: sockets", "2 per rank", "each rank connects to its neighbours in the ring only"),
+        Term(
+            *("start", "stop requests: sockets", f"{min(2, cluster.world - 1)} per rank"),
+            "each rank connects to its neighbours in the ring only",
+        ),
         Term(
             *("epoch", "fetched per node", readable_size(fetched)),
             f"if the shards lie behind a URL: min(1, images per node / gcd(batch, {columns} columns)) of the data",
