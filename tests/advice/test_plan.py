@@ -71,7 +71,7 @@ def test_the_table_has_every_term_at_each_number_of_ranks() -> None:
         "weights",
         "gradient norm",
         "codebooks, rates",
-        "gather moments",
+        "gather weights, moments",
         "pictures on rank 0",
     ):
         assert len(found[what]) == 3
@@ -117,3 +117,14 @@ def test_only_gradients_that_we_average_overlap_with_the_backward_pass() -> None
         assert moved(model, load(given), hidden) == moved(model, load(given), NODE), given
     config, data = load("zero_stage=1"), data_of(load())
     assert terms(config, model, hidden, 0.1, data) == terms(config, model, NODE, 0.1, data)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("zero", "entries"), [(0, 0), (1, 3), (2, 3)])
+def test_a_save_gathers_the_masters_and_both_moments(precision: str, zero: int, entries: int) -> None:
+    """At every precision, as tests/integration/test_gather.py counts."""
+    config = load(f"precision={precision}", f"zero_stage={zero}")
+    model = settings.build(config)
+    (row,) = (one for one in terms(config, model, NODE, 0.1, data_of(config)) if one.what == "gather weights, moments")
+    size = 4 * entries * sum(p.numel() for p in model.parameters())
+    assert row.formula.startswith(f"{readable_size(size)} of")

@@ -153,9 +153,9 @@ def _between_steps(
     config: Config, model: nn.Module, cluster: Cluster, compute: float, step: float, data: Data, micro: int
 ) -> list[Term]:
     every, world = config.every, cluster.world
-    weights = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = checkpoint_bytes(model)
-    gathered = (12 if config.precision == "fp16" else 8) * weights if config.zero_stage else 0
+    gathered = 12 * weights if config.zero_stage else 0
     tell, exchange = 2 * small(cluster), 2 * (world - 1) * SIDE_HOP
     batches = math.ceil(math.ceil(data.images[1] / world) / micro)
 
@@ -180,7 +180,7 @@ def _between_steps(
             "measured on a CPU; W − 1 ranks wait",
         ),
         Term(
-            *("save", "gather moments", share(sums(gathered, cluster) / 2 + tell, every.checkpoint)),
+            *("save", "gather weights, moments", share(sums(gathered, cluster) / 2 + tell, every.checkpoint)),
             f"{readable_size(gathered)} of ZeRO's shards to rank 0, in buckets; 1 hand-over",
         ),
         Term(
