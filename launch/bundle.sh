@@ -2,7 +2,7 @@
 # Collects wheels for a machine without network that has Python, torch and numpy (40 MiB, for x86-64 Linux):
 #     bash launch/bundle.sh OUT [PYTHON]      OUT: folder for the wheels; PYTHON: the version there, such as 3.12
 #     bash launch/bundle.sh --list [PYTHON]   prints the names and versions only
-# Copy the project and OUT there, and install it with what is missing there by
+# Copy the project and OUT to that machine, and install it there with the packages that it lacks:
 #     python3 -m pip install --no-index --find-links OUT -e .
 # Needs network and .venv here (launch/quickstart.sh or tests/run.sh make it).
 set -euo pipefail

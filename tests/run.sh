@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # `bash tests/run.sh gpu [--pretend] [--parts …]`: what needs a GPU, in 8 minutes (tests/gpu/kit.py). If there is a folder
-# bundle, made by launch/bundle.sh, what is missing beside the machine's own torch comes from it, without network, and is
-# put into the folder .bundle.
+# bundle, made by launch/bundle.sh, packages that the machine lacks come from it, without network, and are put into the
+# folder .bundle.
 if [ "${1:-}" = gpu ]; then
     shift
     if [ -d bundle ]; then

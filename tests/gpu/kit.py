@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in at most 8 minutes on one and without network: `bash tests/run.sh gpu [--pretend]`.
 
-Each part runs in a process of its own and within its own limit, so that what fails or hangs costs no other part.
-OUT/report.json has each part's results, or its error; OUT/report.md says the same to people and where the numbers
-belong; OUT/output.txt has all that the parts printed. --pretend runs all parts on the CPU at their smallest scale; what
-needs CUDA is left out and said. Exit code: 1 if a part failed.
+Each part runs in its own process with a time limit, so a part that fails or hangs does not affect the others.
+OUT/report.json has each part's results, or its error; OUT/report.md has the same for people, and says where the numbers
+belong; OUT/output.txt has the output of all parts. --pretend runs all parts on the CPU at their smallest scale; parts
+that need CUDA are skipped, and the report says so. Exit code: 1 if a part failed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tests.gpu.common import FAILED, ROOT, Part
 from tests.gpu.parts import PARTS
 
 TOTAL = 470  # seconds of all parts together
-LEAST = 10  # seconds with which no part is begun
+LEAST = 10  # a part needs at least this many seconds
 TAIL = 3000  # characters of output that a failed part's entry keeps
 # Where libraries keep what they compile: by default in the home folder, which may be read-only or slow.
 CACHES = ("TRITON_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")

@@ -197,7 +197,7 @@ def refused(*given: Any) -> NoReturn:
 
 
 def launches(out: Path, pretend: bool) -> Results:
-    """Kernels that a step launches, as the profiler sees them, beside the operations that torch dispatches."""
+    """Kernels that a step launches, as the profiler sees them, compared with the operations that torch dispatches."""
     for name, path in FAMILIES.items():
         yield name, tried(lambda path=path: counted(load(path, "precision=fp32")))
 
@@ -227,7 +227,7 @@ PARTS = [
         150,
         kernels,
         "Where a kernel fails, set TRITON = False in vaescale/nn/nearest.py, vaescale/nn/noise.py or "
-        "vaescale/training/guard.py until it is mended. The operations of torch then do the same.",
+        "vaescale/training/guard.py until it is fixed. The operations of torch then do the same.",
     ),
     Part("reference", 60, reference, "", on_cpu=True),
     Part(

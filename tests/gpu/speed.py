@@ -123,7 +123,7 @@ def loaded(config: Config, data: stream.Config, learner: Descent | None) -> str:
 
 
 def search(out: Path, pretend: bool) -> Results:
-    """Nearest codes and their statistics beside the roofline."""
+    """Nearest codes and their statistics compared with the roofline."""
     if CUDA:
         yield "table", tried(lambda: python("tests/benchmarks/codebook.py", "--rounds", "5", "--only", "cuda"))
     else:

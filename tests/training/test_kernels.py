@@ -1,5 +1,5 @@
-"""The operations that a training step dispatches, each of which a GPU launches as a kernel, beside those of the model's
-own forward and backward pass. Counted on a CPU: the number depends neither on the device nor on widths."""
+"""The operations that a training step dispatches, each of which a GPU launches as a kernel, outside the model's own
+forward and backward pass. Counted on a CPU: the number depends neither on the device nor on widths."""
 
 import pytest
 
@@ -8,10 +8,10 @@ from vaescale import settings
 from vaescale.training.descent import Descent
 
 STEP = 5  # one in which no codebook is initialised or reset
-BESIDE = 29  # the loss and its metrics, the norm, the guard, clipping, AdamW and the averages
+OUTSIDE = 29  # the loss and its metrics, the norm, the guard, clipping, AdamW and the averages
 
 # Config, settings that make it small, largest ratio of a step to the model's own pass. A VQ-VAE's own pass is short: a
-# ratio of 1.15 would leave 17 operations for BESIDE and the codebook's update (35, and 62 in a step with a reset).
+# ratio of 1.15 would leave 17 operations for OUTSIDE and the codebook's update (35, and 62 in a step with a reset).
 STEPS = [
     ("vqvae_imagenet128", ["data.size=32", "model.width=8", "model.residual_width=4"], 1.56),
     ("vae_imagenet64", ["model.network.width=8", "model.network.hidden=16"], 1.15),
@@ -20,7 +20,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("name", "small", "most"), STEPS)
-def test_a_step_launches_few_kernels_beside_the_models_own(
+def test_a_step_launches_few_kernels_outside_the_models_own(
     group: None, name: str, small: list[str], most: float
 ) -> None:
     given = ["run=none", "data.root=none", "precision=fp32", "global_batch=2", *small]
@@ -39,5 +39,5 @@ def test_a_step_launches_few_kernels_beside_the_models_own(
     with Kernels() as whole:
         learner.step([batch], STEP)
     print(f"{name}: {own.total()} own, {update.total()} in its update, {whole.total()} in a step")
-    assert whole.total() - own.total() - update.total() <= BESIDE
+    assert whole.total() - own.total() - update.total() <= OUTSIDE
     assert own.total() < whole.total() <= most * own.total()

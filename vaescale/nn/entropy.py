@@ -26,7 +26,8 @@ def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, 
     codebooks it is used by MaskGIT's VQGAN, Yu et al. 2023 (LFQ, equation 5) and Shi et al. 2024 ("Scalable image
     tokenization with index backpropagation quantization"). It makes each row certain of its code while all codes are
     used. The mean is over the N rows given, one rank's micro-batch, as in the published code. Extra memory: four tiles
-    of 4 MiB, 4 N + 2 K numbers and the centred copies of both, in addition to the gradients.
+    (4 MiB each on a CPU, 128 MiB on a GPU), 4 N + 2 K numbers and the centred copies of both, in addition to the
+    gradients.
     """
     # Leaves the distances unchanged and reduces their rounding far from the origin.
     c = centre(z.detach(), codebook.detach())
