@@ -178,7 +178,7 @@ PARTS = [
         "loader", 60, loader, "data.workers in the ImageNet configs: the fewest at which waiting takes less than 1 %."
     ),
     Part("search", 60, search, "vaescale/nn/README.md, «Speed»."),
-    Part("save", 60, save, "vaescale/lifecycle/README.md, where it says what a save costs."),
+    Part("save", 120, save, "vaescale/lifecycle/README.md, where it says what a save costs."),
     Part(
         "compiled",
         150,
