@@ -68,7 +68,7 @@ def main() -> None:
     for name, rows in seen.items():
         copied, called, gap, seconds, memory = (median(column) for column in zip(*rows, strict=True))
         print(
-            f"| {name} | {copied:.2f} | {called:.2f} | {gap:.2f} | {gap / copied:.2f} | {seconds:.2f} "
+            f"| {name} | {copied:.3g} | {called:.3g} | {gap:.3g} | {gap / copied:.2f} | {seconds:.3g} "
             f"| {memory / 2**20:.0f} | {memory / size:.2f} |"
         )
 
