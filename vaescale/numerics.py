@@ -6,10 +6,12 @@ On CUDA torch multiplies fp32 matrices in fp32, but convolves in TF32, which kee
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+TRITON = find_spec("triton") is not None  # comes with CUDA builds of torch
 # "none" is torch's default for all but cuDNN's convolutions, and means fp32 there.
 _BACKENDS: Any = torch.backends
 PRODUCTS = (_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv)

@@ -226,8 +226,8 @@ PARTS = [
         "kernels",
         150,
         kernels,
-        "Where a kernel fails, set TRITON = False in vaescale/nn/nearest.py, vaescale/nn/noise.py or "
-        "vaescale/training/guard.py until it is fixed. The operations of torch then do the same.",
+        "If a kernel fails, set TRITON = False in vaescale/numerics.py until it is fixed. The operations of torch then "
+        "do the same.",
     ),
     Part("reference", 60, reference, "", on_cpu=True),
     Part(

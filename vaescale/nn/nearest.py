@@ -1,14 +1,13 @@
 """Nearest-code search without an N×K matrix."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import exact
+from ..numerics import TRITON, exact
 
 
 class Tile(NamedTuple):
@@ -25,7 +24,6 @@ CPU = Tile(2**20, 4096)  # 4 MiB, which stay in the cache between the product an
 GPU = Tile(2**25, 2**15)  # 128 MiB: each tile costs some launches, and small ones leave most of the device idle
 BLOCK = 64  # codes whose minimum is computed without its index
 SAMPLED = 32  # rows whose median is computed; sorting them takes a small part of a search
-TRITON = find_spec("triton") is not None  # comes with CUDA builds of torch
 
 
 @torch.no_grad()

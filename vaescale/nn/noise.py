@@ -8,13 +8,13 @@ Each number is a function of a 64-bit hash of (keys, g, place). On CUDA one kern
 """
 
 import math
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from ..numerics import TRITON
+
 VERSION = 2  # of `normal`; version 1 inverted the distribution function in fp64
-TRITON = find_spec("triton") is not None  # comes with CUDA builds of torch
 
 _GAMMA = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9

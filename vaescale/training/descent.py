@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from .. import distributed
 from ..config import ConfigError
 from ..interfaces import Batch, Model, Tensors
 from ..lifecycle.checkpoint import Read
+from ..numerics import TRITON
 from ..settings import Config, Optimizer, blank, micro_batch
 from .buffers import joined
 from .ema import WeightEMA
@@ -182,7 +182,7 @@ class Descent:
 def require_compiler() -> None:
     """Raises ConfigError without what `torch.compile` needs."""
     missing = []
-    if torch.cuda.is_available() and not find_spec("triton"):
+    if torch.cuda.is_available() and not TRITON:
         missing.append("the package triton")
     if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++"))):
         missing.append("a C++ compiler")

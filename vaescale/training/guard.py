@@ -5,13 +5,13 @@ without communication. Verdicts and statistics stay on the device and are logged
 """
 
 import math
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..lifecycle.state import GUARD
+from ..numerics import TRITON
 
 # Steps in the running statistics. Only after this many can a step be a spike: norms change by themselves in the first
 # hundred steps, the usual length of the warm-up.
@@ -19,7 +19,6 @@ MEMORY = 100
 DEVIATIONS = 6  # beyond chance; a loss that is always noisy has a larger deviation, hence a higher limit
 MOST = 0.25  # largest share of skipped steps, averaged over MEMORY steps
 LARGEST = torch.finfo(torch.float32).max
-TRITON = find_spec("triton") is not None  # comes with CUDA builds of torch
 TAKEN, NOT_FINITE, SPIKE, OVERFLOW = range(4)
 WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
 
