@@ -162,6 +162,7 @@ def test_a_first_step_that_is_taken_back_is_made_up_for(changes: dict[str, Any],
         leaves = [leaf for leaf in quantizer.modules() if isinstance(leaf, VectorQuantizer)]
         placed = [bool(leaf.placed()) for leaf in leaves]
         quantizer(z)
+        quantizer.collect()
         rests = [leaf._seen[0][0] for leaf in leaves]
         quantizer.update(step, lr=0.01)
         for number, (leaf, rest) in enumerate(zip(leaves, rests, strict=True)):
@@ -245,6 +246,7 @@ def test_micro_batches_are_summed_as_they_come(init: Any) -> None:
         held = []
         for part in z.chunk(5):
             split(part)
+            split.collect()
             held.append(len(split._seen))
         split.update(step, lr=0.01)
         assert max(held) == (5 if step in AGAIN or step % 4 == 0 else 1)

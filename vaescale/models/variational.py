@@ -115,6 +115,7 @@ class Variational(Model):
     def forward(self, batch: Batch, step: int) -> Output:
         """Returns as the loss −ELBO in nats per subpixel, modified by β, warm-up and free bits. Per subpixel, so that
         learning rates and gradient clipping mean the same at every image size."""
+        beta = self._beta(step)
         condition = batch.condition
         if self.training and self.config.label_dropout:
             uniform = noise.uniform(batch.sample, (), self.seed, DROPOUT)
@@ -122,8 +123,9 @@ class Variational(Model):
         output, levels = self._infer(batch, condition, self._noise(batch.sample, POSTERIOR))
         distortion = -self.likelihood.log_prob(output, batch.x).mean()
         rates = [level.rates() for level in levels]
-        costs = self._costs(torch.cat(rates, dim=1)).sum(1).mean()
-        loss = (distortion + self.beta(step) * costs) / self.subpixels
+        joined = torch.cat(rates, dim=1)
+        costs = self._costs(joined).sum(1).mean()
+        loss = (distortion + beta * costs) / self.subpixels
         with torch.no_grad():
             per_level = torch.stack([level.sum(1).mean() for level in rates])
             rate = per_level.sum()
@@ -137,6 +139,9 @@ class Variational(Model):
             if len(levels) > 1:
                 metrics |= by_level("rate", self._bits(per_level).unbind())
                 metrics |= by_level("posterior_scale", [_scale(level) for level in levels])
+            mean = joined.mean(0) if self.config.free_bits else None
+        if self.training and mean is not None:
+            self._note(mean)
         return Output(loss, metrics, reconstruction)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
@@ -187,6 +192,16 @@ class Variational(Model):
             self.rates.copy_(total / distributed.world())
             self._pending = []
 
+    # Dynamo specialises code to the integers and to the lengths of lists that it sees, and would compile it again in
+    # later steps. At the beginning and the end of `forward` these calls split no graph.
+    @torch.compiler.disable
+    def _beta(self, step: int) -> Tensor:
+        return torch.full((), self.beta(step), device=self.rates.device)
+
+    @torch.compiler.disable
+    def _note(self, rates: Tensor) -> None:
+        self._pending.append(rates)
+
     def _infer(self, batch: Batch, condition: Condition, draw: Draw) -> tuple[Tensor, list[Level]]:
         """(input of the likelihood, levels)."""
         x, embedded = self._given(batch, condition)
@@ -213,11 +228,7 @@ class Variational(Model):
         previous step's is used: the result does not depend on the number of ranks or micro-batches.
         """
         free = self.config.free_bits
-        if not free:
-            return rates
-        if self.training:
-            self._pending.append(rates.detach().mean(0))
-        return torch.where(self.rates > free, rates, free)
+        return torch.where(self.rates > free, rates, free) if free else rates
 
     def _embedded(self, condition: Condition | None, images: int) -> Tensor | None:
         """The condition as the networks read it, [B, E]."""

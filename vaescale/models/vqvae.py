@@ -72,7 +72,14 @@ class VQVAE(Model):
             **fidelity(errors),
             **{f"{name}/commitment": value for name, value in zip(self.codebooks, quantized.commitment, strict=True)},
         }
-        return Output(errors.mean() / self.config.variance + quantized.loss, metrics, reconstruction)
+        loss = errors.mean() / self.config.variance + quantized.loss
+        if self.training:
+            self._collect()
+        return Output(loss, metrics, reconstruction)
+
+    @torch.compiler.disable  # at the end of `forward`, so that all before it is one graph
+    def _collect(self) -> None:
+        self.quantizer.collect()
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """Returns codes int64 [B, H/f, W/f], one tensor per codebook."""

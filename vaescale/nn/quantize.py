@@ -120,7 +120,7 @@ class VectorQuantizer(Quantizer):
             rows = z.reshape(-1, self.config.dim)
             codes = nearest(rows.detach(), self.codebook)
             if self.training:
-                self._see(rows.detach(), codes)
+                self._note(rows.detach(), codes)
             e = F.embedding(codes, self.codebook).view_as(z)
             commitment = F.mse_loss(z, e)
             loss = self.config.beta * commitment
@@ -140,6 +140,7 @@ class VectorQuantizer(Quantizer):
     def gather(self, step: int) -> list[Tensor]:
         """Returns the sum of each code's rows [K, D] and their number [K], exact in fp32 below 2**24 rows per step. In
         steps that initialise or reset, candidates [K, D] follow."""
+        self.collect()
         draws = self._draws(step)
         candidates = []
         if draws:
@@ -198,11 +199,12 @@ class VectorQuantizer(Quantizer):
     def _draws(self, step: int) -> bool:
         return self._begins(step) or self._resets(step)
 
-    def _see(self, rows: Tensor, codes: Tensor) -> None:
-        """Takes the rows of a micro-batch. At most two micro-batches are held, except in a step that draws rows."""
-        self._seen.append((rows, codes))
-        if len(self._seen) > 1 and not self._keep:
-            self._add()
+    def collect(self) -> None:
+        """Sums noted rows. At most two micro-batches are held, except in a step that draws rows."""
+        for rows, codes in self._noted():
+            self._seen.append((rows, codes))
+            if len(self._seen) > 1 and not self._keep:
+                self._add()
 
     def _add(self) -> None:
         for rows, codes in self._seen:
@@ -263,7 +265,7 @@ class SimVQ(Quantizer):
             codebook = self._codebook()
             codes = nearest(z.detach().reshape(-1, self.config.dim), codebook.detach())
             if self.training:
-                self.tally.add(codes)
+                self._note(codes)
             e = F.embedding(codes, codebook).view_as(z)
             commitment = F.mse_loss(z, e.detach())
             loss = self.config.beta * commitment + F.mse_loss(e, z.detach())
@@ -313,7 +315,7 @@ class FSQ(Quantizer):
             rounded = bounded.round()
             codes = ((rounded.detach().long() + self.levels // 2) * self.radix).sum(-1)
             if self.training:
-                self.tally.add(codes.flatten())
+                self._note(codes.flatten())
             unit = self.levels // 2
             through = pass_through(bounded, rounded, "straight-through")
             distance = F.mse_loss(bounded.detach() / unit, rounded.detach() / unit)
@@ -359,7 +361,7 @@ class LFQ(Quantizer):
             bits = z.detach() > 0
             codes = (bits * self.radix).sum(-1)
             if self.training:
-                self.tally.add(codes.flatten())
+                self._note(codes.flatten())
             e = bits * 2.0 - 1
             commitment = F.mse_loss(z, e)
             loss = self.config.beta * commitment

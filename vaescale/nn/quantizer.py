@@ -10,6 +10,7 @@ Shapes: D channels, L codebooks of one quantiser.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,9 @@ class Quantizer(nn.Module, ABC):
     sizes: tuple[int, ...]  # K of each codebook, coarse to fine
     tally: Tally  # only in quantisers with a single codebook
     ready: bool | Tensor = True  # whether its inputs are meaningful yet, so that it may be initialised from them
+    # (tensors of the last forward pass, the same of those before) since the last `collect`. A list would not do: Dynamo
+    # compiles a forward pass again for each length of a list that it appends to.
+    _latest: tuple[Any, ...] | None = None
 
     @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
@@ -44,7 +48,14 @@ class Quantizer(nn.Module, ABC):
         """Returns sums over this rank's rows since the last call, to be summed over the ranks. The default is the
         counts, for quantisers without a codebook update."""
         del step
+        self.collect()
         return [self.tally.take()]
+
+    def collect(self) -> None:
+        """Adds up what the forward passes since the last call have noted. A model calls it after each forward pass, to
+        free memory, and outside of what is compiled."""
+        for (codes,) in self._noted():
+            self.tally.add(codes)
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
         """Takes from `totals` as many tensors as `gather` returned, and learns from them."""
@@ -58,6 +69,18 @@ class Quantizer(nn.Module, ABC):
     def placed(self) -> bool | Tensor:
         """Returns whether the codes are initialised or need no initialisation; bool []."""
         return True
+
+    def _note(self, *tensors: Tensor) -> None:
+        self._latest = tensors, self._latest
+
+    def _noted(self) -> list[tuple[Tensor, ...]]:
+        """Returns the tensors noted since the last call, in order."""
+        noted: list[tuple[Tensor, ...]] = []
+        latest, self._latest = self._latest, None
+        while latest:
+            tensors, latest = latest
+            noted.insert(0, tensors)
+        return noted
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> None:
@@ -78,6 +101,10 @@ class _Several(Quantizer):
 
     def gather(self, step: int) -> list[Tensor]:
         return [total for part in self._parts() for total in part.gather(step)]
+
+    def collect(self) -> None:
+        for part in self._parts():
+            part.collect()
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
         for part in self._parts():
@@ -175,6 +202,9 @@ class Projected(Quantizer):
 
     def gather(self, step: int) -> list[Tensor]:
         return self.inner.gather(step)
+
+    def collect(self) -> None:
+        self.inner.collect()
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
         self.inner.learn(totals, step, lr)
