@@ -17,6 +17,7 @@ from vaescale.numerics import PRODUCTS
 def restored() -> Iterator[None]:
     before = [part.fp32_precision for part in PRODUCTS]
     yield
+    numerics.choose(tf32=False, deterministic=False)
     for part, allowed in zip(PRODUCTS, before, strict=True):
         part.fp32_precision = allowed
     torch.use_deterministic_algorithms(False)
@@ -27,6 +28,9 @@ def restored() -> Iterator[None]:
 def test_matrices_and_convolutions_are_computed_alike(tf32: bool, precision: str) -> None:
     numerics.choose(tf32, deterministic=False)
     assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == precision
+    # Inductor reads the older flags, and reading them raises an error where they contradict the newer ones.
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
     assert torch.backends.cudnn.benchmark
     assert not torch.are_deterministic_algorithms_enabled()
 

@@ -21,6 +21,8 @@ def choose(tf32: bool, deterministic: bool) -> None:
     """Choose for this process. tf32: fp32 products and convolutions may round their inputs to TF32. deterministic: the
     same inputs give the same bits on the same GPU; operations without such an implementation raise RuntimeError. Then
     `index_add_` and `scatter_add_`, which sum the rows of codebooks, add in a fixed order on CUDA, not atomically."""
+    # The older flags, too: Inductor reads them, which raises an error where they contradict the newer ones.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     for part in PRODUCTS[:2]:
         part.fp32_precision = "tf32" if tf32 else "ieee"
     torch.backends.cudnn.benchmark = not deterministic  # measuring may choose another algorithm each time
