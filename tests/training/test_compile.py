@@ -66,18 +66,6 @@ def test_a_captured_model_trains_as_before(
     check(name, *overrides)
 
 
-def test_many_micro_batches_do_not_end_the_compilation(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-    config = settings.load(
-        "tests/integration/tiny.yaml",
-        ["run=none", "data.root=none", "precision=fp32", "compile=true", "accumulation=12", "global_batch=12"],
-    )
-    learner, one = Descent(settings.build(config), config), settings.blank(config, 1)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for step in range(3):
-            learner.step([one] * 12, step)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "overrides"),

@@ -32,8 +32,6 @@ class Descent:
         self.averaged = self.ema.model
         if config.compile:
             require_compiler()
-            # A graph for each micro-batch of a step; beyond the limit the model would silently run uncompiled.
-            torch._dynamo.config.recompile_limit = max(8, 4 * config.accumulation)
             model.compile()  # in place: the copy above, names and class stay as they are
         micro = micro_batch(config, distributed.world())
         self.engine = Engine(
