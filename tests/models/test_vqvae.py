@@ -47,6 +47,7 @@ def test_the_loss_is_its_parts() -> None:
     error = (out.reconstruction - images.x / 255).square()
     expected = error.mean() / 0.06 + 0.25 * out.metrics["codebook/commitment"]
     torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(vqvae.reconstruction_loss(out.reconstruction, images.x), error.mean() / 0.06)
     psnr = (-10 * error.mean(dim=(1, 2, 3)).log10()).mean()
     torch.testing.assert_close(out.metrics["psnr"], psnr)
 

@@ -64,18 +64,25 @@ class VQVAE(Model):
 
     def forward(self, batch: Batch, step: int) -> Output:
         del step
-        x = batch.x / 255
-        quantized = self.quantizer(self._features(x))
+        quantized = self.quantizer(self._features(batch.x / 255))
         reconstruction = self._images(quantized.z)
-        errors = squared_errors(reconstruction, x)
+        loss, compared = self._compare(reconstruction, batch.x)
         metrics = {
-            **fidelity(errors),
+            **compared,
             **{f"{name}/commitment": value for name, value in zip(self.codebooks, quantized.commitment, strict=True)},
         }
-        loss = errors.mean() / self.config.variance + quantized.loss
         if self.training:
             self._collect()
-        return Output(loss, metrics, reconstruction)
+        return Output(loss + quantized.loss, metrics, reconstruction)
+
+    def reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        """Returns the part of the loss that compares the reconstruction with x, uint8, both [B, C, H, W]: a scalar."""
+        return self._compare(reconstruction, x)[0]
+
+    def _compare(self, reconstruction: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the reconstruction's loss and metrics."""
+        errors = squared_errors(reconstruction, x / 255)
+        return errors.mean() / self.config.variance, fidelity(errors)
 
     @torch.compiler.disable  # at the end of `forward`, so that all before it is one graph
     def _collect(self) -> None:
