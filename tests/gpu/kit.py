@@ -69,7 +69,8 @@ def run(part: Part, out: Path, pretend: bool, limit: int) -> dict[str, Any]:
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         environment |= {name: f"{caches}/{name.lower()}" for name in CACHES}
         if pretend or part.on_cpu:
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # small models, and many cores
+            # One thread: small models, and many cores. DeepSpeed would otherwise use the accelerator of this process.
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
