@@ -11,6 +11,7 @@ from vaescale.config import ConfigError, save, to_yaml
 from vaescale.data import DataError, stream
 from vaescale.hints import known_keys
 from vaescale.models import MODELS
+from vaescale.nn import conv
 from vaescale.ranges import KEY, Range, require
 from vaescale.renamed import RENAMED
 
@@ -58,7 +59,7 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("optimiser.lr=1", "unknown key optimiser.lr: did you mean optimizer.lr?"),
         ("data.batch=4", "unknown key data.batch: did you mean global_batch?"),
         ("batchsize=4", "unknown key batchsize: did you mean global_batch?"),
-        ("kind=vae", "unknown key kind: did you mean model.kind or model.quantizer.kind?"),
+        ("kind=vae", "unknown key kind: did you mean model.kind, model.network.kind or model.q"),
         (
             "model.latents=8",
             "model.latent_dim is a setting of model.kind=pca, autoencoder, vae, hvae or vdvae, not of vqvae",
@@ -183,10 +184,10 @@ def test_a_run_begun_with_old_names_is_read_with_the_new_ones(tmp_path: Path) ->
     path = tmp_path / "config.yaml"
     path.write_text(EARLIER)
     config, unknown = settings.load_saved(path, ["steps=7"])
-    assert (unknown, config.version, config.steps) == ([], 2, 7)
+    assert (unknown, config.version, config.steps) == ([], 3, 7)
     assert (config.global_batch, config.zero_stage, config.ema_decay, config.keep_last) == (12, 1, 0.9, 3)
     quantizer, data, optimizer = config.model.quantizer, config.data, config.optimizer
-    assert (config.model.downsample_factor, quantizer.codebook_size, quantizer.codebook_dim) == (8, 24, 2)
+    assert (config.model.network.downsample_factor, quantizer.codebook_size, quantizer.codebook_dim) == (8, 24, 2)
     assert (quantizer.entropy_weight, quantizer.entropy_temperature, quantizer.ema_decay) == (0.1, 2.0, 0.9)
     assert (data.min_crop_area, data.max_megapixels, data.max_damaged_ratio, data.damaged_allowance) == (0.5, 7, 0.1, 4)
     assert (optimizer.grad_clip, optimizer.warmup_steps) == (2.0, 3)
@@ -202,12 +203,38 @@ def test_a_run_begun_with_old_names_is_read_with_the_new_ones(tmp_path: Path) ->
     assert settings.load_saved(path, []) == (config, [])
 
 
+def test_settings_of_version_2_are_read_with_their_new_places(tmp_path: Path) -> None:
+    """Those of the VQ-VAE's networks moved to a section of their own; other models have settings of the same names."""
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {kind: vqvae, downsample_factor: 8, width: 6, residual_width: 5}\nversion: 2")
+    for config in (settings.load(path, []), settings.load_saved(path, [])[0]):
+        assert config.model.network == conv.Config(downsample_factor=8, width=6, residual_width=5)
+        assert config.version == 3
+    path.write_text("model: {kind: vdvae, width: 6}\nversion: 2")
+    assert settings.load_saved(path, [])[0].model.width == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.network.kind=cnn"], "model.network.kind=cnn is not one of the networks: conv"),
+        (["model.network.halvings=2"], "model.network.halvings is a setting of model.kind=autoencoder, vae or hvae"),
+        (["model.network.widht=2"], "unknown key model.network.widht: did you mean model.network.width?"),
+        (["model.network=conv"], "model.network is a section, not a value"),
+    ],
+)
+def test_a_wrong_network_is_one_sentence(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        settings.load(QUICKSTART, overrides)
+    assert sentence in str(error.value)
+
+
 def test_settings_of_a_later_version_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("model: {kind: vqvae}\nversion: 3")
+    path.write_text("model: {kind: vqvae}\nversion: 4")
     for read in (settings.load, settings.load_saved):
         with pytest.raises(
-            ConfigError, match=r"by a later version of vaescale \(version 3 of the settings; this one reads"
+            ConfigError, match=r"by a later version of vaescale \(version 4 of the settings; this one reads"
         ):
             read(path, [])
 
@@ -222,7 +249,7 @@ def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path, old: str, new: 
             read(path, [f"{old}=1"])
     with pytest.raises(ConfigError, match=f"^{re.escape(f'--{old} is not an option: write {new}=1')}$"):
         settings.load(path, [f"--{old}=1"])
-    assert all(old not in known_keys(settings.Config(model=family.config())) for family in MODELS.values())
+    assert all(old not in known_keys(settings.Config(model=MODELS[kind].config())) for kind in kinds)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +406,8 @@ def schemas() -> dict[str, Any]:
 
     for kind, family in MODELS.items():
         walk(family.config(), f"{kind}: model")
+        for name, network in family.networks.items():
+            walk(network.config(), f"{name}: model.network")
     walk(settings.Config(model=None), "")
     return found
 
@@ -453,7 +482,12 @@ def test_every_bound_holds() -> None:
             "seed=-1",
         ),
         *("seed=99999999999999999999999", "seed=17592186044416", "model.quantizer.beta=-1", "model.variance=0"),
-        *("model.residual_blocks=-1", "model.residual_width=0", "model.quantizer.ema_decay=1", "stop_before=-1"),
+        *(
+            "model.network.residual_blocks=-1",
+            "model.network.residual_width=0",
+            "model.quantizer.ema_decay=1",
+            "stop_before=-1",
+        ),
         *(
             "keep_every=-500",
             "steps=9223372036854775808",
@@ -542,8 +576,8 @@ def test_a_batch_that_does_not_divide_names_two_that_do() -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("model.downsample_factor=3", "power of two"),
-        ("model.width=1", "model.width=1 must be at least 2"),
+        ("model.network.downsample_factor=3", "power of two"),
+        ("model.network.width=1", "model.network.width=1 must be at least 2"),
         ("model.quantizer.codebook_size=0", "model.quantizer.codebook_size=0 must be at least 2"),
         ("model.quantizer.kind=fsq", "set codebook_dim=4 and codebook_size=1000"),
         ("model.quantizer.kind=lfq", "must be 2 to the power of the 64 channels: set codebook_dim=9"),

@@ -94,10 +94,11 @@ def override(raw: dict[str, Any], overrides: list[str]) -> None:
     _refuse_resolvers(raw, "")
 
 
-def as_written(raw: dict[str, Any], section: str, key: str) -> str | None:
-    """Returns the text of raw.section.key before interpolation, or None if it is not given."""
-    given = _opened(raw.get(section), section)
-    value = given.get(key) if isinstance(given, dict) else None
+def as_written(value: Any, key: str) -> str | None:
+    """Returns the text of the setting `key` (dotted) in `value` before interpolation, or None if it is not given."""
+    for name in key.split("."):
+        section = _opened(value, key)
+        value = section.get(name) if isinstance(section, dict) else None
     return str(value) if isinstance(value, str) else None
 
 
@@ -169,10 +170,9 @@ def expanded(key: str, text: str) -> str:
 def save(config: Any, path: Path) -> None:
     """Writes the config atomically, unless the file already has this content. Raises OSError."""
     data = to_yaml(config).encode()
-    if path.is_file() and path.read_bytes() == data:
-        return
-    with atomically(path) as partial:
-        partial.write_bytes(data)
+    if not path.is_file() or path.read_bytes() != data:
+        with atomically(path) as partial:
+            partial.write_bytes(data)
 
 
 def to_yaml(config: Any) -> str:

@@ -99,45 +99,73 @@ def load(path: str | Path, overrides: list[str]) -> Config:
     """Reads a config file with overrides. Raises ConfigError, one sentence, for unknown keys and values that cannot
     work."""
     raw = mechanics.read_yaml(path)
+    if "version" in raw:  # a run's config.yaml
+        rename(raw)
     mechanics.override(raw, overrides)
     return _checked(raw, path)
 
 
-def _checked(raw: Any, path: str | Path) -> Config:
+def _schema(raw: Any, path: str | Path) -> Config:
+    """Returns the defaults of the settings that `raw` may have, which depend on the kinds that it names. Raises
+    ConfigError."""
     version = str(raw.get("version"))
     if version.isdigit() and int(version) > VERSION:
         raise ConfigError(
             f"{path} was written by a later version of vaescale (version {version} of the settings; this one reads 1 "
             f"to {VERSION}): install that version"
         )
-    kind = mechanics.as_written(raw, "model", "kind")
+    kind = mechanics.as_written(raw, "model.kind")
     if kind is None:
         raise ConfigError(f"{path}: model.kind is missing or not a name: set it to one of {', '.join(sorted(MODELS))}")
     if kind not in MODELS:
         raise ConfigError(f"{path}: model.kind={kind} is not one of the models: {', '.join(sorted(MODELS))}")
+    model, networks = MODELS[kind].config(), MODELS[kind].networks
+    network = mechanics.as_written(raw, "model.network.kind") if networks else None
+    if network is None:
+        return Config(model=model)
+    if network not in networks:
+        raise ConfigError(f"{path}: model.network.kind={network} is not one of the networks: {', '.join(networks)}")
+    return Config(model=replace(model, network=networks[network].config()))
+
+
+def _checked(raw: Any, path: str | Path) -> Config:
+    schema = _schema(raw, path)
     try:
-        config = mechanics.typed(Config(model=MODELS[kind].config()), raw, path)
+        config = mechanics.typed(schema, raw, path)
     except mechanics.UnknownKey as error:
-        key = RENAMED.get(error.key, error.key)
-        others = [other for other, family in MODELS.items() if key in known_keys(Config(model=family.config()))]
-        if not others or kind in others:
-            raise
-        raise ConfigError(f"{key} is a setting of model.kind={either(others)}, not of {kind}") from None
+        if elsewhere := _elsewhere(RENAMED.get(error.key, error.key), schema.model):
+            raise ConfigError(elsewhere) from None
+        raise
     _require(config)
     return _located(config)
+
+
+def _elsewhere(key: str, model: Any) -> str:
+    """Returns a sentence if only other kinds of network or model than those of `model` have the setting `key`, else
+    ""."""
+    networks, families = MODELS[model.kind].networks, MODELS
+    choices = {"model.kind": (model.kind, {kind: family.config() for kind, family in families.items()})}
+    if networks:
+        others = {kind: replace(model, network=network.config()) for kind, network in networks.items()}
+        choices = {"model.network.kind": (model.network.kind, others), **choices}
+    for setting, (kind, models) in choices.items():
+        having = [other for other, one in models.items() if key in known_keys(Config(model=one))]
+        if kind in having:
+            return ""
+        if having:
+            return f"{key} is a setting of {setting}={either(having)}, not of {kind}"
+    return ""
 
 
 def load_saved(path: Path, overrides: list[str]) -> tuple[Config, list[str]]:
     """Reads a run's config.yaml with overrides. Returns the config, and the file's keys that this version does not
     know, which are ignored. Renamed keys get their new names, and missing ones their defaults. Raises ConfigError."""
     raw = mechanics.read_yaml(path)
-    if "version" not in raw:
-        rename(raw)
+    rename(raw)
     mechanics.override(raw, overrides)
-    kind = mechanics.as_written(raw, "model", "kind")
     names = [override.partition("=")[0].strip().split(".") for override in overrides]
     given = {".".join(one[:depth]) for one in names for depth in range(1, len(one) + 1)}
-    unknown = _prune(Config(model=MODELS[kind].config()), raw, given) if kind in MODELS else []
+    unknown = _prune(_schema(raw, path), raw, given)
     return _checked(raw, path), unknown
 
 

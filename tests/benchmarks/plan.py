@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 CASES = {
     "quickstart, 4 images a rank": (8, []),
     "quickstart, 1 image a rank": (2, []),
-    "quickstart at width 256, 1 image a rank": (2, ["model.width=256", "model.residual_width=256"]),
+    "quickstart at width 256, 1 image a rank": (2, ["model.network.width=256", "model.network.residual_width=256"]),
 }
-TINY = ["model.width=8", "model.residual_width=8", "model.quantizer.codebook_size=16"]
+TINY = ["model.network.width=8", "model.network.residual_width=8", "model.quantizer.codebook_size=16"]
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 

@@ -29,7 +29,7 @@ SMALL = {  # settings that make a family small; a new one needs an entry only if
         "model.encoder=[{size: 16, blocks: 1}, {size: 8, blocks: 1}]",
         "model.decoder=[{size: 8, blocks: 1}, {size: 16, blocks: 2}]",
     ],
-    "vqvae": ["model.width=8", "model.quantizer.dim=8", "model.quantizer.codebook_size=24"],
+    "vqvae": ["model.network.width=8", "model.quantizer.dim=8", "model.quantizer.codebook_size=24"],
 }
 KINDS = get_args(get_type_hints(quantize.Config)["kind"])
 FITTING = {  # settings without which a kind of quantiser cannot be

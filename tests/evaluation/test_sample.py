@@ -13,6 +13,7 @@ from vaescale.evaluation import sample
 from vaescale.evaluation.sample import MODES, Subject, Unsupported
 from vaescale.interfaces import Batch, Condition, Shape
 from vaescale.models.vqvae import VQVAE, Config
+from vaescale.nn import conv
 
 SIDE, M = 8, 4
 W = torch.linalg.qr(torch.randn(SIDE**2, M + 2, generator=torch.Generator().manual_seed(0)))[0]
@@ -293,7 +294,7 @@ def test_the_same_seed_gives_the_same_picture_and_leaves_torchs_alone(mode: str,
 
 def refusals() -> list[tuple[str, Callable[[], Subject], str]]:
     def codes() -> Subject:
-        model = VQVAE(Config(width=4, residual_width=2, downsample_factor=2), Shape(1, SIDE))
+        model = VQVAE(Config(network=conv.Config(width=4, residual_width=2, downsample_factor=2)), Shape(1, SIDE))
         return subject(model, classes=[], attributes=[])
 
     no_prior = Linear(prior=False)

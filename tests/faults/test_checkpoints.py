@@ -256,7 +256,7 @@ def beginnings(folder: Path, twins: Path, pictures: Path) -> Jobs:
         job(folder / "new", [*command, "steps=1"], world=2),
         job(folder / "new" / "again", [*command, "steps=2"], world=2),
         job(folder / "one", train(folder / "one" / "run", pictures, one, "steps=1")),
-        job(folder / "wide", train(folder / "wide" / "run", pictures, one, "model.width=16")),
+        job(folder / "wide", train(folder / "wide" / "run", pictures, one, "model.network.width=16")),
         job(folder / "nowhere", train(folder / "nowhere" / "run", pictures, f"init_from={folder}")),
     ]
 

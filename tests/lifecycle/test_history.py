@@ -46,7 +46,7 @@ def test_what_differs_is_found(tmp_path: Path, overrides: list[str], changed: di
         ("data.size=32", "data.size 16 → 32"),
         ("data.channels=1", "data.channels 3 → 1"),
         ("data.attributes=[age]", r"data.attributes \[\] → \['age'\]"),
-        ("model.width=16", "model.width 8 → 16"),
+        ("model.network.width=16", "model.network.width 8 → 16"),
         ("model.quantizer.dead_after=3", "model.quantizer.dead_after 2 → 3"),
     ],
 )

@@ -3,12 +3,13 @@ import torch
 
 from vaescale.interfaces import Batch, Shape
 from vaescale.models.vqvae import VQVAE, Config
-from vaescale.nn import quantize
+from vaescale.nn import conv, quantize
 
 
 def model(**changes: object) -> VQVAE:
     torch.manual_seed(0)
-    config = Config(width=16, residual_width=8, quantizer=quantize.Config(codebook_size=32, dim=8), **changes)
+    network = conv.Config(width=16, residual_width=8, **changes)
+    config = Config(network=network, quantizer=quantize.Config(codebook_size=32, dim=8))
     return VQVAE(config, Shape())
 
 
@@ -30,7 +31,7 @@ def test_the_papers_setting_has_the_papers_codes() -> None:
     """ImageNet, section 4.1: 128 × 128 × 3 → 32 × 32 × 1 codes, K = 512, 256 hidden units."""
     with torch.device("meta"):
         vqvae = VQVAE(Config(), Shape())
-    assert vqvae.config.width == 256
+    assert vqvae.config.network.width == 256
     assert vqvae.config.quantizer.codebook_size == 512
     features = vqvae.encoder(torch.empty(1, 3, 128, 128, device="meta"))
     assert features.shape == (1, 64, 32, 32)
@@ -54,7 +55,10 @@ def test_the_loss_is_its_parts() -> None:
 
 def test_each_codebook_has_its_name_and_its_commitment() -> None:
     quantizer = quantize.Config(codebook_size=32, dim=8, depth=2)
-    vqvae, images = VQVAE(Config(width=16, residual_width=8, quantizer=quantizer), Shape()), batch()
+    vqvae, images = (
+        VQVAE(Config(network=conv.Config(width=16, residual_width=8), quantizer=quantizer), Shape()),
+        batch(),
+    )
     out = vqvae(images, 0)
     assert list(vqvae.usage(clear=False)) == ["codebook0", "codebook1"]
     commitment = [out.metrics["codebook0/commitment"], out.metrics["codebook1/commitment"]]

@@ -9,7 +9,7 @@ from tests.nn.test_quantize import batches
 from vaescale.interfaces import Batch, Shape
 from vaescale.models import vqvae
 from vaescale.monitoring import code_statistics, pictures
-from vaescale.nn import quantize
+from vaescale.nn import conv, quantize
 from vaescale.nn.quantize import Config, build
 
 DIM = 12
@@ -148,7 +148,7 @@ def test_of_many_codes_evenly_spread_ones_are_shown() -> None:
     ids=str,
 )
 def test_every_kind_shows_its_codes(config: quantize.Config) -> None:
-    model = vqvae.VQVAE(vqvae.Config(width=8, residual_width=4, quantizer=config), Shape()).eval()
+    model = vqvae.VQVAE(vqvae.Config(network=conv.Config(width=8, residual_width=4), quantizer=config), Shape()).eval()
     averages = [torch.rand(size) for size in model.quantizer.sizes]
     shapes = [torch.Size([4, 4])] * len(averages)
     shown = list(code_statistics.decoded(model, averages, shapes))

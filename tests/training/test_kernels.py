@@ -13,7 +13,7 @@ OUTSIDE = 29  # the loss and its metrics, the norm, the guard, clipping, AdamW a
 # Config, settings that make it small, largest ratio of a step to the model's own pass. A VQ-VAE's own pass is short: a
 # ratio of 1.15 would leave 17 operations for OUTSIDE and the codebook's update (35, and 62 in a step with a reset).
 STEPS = [
-    ("vqvae_imagenet128", ["data.size=32", "model.width=8", "model.residual_width=4"], 1.56),
+    ("vqvae_imagenet128", ["data.size=32", "model.network.width=8", "model.network.residual_width=4"], 1.56),
     ("vae_imagenet64", ["model.network.width=8", "model.network.hidden=16"], 1.15),
     ("hvae_imagenet64", ["model.width=8", "model.bottleneck=4"], 1.15),
 ]

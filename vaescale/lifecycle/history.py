@@ -49,12 +49,13 @@ def flat(config: Any, where: str = "") -> Values:
 
 
 def changes(before: Values | None, config: Config) -> Changes:
-    """Returns the settings that differ, except `run`; only model.kind, if it differs."""
+    """Returns the settings that differ, except `run`; only the kind of model or network, if it differs."""
     now = flat(config)
     if before is None:
         return {}
-    if before["model.kind"] != now["model.kind"]:
-        return {"model.kind": (before["model.kind"], now["model.kind"])}
+    for kind in ("model.kind", "model.network.kind"):
+        if before.get(kind) != now.get(kind):
+            return {kind: (before[kind], now[kind])}
     keys = [key for key in now if key != "run"]
     return {key: (before[key], now[key]) for key in keys if before[key] != now[key]}
 

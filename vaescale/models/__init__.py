@@ -1,9 +1,11 @@
 """The model families, one file each. Models use neither DeepSpeed nor files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from ..interfaces import Model
+from ..nn.networks import NETWORKS, Kind
 from . import autoencoder, hvae, pca, vae, vdvae, vqvae
 
 
@@ -11,6 +13,9 @@ class Family(NamedTuple):
     config: type[Any]  # the dataclass of its settings
     build: Callable[..., Model]  # (settings, shape, seed) → model
     learner: Literal["descent", "closed_form"] = "descent"  # a key of training.learner.LEARNERS
+    networks: Mapping[str, Kind] = MappingProxyType(
+        {}
+    )  # model.network.kind → its networks, if model.network is of several classes
 
 
 MODELS = {  # model.kind → its family
@@ -19,5 +24,5 @@ MODELS = {  # model.kind → its family
     "vae": Family(vae.Config, vae.build),
     "hvae": Family(hvae.Config, hvae.build),
     "vdvae": Family(vdvae.Config, vdvae.build),
-    "vqvae": Family(vqvae.Config, vqvae.VQVAE),
+    "vqvae": Family(vqvae.Config, vqvae.VQVAE, networks=NETWORKS),
 }

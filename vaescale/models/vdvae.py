@@ -22,16 +22,15 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..interfaces import Shape
 from ..nn import gaussian
 from ..nn import likelihood as likelihoods
+from ..nn.blocks import run_block
 from ..nn.gaussian import Normal
 from ..nn.likelihood import Likelihood
 from ..ranges import ranged
@@ -194,14 +193,6 @@ class TopDown(Net):
 def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
     """Builds the model. Raises ValueError for invalid settings."""
     return Variational(config, shape, seed, partial(TopDown, config, shape))
-
-
-def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Any:
-    """Returns block(*inputs). With `recompute` only the inputs are stored, and the backward pass computes the rest
-    again. The noise is the same both times, because it depends only on the sample numbers."""
-    if recompute:
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return block(*inputs)
 
 
 def _conv(channels: int, out: int, size: int, scale: float = 1.0) -> nn.Conv2d:

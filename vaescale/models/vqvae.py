@@ -2,20 +2,19 @@
 
     image [B, C, H, W] → encoder → [B, D, H/f, W/f] → nearest codes int64 [B, H/f, W/f] → decoder → [B, C, H, W]
 
-With H = W = 128, f = 4 and K = 512 the code map is that of the paper's ImageNet experiment, 32 × 32 × 1. As in the
-authors' published code, the outermost convolutions have half of the hidden units, and a 3×3 convolution follows them.
+With H = W = 128, f = 4 and K = 512 the code map is that of the paper's ImageNet experiment, 32 × 32 × 1. The networks
+may also be others (nn/networks.py).
 """
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..interfaces import Batch, Condition, Model, Output, Shape, Usage
-from ..nn import quantize
-from ..nn.blocks import ResidualBlock, downsample, upsample
+from ..nn import conv, networks, quantize
 from ..nn.fidelity import fidelity, squared_errors
 from ..ranges import ranged, require
 
@@ -23,11 +22,8 @@ from ..ranges import ranged, require
 @dataclass(frozen=True)
 class Config:
     kind: str = "vqvae"
-    downsample_factor: int = ranged(4, least=2, most=1024)  # f, a power of two: log2(f) strided convolutions
-    # hidden units; the outermost convolution of each side has half of them
-    width: int = ranged(256, least=2, most=2**16)
-    residual_blocks: int = ranged(2, least=0, most=4096)
-    residual_width: int = ranged(32, least=1, most=2**16)
+    network: Any = field(default_factory=conv.Config)  # the settings of one of nn.networks.NETWORKS
+    checkpointing: bool = False  # recompute a block's activations in the backward pass instead of storing them
     # The variance of pixels in [0, 1], which divides the squared error. So a reconstruction no better than the mean
     # costs 1, and β means the same on any data.
     variance: float = ranged(0.06, above=0)
@@ -39,28 +35,10 @@ class VQVAE(Model):
         super().__init__()
         require(config, "model")
         self.config = config
-        halvings = config.downsample_factor.bit_length() - 1
-        if config.downsample_factor != 2**halvings or halvings < 1:
-            raise ValueError(f"model.downsample_factor={config.downsample_factor} must be a power of two, at least 2")
-        width, dim = config.width, config.quantizer.dim
-        channels = [shape.channels, width // 2, *[width] * (halvings - 1)]
-
-        layers: list[nn.Module] = []
-        for before, after in pairwise(channels):
-            layers += [downsample(before, after), nn.ReLU()]
-        layers += [
-            nn.Conv2d(channels[-1], width, 3, padding=1),
-            *self._residual_stack(),
-            nn.Conv2d(width, dim, 1),
-        ]
-        self.encoder = nn.Sequential(*layers)
-
+        dim = config.quantizer.dim
+        self.encoder = networks.encoder(config.network, shape.channels, dim, config.checkpointing)
         self.quantizer = quantize.build(config.quantizer, seed)
-
-        layers = [nn.Conv2d(dim, width, 3, padding=1), *self._residual_stack()]
-        for before, after in pairwise([width, *reversed(channels[:-1])]):
-            layers += [upsample(before, after), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers[:-1])  # no ReLU after the last convolution
+        self.decoder = networks.decoder(config.network, dim, shape.channels, config.checkpointing)
 
     def forward(self, batch: Batch, step: int) -> Output:
         del step
@@ -120,14 +98,14 @@ class VQVAE(Model):
         return [f"codebook{i}" for i in range(count)] if count > 1 else ["codebook"]
 
     @property
+    def last_layer(self) -> nn.Module:
+        """The convolution that computes the reconstruction."""
+        return self.decoder.last
+
+    @property
     def dtype(self) -> torch.dtype:
         """The data type of the weights: half precision under DeepSpeed's fp16 engine."""
         return next(self.encoder.parameters()).dtype
-
-    def _residual_stack(self) -> list[nn.Module]:
-        config = self.config
-        blocks = [ResidualBlock(config.width, config.residual_width) for _ in range(config.residual_blocks)]
-        return [*blocks, nn.ReLU()]
 
     def _features(self, x: Tensor) -> Tensor:
         centred = (x - 0.5).to(self.dtype)

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..interfaces import Shape
 from ..ranges import ranged
@@ -121,6 +122,14 @@ def with_condition(features: Tensor, condition: Tensor | None) -> Tensor:
     if condition is None:
         return features
     return torch.cat([features, condition.to(features.dtype)], dim=1)
+
+
+def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Any:
+    """Returns block(*inputs). With `recompute` only the inputs are stored, and the backward pass computes the rest
+    again. The noise is the same both times, because it depends only on the sample numbers."""
+    if recompute:
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
 
 
 def he_(net: nn.Module, last: bool) -> None:

@@ -24,7 +24,8 @@ from .learner import Learner
 from .resume import Position
 
 COMPARED = (
-    *("model.kind", "model.latent_dim", "model.width", "model.beta", "model.free_bits", "model.beta_warmup_steps"),
+    *("model.kind", "model.latent_dim", "model.width", "model.network.kind", "model.network.width"),
+    *("model.beta", "model.free_bits", "model.beta_warmup_steps"),
     *("model.quantizer.kind", "model.quantizer.codebook_size", "model.quantizer.dim", "model.quantizer.beta"),
     *("optimizer.lr", "optimizer.warmup_steps", "global_batch", "steps", "ema_decay", "precision", "seed", "data.size"),
 )
