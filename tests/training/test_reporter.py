@@ -59,7 +59,7 @@ def trained(run: Path, config: str, overrides: list[str], steps: range) -> tuple
 def test_runs_are_compared_by_settings_that_exist() -> None:
     """Each setting exists in some model."""
     found: dict[str, Any] = {}
-    for config in ("tiny.yaml", "tiny_vae.yaml", "tiny_vdvae.yaml"):
+    for config in ("tiny_vdvae.yaml", "tiny_vae.yaml", "tiny.yaml"):
         found |= compared(settings.load(CONFIGS / config, ["run=run", "data.root=data"]))
     assert found.keys() == set(COMPARED)
     assert (found["model.quantizer.codebook_size"], found["model.beta"], found["optimizer.lr"]) == (24, 1.0, 0.01)
