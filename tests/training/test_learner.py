@@ -107,6 +107,16 @@ def test_a_dry_run_says_the_batch_arithmetic_and_the_memory() -> None:
     assert "codebook_size: 512" in text
 
 
+def test_weights_are_not_counted_as_activations() -> None:
+    """A linear layer saves its transposed weight for the backward pass."""
+    given = ["run=none", "data.root=none", "model.network.kind=linear", "data.size=64", "model.latent_dim=64"]
+    config = settings.load("tests/integration/tiny_autoencoder.yaml", given)
+    with FakeTensorMode():
+        model = settings.build(config)
+        images = settings.blank(config, 1).x.numel() * 4  # in fp32
+        assert images <= activation_bytes(model, config) < 8 * images < sum(p.nbytes for p in model.parameters())
+
+
 def test_activations_are_counted() -> None:
     """A VQ-VAE keeps at least the input of each convolution, and at most a few times that."""
     config = settings.load(QUICKSTART, ["precision=fp32"])

@@ -222,10 +222,11 @@ def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]
 def activation_bytes(model: nn.Module, config: Config) -> int:
     """Returns the bytes that one image keeps for the backward pass, counted in a forward pass."""
     held: dict[int, torch.UntypedStorage] = {}  # by an address that fake tensors have, too
+    kept = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def hold(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in kept:  # linear layers save their transposed weights
             held[storage._cdata] = storage
         return tensor
 
