@@ -31,9 +31,12 @@ class Quantizer(nn.Module, ABC):
     sizes: tuple[int, ...]  # K of each codebook, coarse to fine
     tally: Tally  # only in quantisers with a single codebook
     ready: bool | Tensor = True  # whether its inputs are meaningful yet, so that it may be initialised from them
-    # (tensors of the last forward pass, the same of those before) since the last `collect`. A list would not do: Dynamo
-    # compiles a forward pass again for each length of a list that it appends to.
-    _latest: tuple[Any, ...] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # (tensors of the last forward pass, the same of those before) since the last `collect`. Dynamo would compile a
+        # forward pass again for each length of a list that it appends to, and if the attribute were new to the object.
+        self._latest: tuple[Any, ...] | None = None
 
     @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
