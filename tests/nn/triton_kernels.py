@@ -16,11 +16,11 @@ def interpret(start: Start, command: str) -> None:
     assert code == 0, output
 
 
-def compile_for(kernel: Any, kinds: dict[str, str], constants: dict[str, int], capability: int) -> Any:
+def compile_for(kernel: Any, kinds: dict[str, str], constants: dict[str, int], capability: int, **options: int) -> Any:
     """Compiles a kernel for a CUDA GPU. kinds: the types of its arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(kernel, signature=kinds, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options or None)
