@@ -17,6 +17,7 @@ from vaescale.training.descent import Descent
 ROOT = Path(__file__).parents[2]
 FAILED = "failed: "  # how a result begins that makes its part fail
 CUDA = torch.cuda.is_available()
+FIRST, TOGETHER, ALONE = range(3)  # stages: what other parts need, checks, measurements
 
 Results = Iterator[tuple[str, Any]]
 
@@ -28,6 +29,7 @@ class Part(NamedTuple):
         [Path, bool], Results
     ]  # (folder of the report, pretend) → results, each reported as soon as it is known
     then: str  # what to do with the results
+    stage: int
     on_cpu: bool = False
 
 

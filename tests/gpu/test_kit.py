@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT, begin, finish
 from tests.gpu import kit
-from tests.gpu.common import Part, Results, tried
+from tests.gpu.common import ALONE, Part, Results, tried
 
 
 def test_the_kit_reports_its_parts(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def results(out: Path, pretend: bool) -> Results:
 
 @pytest.mark.parametrize(("name", "limit", "words"), [("unknown", 60, "exit code 1"), ("environment", 0, "within 0 s")])
 def test_a_part_that_fails_or_hangs_is_reported(tmp_path: Path, name: str, limit: int, words: str) -> None:
-    assert words in kit.run(Part(name, limit, results, ""), tmp_path, True, limit)["error"]
+    assert words in kit.run(Part(name, limit, results, "", ALONE), tmp_path, True, limit)["error"]
 
 
 def test_a_failed_result_costs_no_other() -> None:
