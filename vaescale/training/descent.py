@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,27 @@ from .buffers import joined
 from .ema import WeightEMA
 from .engine import MOMENTS, Engine
 from .gather import on_host
-from .guard import LARGEST, WHY, Guard, Skip
+from .guard import LARGEST, WHY, Guard, Skip, Verdict
+
+# (batch, reconstruction) → a term of the loss, and its metrics
+Term = Callable[[Batch, Tensor], tuple[Tensor, Tensors]]
+
+
+class Results:
+    """The losses and metrics of a step's micro-batches, which have the same names."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._rows: list[Tensor] = []  # all values of a micro-batch in one tensor: a kernel for all, not some for each
+
+    def add(self, values: Tensors) -> None:
+        self._names = list(values)
+        self._rows.append(torch.stack([value.float() for value in values.values()]))
+
+    def joined(self) -> tuple[Tensor, Tensors]:
+        """Returns the losses, fp32 [M], which are the first values, and the means of all values by name."""
+        stacked = torch.stack(self._rows)
+        return stacked[:, 0], dict(zip(self._names, stacked.mean(0).unbind(), strict=True))
 
 
 class Descent:
@@ -73,22 +93,39 @@ class Descent:
 
         Our code does not wait for the device here; DeepSpeed does, once a step, at ZeRO 1 and 2.
         """
-        lr = learning_rate(self.config.optimizer, step, self.config.steps)
-        count = self.config.accumulation
-        names: list[str] = []
-        totals: list[Tensor] = []  # all metrics of a micro-batch in one tensor: a kernel for all, not some for each
+        results = Results()
         before = self.buffers.clone()
-        for number, batch in enumerate(batches, start=1):
-            loss, metrics = self.engine.forward(batch, step)[:2]  # the reconstruction is freed before the backward pass
-            self.engine.backward(loss)
-            names = ["loss", *metrics]
-            totals.append(torch.stack([value.float() for value in (loss.detach(), *metrics.values())]))
-            if number < count:
-                self.engine.micro_step()
-        stacked = torch.stack(totals)
-        losses = stacked[:, 0]
+        for _, _, values in self.passes(batches, step):
+            results.add(values)
+        losses, means = results.joined()
         excused, norm = self.engine.scaled(losses), self.engine.norm()
         verdict = self.guard.judge(norm, excused)
+        skipped = self.finish(step, verdict, losses, before)
+        return {**means, "gradient_norm": torch.where(verdict.refused, 0.0, norm), "skipped": skipped}
+
+    def passes(
+        self, batches: Iterable[Batch], step: int, term: Term | None = None
+    ) -> Iterator[tuple[Batch, Tensor | None, Tensors]]:
+        """Does the forward and backward pass of each micro-batch. Yields it, its reconstruction, detached, and the
+        model's own loss and metrics. term: of the loss besides the model's own; without it, no reconstruction is
+        yielded."""
+        for number, batch in enumerate(batches, start=1):
+            loss, metrics, reconstruction = self.engine.forward(batch, step)
+            values = {"loss": loss.detach(), **metrics}
+            if term:
+                extra, more = term(batch, reconstruction)
+                loss, values = loss + extra, {**values, **more}
+            reconstruction = reconstruction.detach() if term else None  # None frees it before the backward pass
+            self.engine.backward(loss)
+            yield batch, reconstruction, values
+            if number < self.config.accumulation:
+                self.engine.micro_step()
+
+    def finish(self, step: int, verdict: Verdict, losses: Tensor, before: Tensor) -> Tensor:
+        """Updates the weights, the buffers and the averages, as the verdict allows, and records it. Returns fp32 [], 1
+        if the weights did not change. losses: fp32 [M] of this rank's micro-batches; before: the buffers before the
+        step."""
+        lr = learning_rate(self.config.optimizer, step, self.config.steps)
         self.engine.apply(lr, verdict.refused, verdict.overflow)
         self.model.update(step, lr)  # also in a skipped step: it contains collectives
         torch.where(verdict.spoilt, before, self.buffers, out=self.buffers)
@@ -97,8 +134,7 @@ class Descent:
         self._records.append(torch.cat([verdict.record, losses]))
         skipped = verdict.refused.float()
         self.ema.update(self.model, self.buffers, step, skipped)
-        means = dict(zip(names, stacked.mean(0).unbind(), strict=True))
-        return {**means, "gradient_norm": torch.where(verdict.refused, 0.0, norm), "skipped": skipped}
+        return skipped
 
     def refresh(self) -> None:
         self.ema.refresh()
