@@ -14,6 +14,7 @@ from tests.device.pretended import HostCopy, batch_on, moved, pretended
 from vaescale import settings
 from vaescale.evaluation.metrics import METRICS
 from vaescale.evaluation.metrics.metric import Seen
+from vaescale.evaluation.sample import Unsupported, decoded, from_prior
 from vaescale.interfaces import Bounded, Codebooks, Codec
 from vaescale.models import MODELS
 from vaescale.nn import likelihood, quantize
@@ -148,6 +149,9 @@ def test_evaluation_neither_mixes_devices_nor_waits(name: str, load: Callable[[l
         images = model.decode(latents, batch.condition)
         with suppress(ValueError):  # it has no prior
             model.decode([], batch.condition, 0.7, draw=True)
+        with suppress(Unsupported):
+            from_prior(model, batch.condition, seed=0)
+        decoded(model, latents, batch.condition)
         if isinstance(model, Bounded):
             model.bound(batch, 3)
         if isinstance(model, Codebooks):

@@ -235,9 +235,10 @@ def _at_step(step: int, act: Callable[[], None]) -> None:
 
 
 def fail(out: Path, step: int) -> None:
-    """Raise an error that nobody foresaw, in step `step`."""
+    """Raise an error that nobody foresaw, in step `step`. The file "failed" is created at that moment."""
 
     def act() -> None:
+        (out / "failed").touch()
         raise RuntimeError("nobody foresaw this")
 
     _at_step(step, act)

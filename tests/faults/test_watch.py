@@ -25,6 +25,7 @@ from vaescale.lifecycle.status import HUNG_CODE, Status
 TIMEOUT = 3.0
 RUN = [sys.executable, "launch/run.py"]
 SOON = 30.0  # seconds within which all processes of a run end after its launcher is gone
+GONE = 10.0  # seconds within which all ranks end after an error of one of them
 
 
 LOST: dict[str, list[Any]] = {
@@ -120,6 +121,9 @@ def test_a_rank_or_a_worker_that_is_killed_or_fails_ends_the_run(befallen: Path,
         assert codes == [1, 1], output
         assert "RuntimeError: nobody foresaw this" in (out / "output-1.txt").read_text()
         assert (found["rank"], found["why"]) == (1, "RuntimeError: nobody foresaw this")
+        seconds = (out / "codes.json").stat().st_mtime - (out / "failed").stat().st_mtime
+        print(f"both ranks were gone {seconds:.1f} s after the error")
+        assert seconds < GONE
     else:
         assert codes[1] == 2
         assert codes[0] not in (0, None)
