@@ -89,6 +89,7 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("optimizer.lr=-1", "optimizer.lr=-1.0 must be above 0"),
         ("deepspeed.bf16.enabled=true", "vaescale sets deepspeed.bf16 itself: use precision"),
         ("deepspeed.zero_optimization.stage=2", "use zero_stage instead"),
+        ("deepspeed.zero_optimization.round_robin_gradients=true", "wrong names: remove it"),
         ("data.root=https://me:hunter2@host/shards", "data.root is the folder of the index, not a URL"),
     ],
 )

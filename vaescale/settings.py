@@ -312,5 +312,10 @@ def _require(config: Config) -> None:
     for key in config.deepspeed:
         if key in OWNED:
             raise ConfigError(f"vaescale sets deepspeed.{key} itself: use {OWNED[key]} instead")
-    if "stage" in (config.deepspeed.get("zero_optimization") or {}):
+    zero = config.deepspeed.get("zero_optimization") or {}
+    if "stage" in zero:
         raise ConfigError("vaescale sets deepspeed.zero_optimization.stage itself: use zero_stage instead")
+    if zero.get("round_robin_gradients"):  # it reorders the parameters, which checkpoints take from the shards by place
+        raise ConfigError(
+            "deepspeed.zero_optimization.round_robin_gradients would save weights under wrong names: remove it"
+        )
