@@ -19,6 +19,7 @@ from vaescale.interfaces import Bounded, Codebooks, Codec
 from vaescale.models import MODELS
 from vaescale.nn import likelihood, quantize
 from vaescale.nn.covariance import Moments
+from vaescale.nn.networks import NETWORKS
 from vaescale.settings import Config
 from vaescale.training import descent
 
@@ -31,6 +32,10 @@ SMALL = {  # settings that make a family small; a new one needs an entry only if
         "model.decoder=[{size: 8, blocks: 1}, {size: 16, blocks: 2}]",
     ],
     "vqvae": ["model.network.width=8", "model.quantizer.dim=8", "model.quantizer.codebook_size=24"],
+}
+NETWORK = {  # settings that make a network small
+    "conv": ["width=8"],
+    "vqgan": ["channels=32", "multipliers=[1,2]", "attention=[2]", "blocks=1"],
 }
 KINDS = get_args(get_type_hints(quantize.Config)["kind"])
 FITTING = {  # settings without which a kind of quantiser cannot be
@@ -64,6 +69,11 @@ def cases() -> dict[str, list[str]]:
             *found["vqvae"],
             *(f"model.quantizer.{one}" for one in [f"kind={kind}", *FITTING.get(kind, [])]),
         ]
+    for network in NETWORKS:
+        small = [f"model.network.{one}" for one in [f"kind={network}", *NETWORK[network]]]
+        plain = ["model.kind=vqvae", "model.quantizer.dim=8", "model.quantizer.codebook_size=24", *small]
+        found[f"vqvae, {network}"] = plain
+        found[f"vqvae, {network}, checkpointing"] = [*plain, "model.checkpointing=true"]
     for name, given in COMBINED.items():
         found[f"vqvae, {name}"] = [*found["vqvae"], *(f"model.quantizer.{one}" for one in given)]
     for kind in LIKELIHOODS:

@@ -54,6 +54,7 @@ def check(name: str, *overrides: str) -> None:
     [
         ("tiny", ["accumulation=12"]),  # more than Dynamo's limit of compiling a function again
         ("tiny", [*FSQ, "accumulation=3"]),
+        ("tiny_vqgan", []),
         ("tiny_vae", ["accumulation=3"]),
         ("tiny_hvae", []),
     ],

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import conv
+from . import conv, vqgan
 
 
 class Kind(NamedTuple):
@@ -22,6 +22,7 @@ class Kind(NamedTuple):
 
 NETWORKS = {  # model.network.kind → its networks
     "conv": Kind(conv.Config, conv.encoder, conv.decoder),
+    "vqgan": Kind(vqgan.Config, vqgan.Encoder, vqgan.Decoder),
 }
 
 
