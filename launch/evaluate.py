@@ -8,6 +8,9 @@
 Writes evaluation.json (the numbers and how they were measured) and reconstructions.png into each run directory. With
 --out FILE it writes only the numbers, into that file: like evaluation.json for one run, a list for several. A run's
 evaluation.json is reserved for its newest checkpoint, its own data and its own settings; everything else needs --out.
+The perceptual distance that a run was trained with is measured, too. --perceptual FILE measures that of a file which
+launch/weights.py wrote, for all runs.
+
 Each validation image counts exactly once, on any number of ranks. The overrides apply to all runs. Exit code 2: a run
 cannot be measured, or the results cannot be written (they are still printed).
 """
@@ -28,6 +31,9 @@ def parse() -> argparse.Namespace:
         default=1,
         metavar="K",
         help="latents drawn per image; more give a tighter bound on bits/dim and take K times as long (1)",
+    )
+    parser.add_argument(
+        "--perceptual", metavar="FILE", help="measure this perceptual distance, too (default: that of the run, if any)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, not into the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -50,6 +56,7 @@ from vaescale.evaluation.show import reconstructions
 from vaescale.interfaces import Codebooks, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import code_statistics, pictures
+from vaescale.nn import perceptual
 
 BATCH = 32  # images at a time on one rank
 RECORD = "evaluation.json"
@@ -71,7 +78,7 @@ def main(given: argparse.Namespace) -> int:
         if not given.out:
             check_own(runs, overrides)
         for run, config in zip(runs, configs, strict=True):
-            result, picture = evaluate_run(run, config, given.iw, replaces=not given.out)
+            result, picture = evaluate_run(run, config, given, replaces=not given.out)
             results.append(result)
             wrong += write(run, results, picture, given.out)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
@@ -133,11 +140,12 @@ def not_own(run: Path, what: str) -> ConfigError:
 
 
 def evaluate_run(
-    run: Path, config: settings.Config, draws: int, replaces: bool
+    run: Path, config: settings.Config, given: argparse.Namespace, replaces: bool
 ) -> tuple[dict[str, Any], pictures.Picture]:
     """(what evaluation.json holds, the reconstructions). run: may be a checkpoint of one; replaces: whether the run's
     record will be replaced. Collective."""
     device = distributed.init()
+    distance, draws = perceptual_distance(config, given.perceptual), given.iw
     model, step = trained.read_model(run, config, device)
     slices = stream.ValidationSlices(config.data)
     index.check_files(*slices.indexes)
@@ -147,7 +155,7 @@ def evaluate_run(
     usage = model.usage(clear=False) if isinstance(model, Codebooks) else {}
     sizes = [len(one.window) for one in usage.values()]
     watched = distributed.rank() == 0 and sys.stderr.isatty()
-    metrics = evaluate(model, slices, device, BATCH, draws, watched)
+    metrics = evaluate(model, slices, device, BATCH, draws, watched, distance=distance and distance.to(device))
     for name, one in usage.items():
         metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
     shown = stream.fixed_images(slices).to(device)
@@ -162,6 +170,7 @@ def evaluate_run(
         "parameters": parameters,
         "latents": tables.latents_in_words(latents, sizes),
         **metrics,
+        "perceptual": distance.source if distance else None,
         "draws": draws,
         "step": step,
         "weights": "averaged",
@@ -172,6 +181,25 @@ def evaluate_run(
         "protocol": protocol(),
     }
     return result, reconstructions(shown.x, reconstruction)
+
+
+def perceptual_distance(config: settings.Config, given: str | None) -> perceptual.Distance | None:
+    """Returns the distance of the file `given`, else the run's own; None without either, or if the latter's file cannot
+    be read. Raises ConfigError."""
+    own = getattr(config.model, "reconstruction", None)
+    path = given or (own.perceptual.weights if own and own.perceptual.weight else "")
+    if not path:
+        return None
+    try:
+        distance = perceptual.read(path)
+        perceptual.require_size(distance, config.data.size)
+    except ValueError as error:
+        if given:
+            raise ConfigError(str(error)) from None
+        if distributed.rank() == 0:
+            print(f"the perceptual distance is not measured: {error}, or give --perceptual FILE", file=sys.stderr)
+        return None
+    return distance
 
 
 if __name__ == "__main__":

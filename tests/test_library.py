@@ -36,10 +36,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, 
     return {name: untrained(tmp_path_factory.mktemp(name), name, pictures) for name in NAMES}
 
 
-def untrained(run: Path, name: str, pictures: Path) -> Path:
+def untrained(run: Path, name: str, pictures: Path, *overrides: str) -> Path:
     """A run directory with checkpoints of steps 1 and 2."""
     run.mkdir(exist_ok=True)
-    config = settings.load(TINY / f"{name}.yaml", [f"run={run}", f"data.root={pictures}"])
+    config = settings.load(TINY / f"{name}.yaml", [f"run={run}", f"data.root={pictures}", *overrides])
     (run / FILE).write_text(mechanics.to_yaml(config))
     for step in (1, 2):
         torch.manual_seed(step)

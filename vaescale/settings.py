@@ -184,12 +184,17 @@ def _prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = 
     return unknown
 
 
-def build(config: Config) -> Model:
-    """Builds the model that the config names. Raises ConfigError for a shape that the model cannot have. Configs may be
-    made in code, so it also raises ConfigError for a value outside its range or Literal."""
+def build(config: Config, training: bool = True) -> Model:
+    """Builds the model that the config names. training: False for a model whose loss is not used; it reads no files.
+
+    Raises ConfigError for a shape that the model cannot have. Configs may be made in code, so it also raises
+    ConfigError for a value outside its range or Literal."""
     try:
         require(config)
-        return MODELS[config.model.kind].build(config.model, shape(config), config.seed)
+        model = config.model
+        if not training and hasattr(model, "reconstruction"):
+            model = replace(model, reconstruction=model.reconstruction.without_files())
+        return MODELS[config.model.kind].build(model, shape(config), config.seed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -44,7 +44,7 @@ def read_config(place: Path, overrides: list[str]) -> Config:
 def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model, int]:
     """Returns the model with averaged weights, in eval mode on `device`, and the step of the weights. place: a
     checkpoint, or a run directory, whose newest one is read. Raises CheckpointError. Collective."""
-    model = settings.build(config)
+    model = settings.build(config, training=False)
     path, remarks = checkpoint.load_averaged(model, place)
     assert path is not None
     if distributed.rank() == 0:

@@ -61,6 +61,8 @@ def moved(module: nn.Module, place: torch.device) -> Any:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = on(buffer, place)
+        if distance := getattr(part, "distance", None):  # of nn.reconstruction, which `Module.to` moves, too
+            distance.tensors = {name: on(tensor, place) for name, tensor in distance.tensors.items()}
     return module
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.device.kernels import Kernels
-from tests.device.pretended import pretended
+from tests.device.pretended import on, pretended
 from vaescale.nn import nearest as module
 from vaescale.nn.entropy import entropies
 from vaescale.nn.nearest import nearest
+from vaescale.nn.perceptual import drawn
 
 N = K = 16384
 
@@ -36,3 +37,14 @@ def test_a_search_without_triton_takes_few_large_tiles() -> None:
         z, codebook = torch.empty(N, 8, device=gpu), torch.empty(K, 8, device=gpu)
         module._tiled(z, codebook, codebook[0], torch.empty(K, device=gpu))
     assert kernels.total() <= 150
+
+
+def test_the_kernels_of_a_perceptual_distance_depend_on_its_trunk_alone() -> None:
+    """243 at the time of writing, forward and backward; 13 convolutions and 13 ReLUs are run three times."""
+    with pretended() as gpu, Kernels() as kernels:
+        distance = drawn("perceptual_random")
+        distance.tensors = {name: on(tensor, gpu) for name, tensor in distance.tensors.items()}
+        kernels.launched.clear()
+        x = torch.empty(4, 3, 64, 64, device=gpu, requires_grad=True)
+        distance(x, torch.empty(4, 3, 64, 64, device=gpu)).mean().backward()
+    assert kernels.total() <= 300

@@ -20,6 +20,7 @@ from vaescale.models import MODELS
 from vaescale.nn import likelihood, quantize
 from vaescale.nn.covariance import Moments
 from vaescale.nn.networks import NETWORKS
+from vaescale.nn.reconstruction import distance_of
 from vaescale.settings import Config
 from vaescale.training import descent
 
@@ -81,6 +82,8 @@ def cases() -> dict[str, list[str]]:
     found["vae, conditional"] = [*found["vae"], "model.classes=3", "model.label_dropout=0.1", "data.attributes=[age]"]
     found["vae, free bits"] = [*found["vae"], "model.free_bits=0.1", "model.beta_warmup_steps=9"]
     found["hvae, top-down"] = [*found["hvae"], "model.posterior=top-down"]
+    perceptual = ["model.reconstruction.perceptual.weight=1", "model.reconstruction.perceptual.trunk=random"]
+    found["vqvae, perceptual"] = [*found["vqvae"], "model.reconstruction.l1=1", *perceptual]
     found["vdvae, checkpointing"] = [*found["vdvae"], "model.checkpointing=true"]
     return found
 
@@ -166,7 +169,9 @@ def test_evaluation_neither_mixes_devices_nor_waits(name: str, load: Callable[[l
             model.bound(batch, 3)
         if isinstance(model, Codebooks):
             model.usage(clear=True)
-        seen = Seen(model, batch, (images.clamp(0, 1) * 255).to(torch.uint8), latents, draws=2)
+        seen = Seen(
+            model, batch, (images.clamp(0, 1) * 255).to(torch.uint8), latents, draws=2, distance=distance_of(model)
+        )
         for metric in METRICS:
             metric.sums(seen)
 

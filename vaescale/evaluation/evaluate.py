@@ -13,6 +13,7 @@ from .. import distributed
 from ..data import stream
 from ..interfaces import Batch, Codec, Tensors
 from ..monitoring.pictures import to_bytes
+from ..nn.perceptual import Distance
 from ..numerics import exact
 from . import metrics
 from .metrics.metric import Seen
@@ -29,9 +30,11 @@ def evaluate(
     draws: int = 1,
     watched: bool = False,
     stopped: Callable[[], object] = lambda: False,
+    distance: Distance | None = None,
 ) -> dict[str, Any]:
     """Returns the numbers of all METRICS that apply to this codec, by name. `micro`: images at a time per rank;
-    `draws`: latents drawn per image, by the metrics that draw any.
+    `draws`: latents drawn per image, by the metrics that draw any; `distance`: the perceptual distance to measure, on
+    the device.
 
     Collective; all ranks return the same result. Time grows with `draws`, memory does not. `stopped` is called after
     each batch, equally often on all ranks, and must return the same on all; if it is true, the result is {}.
@@ -39,13 +42,13 @@ def evaluate(
     rank, world = distributed.rank(), distributed.world()
     loader = stream.validation_loader(slices, micro, rank, world, device.type == "cuda")
     # With fewer images than ranks, a rank without images still needs the names and shapes of the sums.
-    first = _measure(codec, slices[range(1)].batch.to(device), min(draws, 2))
+    first = _measure(codec, slices[range(1)].batch.to(device), min(draws, 2), distance)
     totals = [{name: torch.zeros_like(part, dtype=torch.float64) for name, part in sums.items()} for sums in first]
     images = len(slices.samples.index)
     batches = range(math.ceil(math.ceil(images / world) / micro))  # of the rank with the most images
     for _, decoded in tqdm(zip_longest(batches, loader), "evaluate", len(batches), unit="batch", disable=not watched):
         if decoded:
-            for total, sums in zip(totals, _measure(codec, decoded.batch.to(device), draws), strict=True):
+            for total, sums in zip(totals, _measure(codec, decoded.batch.to(device), draws, distance), strict=True):
                 for name, part in sums.items():
                     total[name] += part
         if stopped():
@@ -71,7 +74,7 @@ def reconstruct(codec: Codec, batch: Batch) -> tuple[Tensor, list[Tensor]]:
 
 
 @exact()
-def _measure(codec: Codec, batch: Batch, draws: int) -> list[Tensors]:
+def _measure(codec: Codec, batch: Batch, draws: int, distance: Distance | None) -> list[Tensors]:
     """The sums of each of the METRICS over the images of this batch."""
     y, latents = reconstruct(codec, batch)
-    return [metric.sums(Seen(codec, batch, y, latents, draws)) for metric in metrics.METRICS]
+    return [metric.sums(Seen(codec, batch, y, latents, draws, distance)) for metric in metrics.METRICS]

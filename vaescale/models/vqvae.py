@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..interfaces import Batch, Condition, Model, Output, Shape, Usage
 from ..nn import conv, networks, quantize
-from ..nn.fidelity import fidelity, squared_errors
+from ..nn import reconstruction as losses
+from ..nn.reconstruction import Reconstruction
 from ..ranges import ranged, require
 
 
@@ -27,6 +28,8 @@ class Config:
     # The variance of pixels in [0, 1], which divides the squared error. So a reconstruction no better than the mean
     # costs 1, and β means the same on any data.
     variance: float = ranged(0.06, above=0)
+    # in place of the squared error, or with a perceptual distance in addition to it
+    reconstruction: losses.Config = field(default_factory=losses.Config)
     quantizer: quantize.Config = field(default_factory=quantize.Config)
 
 
@@ -39,28 +42,25 @@ class VQVAE(Model):
         self.encoder = networks.encoder(config.network, shape.channels, dim, config.checkpointing)
         self.quantizer = quantize.build(config.quantizer, seed)
         self.decoder = networks.decoder(config.network, dim, shape.channels, config.checkpointing)
+        self.reconstruction = Reconstruction(config.reconstruction, shape, config.variance)
 
     def forward(self, batch: Batch, step: int) -> Output:
         del step
         quantized = self.quantizer(self._features(batch.x / 255))
         reconstruction = self._images(quantized.z)
-        loss, compared = self._compare(reconstruction, batch.x)
+        compared_loss, compared = self.reconstruction(reconstruction, batch.x)
+        loss = compared_loss + quantized.loss
         metrics = {
             **compared,
             **{f"{name}/commitment": value for name, value in zip(self.codebooks, quantized.commitment, strict=True)},
         }
         if self.training:
             self._collect()
-        return Output(loss + quantized.loss, metrics, reconstruction)
+        return Output(loss, metrics, reconstruction)
 
     def reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         """Returns the part of the loss that compares the reconstruction with x, uint8, both [B, C, H, W]: a scalar."""
-        return self._compare(reconstruction, x)[0]
-
-    def _compare(self, reconstruction: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the reconstruction's loss and metrics."""
-        errors = squared_errors(reconstruction, x / 255)
-        return errors.mean() / self.config.variance, fidelity(errors)
+        return self.reconstruction(reconstruction, x)[0]
 
     @torch.compiler.disable  # at the end of `forward`, so that all before it is one graph
     def _collect(self) -> None:

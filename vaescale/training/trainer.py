@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .. import distributed, numerics, process
+from ..config import ConfigError
 from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check_files
@@ -30,6 +31,7 @@ from ..lifecycle.watch import STACKS, Watch
 from ..lifecycle.writer import Writer
 from ..models import MODELS
 from ..monitoring.board import validated
+from ..nn.reconstruction import distance_of
 from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch
 from . import resume
 from .guard import Skip, diagnosis, explained, too_many
@@ -67,7 +69,10 @@ class Trainer:
         on_rank_0(self.run, self.compare)
 
         torch.manual_seed(config.seed)
-        self.model = build(config).to(self.device)
+        try:
+            self.model = build(config).to(self.device)
+        except ConfigError as error:  # rank 0 has found nothing wrong: a file is missing on this node alone
+            raise checkpoint.Unreadable(str(error)) from None
         samples = len(self.slices.samples.index)
         self.learner = LEARNERS[MODELS[config.model.kind].learner](self.model, config, samples)
         self.position = resume.resume(config, self.learner, self.slices)
@@ -244,7 +249,8 @@ class Trainer:
             return ""
         with watch.doing("validation"):
             stopped = partial(stop.agreed, "batch")
-            measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stopped)
+            distance = distance_of(averaged)
+            measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stopped, distance=distance)
             if not measured:
                 return stop.said
             self.reporter.validation(measured, averaged, lambda: stream.fixed_images(self.validation).to(self.device))

@@ -4,6 +4,7 @@ from .active_units import ACTIVE_UNITS
 from .bits import BITS
 from .code_use import CODE_USE
 from .metric import Metric
+from .perceptual import PERCEPTUAL
 from .reconstruction import RECONSTRUCTION
 
-METRICS: list[Metric] = [BITS, RECONSTRUCTION, ACTIVE_UNITS, CODE_USE]  # in reading order
+METRICS: list[Metric] = [BITS, RECONSTRUCTION, PERCEPTUAL, ACTIVE_UNITS, CODE_USE]  # in reading order

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...interfaces import Batch, Codec, Tensors
+from ...nn.perceptual import Distance
 
 
 class Seen(NamedTuple):
@@ -17,6 +18,7 @@ class Seen(NamedTuple):
     reconstruction: Tensor  # uint8 [B, C, H, W]
     latents: list[Tensor]  # from `encode`
     draws: int  # latents per image, for metrics that draw any
+    distance: Distance | None = None  # the perceptual distance to measure
 
 
 class Number(NamedTuple):
