@@ -12,7 +12,7 @@ from vaescale import settings
 from vaescale.advice.dry_run import dry_run
 from vaescale.settings import Optimizer
 from vaescale.training.buffers import joined
-from vaescale.training.descent import activation_bytes, learning_rate
+from vaescale.training.descent import Descent, activation_bytes, learning_rate, trunk
 from vaescale.training.ema import WeightEMA
 
 QUICKSTART = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
@@ -115,6 +115,24 @@ def test_weights_are_not_counted_as_activations() -> None:
         model = settings.build(config)
         images = settings.blank(config, 1).x.numel() * 4  # in fp32
         assert images <= activation_bytes(model, config) < 8 * images < sum(p.nbytes for p in model.parameters())
+
+
+def test_a_perceptual_distance_counts_in_fp32_at_every_precision() -> None:
+    given = ["data.size=64", "model.reconstruction.perceptual.weight=1", "model.reconstruction.perceptual.trunk=random"]
+    with FakeTensorMode():
+        plain, low, high = (
+            settings.load(QUICKSTART, [f"precision={precision}", "data.size=64", *more])
+            for precision, more in (("fp32", []), ("bf16", given), ("fp32", given))
+        )
+        held = [activation_bytes(settings.build(config), config) for config in (plain, low, high)]
+        # The inputs of VGG16's convolutions: channels, and the share of the pixels of a 64 × 64 image.
+        read = (3 + 64) + (64 + 128) / 4 + (128 + 2 * 256) / 16 + (256 + 2 * 512) / 64 + 3 * 512 / 256
+        inputs = 4 * 64**2 * read
+        assert inputs < held[2] - held[0] < 4 * inputs
+        assert held[1] == pytest.approx(held[2] - held[0] / 2, rel=0.01)
+        model = settings.build(high)
+        assert sum(tensor.nbytes for tensor in trunk(model)) == 4 * (14_714_688 + 64 + 128 + 256 + 512 + 512 + 6)
+        assert Descent.memory(model, high, 1)["buffers"] > 58e6
 
 
 def test_activations_are_counted() -> None:

@@ -13,6 +13,7 @@ from .. import distributed
 from ..config import ConfigError
 from ..interfaces import Batch, Model, Tensors
 from ..lifecycle.checkpoint import Read
+from ..nn.reconstruction import distance_of
 from ..numerics import TRITON
 from ..settings import Config, Optimizer, blank, micro_batch
 from .buffers import joined
@@ -84,7 +85,8 @@ class Descent:
         parameters = sum(p.numel() for p in model.parameters())
         buffers = sum(b.nbytes for b in model.buffers())
         return state_bytes(parameters, config, world) | {
-            "buffers": 2 * buffers,  # of the model and of its averaged copy
+            # of the model and of its averaged copy, which share a perceptual distance
+            "buffers": 2 * buffers + sum(tensor.nbytes for tensor in trunk(model)),
             "activations": activation_bytes(model, config) * micro_batch(config, world),
         }
 
@@ -255,18 +257,35 @@ def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]
     }
 
 
+def trunk(model: nn.Module) -> list[Tensor]:
+    """Returns the weights of the model's perceptual distance, if it has one."""
+    distance = distance_of(model)
+    return list(distance.tensors.values()) if distance else []
+
+
 def activation_bytes(model: nn.Module, config: Config) -> int:
     """Returns the bytes that one image keeps for the backward pass, counted in a forward pass."""
+    model.eval()  # in training mode a forward pass keeps rows for `update`, which is not called here
+    batch = blank(config, 1)
+    weights = [*model.parameters(), *model.buffers(), *trunk(model)]
+    total, exact = kept_bytes(lambda: model(batch, 0), weights), 0
+    if distance := distance_of(model):  # in fp32 at every precision
+        x = (batch.x / 255).requires_grad_()
+        exact = kept_bytes(lambda: distance(x, x), weights)
+    return exact + (total - exact) // (1 if config.precision == "fp32" else 2)
+
+
+def kept_bytes(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Returns the bytes other than those of `weights` that `forward` keeps for the backward pass."""
     held: dict[int, torch.UntypedStorage] = {}  # by an address that fake tensors have, too
-    kept = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    known = {tensor.untyped_storage()._cdata for tensor in weights}
 
     def hold(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in kept:  # linear layers save their transposed weights
+        if storage._cdata not in known:  # linear layers save their transposed weights
             held[storage._cdata] = storage
         return tensor
 
-    model.eval()  # in training mode a forward pass keeps rows for `update`, which is not called here
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        model(blank(config, 1), 0)
-    return sum(storage.nbytes() for storage in held.values()) // (1 if config.precision == "fp32" else 2)
+        forward()
+    return sum(storage.nbytes() for storage in held.values())
