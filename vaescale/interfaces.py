@@ -143,6 +143,20 @@ class KLWeighted(Protocol):
 
 
 @runtime_checkable
+class Reconstructor(Protocol):
+    """A model whose loss compares a reconstruction with the image."""
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer with the parameter "weight" whose output is the reconstruction, up to a constant."""
+        ...
+
+    def reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        """Returns the part of the loss that compares them, fp32 []. Both [B, C, H, W], x in uint8."""
+        ...
+
+
+@runtime_checkable
 class Basis(Protocol):
     """A codec with a linear decoder."""
 
@@ -154,7 +168,7 @@ class Basis(Protocol):
 
 class Model(nn.Module, ABC):
     """A trainable torch module that computes its own loss. Its other capabilities are the protocols that it implements:
-    Codec, Bounded, Codebooks, KLWeighted, Basis. Callers test for a protocol, never for a class."""
+    Codec, Bounded, Codebooks, KLWeighted, Reconstructor, Basis. Callers test for a protocol, never for a class."""
 
     noise_version: int | None = None  # of nn.noise.normal, as the run began with it; None: the newest
 

@@ -14,8 +14,9 @@ from .config import ConfigError
 from .data import places, stream
 from .data.index import Index
 from .hints import either, known_keys
-from .interfaces import Batch, Codec, Model, Shape
+from .interfaces import Batch, Codec, Model, Reconstructor, Shape
 from .models import MODELS
+from .nn import critic
 from .ranges import ranged, require
 from .renamed import RENAMED, VERSION, rename
 
@@ -73,6 +74,7 @@ class Config:
     init_from: str = ""
     data: stream.Config = field(default_factory=stream.Config)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    adversarial: critic.Config = field(default_factory=critic.Config)
     every: Every = field(default_factory=Every)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
     version: int = ranged(VERSION, least=VERSION, most=VERSION)  # of the names of settings
@@ -216,6 +218,8 @@ def check(config: Config, world: int) -> None:
     with FakeTensorMode(), torch.no_grad():  # propagates shapes without computing anything
         model = build(config).eval()
         batch = blank(config, 1)
+        if config.adversarial.weight:
+            _check_adversarial(config, model, batch)
         if not isinstance(model, Codec):
             return
         try:
@@ -225,6 +229,26 @@ def check(config: Config, world: int) -> None:
     if decoded != size:
         raise ConfigError(
             f"data.size={size} does not fit the model, which would decode {decoded} px: set data.size={decoded}"
+        )
+
+
+def _check_adversarial(config: Config, model: Model, batch: Batch) -> None:
+    """Raises ConfigError if the model or its images do not fit the adversarial loss."""
+    kind, given = config.model.kind, config.adversarial
+    if MODELS[kind].learner != "descent" or model(batch, 0).reconstruction is None:
+        raise ConfigError(
+            f"adversarial.weight={given.weight} cannot be used with model.kind={kind}, which is not trained on "
+            f"reconstructions: set it to 0"
+        )
+    if given.adaptive and not isinstance(model, Reconstructor):
+        raise ConfigError(
+            f"adversarial.adaptive=true cannot be used with model.kind={kind}, whose loss has no part for the "
+            f"reconstruction alone: set it to false"
+        )
+    if config.data.size < given.smallest:
+        raise ConfigError(
+            f"data.size={config.data.size} is too small for a critic with adversarial.layers={given.layers}, which "
+            f"needs {given.smallest} px: set fewer layers"
         )
 
 
@@ -302,6 +326,17 @@ def _require(config: Config) -> None:
         )
     if config.optimizer.spike and config.optimizer.spike <= 1:
         raise ConfigError(f"optimizer.spike={config.optimizer.spike} must be above 1, or 0 for no limit")
+    adversarial = config.adversarial
+    if adversarial.weight and config.precision == "fp16":
+        raise ConfigError(
+            "precision=fp16 cannot be used with adversarial.weight, because a critic's gradients are too small for it: "
+            "set precision=bf16 or fp32"
+        )
+    if adversarial.critic_start > adversarial.start:
+        raise ConfigError(
+            f"adversarial.critic_start={adversarial.critic_start} must not be larger than "
+            f"adversarial.start={adversarial.start}: an untrained critic has nothing to teach"
+        )
     if config.channels_last and config.zero_stage:
         raise ConfigError(
             f"channels_last=true cannot be used with zero_stage={config.zero_stage}, where all weights are parts of "

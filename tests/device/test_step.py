@@ -1,7 +1,7 @@
 """Everything in a training step lies on the device, and nothing in it waits for the host."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -19,10 +19,12 @@ from vaescale.interfaces import Bounded, Codebooks, Codec
 from vaescale.models import MODELS
 from vaescale.nn import likelihood, quantize
 from vaescale.nn.covariance import Moments
+from vaescale.nn.critic import Critic
 from vaescale.nn.networks import NETWORKS
 from vaescale.nn.reconstruction import distance_of
 from vaescale.settings import Config
-from vaescale.training import descent
+from vaescale.training import adversarial, descent
+from vaescale.training.learner import LEARNERS, chosen
 
 IMAGES = 4
 SMALL = {  # settings that make a family small; a new one needs an entry only if its defaults are large
@@ -89,6 +91,16 @@ def cases() -> dict[str, list[str]]:
 
 
 CASES = cases()
+CRITIC = ["adversarial.weight=0.1", "adversarial.width=8", "adversarial.layers=2", "steps=8"]  # from step 1 on
+DUELS = {  # with a critic
+    f"vqvae, critic, {name}": [*CASES["vqvae"], *CRITIC, *(f"adversarial.{one}" for one in given)]
+    for name, given in {
+        "constant": [],
+        "adaptive": ["adaptive=true", "loss=non-saturating"],
+        "r1": ["r1=1", "augment=true"],
+    }.items()
+} | {"vae, critic": [*CASES["vae"], *CRITIC]}
+TRAINED = {**{name: given for name, given in CASES.items() if MODELS[name.split(",")[0]].learner == "descent"}, **DUELS}
 
 
 @pytest.fixture
@@ -108,6 +120,9 @@ class PlainEngine:
         self.forward = module
         self.parameters = list(module.parameters())
         self.device = self.parameters[0].device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -130,24 +145,34 @@ class PlainEngine:
         return None
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if MODELS[name.split(",")[0]].learner == "descent"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_training_step_neither_mixes_devices_nor_waits(
     name: str, load: Callable[[list[str]], Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it use operations without a deterministic implementation."""
-    config = load(CASES[name])
-    monkeypatch.setattr(descent, "Engine", PlainEngine)
+    config = load(TRAINED[name])
     with pretended() as gpu, Kernels() as kernels:
+        for module in (descent, adversarial):
+            monkeypatch.setattr(module, "Engine", PlainEngine)
+        monkeypatch.setattr(Critic, "to", moved)
         model = moved(settings.build(config), gpu).train()
         batch = batch_on(settings.blank(config, IMAGES), gpu)
-        learner = descent.Descent(model, config)
+        learner: Any = chosen(config)(model, config, 0)
         for step in (0, 1, 2, 10):
             learner.step([batch] * (2 if step == 1 else 1), step)
-        one = learner.buffers.untyped_storage()._cdata
-        replaced = [name for name, buffer in model.named_buffers() if buffer.untyped_storage()._cdata != one]
-        assert not replaced, f"changed other than in place, so that a skipped step cannot restore them: {replaced}"
+        joined = [(model, getattr(learner, "descent", learner))]
+        joined += [(learner.critic, learner)] if name in DUELS else []
+        for net, owner in joined:
+            one = owner.buffers.untyped_storage()._cdata
+            replaced = [name for name, buffer in net.named_buffers() if buffer.untyped_storage()._cdata != one]
+            assert not replaced, f"changed other than in place, so that a skipped step cannot restore them: {replaced}"
     assert kernels.total() > 50
     assert not kernels.launched.keys() & REFUSED
+
+
+def test_every_learner_is_covered(load: Callable[[list[str]], Config]) -> None:
+    covered = {chosen(load(given)) for given in {**CASES, **DUELS}.values()}
+    assert covered == set(LEARNERS.values())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -186,14 +186,7 @@ def insist(out: Path, step: int) -> None:
 
 def touch(out: Path, step: int, file: str) -> None:
     """Create the file as a user would with `touch`, so that it is seen after this step."""
-    whole = Descent.step
-
-    def stepped(self: Descent, *arguments: Any) -> Any:
-        if arguments[-1] + 1 == step:
-            Path(file).touch()
-        return whole(self, *arguments)
-
-    Descent.step = stepped
+    _at_step(step, Path(file).touch)
     stops.LOOK = 0.0
 
 
@@ -224,14 +217,14 @@ def stand(out: Path, step: int) -> None:
 
 
 def _at_step(step: int, act: Callable[[], None]) -> None:
-    whole = Descent.step
+    whole = trainer.Trainer.step
 
-    def stepped(self: Descent, *arguments: Any) -> Any:
-        if arguments[-1] + 1 == step:
+    def stepped(self: trainer.Trainer, *arguments: Any) -> Any:
+        if self.position.step + 1 == step:
             act()
         return whole(self, *arguments)
 
-    Descent.step = stepped
+    trainer.Trainer.step = stepped  # type: ignore[method-assign]
 
 
 def fail(out: Path, step: int) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from tests import strict
 from tests.faults import inject
 from tests.integration import averaging, gathering, probe, traffic
+from tests.training import duel
 from vaescale import distributed, settings
 from vaescale.interfaces import Batch
 from vaescale.training.guard import MEMORY
@@ -205,6 +206,7 @@ TASKS = {
     "averaged": averaging.averaged,
     "gathered": gathering.gathered,
     "traffic": traffic.counted,
+    "duel": duel.duelled,
     "violate": violate,
 }
 

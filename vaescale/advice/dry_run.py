@@ -8,16 +8,15 @@ from torch._subclasses import FakeTensorMode
 from .. import config as mechanics
 from ..data.index import Index
 from ..files import readable_size
-from ..models import MODELS
 from ..settings import Config, build, micro_batch
-from ..training.learner import LEARNERS
+from ..training.learner import chosen
 
 
 def dry_run(config: Config, world: int) -> str:
     """Returns the resolved config, the batch arithmetic, the number of parameters, and the memory of one rank. Raises
     ConfigError; raises DataError if the number of steps depends on the training images and there is no index."""
     micro = micro_batch(config, world)
-    learner = LEARNERS[MODELS[config.model.kind].learner]
+    learner = chosen(config)
     config = replace(config, steps=learner.planned(config, lambda: len(Index(Path(config.data.root) / "train"))))
     with FakeTensorMode():  # propagates shapes without computing anything
         model = build(config)

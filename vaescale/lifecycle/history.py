@@ -16,7 +16,8 @@ from ..files import printable
 from ..settings import Config
 
 FILE = "config_history.jsonl"
-FIXED = ("model", "data.size", "data.channels", "data.attributes")  # the meaning of the weights depends on them
+# The meaning of the weights depends on them.
+FIXED = ("model", "data.size", "data.channels", "data.attributes", "adversarial.width", "adversarial.layers")
 NAMED = 4  # changed settings that an error names
 
 Values = dict[str, Any]

@@ -79,6 +79,8 @@ KEYS = {
     "order": Key(order, "numbers and words by name"),
     # Keys of Descent. Those of an engine other than the model's have its name in front, as in critic_scaler.
     "optimizer_steps": Key(whole, "a whole number, 0 or more"),
+    # None: the run had no critic.
+    "critic_optimizer_steps": Key(lambda value: value is None or whole(value), "a whole number, 0 or more", None),
     "scaler": Key(scaler, "finite numbers by name, scales positive", {}),
     "skipped": Key(counts, "counts by cause", {}),
     "gradient_norms": Key(norms, f"finite numbers by name: {', '.join(GUARD)}", {}),

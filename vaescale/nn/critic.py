@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..ranges import ranged
 from . import noise
 
-GROUPS = 32  # of a group norm, at most
+GROUPS, CHANNELS = 32, 4  # of a group norm: groups at most, channels of each at least
 SLOPE = 0.2  # of leaky ReLU below zero
 # LeCam's means are plain over their first 1 / RATE steps, exponentially averaged after them (Tseng et al. 2021: 0.01).
 RATE = 0.01
@@ -63,7 +63,7 @@ class Critic(nn.Module):
             stride = 2 if number < config.layers else 1
             layers += [
                 nn.Conv2d(widths[number - 1], widths[number], 4, stride=stride, padding=1),
-                nn.GroupNorm(math.gcd(GROUPS, widths[number]), widths[number]),
+                nn.GroupNorm(math.gcd(GROUPS, max(1, widths[number] // CHANNELS)), widths[number]),
                 nn.LeakyReLU(SLOPE),
             ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -87,7 +87,7 @@ class Critic(nn.Module):
 
 
 def build(config: Config, channels: int, seed: int) -> Critic:
-    """Returns a critic whose first weights depend only on the seed, and leaves the generator of torch alone."""
+    """Returns a critic whose first weights depend only on the seed, and leaves torch's generator as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Critic(config, channels)

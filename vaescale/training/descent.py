@@ -20,7 +20,7 @@ from .buffers import joined
 from .ema import WeightEMA
 from .engine import MOMENTS, Engine
 from .gather import on_host
-from .guard import LARGEST, WHY, Guard, Skip, Verdict
+from .guard import CRITIC, LARGEST, WHY, Guard, Skip, Verdict
 
 # (batch, reconstruction) → a term of the loss, and its metrics
 Term = Callable[[Batch, Tensor], tuple[Tensor, Tensors]]
@@ -59,17 +59,16 @@ class Descent:
             model, config.optimizer, config.precision, config.zero_stage, micro, config.accumulation, config.deepspeed
         )
         if config.channels_last:
-            # Not earlier: DeepSpeed broadcasts parameters, which must be contiguous for that. Averages need the strides
-            # of their weights to be updated by few kernels; gradients and moments get them by themselves. The loader's
-            # images are in channels_last already.
-            for parameter in (*model.parameters(), *self.averaged.parameters()):
-                if parameter.ndim == 4:
-                    parameter.data = parameter.data.to(memory_format=torch.channels_last)
+            # Averages need the strides of their weights to be updated by few kernels; gradients and moments get them
+            # by themselves. The loader's images are in channels_last already.
+            channels_last(model, self.averaged)
         self.ema.follow(self.engine.masters())
         self.buffers = joined(model)
         self.guard = Guard(config.optimizer.spike, self.engine.device)
         self.config = config
-        self.skipped = dict.fromkeys(WHY.values(), 0)  # cause → skipped steps since the run began
+        self.skipped = {
+            why: 0 for key, why in WHY.items() if key != CRITIC
+        }  # cause → skipped steps since the run began
         # One record per step since the last call of `skips`: why, norm, usual norm, steps skipped in a row, their share
         # of the last steps, and the losses of this rank's micro-batches.
         self._first = 0
@@ -213,6 +212,14 @@ class Descent:
     def summary(self) -> str:
         weights = sum(p.numel() for p in self.model.parameters())
         return f"{weights / 1e6:.2f} M parameters, {self.config.precision}, ZeRO {self.config.zero_stage}"
+
+
+def channels_last(*modules: nn.Module) -> None:
+    """Keeps weights of convolutions in memory as images are. Called after DeepSpeed has broadcast the parameters, which
+    must be contiguous for that."""
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def require_compiler() -> None:

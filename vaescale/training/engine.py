@@ -46,6 +46,7 @@ logger.setLevel(logging.WARNING)
 # Only inference_all_reduce uses this kernel, and compiling it takes 39 s on every new machine.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -83,6 +84,7 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             module.parameters(), optimizer.lr, optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
+        self.precision = PRECISIONS[precision]
         settings = deepspeed_config(precision, zero, optimizer.grad_clip, micro, accumulation, passed or {})
         # Without an existing process group DeepSpeed would look for a launcher in the environment.
         deepspeed.init_distributed(dist_init_required=False)
@@ -109,7 +111,13 @@ class Engine:
     def forward(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
 
+    def autocast(self) -> torch.autocast:
+        """Returns the context for calls of the module itself, without DeepSpeed's hooks. `torch.autograd.grad` needs
+        such a call: through the output of `forward` it raises an error, or at ZeRO 1 gives a wrong result."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
     def backward(self, loss: Tensor) -> None:
+        """loss: of the output of `forward`, or of a call within `autocast`."""
         self.deepspeed.backward(loss)
         if self.average and self.average.last():
             self.average.finish()
@@ -320,7 +328,7 @@ def deepspeed_config(
         )
     autocast = {
         "enabled": precision != "fp32" and not half_weights,
-        "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision],
+        "dtype": str(PRECISIONS[precision]).removeprefix("torch."),
         "lower_precision_safe_modules": [],
     }
     return {

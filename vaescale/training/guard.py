@@ -19,8 +19,8 @@ MEMORY = 100
 DEVIATIONS = 6  # beyond chance; a loss that is always noisy has a larger deviation, hence a higher limit
 MOST = 0.25  # largest share of skipped steps, averaged over MEMORY steps
 LARGEST = torch.finfo(torch.float32).max
-TAKEN, NOT_FINITE, SPIKE, OVERFLOW = range(4)
-WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow"}
+TAKEN, NOT_FINITE, SPIKE, OVERFLOW, CRITIC = range(5)  # CRITIC: the critic's gradient was refused, see adversarial.py
+WHY = {NOT_FINITE: "not finite", SPIKE: "spike", OVERFLOW: "overflow", CRITIC: "critic"}
 
 
 class Skip(NamedTuple):
@@ -123,6 +123,8 @@ def explained(skip: Skip, micros: int) -> str:
         return f"the gradient norm is {skip.norm:.3g}, usually {skip.usual:.3g}"
     if skip.why == OVERFLOW:
         return "the gradient overflowed, so the loss scale is lowered"
+    if skip.why == CRITIC:
+        return f"the critic's gradient norm is {skip.norm:.3g}, usually {skip.usual:.3g}"
     ranks = sorted({micro // micros for micro in skip.micros})
     if ranks:
         if len(ranks) == 1:

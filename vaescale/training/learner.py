@@ -5,7 +5,9 @@ from typing import Any, Protocol
 
 from ..interfaces import Batch, Model, Tensors
 from ..lifecycle.checkpoint import Read
+from ..models import MODELS
 from ..settings import Config
+from .adversarial import Adversarial
 from .closed_form import ClosedForm
 from .descent import Descent
 from .guard import Skip
@@ -72,4 +74,9 @@ class Learner(Protocol):
         ...
 
 
-LEARNERS: dict[str, type[Learner]] = {"descent": Descent, "closed_form": ClosedForm}
+LEARNERS: dict[str, type[Learner]] = {"descent": Descent, "closed_form": ClosedForm, "adversarial": Adversarial}
+
+
+def chosen(config: Config) -> type[Learner]:
+    """Returns the learner of the model's family; Adversarial if the config has an adversarial loss."""
+    return LEARNERS["adversarial" if config.adversarial.weight else MODELS[config.model.kind].learner]

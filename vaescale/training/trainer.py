@@ -29,13 +29,12 @@ from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
 from ..lifecycle.stops import Stop
 from ..lifecycle.watch import STACKS, Watch
 from ..lifecycle.writer import Writer
-from ..models import MODELS
 from ..monitoring.board import validated
 from ..nn.reconstruction import distance_of
 from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch
 from . import resume
 from .guard import Skip, diagnosis, explained, too_many
-from .learner import LEARNERS
+from .learner import chosen
 from .reporter import Reporter
 
 NAMED = 8  # samples of a skipped step that the log names
@@ -74,7 +73,7 @@ class Trainer:
         except ConfigError as error:  # rank 0 has found nothing wrong: a file is missing on this node alone
             raise checkpoint.Unreadable(str(error)) from None
         samples = len(self.slices.samples.index)
-        self.learner = LEARNERS[MODELS[config.model.kind].learner](self.model, config, samples)
+        self.learner = chosen(config)(self.model, config, samples)
         self.position = resume.resume(config, self.learner, self.slices)
         self.model.noise_version = self.learner.averaged.noise_version = self.position.noise
         self.order = resume.order(config, self.slices)
