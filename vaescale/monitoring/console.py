@@ -59,6 +59,7 @@ COLUMNS = {
     "PSNR": ("train/psnr", ".2f"),
     "usage": ("codebook*/usage_window", ".3f"),
     "perplexity": ("codebook*/perplexity", ".1f"),
+    "critic": ("critic/accuracy", ".1%"),
     "|g|": ("optim/gradient_norm", ".3f"),
     "lr": ("optim/lr", ".2e"),
     "img/s": ("perf/images_per_second", ".1f"),

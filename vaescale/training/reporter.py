@@ -15,10 +15,11 @@ from ..evaluation import tables
 from ..evaluation.show import show
 from ..interfaces import Batch, Codebooks, Codec, KLWeighted, Model, Tensors, Usage
 from ..lifecycle.pace import Pace
-from ..monitoring import alarm, code_statistics, pictures, posterior
+from ..monitoring import alarm, code_statistics, critic, pictures, posterior
 from ..monitoring.board import Board
 from ..monitoring.console import Console
 from ..settings import Config, shape
+from .adversarial import phases
 from .flops import peak, per_image
 from .learner import Learner
 from .resume import Position
@@ -65,6 +66,9 @@ class Reporter:
         self.posterior = None
         if isinstance(model, KLWeighted):
             self.posterior = posterior.Posterior(model.kl_settings(), config.optimizer.warmup_steps, position.alarms)
+        self.critic = None
+        if config.adversarial.weight:
+            self.critic = critic.Critic(config.adversarial, *phases(config), position.alarms)
         self.board: Board | None = None
         self.flops, self.peak = 0, 0.0  # FLOPs an image; peak FLOP/s of the device. Set on rank 0 if the peak is known
         self.window = Window()
@@ -105,6 +109,11 @@ class Reporter:
         if self.posterior and (rates := posterior.rates(values, channels * size**2)):
             self._alarm(posterior.NAME, self.posterior.report(position.step, window.steps, rates))
             values[f"{posterior.NAME}/alarm"] = float(posterior.NAME in position.alarms)
+        if self.critic and "critic/accuracy" in values:
+            names = ("critic/accuracy", "critic/real", "critic/fake", "train/mse")
+            reading = critic.Reading(*(values[name] for name in names))
+            self._alarm(critic.NAME, self.critic.report(position.step, window.steps, reading))
+            values["critic/alarm"] = float(critic.NAME in position.alarms)
         values |= self._speed(seconds)
         values["data/epoch"] = epoch
         damaged = {cause.replace(" ", "_"): count for cause, count in position.damaged.items() if count}
