@@ -92,10 +92,6 @@ class VQVAE(Model):
         return dict.fromkeys(self.codebooks, self.config.quantizer)
 
     @property
-    def last_layer(self) -> nn.Module:
-        return self.decoder[-1]
-
-    @property
     def codebooks(self) -> list[str]:
         """Names of the codebooks, coarse to fine."""
         count = len(self.quantizer.sizes)
