@@ -114,12 +114,7 @@ def test_weights_are_not_counted_as_activations() -> None:
     with FakeTensorMode():
         model = settings.build(config)
         images = settings.blank(config, 1).x.numel() * 4  # in fp32
-        assert (
-            images
-            <= activation_bytes(model, config, settings.blank(config, 1), 0)
-            < 8 * images
-            < sum(p.nbytes for p in model.parameters())
-        )
+        assert images <= activation_bytes(model, config) < 8 * images < sum(p.nbytes for p in model.parameters())
 
 
 def test_a_perceptual_distance_counts_in_fp32_at_every_precision() -> None:
