@@ -10,9 +10,21 @@ import pytest
 
 from tests.conftest import ROOT
 from vaescale import settings
-from vaescale.advice.plan import IMAGE, IMAGES, Cluster, data_of, moved, step_seconds, sums, table, terms
+from vaescale.advice.plan import (
+    IMAGE,
+    IMAGES,
+    Cluster,
+    checkpoint_bytes,
+    data_of,
+    moved,
+    step_seconds,
+    sums,
+    table,
+    terms,
+)
 from vaescale.advice.traffic import traffic
 from vaescale.files import readable_size
+from vaescale.nn.critic import build
 
 
 def ring(ranks: int, size: float, speed: float) -> float:
@@ -128,3 +140,10 @@ def test_a_save_gathers_the_masters_and_both_moments(precision: str, zero: int, 
     (row,) = (one for one in terms(config, model, NODE, 0.1, data_of(config)) if one.what == "gather weights, moments")
     size = 4 * entries * sum(p.numel() for p in model.parameters())
     assert row.formula.startswith(f"{readable_size(size)} of")
+
+
+def test_a_critic_is_saved_with_its_moments() -> None:
+    config = load("adversarial.weight=0.1")
+    model, critic = settings.build(config), build(config.adversarial, 3, 0)
+    more = checkpoint_bytes(model, config) - checkpoint_bytes(model, load())
+    assert more == 12 * sum(p.numel() for p in critic.parameters())

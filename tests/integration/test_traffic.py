@@ -11,11 +11,14 @@ from vaescale import settings
 from vaescale.advice.traffic import GATHER, SUM, traffic
 from vaescale.training import average
 
+CRITIC = "adversarial={weight: 0.1, critic_start: 0, start: 0, width: 8, layers: 2}"
 CASES = [
     *(("tiny", zero, accumulation, "fp32") for zero in (0, 1, 2) for accumulation in (1, 2)),
     *(("tiny", zero, 2, precision) for zero in (0, 2) for precision in ("bf16", "fp16")),
     *(("tiny_vae", zero, 1, "fp32") for zero in (0, 1)),
     ("tiny_hvae", 2, 2, "fp32"),
+    *(("tiny", zero, 2, "fp32", CRITIC, "adversarial.adaptive=true") for zero in (0, 1, 2)),
+    ("tiny", 0, 1, "bf16", CRITIC, "adversarial.lecam=0"),
     ("tiny", 0, 2, "fp32", "deepspeed.zero_optimization.reduce_bucket_size=1000"),  # ignored at stage 0
     ("tiny", 0, 2, "fp32", "deepspeed.prescale_gradients=true"),  # DeepSpeed reduces the gradients
 ]

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vaescale import distributed, settings
 from vaescale.training import average
-from vaescale.training.descent import Descent
+from vaescale.training.learner import chosen
 
 BUCKET_BYTES = 2000  # of our own averaging of gradients; several buckets for each of the models
 FIRST, COUNTED = 21, 4  # steps before the counted ones, which initialise codebooks, and as many as from reset to reset
@@ -37,7 +37,7 @@ def counted(job: dict[str, Any]) -> None:
     for case in job["cases"]:
         config = load(*case)
         torch.manual_seed(0)  # some weights diverge on blank images, and a skipped step gathers none
-        learner = Descent(settings.build(config), config)
+        learner: Any = chosen(config)(settings.build(config), config, 0)
         if config.precision == "fp16":  # no step overflows, which would leave out the gathering of weights
             state = learner.engine.scaler()
             learner.engine.load_scaler({**state, "scale" if "scale" in state else "cur_scale": 1.0})

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from tests.training import duel
 from vaescale import settings
 from vaescale.config import ConfigError
+from vaescale.training.adversarial import Adversarial
 from vaescale.training.descent import Descent, require_compiler
 
 FAMILIES = ["tiny", "tiny_vae", "tiny_hvae", "tiny_vdvae"]
@@ -80,3 +82,19 @@ def test_a_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"^compile=true needs a C\+\+ compiler: install it, or set compile=false$"):
         require_compiler()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["constant", "adaptive", "r1"])
+def test_a_compiled_critic_is_that_critic(group: None, way: str) -> None:
+    """The critic has a graph for its own pass and one for the model's. With R1, which needs a second derivative, the
+    model alone is compiled."""
+    found = []
+    for given in ("compile=false", "compile=true"):
+        torch._dynamo.reset()
+        counters.clear()
+        learner = Adversarial(duel.model(), duel.load(0, 2, way, "hinge", 1, given))
+        values = [learner.step(batches, step) for step, batches in enumerate(duel.batches(2))]
+        found.append(torch.stack([torch.stack(list(one.values())) for one in values]))
+    assert counters["stats"]["unique_graphs"] == (1 if way == "r1" else 3)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)

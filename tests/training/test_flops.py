@@ -46,3 +46,14 @@ def test_a_peak_is_that_of_a_known_device(monkeypatch: pytest.MonkeyPatch) -> No
         assert flops.peak(config, torch.device("cuda")) == expected
     other = settings.load(TINY / "tiny.yaml", ["run=run", "data.root=data", "precision=fp32"])
     assert flops.peak(other, torch.device("cuda")) == 0
+
+
+def test_a_critic_is_counted_with_both_of_its_passes() -> None:
+    """Its own is over two images, in which the first layer needs no gradient of its input; the model's is over one, and
+    needs no gradients of weights."""
+    given = ["run=run", "data.root=data", "adversarial.width=8", "adversarial.layers=1"]
+    without, loaded = (
+        settings.load(TINY / "tiny.yaml", [*given, f"adversarial.weight={weight}"]) for weight in (0, 0.1)
+    )
+    layers = [2 * 16 * 3 * 8 * 8 * 8, 2 * 16 * 8 * 16 * 7 * 7, 2 * 16 * 16 * 1 * 6 * 6]  # 16 → 8, 7 and 6 px
+    assert flops.per_image(loaded) - flops.per_image(without) == 8 * sum(layers) - 2 * layers[0]

@@ -2,9 +2,12 @@
 forward and backward pass. Counted on a CPU: the number depends neither on the device nor on widths."""
 
 import pytest
+import torch
 
 from tests.device.kernels import Kernels
+from tests.training import duel
 from vaescale import settings
+from vaescale.training.adversarial import Adversarial
 from vaescale.training.descent import Descent
 
 STEP = 5  # one in which no codebook is initialised or reset
@@ -41,3 +44,25 @@ def test_a_step_launches_few_kernels_outside_the_models_own(
     print(f"{name}: {own.total()} own, {update.total()} in its update, {whole.total()} in a step")
     assert whole.total() - own.total() - update.total() <= OUTSIDE
     assert own.total() < whole.total() <= most * own.total()
+
+
+@pytest.mark.parametrize(("way", "most"), [("constant", 88), ("adaptive", 106)])
+def test_a_critic_launches_few_kernels_outside_its_own(group: None, way: str, most: int) -> None:
+    """Of a step with the term, without those of a step without a critic. The critic's own are its forward and backward
+    pass for its training, and for the gradient at the reconstruction. The others are the losses and LeCam, the metrics,
+    the product with the gradient, the norm, the guard, clipping and AdamW."""
+    learner = Adversarial(duel.model(), duel.load(0, 1, way, "hinge"))
+    steps = list(duel.batches(1))
+    for step in (0, 1):
+        learner.step(steps[step], step)
+    with Kernels() as plain:
+        learner.descent.step(steps[2], 2)
+    with Kernels() as whole:
+        learner.step(steps[2], 2)
+    critic, x = learner.critic, torch.rand(4, 3, 16, 16)
+    with Kernels() as own:
+        critic(torch.cat([x, x])).mean().backward()
+        critic.requires_grad_(False)
+        torch.autograd.grad(critic(x.requires_grad_()).mean(), x)
+    print(f"{way}: {plain.total()} without a critic, {own.total()} its own, {whole.total()} in a step")
+    assert whole.total() - plain.total() - own.total() <= most

@@ -32,7 +32,7 @@ from ..data import DataError
 from ..data.index import RECORD, Index
 from ..files import readable_size
 from ..settings import Config, build, micro_batch
-from .traffic import GATHER, SUM, Collective, traffic
+from .traffic import GATHER, SUM, Collective, critic_of, traffic
 
 IMAGE = 110_000  # mean bytes of an ImageNet image
 IMAGES, SHARDS = (1_281_167, 50_000), 1_282  # of ImageNet's training and validation sets; shards of 1,000 images
@@ -153,8 +153,9 @@ def _between_steps(
     config: Config, model: nn.Module, cluster: Cluster, compute: float, step: float, data: Data, micro: int
 ) -> list[Term]:
     every, world = config.every, cluster.world
-    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved = checkpoint_bytes(model)
+    nets = [model, *filter(None, [critic_of(config)])]
+    weights = sum(p.numel() for net in nets for p in net.parameters() if p.requires_grad)
+    saved = checkpoint_bytes(model, config)
     gathered = 12 * weights if config.zero_stage else 0
     tell, exchange = 2 * small(cluster), 2 * (world - 1) * SIDE_HOP
     batches = math.ceil(math.ceil(data.images[1] / world) / micro)
@@ -220,9 +221,11 @@ def _start(config: Config, cluster: Cluster, data: Data, micro: int) -> list[Ter
     ]
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
+def checkpoint_bytes(model: nn.Module, config: Config) -> int:
     buffers = sum(b.nbytes for b in model.buffers())
-    return 16 * sum(p.numel() for p in model.parameters()) + 2 * buffers
+    critic = critic_of(config)  # it has no average
+    of_critic = 12 * sum(p.numel() for p in critic.parameters()) if critic else 0
+    return 16 * sum(p.numel() for p in model.parameters()) + 2 * buffers + of_critic
 
 
 def time(seconds: float) -> str:
@@ -262,7 +265,8 @@ def plan(config: Config, cluster: Cluster, compute: float) -> list[str]:
         f"(images of {readable_size(image)}, from {data.source})",
         f"length      {hours:.3g} hours, {hours * cluster.world:.3g} device-hours, for {config.steps} steps, "
         f"{config.steps * config.global_batch} images",
-        f"checkpoint  {readable_size(checkpoint_bytes(model))}: weights, their average, AdamW's two moments, buffers",
+        f"checkpoint  {readable_size(checkpoint_bytes(model, config))}: weights, their average, AdamW's two moments, "
+        f"buffers",
     ]
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..interfaces import KLWeighted
+from ..interfaces import KLWeighted, Reconstructor
+from ..nn.critic import build
 from ..nn.quantize import VectorQuantizer
 from ..nn.quantizer import Quantizer
 from ..settings import Config
@@ -34,7 +35,29 @@ class Collective(NamedTuple):
 
 
 def traffic(model: nn.Module, config: Config, world: int) -> list[Collective]:
-    """Returns the collectives of a step on this many ranks; those of a reset of codes are averaged over the steps."""
+    """Returns the collectives of a step on this many ranks, with a critic those of a step with the adversarial term;
+    those of a reset of codes are averaged over the steps."""
+    found = _of_engine(model, config, world)
+    if size := statistics_bytes(model):
+        found.append(Collective("codebooks, rates", SUM, size, 1))
+    if critic := critic_of(config):
+        found += [one._replace(what=f"critic: {one.what}") for one in _of_engine(critic, config, world)]
+        if config.adversarial.lecam:
+            found.append(Collective("critic: mean logits", SUM, 8, 1))
+        if config.adversarial.adaptive and isinstance(model, Reconstructor):
+            size = 2 * 4 * model.last_layer.get_parameter("weight").numel()
+            found.append(
+                Collective("gradients of the last layer", SUM, config.accumulation * size, config.accumulation)
+            )
+    return found
+
+
+def critic_of(config: Config) -> nn.Module | None:
+    return build(config.adversarial, config.data.channels, config.seed) if config.adversarial.weight else None
+
+
+def _of_engine(model: nn.Module, config: Config, world: int) -> list[Collective]:
+    """Returns the collectives of one engine."""
     found = []
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sharded, half = config.zero_stage > 0, config.precision == "fp16"
@@ -52,8 +75,6 @@ def traffic(model: nn.Module, config: Config, world: int) -> list[Collective]:
         found.append(Collective("finite losses", SUM, 8, 1))
         if sharded:
             found.append(Collective("overflow", SUM, 1, 1))
-    if size := statistics_bytes(model):
-        found.append(Collective("codebooks, rates", SUM, size, 1))
     return found
 
 

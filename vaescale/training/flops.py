@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..nn.critic import build as build_critic
 from ..settings import Config, blank, build
 
 # Peak FLOP/s of dense 16-bit matrix products from NVIDIA's data sheets, by device name.
@@ -26,7 +27,8 @@ def peak(config: Config, device: torch.device) -> float:
 
 
 def per_image(config: Config) -> int:
-    """Returns the FLOPs of matrix products and convolutions in the forward and backward pass of one image.
+    """Returns the FLOPs of matrix products and convolutions in the forward and backward pass of one image,
+    with a critic those of a step with the adversarial term.
 
     Returns 0 for a closed form, which has no backward pass, and for models with data-dependent control flow. Only
     shapes are propagated, nothing is computed; very deep models take some seconds.
@@ -34,5 +36,11 @@ def per_image(config: Config) -> int:
     with suppress(RuntimeError), FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = build(config).eval()  # in training mode a forward pass keeps rows for `update`, not called here
         model(blank(config, 1), 0).loss.backward()
+        if config.adversarial.weight:
+            critic = build_critic(config.adversarial, config.data.channels, config.seed)
+            x = blank(config, 1).x / 255
+            critic(x.repeat(2, 1, 1, 1)).sum().backward()  # its own pass, without R1
+            critic.requires_grad_(False)
+            critic(x.requires_grad_()).sum().backward()  # the model's
         return counter.get_total_flops()
     return 0
