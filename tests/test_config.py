@@ -218,7 +218,7 @@ def test_settings_of_version_2_are_read_with_their_new_places(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["model.network.kind=cnn"], "model.network.kind=cnn is not one of the networks: conv, vqgan"),
+        (["model.network.kind=cnn"], "model.network.kind=cnn is not one of the networks: conv, vqgan, vit"),
         (["model.network.blocks=3"], "model.network.blocks is a setting of model.network.kind=vqgan, not of conv"),
         (["model.network.kind=vqgan"], "is a setting of model.network.kind=conv, not of vqgan"),
         (["model.network.halvings=2"], "model.network.halvings is a setting of model.kind=autoencoder, vae or hvae"),

@@ -39,6 +39,7 @@ SMALL = {  # settings that make a family small; a new one needs an entry only if
 NETWORK = {  # settings that make a network small
     "conv": ["width=8"],
     "vqgan": ["channels=32", "multipliers=[1,2]", "attention=[2]", "blocks=1"],
+    "vit": ["width=16", "depth=2", "heads=2", "patch=4"],
 }
 KINDS = get_args(get_type_hints(quantize.Config)["kind"])
 FITTING = {  # settings without which a kind of quantiser cannot be

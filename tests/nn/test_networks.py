@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from vaescale.nn import conv, networks, vqgan
+from vaescale.nn import conv, networks, vit, vqgan
 from vaescale.nn.networks import NETWORKS
 
 SMALL: dict[str, Any] = {
     "conv": conv.Config(width=16, residual_width=8, downsample_factor=8),
     "vqgan": vqgan.Config(channels=32, multipliers=[1, 1, 2, 1], blocks=1, attention=[4, 8]),
+    "vit": vit.Config(width=32, depth=2, heads=2, head_channels=4),
 }
 FINE: dict[str, Any] = {
     "conv": conv.Config(width=32, residual_width=16, downsample_factor=2),

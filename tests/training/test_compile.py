@@ -57,6 +57,7 @@ def check(name: str, *overrides: str) -> None:
         ("tiny", ["accumulation=12"]),  # more than Dynamo's limit of compiling a function again
         ("tiny", [*FSQ, "accumulation=3"]),
         ("tiny_vqgan", []),
+        ("tiny_vit", []),
         ("tiny_vae", ["accumulation=3"]),
         ("tiny_hvae", []),
     ],

@@ -13,7 +13,7 @@ from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle import state as states
 from vaescale.training.descent import Descent
 
-FAMILIES = ("tiny", "tiny_vqgan", "tiny_vae", "tiny_hvae", "tiny_vdvae")
+FAMILIES = ("tiny", "tiny_vqgan", "tiny_vit", "tiny_vae", "tiny_hvae", "tiny_vdvae")
 STEPS, HALF = 8, 4
 
 

@@ -13,9 +13,8 @@ class Family(NamedTuple):
     config: type[Any]  # the dataclass of its settings
     build: Callable[..., Model]  # (settings, shape, seed) → model
     learner: Literal["descent", "closed_form"] = "descent"  # a key of training.learner.LEARNERS
-    networks: Mapping[str, Kind] = MappingProxyType(
-        {}
-    )  # model.network.kind → its networks, if model.network is of several classes
+    # model.network.kind → its networks, if model.network is of several classes
+    networks: Mapping[str, Kind] = MappingProxyType({})
 
 
 MODELS = {  # model.kind → its family

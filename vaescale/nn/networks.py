@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import conv, vqgan
+from . import conv, vit, vqgan
 
 
 class Kind(NamedTuple):
@@ -23,6 +23,7 @@ class Kind(NamedTuple):
 NETWORKS = {  # model.network.kind → its networks
     "conv": Kind(conv.Config, conv.encoder, conv.decoder),
     "vqgan": Kind(vqgan.Config, vqgan.Encoder, vqgan.Decoder),
+    "vit": Kind(vit.Config, vit.Encoder, vit.Decoder),
 }
 
 
