@@ -9,7 +9,7 @@ Writes evaluation.json (the numbers and how they were measured) and reconstructi
 --out FILE it writes only the numbers, into that file: like evaluation.json for one run, a list for several. A run's
 evaluation.json is reserved for its newest checkpoint, its own data and its own settings; everything else needs --out.
 The perceptual distance that a run was trained with is measured, too. --perceptual FILE measures that of a file which
-launch/weights.py wrote, for all runs.
+launch/weights.py wrote, for all runs. --picture FILE draws the reconstructions of all runs beside one another.
 
 Each validation image counts exactly once, on any number of ranks. The overrides apply to all runs. Exit code 2: a run
 cannot be measured, or the results cannot be written (they are still printed).
@@ -35,6 +35,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--perceptual", metavar="FILE", help="measure this perceptual distance, too (default: that of the run, if any)"
     )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw the reconstructions of all runs there, as PNG"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, not into the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return arguments.parse(parser)
@@ -45,14 +48,16 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     given = parse()
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from vaescale import distributed, files, settings, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import tables
 from vaescale.evaluation.evaluate import evaluate, protocol, reconstruct
-from vaescale.evaluation.show import reconstructions
+from vaescale.evaluation.show import compared, reconstructions
 from vaescale.interfaces import Codebooks, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import code_statistics, pictures
@@ -64,11 +69,17 @@ RECORD = "evaluation.json"
 SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "max_megapixels")}
 
 
+class Shown(NamedTuple):
+    x: torch.Tensor  # uint8 [B, C, H, W]
+    reconstruction: torch.Tensor  # the same
+
+
 def main(given: argparse.Namespace) -> int:
     # --run takes all that follows it.
     runs = [Path(one) for one in given.run if "=" not in one or Path(one).is_dir()]
     overrides = given.overrides + [one for one in given.run if Path(one) not in runs]
     results: list[dict[str, Any]] = []
+    drawn: dict[str, Shown] = {}
     wrong: list[str] = []
     try:
         if given.iw < 1:
@@ -78,9 +89,11 @@ def main(given: argparse.Namespace) -> int:
         if not given.out:
             check_own(runs, overrides)
         for run, config in zip(runs, configs, strict=True):
-            result, picture = evaluate_run(run, config, given, replaces=not given.out)
+            result, drawn[str(run)] = evaluate_run(run, config, given, replaces=not given.out)
             results.append(result)
-            wrong += write(run, results, picture, given.out)
+            wrong += write(run, results, drawn[str(run)], given.out)
+        if given.picture:
+            wrong += compare(drawn, given.picture)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
         wrong.append(str(error))
     if distributed.place().rank == 0 and results:
@@ -93,7 +106,7 @@ def main(given: argparse.Namespace) -> int:
     return ConfigError.exit_code if wrong else 0
 
 
-def write(run: Path, results: list[dict[str, Any]], picture: pictures.Picture, out: Path | None) -> list[str]:
+def write(run: Path, results: list[dict[str, Any]], shown: Shown, out: Path | None) -> list[str]:
     """On rank 0. results: of the runs so far, the last one being that of `run`. Returns what cannot be written."""
     if distributed.rank():
         return []
@@ -103,9 +116,25 @@ def write(run: Path, results: list[dict[str, Any]], picture: pictures.Picture, o
             out.write_text(json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
         else:
             (run / RECORD).write_text(json.dumps(results[-1], indent=1) + "\n")
-            pictures.save(picture, run / "reconstructions.png")
+            pictures.save(reconstructions(*shown), run / "reconstructions.png")
     except OSError as error:
         return [f"{error.filename or run} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
+    return []
+
+
+def compare(drawn: dict[str, Shown], out: Path) -> list[str]:
+    """Draws the reconstructions of all runs, on rank 0. Returns why that is impossible."""
+    if distributed.rank():
+        return []
+    x = next(iter(drawn.values())).x
+    for name, shown in drawn.items():
+        if not torch.equal(shown.x, x):
+            return [f"{name} shows other images than {next(iter(drawn))}: give runs of the same data and data.size"]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save(compared(x, {name: shown.reconstruction for name, shown in drawn.items()}), out)
+    except (OSError, ValueError) as error:  # ValueError: a name whose ending is that of no picture
+        return [f"{out} cannot be written ({error}): give --picture another file, ending in .png"]
     return []
 
 
@@ -141,9 +170,9 @@ def not_own(run: Path, what: str) -> ConfigError:
 
 def evaluate_run(
     run: Path, config: settings.Config, given: argparse.Namespace, replaces: bool
-) -> tuple[dict[str, Any], pictures.Picture]:
-    """(what evaluation.json holds, the reconstructions). run: may be a checkpoint of one; replaces: whether the run's
-    record will be replaced. Collective."""
+) -> tuple[dict[str, Any], Shown]:
+    """(what evaluation.json holds, the fixed images and their reconstructions). run: may be a checkpoint of one;
+    replaces: whether the run's record will be replaced. Collective."""
     device = distributed.init()
     distance, draws = perceptual_distance(config, given.perceptual), given.iw
     model, step = trained.read_model(run, config, device)
@@ -180,7 +209,7 @@ def evaluate_run(
         "channels": config.data.channels,
         "protocol": protocol(),
     }
-    return result, reconstructions(shown.x, reconstruction)
+    return result, Shown(shown.x.cpu(), reconstruction.cpu())
 
 
 def perceptual_distance(config: settings.Config, given: str | None) -> perceptual.Distance | None:

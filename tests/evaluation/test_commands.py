@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from launch import evaluate, sample
 from tests.conftest import samples
@@ -66,6 +67,25 @@ def test_the_record_of_a_run_is_its_own(pictures: Path, tmp_path: Path, command:
     (run / "evaluation.json").write_text("[]")
     assert command(evaluate, "--run", run)[0] == 0
     assert (run / "evaluation.json").read_bytes() == record
+
+
+def test_the_reconstructions_of_several_runs_are_drawn_beside_one_another(
+    pictures: Path, tmp_path: Path, command: Command
+) -> None:
+    """Each run adds a row of the same height. Runs that show other images, and a file of another kind, are refused."""
+    runs = [untrained(tmp_path / name, "tiny", pictures) for name in ("a", "b")]
+    heights = []
+    for count in (1, 2):
+        out = tmp_path / f"{count}.png"
+        assert command(evaluate, "--run", *runs[:count], "--picture", out)[0] == 0
+        with Image.open(out) as picture:
+            heights.append(picture.height)
+    assert 16 < heights[1] - heights[0] < heights[0]
+    grey = untrained(tmp_path / "grey", "tiny_vae", pictures)
+    code, output = command(evaluate, "--run", runs[0], grey, "--picture", out)
+    assert (code, f"{grey} shows other images than {runs[0]}" in output) == (2, True)
+    code, output = command(evaluate, "--run", runs[0], "--picture", tmp_path / "a.txt")
+    assert (code, "a.txt cannot be written" in output) == (2, True)
 
 
 def test_a_checkpoint_is_sampled_into_a_folder_of_its_own(pictures: Path, tmp_path: Path, command: Command) -> None:

@@ -29,7 +29,17 @@ def show(codec: Codec, shown: Batch) -> Pictures:
 
 def reconstructions(x: Tensor, y: Tensor) -> Picture:
     """Draws reconstructions with the PSNR of each image. Both uint8 [B, C, H, W]."""
-    return pictures.reconstructions(x, y, [f"{value:.1f} dB" for value in psnr(x, y).tolist()])
+    return pictures.reconstructions(x, y, _decibels(x, y))
+
+
+def compared(x: Tensor, ys: dict[str, Tensor]) -> Picture:
+    """Draws several models' reconstructions, by the models' names, with the PSNR of each image. All uint8
+    [B, C, H, W]."""
+    return pictures.compared(x, ys, {name: _decibels(x, y) for name, y in ys.items()})
+
+
+def _decibels(x: Tensor, y: Tensor) -> list[str]:
+    return [f"{value:.1f} dB" for value in psnr(x, y).tolist()]
 
 
 def samples(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:

@@ -1,4 +1,5 @@
-"""The model families, one file each. Models use neither DeepSpeed nor files."""
+"""The model families, one file each. Models use neither DeepSpeed nor files, but for the weights of a
+perceptual distance."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

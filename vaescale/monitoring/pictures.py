@@ -36,6 +36,14 @@ def reconstructions(x: Tensor, reconstruction: Tensor, below: Sequence[str] = ()
     return _strips(strips, per_row, {RECONSTRUCTION: below})
 
 
+def compared(
+    x: Tensor, reconstructions: dict[str, Tensor], below: dict[str, Sequence[str]], per_row: int = 8
+) -> Picture:
+    """Draws rows of inputs and of several models' reconstructions of them, each with its name above and the captions
+    `below`. All uint8 [B, C, H, W]."""
+    return _strips({"input": x, **reconstructions}, per_row, below)
+
+
 def code_map(x: Tensor, codes: Tensor, size: int, per_row: int = 8) -> Picture:
     """Draws rows of inputs, uint8 [B, C, H, W], and of their codes [B, h, w], with one colour for each of `size`
     codes."""
