@@ -53,3 +53,15 @@ def test_save() -> None:
     for _, copied, called, gap, _, seconds, *_ in rows:
         assert float(copied) >= 0
         assert 0 < float(called) <= float(gap) + 0.01 <= float(seconds) + 0.02
+
+
+def test_adversarial() -> None:
+    given = ["--rounds", "1", "adversarial.width=8", "adversarial.layers=2", "data.size=32", "global_batch=2"]
+    rows = [line.split(" | ") for line in run("adversarial.py", *given).splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == [
+        "| a step, constant weight",
+        "| a step, adaptive weight",
+        "| the critic, one batch",
+    ]
+    for _, ours, _, theirs, ratio, *_ in rows:
+        assert 0.3 < float(ratio.rstrip(" |")) * float(theirs) / float(ours) < 3
