@@ -22,7 +22,12 @@ GIVEN = (
     *("optimizer.weight_decay=0.1", "adversarial.width=8", "adversarial.layers=2", "adversarial.lecam=0.1"),
     *("adversarial.weight=0.5", "adversarial.critic_start=0", "adversarial.start=0.25"),
 )
-WAYS = {"constant": [], "adaptive": ["adversarial.adaptive=true"], "r1": ["adversarial.r1=0.2"]}
+WAYS = {
+    "constant": [],
+    "adaptive": ["adversarial.adaptive=true"],
+    "r1": ["adversarial.r1=0.2"],
+    "augmented": ["adversarial.augment=true"],
+}
 CASES = list(product((0, 1, 2), (1, 2), WAYS, ("hinge", "non-saturating")))  # ZeRO, accumulation, way, loss
 
 

@@ -108,6 +108,27 @@ def test_a_collapse_is_reported_once_and_kept_for_the_doctor(tmp_path: Path) -> 
     assert sentence in text.tensor_proto.string_val[0].decode()
 
 
+def test_a_dead_critic_is_reported_once_and_kept_for_the_doctor(tmp_path: Path) -> None:
+    given = ["adversarial={weight: 0.1, layers: 2, critic_start: 0, start: 0}", "adversarial.r1=3"]
+    reporter, said = trained(tmp_path, "tiny_vae.yaml", given, range(1, 1))
+    for _ in range(5):
+        for name in ("loss", "mse", "critic/accuracy", "critic/real", "critic/fake"):
+            reporter.window.names.append(name)
+        reporter.window.sums = 100 * torch.tensor([1.0, 0.1, 0.5, 0.2, 0.2])
+        reporter.window.steps = 100
+        reporter.position.step += 100
+        reporter.report(0.0)
+    (sentence,) = (line for line in said if line.startswith("critic"))
+    assert sentence == (
+        "critic has gone dead at step 201: its logits of images and reconstructions differ by 0.0e+00. R1 holds it "
+        "flat: lower adversarial.r1=3"
+    )
+    assert sentence in [finding.what for finding in postmortem.diagnose(tmp_path)]
+    alarms = [json.loads(line)["critic/alarm"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert alarms == [0, 1, 1, 1, 1]
+    reporter.close("")
+
+
 class Bare(Model):
     """Trains as its inner model does, and can nothing else."""
 

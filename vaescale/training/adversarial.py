@@ -131,6 +131,7 @@ class Adversarial:
 
     def _train_critic(self, batch: Batch, reconstruction: Tensor) -> Tensors:
         """Does the critic's forward and backward pass of a micro-batch. Returns its loss and metrics."""
+        self._input = None  # not earlier: with activation checkpointing the backward pass sets it again
         settings = self.settings
         images = self._shown(batch.x / 255, batch, REAL)
         fakes = self._shown(reconstruction.float(), batch, FAKE)
@@ -182,7 +183,6 @@ class Adversarial:
         with self.descent.engine.autocast():
             (wanted,) = torch.autograd.grad(model.reconstruction_loss(images, batch.x), images)
             output = torch.func.functional_call(layer, {"weight": weight}, (given,))
-        self._input = None
         pulls = [
             torch.autograd.grad(output, weight, each.to(output.dtype), retain_graph=True)[0].flatten()
             for each in (wanted, gradient)

@@ -1,5 +1,6 @@
 """Reports a training run to the log, TensorBoard and metrics.jsonl."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class Reporter:
             values[f"{posterior.NAME}/alarm"] = float(posterior.NAME in position.alarms)
         if self.critic and "critic/accuracy" in values:
             names = ("critic/accuracy", "critic/real", "critic/fake", "train/mse")
-            reading = critic.Reading(*(values[name] for name in names))
+            reading = critic.Reading(*(values.get(name, math.nan) for name in names))  # a model may report no mse
             self._alarm(critic.NAME, self.critic.report(position.step, window.steps, reading))
             values["critic/alarm"] = float(critic.NAME in position.alarms)
         values |= self._speed(seconds)
