@@ -92,7 +92,7 @@ def cases() -> dict[str, list[str]]:
 
 
 CASES = cases()
-CRITIC = ["adversarial.weight=0.1", "adversarial.width=8", "adversarial.layers=2", "steps=8"]  # from step 1 on
+CRITIC = ["steps=8", "adversarial={weight: 0.1, width: 8, layers: 2, critic_start: 0, start: 0.1}"]  # term from step 1
 DUELS = {  # with a critic
     f"vqvae, critic, {name}": [*CASES["vqvae"], *CRITIC, *(f"adversarial.{one}" for one in given)]
     for name, given in {
@@ -100,7 +100,9 @@ DUELS = {  # with a critic
         "adaptive": ["adaptive=true", "loss=non-saturating"],
         "r1": ["r1=1", "augment=true"],
     }.items()
-} | {"vae, critic": [*CASES["vae"], *CRITIC]}
+}
+DUELS["vae, critic"] = [*CASES["vae"], *CRITIC]
+DUELS["vqvae, critic, perceptual"] = [*CASES["vqvae, perceptual"], *CRITIC, "adversarial.adaptive=true"]
 TRAINED = {**{name: given for name, given in CASES.items() if MODELS[name.split(",")[0]].learner == "descent"}, **DUELS}
 
 

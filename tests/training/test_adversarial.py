@@ -1,5 +1,6 @@
 """The learner with a critic on one process, against a loop of plain torch."""
 
+import copy
 import math
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.device.test_step import NETWORK
 from tests.training import duel
 from tests.training.test_engine import Waiting
 from vaescale import settings
@@ -16,7 +18,7 @@ from vaescale.config import ConfigError
 from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle import state as states
 from vaescale.nn.critic import build
-from vaescale.training.adversarial import Adversarial
+from vaescale.training.adversarial import SEED, Adversarial
 from vaescale.training.descent import Descent
 from vaescale.training.guard import WHY, explained
 
@@ -44,6 +46,30 @@ def everything(learner: Adversarial) -> dict[str, Tensor]:
     for name, engine in (("model", learner.descent.engine), ("critic", learner.engine)):
         state |= {f"{name}/{key}": value for key, value in engine.moments().items()}
     return {name: value.clone() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("network", NETWORK)
+@pytest.mark.parametrize("more", [[], ["reconstruction={l1: 1, perceptual: {weight: 1, trunk: random}}"]], ids=str)
+def test_the_adaptive_weight_of_every_network(group: None, network: str, more: list[str], tmp_path: Path) -> None:
+    """Against gradients through the whole model at its last layer, also with activation checkpointing."""
+    small = [f"network.{one}" for one in [f"kind={network}", *NETWORK[network]]]
+    given = [
+        f"model.{one}" for one in ("kind=vqvae", "checkpointing=true", "quantizer.codebook_size=24", *small, *more)
+    ]
+    critic = "adversarial={weight: 0.5, adaptive: true, critic_start: 0, start: 0, width: 8, layers: 2}"
+    fixed = ["run=none", "data.root=none", "data.size=16", "precision=fp32", "global_batch=4", critic]
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {}\n")
+    config = settings.load(path, [*fixed, *given])
+    torch.manual_seed(0)
+    model = settings.build(config)
+    twin, judge = copy.deepcopy(model), build(config.adversarial, 3, config.seed + SEED)
+    (batch,) = next(duel.batches(1))
+    found = Adversarial(model, config).step([batch], 0)["adversarial/weight"]
+    images = twin(batch, 0).reconstruction
+    losses = twin.reconstruction_loss(images, batch.x), -judge(images).mean()
+    pulls = [torch.autograd.grad(loss, twin.last_layer.weight, retain_graph=True)[0].norm() for loss in losses]
+    torch.testing.assert_close(found, 0.5 * pulls[0] / (pulls[1] + 1e-4), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
