@@ -214,21 +214,25 @@ def evaluate_run(
 
 def perceptual_distance(config: settings.Config, given: str | None) -> perceptual.Distance | None:
     """Returns the distance of the file `given`, else the run's own; None without either, or if the latter's file cannot
-    be read. Raises ConfigError."""
+    be read by all ranks. Raises ConfigError. Collective."""
     own = getattr(config.model, "reconstruction", None)
     path = given or (own.perceptual.weights if own and own.perceptual.weight else "")
     if not path:
         return None
+    distance, why = None, ""
     try:
         distance = perceptual.read(path)
         perceptual.require_size(distance, config.data.size)
     except ValueError as error:
-        if given:
-            raise ConfigError(str(error)) from None
-        if distributed.rank() == 0:
-            print(f"the perceptual distance is not measured: {error}, or give --perceptual FILE", file=sys.stderr)
-        return None
-    return distance
+        why = str(error)
+    if not (ranks := distributed.where(bool(why))):
+        return distance
+    why = why or f"{path} cannot be read on rank {ranks[0]}: copy it to that node, too"
+    if given:
+        raise ConfigError(why)
+    if distributed.rank() == 0:
+        print(f"the perceptual distance is not measured: {why}, or give --perceptual FILE", file=sys.stderr)
+    return None
 
 
 if __name__ == "__main__":

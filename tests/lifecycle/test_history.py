@@ -37,7 +37,7 @@ def begun(run: Path, *overrides: str) -> dict[str, tuple[object, object]]:
 def test_what_differs_is_found(tmp_path: Path, overrides: list[str], changed: dict[str, object]) -> None:
     found = begun(tmp_path, *overrides)
     assert found == changed
-    history.check_changes(tmp_path, found)
+    history.check_changes(tmp_path, history.saved_settings(tmp_path), found)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,23 @@ def test_what_the_weights_depend_on_is_refused(tmp_path: Path, override: str, wo
     key = override.partition("=")[0]
     changed = begun(tmp_path, override, "steps=24")
     with pytest.raises(ConfigError, match=rf"with other settings \({words}\), which .* set {key}=.* again, or give"):
-        history.check_changes(tmp_path, changed)
+        history.check_changes(tmp_path, history.saved_settings(tmp_path), changed)
+
+
+def test_a_critic_is_fixed_once_there_is_one(tmp_path: Path) -> None:
+    wider = ["adversarial.weight=0.1", "adversarial.width=32"]
+    changed = begun(tmp_path, *wider)
+    before = history.saved_settings(tmp_path)
+    assert before is not None
+    history.check_changes(tmp_path, before, changed)
+    with pytest.raises(ConfigError, match=r"adversarial\.width 64 → 32"):
+        history.check_changes(tmp_path, {**before, "adversarial.weight": 0.1}, changed)
+
+
+def test_the_file_of_a_perceptual_distance_may_move(tmp_path: Path) -> None:
+    before, now = ({"model.reconstruction.perceptual.weights": path} for path in ("/a/vgg", "/b/vgg"))
+    changed = {key: (before[key], now[key]) for key in now}
+    history.check_changes(tmp_path, {"adversarial.weight": 0.0}, changed)
 
 
 def test_another_kind_of_model_is_one_change(tmp_path: Path) -> None:
@@ -63,7 +79,7 @@ def test_another_kind_of_model_is_one_change(tmp_path: Path) -> None:
     changed = history.changes(history.saved_settings(tmp_path), other)
     assert changed == {"model.kind": ("vqvae", "vae")}
     with pytest.raises(ConfigError, match=r"model\.kind vqvae → vae"):
-        history.check_changes(tmp_path, changed)
+        history.check_changes(tmp_path, history.saved_settings(tmp_path), changed)
 
 
 def edit(run: Path, section: str, **values: object) -> None:

@@ -169,3 +169,8 @@ def test_shapes_are_those_of_the_published_networks() -> None:
         assert sum(torch.Size(shape).numel() for shape in found.values()) == count
     with pytest.raises(ValueError, match="is missing or has another shape"):
         Distance("lpips_vgg", drawn("lpips_alex").tensors, {})
+
+
+def test_weights_that_would_not_be_used_are_refused() -> None:
+    with pytest.raises(ValueError, match="is set, but its weight in the loss is 0"):
+        perceptual.build(perceptual.Config(weights="vgg16.safetensors"), 64)

@@ -17,7 +17,9 @@ from ..settings import Config
 
 FILE = "config_history.jsonl"
 # The meaning of the weights depends on them.
-FIXED = ("model", "data.size", "data.channels", "data.attributes", "adversarial.width", "adversarial.layers")
+FIXED = ("model", "data.size", "data.channels", "data.attributes")
+CRITIC = ("adversarial.width", "adversarial.layers")  # the same, if there was a critic
+MOVED = ("model.reconstruction.perceptual.weights",)  # a file may lie elsewhere on another machine
 NAMED = 4  # changed settings that an error names
 
 Values = dict[str, Any]
@@ -61,9 +63,12 @@ def changes(before: Values | None, config: Config) -> Changes:
     return {key: (before[key], now[key]) for key in keys if before[key] != now[key]}
 
 
-def check_changes(run: Path, changed: Changes) -> None:
-    """Raises ConfigError if a setting in FIXED has changed."""
-    fixed = {key: pair for key, pair in changed.items() if any(f"{key}.".startswith(f"{part}.") for part in FIXED)}
+def check_changes(run: Path, before: Values | None, changed: Changes) -> None:
+    """Raises ConfigError if a setting has changed that the meaning of the weights depends on."""
+    parts = (*FIXED, *CRITIC) if before and before["adversarial.weight"] else FIXED
+    fixed = {key: pair for key, pair in changed.items() if any(f"{key}.".startswith(f"{part}.") for part in parts)}
+    for key in MOVED:
+        fixed.pop(key, None)
     if fixed:
         names = ", ".join(f"{key}={pair[0]}" for key, pair in list(fixed.items())[:NAMED])
         more = f" and {len(fixed) - NAMED} more" if len(fixed) > NAMED else ""

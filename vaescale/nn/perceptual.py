@@ -14,7 +14,6 @@ LPIPS only with the published trunk and heads. `launch/weights.py convert` write
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -146,6 +145,11 @@ def shapes(net: Net) -> dict[str, tuple[int, ...]]:
 def build(config: Config, size: int) -> Distance | None:
     """Builds the distance that the config names; None at weight 0. size: pixels per side. Raises ValueError."""
     if not config.weight:
+        if config.weights:
+            raise ValueError(
+                "model.reconstruction.perceptual.weights is set, but its weight in the loss is 0: set "
+                "model.reconstruction.perceptual.weight=1, or remove the file"
+            )
         return None
     if config.trunk == "random":
         distance = drawn("perceptual_random")
@@ -167,7 +171,7 @@ def require_size(distance: Distance, size: int) -> None:
 def read(path: str) -> Distance:
     """Reads a file of weights; also under FakeTensorMode, through arrays. Raises ValueError, one sentence."""
     try:
-        with safe_open(Path(path).expanduser(), "numpy") as file:
+        with safe_open(path, "numpy") as file:
             source = file.metadata() or {}
             kind = source.get("kind", "")
             if kind not in KINDS:

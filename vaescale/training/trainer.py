@@ -95,7 +95,7 @@ class Trainer:
         """Reads the settings of an earlier process. Raises ConfigError if its weights do not fit today's settings."""
         if checkpoint.there(self.run / "checkpoints"):
             self.before = history.saved_settings(self.run)
-            history.check_changes(self.run, history.changes(self.before, self.config))
+            history.check_changes(self.run, self.before, history.changes(self.before, self.config))
 
     def left(self) -> bool:
         """Returns whether steps or a validation are pending."""
