@@ -62,9 +62,9 @@ def test_the_saved_config_is_the_config(tmp_path: Path) -> None:
         ("kind=vae", "unknown key kind: did you mean model.kind, model.network.kind or model.q"),
         (
             "model.latents=8",
-            "model.latent_dim is a setting of model.kind=pca, autoencoder, vae, hvae or vdvae, not of vqvae",
+            "model.latent_dim is a setting of model.kind=pca, autoencoder, vae, hvae, vdvae or kl, not of vqvae",
         ),
-        ("model.beta=1", "model.beta is a setting of model.kind=vae, hvae or vdvae, not of vqvae"),
+        ("model.beta=1", "model.beta is a setting of model.kind=vae, hvae, vdvae or kl, not of vqvae"),
         ("--steps=10", "--steps is not an option: write steps=10"),
         ("--lr=1e-3", "--lr is not an option: write optimizer.lr=1e-3"),
         ("--data.root=a b", "--data.root is not an option: write data.root='a b'"),

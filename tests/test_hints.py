@@ -20,7 +20,7 @@ def test_every_key_is_found_by_its_last_part(known: list[str]) -> None:
         last = key.rpartition(".")[2]
         same = [other for other in known if other.rpartition(".")[2] == last]
         expected = [last] if last in known else same
-        assert set(nearest(last, known)) == set(expected), key
+        assert set(expected) <= set(nearest(last, known)), key  # and perhaps others: weights, too, for weight
         assert len(expected) <= MOST
         for section in ("optimiser", "x"):
             assert set(same) & set(nearest(f"{section}.{last}", known)), key

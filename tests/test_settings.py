@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import samples
 from vaescale.config import ConfigError
 from vaescale.data import shards
-from vaescale.settings import Config, absent_classes, check_classes
+from vaescale.settings import Config, absent_classes, check_classes, load, without_bound
 
 ABC = ["a", "b", "c"]
 
@@ -53,3 +53,12 @@ def test_classes_without_validation_samples_are_named(tmp_path: Path) -> None:
     assert absent_classes(conditioned, few, two) == "1 of 5 classes are not in the validation data: c4"
     assert absent_classes(plain, one, two) == ""
     assert absent_classes(conditioned, one, one).startswith("5 of 12")
+
+
+def test_it_is_said_that_losses_replace_a_likelihood() -> None:
+    given = ["run=none", "data.root=none"]
+    losses = [*given, "model.reconstruction.l1=1"]
+    assert without_bound(load("tests/integration/tiny_kl.yaml", losses)).startswith("the run has no bits/dim, because")
+    assert without_bound(load("tests/integration/tiny_kl.yaml", given)) == ""
+    assert without_bound(load("tests/integration/tiny.yaml", losses)) == ""
+    assert without_bound(load("tests/integration/tiny_vae.yaml", given)) == ""

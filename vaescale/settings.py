@@ -310,6 +310,14 @@ def absent_classes(config: Config, training: Index, validation: Index) -> str:
     )
 
 
+def without_bound(config: Config) -> str:
+    """Returns a sentence if settings replace the likelihood of the model; "" if they do not, or if it never has one."""
+    losses = getattr(config.model, "reconstruction", None)
+    if losses is None or not losses.configured or not hasattr(config.model, "likelihood"):
+        return ""
+    return "the run has no bits/dim, because model.reconstruction stands in place of model.likelihood"
+
+
 def _located(config: Config) -> Config:
     """Expands paths. `data.cache` keeps its `~`, because other users may use the saved config too."""
     run, init_from = mechanics.expanded("run", config.run), mechanics.expanded("init_from", config.init_from)

@@ -73,11 +73,13 @@ def cases() -> dict[str, list[str]]:
             *found["vqvae"],
             *(f"model.quantizer.{one}" for one in [f"kind={kind}", *FITTING.get(kind, [])]),
         ]
+    found["kl"] += [f"model.network.{one}" for one in NETWORK["vqgan"]]
     for network in NETWORKS:
         small = [f"model.network.{one}" for one in [f"kind={network}", *NETWORK[network]]]
         plain = ["model.kind=vqvae", "model.quantizer.dim=8", "model.quantizer.codebook_size=24", *small]
         found[f"vqvae, {network}"] = plain
         found[f"vqvae, {network}, checkpointing"] = [*plain, "model.checkpointing=true"]
+        found[f"kl, {network}"] = ["model.kind=kl", *small, "model.checkpointing=true"]
     for name, given in COMBINED.items():
         found[f"vqvae, {name}"] = [*found["vqvae"], *(f"model.quantizer.{one}" for one in given)]
     for kind in LIKELIHOODS:
@@ -86,6 +88,7 @@ def cases() -> dict[str, list[str]]:
     found["vae, free bits"] = [*found["vae"], "model.free_bits=0.1", "model.beta_warmup_steps=9"]
     found["hvae, top-down"] = [*found["hvae"], "model.posterior=top-down"]
     perceptual = ["model.reconstruction.perceptual.weight=1", "model.reconstruction.perceptual.trunk=random"]
+    found["kl, perceptual"] = [*found["kl"], "model.reconstruction.l1=1", *perceptual]
     found["vqvae, perceptual"] = [*found["vqvae"], "model.reconstruction.l1=1", *perceptual]
     found["vdvae, checkpointing"] = [*found["vdvae"], "model.checkpointing=true"]
     return found

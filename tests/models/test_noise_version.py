@@ -17,6 +17,7 @@ CONFIGS = {
     "vae": "configs/vae_digits.yaml",
     "hvae": "configs/hvae2_digits.yaml",
     "vdvae": "tests/integration/tiny_vdvae.yaml",
+    "kl": "tests/integration/tiny_kl.yaml",
     "vqvae": "configs/vqvae_digits.yaml",
 }
 

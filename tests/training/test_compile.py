@@ -44,6 +44,8 @@ def check(name: str, *overrides: str) -> None:
     assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
     assert compiled[1].keys() == eager[1].keys()
     for key, value in eager[1].items():
+        if ".k.bias" in key:  # shifts all scores of a query alike, so that its gradient is rounding alone
+            continue
         torch.testing.assert_close(compiled[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
     model, averaged = compiled[2].model, compiled[2].averaged
     assert model._compiled_call_impl is not None
@@ -58,6 +60,7 @@ def check(name: str, *overrides: str) -> None:
         ("tiny", [*FSQ, "accumulation=3"]),
         ("tiny_vqgan", []),
         ("tiny_vit", []),
+        ("tiny_kl", []),
         ("tiny_vae", ["accumulation=3"]),
         ("tiny_hvae", []),
     ],

@@ -13,7 +13,7 @@ from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle import state as states
 from vaescale.training.descent import Descent
 
-FAMILIES = ("tiny", "tiny_vqgan", "tiny_vit", "tiny_vae", "tiny_hvae", "tiny_vdvae")
+FAMILIES = ("tiny", "tiny_vqgan", "tiny_vit", "tiny_kl", "tiny_vae", "tiny_hvae", "tiny_vdvae")
 STEPS, HALF = 8, 4
 
 
@@ -58,6 +58,8 @@ def assert_close(one: Descent, other: Descent) -> None:
     for file, tensors in one.tensors().items():
         others = other.tensors()[file]
         for name, value in tensors.items():
+            if ".k.bias" in name:  # shifts all scores of a query alike, so that its gradient is rounding alone
+                continue
             torch.testing.assert_close(value, others[name], rtol=1e-5, atol=1e-5, msg=f"{file}: {name}")
 
 

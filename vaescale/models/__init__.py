@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..interfaces import Model
 from ..nn.networks import NETWORKS, Kind
-from . import autoencoder, hvae, pca, vae, vdvae, vqvae
+from . import autoencoder, hvae, kl, pca, vae, vdvae, vqvae
 
 
 class Family(NamedTuple):
@@ -24,5 +24,6 @@ MODELS = {  # model.kind → its family
     "vae": Family(vae.Config, vae.build),
     "hvae": Family(hvae.Config, hvae.build),
     "vdvae": Family(vdvae.Config, vdvae.build),
+    "kl": Family(kl.Config, kl.build, networks=NETWORKS),
     "vqvae": Family(vqvae.Config, vqvae.VQVAE, networks=NETWORKS),
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..interfaces import Batch, Bound, Condition, Model, Output, Shape, by_level
+from ..interfaces import Batch, Bound, Condition, Model, Output, Shape, Tensors, by_level
 from ..nn import gaussian, noise
 from ..nn import likelihood as likelihoods
 from ..nn.condition import Conditioner, dropped
@@ -93,7 +93,9 @@ class Net(nn.Module, ABC):
         return gaussian.standard(torch.empty(images, dim, device=next(self.parameters()).device))
 
 
-class Variational(Model):
+class Latent(Model):
+    """A model with latents z ~ q, whose loss is a distortion and the KL of q and the prior."""
+
     rates: Tensor  # fp32 [M]: mean KL of each latent over the previous step's global batch, levels concatenated
 
     def __init__(
@@ -113,15 +115,15 @@ class Variational(Model):
         self._pending: list[Tensor] = []
 
     def forward(self, batch: Batch, step: int) -> Output:
-        """Returns as the loss −ELBO in nats per subpixel, modified by β, warm-up and free bits. Per subpixel, so that
-        learning rates and gradient clipping mean the same at every image size."""
+        """Returns as the loss distortion + rate in nats per subpixel, modified by β, warm-up and free bits. Per
+        subpixel, so that learning rates and gradient clipping mean the same at every image size."""
         beta = self._beta(step)
         condition = batch.condition
         if self.training and self.config.label_dropout:
             uniform = noise.uniform(batch.sample, (), self.seed, DROPOUT)
             condition = dropped(condition, uniform < self.config.label_dropout)
         output, levels = self._infer(batch, condition, self._noise(batch.sample, POSTERIOR))
-        distortion = -self.likelihood.log_prob(output, batch.x).mean()
+        distortion, compared, reconstruction = self._compared(output, batch.x)
         rates = [level.rates() for level in levels]
         joined = torch.cat(rates, dim=1)
         costs = self._costs(joined).sum(1).mean()
@@ -129,13 +131,7 @@ class Variational(Model):
         with torch.no_grad():
             per_level = torch.stack([level.sum(1).mean() for level in rates])
             rate = per_level.sum()
-            reconstruction = self.likelihood.mean(output)
-            metrics = {
-                "distortion": distortion.detach(),
-                "rate": rate,
-                "bits_per_dim": self._bits(distortion + rate),
-                **fidelity(squared_errors(reconstruction, batch.x / 255)),
-            }
+            metrics = {"distortion": distortion.detach(), "rate": rate, **self._bound(distortion + rate), **compared}
             if len(levels) > 1:
                 metrics |= by_level("rate", self._bits(per_level).unbind())
                 metrics |= by_level("posterior_scale", [_scale(level) for level in levels])
@@ -168,17 +164,6 @@ class Variational(Model):
         output = self.net.output(self.net.generate(embedded, images, given_or_drawn), embedded)
         return self.likelihood.draw(output) if draw else self.likelihood.mean(output)
 
-    def bound(self, batch: Batch, draw: int = 0) -> Bound:
-        output, levels = self._infer(batch, batch.condition, self._noise(batch.sample, BOUND, draw))
-        return Bound(
-            -self.likelihood.log_prob(output, batch.x),
-            torch.stack([level.rates().sum(1) for level in levels]),
-            torch.stack([level.log_ratio() for level in levels]).sum(0),
-        )
-
-    def kl_settings(self) -> Config:
-        return self.config
-
     def beta(self, step: int) -> float:
         warmup = self.config.beta_warmup_steps
         return self.config.beta * min(1.0, (step + 1) / max(1, warmup))
@@ -201,6 +186,15 @@ class Variational(Model):
     @torch.compiler.disable
     def _note(self, rates: Tensor) -> None:
         self._pending.append(rates)
+
+    @abstractmethod
+    def _compared(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensors, Tensor]:
+        """Compares the decoder's output with x: (distortion in nats per image, a scalar; metrics; reconstruction)."""
+
+    def _bound(self, nats: Tensor) -> Tensors:
+        """Returns the metrics of distortion + rate."""
+        del nats
+        return {}
 
     def _infer(self, batch: Batch, condition: Condition, draw: Draw) -> tuple[Tensor, list[Level]]:
         """(input of the likelihood, levels)."""
@@ -239,6 +233,30 @@ class Variational(Model):
     def _bits(self, nats: Tensor) -> Tensor:
         """Nats per image → bits per subpixel."""
         return nats / (self.subpixels * math.log(2))
+
+
+class Variational(Latent):
+    """Its distortion is −log p(x|z), so that the loss is −ELBO."""
+
+    def bound(self, batch: Batch, draw: int = 0) -> Bound:
+        output, levels = self._infer(batch, batch.condition, self._noise(batch.sample, BOUND, draw))
+        return Bound(
+            -self.likelihood.log_prob(output, batch.x),
+            torch.stack([level.rates().sum(1) for level in levels]),
+            torch.stack([level.log_ratio() for level in levels]).sum(0),
+        )
+
+    def kl_settings(self) -> Config:
+        return self.config
+
+    def _compared(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensors, Tensor]:
+        distortion = -self.likelihood.log_prob(output, x).mean()
+        with torch.no_grad():
+            reconstruction = self.likelihood.mean(output)
+            return distortion, fidelity(squared_errors(reconstruction, x / 255)), reconstruction
+
+    def _bound(self, nats: Tensor) -> Tensors:
+        return {"bits_per_dim": self._bits(nats)}
 
 
 def _drawn(distribution: Normal, temperature: float) -> Tensor:

@@ -31,7 +31,7 @@ from ..lifecycle.watch import STACKS, Watch
 from ..lifecycle.writer import Writer
 from ..monitoring.board import validated
 from ..nn.reconstruction import distance_of
-from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch
+from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch, without_bound
 from . import resume
 from .guard import Skip, diagnosis, explained, too_many
 from .learner import chosen
@@ -128,7 +128,7 @@ class Trainer:
 
     def loop(self, stop: Stop, watch: Watch) -> str:
         config, position, reporter = self.config, self.position, self.reporter
-        remarks = [self.slices.advice(), absent_classes(config, *self.indexes)]
+        remarks = [self.slices.advice(), absent_classes(config, *self.indexes), without_bound(config)]
         if self.changes:
             remarks.append(f"changed settings: {history.described(self.changes)}")
         if not self.left():
