@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import PART
-from .hints import either
 from .nn.perceptual import KINDS, MEAN, NETS, STD, Distance, shapes, uniform
 
 TRUNKS = ("397923af", "7be5be79")  # first digits of the SHA-256 of torchvision's VGG16 and AlexNet
@@ -84,7 +83,7 @@ def published(source: Path, digest: str) -> str:
     """Returns the digest if it is the one that was published. Raises ValueError."""
     expected = (HED,) if source.suffix == ".h5" else TRUNKS
     if not digest.startswith(expected):
-        wanted = either([one[:8] for one in expected])
+        wanted = " or ".join(one[:8] for one in expected)
         raise ValueError(f"is damaged or another file: its SHA-256 begins with {digest[:8]}, not {wanted}")
     return digest
 
