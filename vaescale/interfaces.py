@@ -148,7 +148,7 @@ class Reconstructor(Protocol):
 
     @property
     def last_layer(self) -> nn.Module:
-        """The layer with the parameter "weight" whose output is the reconstruction, up to a constant."""
+        """The layer with the parameter "weight" whose output is the reconstruction, up to a factor and a constant."""
         ...
 
     def reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> Tensor:

@@ -235,7 +235,10 @@ def check(config: Config, world: int) -> None:
 def _check_adversarial(config: Config, model: Model, batch: Batch) -> None:
     """Raises ConfigError if the model or its images do not fit the adversarial loss."""
     kind, given = config.model.kind, config.adversarial
-    if MODELS[kind].learner != "descent" or model(batch, 0).reconstruction is None:
+    with torch.enable_grad():
+        reconstruction = model(batch, 0).reconstruction
+    # Models with a likelihood compute their reconstructions for people only, without a gradient.
+    if MODELS[kind].learner != "descent" or reconstruction is None or not reconstruction.requires_grad:
         raise ConfigError(
             f"adversarial.weight={given.weight} cannot be used with model.kind={kind}, which is not trained on "
             f"reconstructions: set it to 0"

@@ -104,7 +104,8 @@ DUELS = {  # with a critic
         "r1": ["r1=1", "augment=true"],
     }.items()
 }
-DUELS["vae, critic"] = [*CASES["vae"], *CRITIC]
+DUELS["autoencoder, critic"] = [*CASES["autoencoder"], *CRITIC]
+DUELS["kl, critic"] = [*CASES["kl"], *CRITIC]
 DUELS["vqvae, critic, perceptual"] = [*CASES["vqvae, perceptual"], *CRITIC, "adversarial.adaptive=true"]
 TRAINED = {**{name: given for name, given in CASES.items() if MODELS[name.split(",")[0]].learner == "descent"}, **DUELS}
 

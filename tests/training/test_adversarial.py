@@ -101,6 +101,18 @@ def test_if_either_gradient_is_refused_neither_network_moves(group: None, zero: 
     assert not any(torch.equal(value, changed[name]) for name, value in after.items() if value.numel() > 9)
 
 
+def test_a_loss_that_is_not_finite_is_not_blamed_on_the_critic(group: None) -> None:
+    """Its gradient is not finite either, because it has seen the reconstructions."""
+    one = learner("steps=8")
+    (batch,) = next(duel.batches(1))
+    with torch.no_grad():
+        one.model.last.weight.fill_(torch.nan)
+    assert one.step([batch], 4)["skipped"] == 1
+    (skip,) = one.skips()
+    assert (WHY[skip.why], skip.micros) == ("not finite", [0])
+    assert explained(skip, 1) == "the loss of rank 0 is not finite"
+
+
 def test_the_critic_alone_is_refused_before_the_start(group: None) -> None:
     """The model then moves as it would without a critic."""
     one = learner("adversarial.start=1")
@@ -108,7 +120,8 @@ def test_the_critic_alone_is_refused_before_the_start(group: None) -> None:
     one.step([batch], 0)
     before = everything(one)
     one.critic.layers[0].bias.register_hook(lambda gradient: gradient * float("nan"))
-    assert one.step([batch], 1)["skipped"] == 0
+    values = one.step([batch], 1)
+    assert (values["skipped"], values["critic/skipped"]) == (0, 1)
     after = everything(one)
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith("critic"), name
@@ -216,9 +229,10 @@ def test_a_new_run_may_bring_a_critic_or_begin_one(group: None, tmp_path: Path) 
             "data.size=16 is too small for a critic with adversarial.layers=3, which needs 24 px",
         ),
         (
-            ["model={kind: vae}", "adversarial.adaptive=true"],
-            "adversarial.adaptive=true cannot be used with model.kind=vae",
+            ["model={kind: autoencoder}", "adversarial.adaptive=true"],
+            "adversarial.adaptive=true cannot be used with model.kind=autoencoder",
         ),
+        (["model={kind: vae}"], "adversarial.weight=0.1 cannot be used with model.kind=vae"),
         (["model={kind: pca}"], "adversarial.weight=0.1 cannot be used with model.kind=pca"),
     ],
 )

@@ -28,17 +28,18 @@ BRIGHTNESS, SHIFT, SQUARE = 0.25, 0.125, 0.5
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults that are used with weight=0.1, as in GEAR, REPA-E and RAE."""
+    """With weight=0.1 the defaults are a usual choice, measured on no task here."""
 
     weight: float = ranged(0.0, least=0)  # of the adversarial term in the model's loss; 0: there is no critic
     # Multiply the weight by ‖∇ reconstruction loss‖ / ‖∇ adversarial loss‖ at the model's last layer (Esser, Rombach,
     # Ommer 2021, "Taming transformers for high-resolution image synthesis", equation 7, with a weight of 0.8).
     adaptive: bool = False
-    critic_start: float = ranged(0.2, least=0, most=1)  # share of the steps after which the critic is trained
+    # Share of the steps after which the critic is trained. A run that is continued with more steps starts it later.
+    critic_start: float = ranged(0.2, least=0, most=1)
     start: float = ranged(0.25, least=0, most=1)  # share of the steps after which the model's loss has the term
     loss: Literal["hinge", "non-saturating"] = "hinge"
     lecam: float = ranged(0.001, least=0)  # weight of LeCam regularisation; 0: none
-    r1: float = ranged(0.0, least=0)  # weight of the critic's squared gradient at images; 0: none
+    r1: float = ranged(0.0, least=0)  # γ: weight of half the critic's squared gradient at images; 0: none
     augment: bool = False  # shift, cut out and recolour what the critic sees
     betas: tuple[float, float] = ranged((0.5, 0.9), least=0, below=1)  # of the critic's AdamW; the rest is `optimizer`
     width: int = ranged(64, least=1, most=2**16)  # channels of the critic's first layer
@@ -89,7 +90,7 @@ class Critic(nn.Module):
 def build(config: Config, channels: int, seed: int) -> Critic:
     """Returns a critic whose first weights depend only on the seed, and leaves torch's generator as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
         return Critic(config, channels)
 
 

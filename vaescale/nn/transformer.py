@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .blocks import run_block
 
 EPSILON = 1e-6
-BASE = 100.0  # 2π · BASE: the longest wavelength of the rotary positions, in patches
+BASE = 100.0  # 2π · BASE: above the longest wavelength of the rotary positions, in patches
 
 
 class Block(nn.Module):

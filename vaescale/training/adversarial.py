@@ -89,7 +89,9 @@ class Adversarial:
         ]
         descent = self.descent
         if step < self.critic_start:
-            return {**descent.step(batches, step), **dict.fromkeys(self.names, self._zero)}
+            means = descent.step(batches, step)
+            self._input = None
+            return {**means, **dict.fromkeys(self.names, self._zero)}
         results, before, own_before = Results(), descent.buffers.clone(), self.buffers.clone()
         passes = descent.passes(batches, step, partial(self._term, step=step))
         for number, (batch, reconstruction, values) in enumerate(passes, start=1):
@@ -108,6 +110,7 @@ class Adversarial:
             self.critic.observe(seen)
         torch.where(refused, own_before, self.buffers, out=self.buffers)
         means["critic/gradient_norm"] = torch.where(refused, 0.0, own_norm)
+        means["critic/skipped"] = refused.float()
         of_critic = {name: means.pop(name) for name in self.names}
         norm = torch.where(verdict.refused, 0.0, norm)
         return {**means, "gradient_norm": norm, "skipped": skipped, **of_critic}
@@ -193,13 +196,15 @@ class Adversarial:
 
     def _judge(self, norm: Tensor, own_norm: Tensor, joint: bool) -> tuple[Verdict, Verdict]:
         """Returns the verdicts on the model's gradient and on the critic's. joint: the model's step is refused, too, if
-        the critic's is; its record then has the critic's norms."""
+        the critic's is; its record then has the critic's norms, unless the model's own norm is not finite: then the
+        critic's is not either, because it has seen such reconstructions."""
         own = self.guard.judge(own_norm, self._no)
         if not joint:
             return self.descent.guard.judge(norm, self._no), own
         verdict = self.descent.guard.judge(torch.where(own.refused, torch.nan, norm), self._no)
         critics = torch.cat([self._refused, own.record[1:3], verdict.record[3:]])
-        return verdict._replace(record=torch.where(own.refused, critics, verdict.record)), own
+        blamed = own.refused & norm.isfinite()
+        return verdict._replace(record=torch.where(blamed, critics, verdict.record)), own
 
     def refresh(self) -> None:
         self.descent.refresh()
@@ -212,11 +217,12 @@ class Adversarial:
         taken, of_critic, with_term = self._taken
         self._taken = [0, 0, 0]
         found = {name: means.pop(name) for name in self.names}
-        found["critic/gradient_norm"] /= max(1 - means["skipped"], 1e-9)
         values = self.descent.report(means, step)
         for name, value in found.items():
             if steps := with_term if name in TERM else of_critic:
                 values[name] = value * taken / steps
+        if of_critic:  # of the steps that were taken
+            values["critic/gradient_norm"] /= max(1 - values["critic/skipped"], 1e-9)
         return values
 
     def tensors(self) -> dict[str, Tensors]:
@@ -265,5 +271,5 @@ def phases(config: Config) -> tuple[int, int]:
 def metrics(settings: critic.Config) -> list[str]:
     """Returns the names of what a step adds to the metrics of Descent."""
     terms = [name for name, weight in (("lecam", settings.lecam), ("r1", settings.r1)) if weight]
-    names = ("loss", *terms, "real", "fake", "accuracy", "gradient_norm")
+    names = ("loss", *terms, "real", "fake", "accuracy", "gradient_norm", "skipped")
     return [*TERM, *(f"critic/{name}" for name in names)]

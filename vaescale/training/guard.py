@@ -143,9 +143,13 @@ def diagnosis(skip: Skip, micros: int, factor: float) -> str:
     """Returns the error text for the skipped step that stops the run."""
     cure = "lower optimizer.lr or raise optimizer.warmup_steps, and look at the samples named above"
     cure += "; if that does not help, continue from an older checkpoint"
-    if skip.why == SPIKE:
+    if skip.why in (SPIKE, CRITIC):
         cure += f"; if such large gradients are expected, raise optimizer.spike={factor:g} (0: no limit)"
-    usual = "" if skip.why == SPIKE or math.isnan(skip.usual) else f"; the usual gradient norm is {skip.usual:.3g}"
+    usual = (
+        ""
+        if skip.why in (SPIKE, CRITIC) or math.isnan(skip.usual)
+        else f"; the usual gradient norm is {skip.usual:.3g}"
+    )
     many = f"{skip.share:.0%} of the last {MEMORY} steps" if skip.share > MOST else f"{skip.run} steps in a row"
     return (
         f"{many} were skipped, up to step {skip.step + 1} ({explained(skip, micros)}{usual}); skipped steps do not "
