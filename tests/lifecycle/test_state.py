@@ -27,7 +27,8 @@ OLD: dict[str, Any] = {
     "order": {"seed": 0, "data.columns": 8, "data": "ba054536"},
 }
 SINCE = {"batch": 12, "step": 0, "images": 0}
-NEW = {**OLD, "version": 3, "noise": 2, "validation_due": True, "since": SINCE}
+NO_CRITIC = {"critic_optimizer_steps": None}
+NEW = {**OLD, "version": 3, "noise": 2, "validation_due": True, "since": SINCE, "critic_optimizer_steps": 1}
 
 
 def write(run: Path, values: Any) -> Path:
@@ -36,13 +37,18 @@ def write(run: Path, values: Any) -> Path:
 
 def test_a_state_of_version_1_is_read_with_its_defaults(tmp_path: Path) -> None:
     found = state.read_checked(write(tmp_path, OLD), state.KEYS)
-    assert found == {**OLD, "version": 1, "noise": 1, "validation_due": False, "since": None}
+    assert found == {**OLD, "version": 1, "noise": 1, "validation_due": False, "since": None, **NO_CRITIC}
 
 
 def test_a_current_state_is_read_unchanged(tmp_path: Path) -> None:
     assert state.read_checked(write(tmp_path, NEW), state.KEYS) == NEW
     second = {**OLD, "version": 2, "owed": True, "since": SINCE}
-    assert state.read_checked(write(tmp_path / "2", second), state.KEYS) == {**NEW, "version": 2, "noise": 1}
+    assert state.read_checked(write(tmp_path / "2", second), state.KEYS) == {
+        **NEW,
+        **NO_CRITIC,
+        "version": 2,
+        "noise": 1,
+    }
     guard = Guard(10.0, torch.device("cpu"))
     assert state.KEYS["gradient_norms"].sound(guard.state())
 
@@ -64,6 +70,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "steps without images": ({"images": 0, "since": {"batch": 0, "step": 0, "images": 0}}, "since is"),
     "alarms": ({"alarms": [3]}, "alarms is"),
     "validation due": ({"validation_due": "no"}, "validation_due is no instead of true or false"),
+    "a critic's steps": ({"critic_optimizer_steps": -1}, "critic_optimizer_steps is -1 instead of a whole number"),
     "optimizer steps": ({"optimizer_steps": 5}, "the optimizer cannot have taken 5 steps by step 4"),
     "a scale of 0": ({"scaler": {"scale": 0}}, "scaler is"),
     "a scale in words": ({"scaler": {"cur_scale": "big"}}, "scaler is"),
