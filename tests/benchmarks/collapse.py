@@ -28,7 +28,7 @@ from vaescale.evaluation.metrics import reconstruction
 from vaescale.interfaces import Shape
 from vaescale.models.vqvae import VQVAE, Config
 from vaescale.monitoring import code_statistics
-from vaescale.nn import quantize
+from vaescale.nn import conv, quantize
 from vaescale.settings import Optimizer
 from vaescale.training.descent import learning_rate
 
@@ -88,7 +88,7 @@ def model(remedy: str, codes: int) -> Config:
         settings |= {"levels": levels, "codebook_size": math.prod(levels), "codebook_dim": len(levels)}
     elif remedy == "LFQ":
         settings |= {"codebook_dim": codes.bit_length() - 1}
-    return Config(width=WIDTH, quantizer=quantize.Config(**settings))
+    return Config(network=conv.Config(width=WIDTH), quantizer=quantize.Config(**settings))
 
 
 def cell(remedy: str, codes: int, steps: int) -> Line:
