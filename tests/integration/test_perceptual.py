@@ -1,12 +1,13 @@
 """Training with a perceptual distance: the command a user gives first, its error, and what the run reports."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Start, finish, ranks
+from tests.conftest import Start, finish, free_port, ranks
 from vaescale.nn.perceptual import drawn
 
 KEY = "model.reconstruction.perceptual"
@@ -29,6 +30,25 @@ def test_without_weights_the_user_is_told_what_to_fetch(
     assert f"{KEY}.weights is not set: fetch vgg16-397923af.pth" in output
     assert "BSD-3-Clause" in output
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_one_rank_lacks_are_named_by_that_rank(pictures: Path, tmp_path: Path, start: Start) -> None:
+    """As on a node without the file: rank 0 has found nothing wrong, and yet both ranks end."""
+    homes = [tmp_path / "home0", tmp_path / "home1"]
+    for home in homes:
+        home.mkdir()
+    save_file(drawn("perceptual_random").tensors, homes[0] / "random", {"kind": "perceptual_random"})
+    command = [sys.executable, "launch/train.py", "--config", str(TINY), f"run={tmp_path / 'run'}"]
+    command += [f"data.root={pictures}", f"{KEY}.weight=1", f"{KEY}.weights=~/random"]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        start(command, RANK=str(rank), LOCAL_RANK=str(rank), HOME=str(home), **shared)
+        for rank, home in enumerate(homes)
+    ]
+    (first, told), (second, output) = (finish(process) for process in processes)
+    assert (first, second) == (2, 2)
+    assert "error: rank 0: another rank cannot read a file, see its error" in told
+    assert f"error: rank 1: {homes[1] / 'random'} cannot be read (it does not exist)" in output
 
 
 def test_a_run_trains_validates_and_resumes_with_it(pictures: Path, tmp_path: Path, start: Start) -> None:

@@ -22,7 +22,7 @@ from ..data.decode import CAUSES
 from ..data.index import check_files
 from ..data.reader import Reader
 from ..evaluation.evaluate import evaluate
-from ..interfaces import Batch, Codec
+from ..interfaces import Batch, Codec, Model
 from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
@@ -68,10 +68,7 @@ class Trainer:
         on_rank_0(self.run, self.compare)
 
         torch.manual_seed(config.seed)
-        try:
-            self.model = build(config).to(self.device)
-        except ConfigError as error:  # rank 0 has found nothing wrong: a file is missing on this node alone
-            raise checkpoint.Unreadable(str(error)) from None
+        self.model = self.built()
         samples = len(self.slices.samples.index)
         self.learner = chosen(config)(self.model, config, samples)
         self.position = resume.resume(config, self.learner, self.slices)
@@ -90,6 +87,18 @@ class Trainer:
         if self.left():
             self.writer.check_room(self.learner.size(), config.steps)
             on_rank_0(self.run, self.reporter.open)
+
+    def built(self) -> Model:
+        """Builds the model. If a rank lacks a file that it needs, because rank 0 has checked the settings on another
+        node, all ranks raise Unreadable, which says so on each. Collective."""
+        wrong = ""
+        try:
+            model = build(self.config)
+        except ConfigError as error:
+            wrong = str(error)
+        if distributed.sum_(torch.tensor(int(bool(wrong)), device=self.device)):
+            raise checkpoint.Unreadable(wrong or "another rank cannot read a file, see its error")
+        return model.to(self.device)
 
     def compare(self) -> None:
         """Reads the settings of an earlier process. Raises ConfigError if its weights do not fit today's settings."""
