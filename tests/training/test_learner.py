@@ -152,3 +152,14 @@ def test_activations_are_counted() -> None:
     assert 0.8 * inputs < counted < 2 * inputs
     with FakeTensorMode():
         assert activation_bytes(settings.build(config), config) == counted
+
+
+@pytest.mark.parametrize("name", ["tiny_vqgan", "tiny_vdvae"])
+def test_blocks_that_are_computed_again_keep_less(name: str) -> None:
+    given = ["run=none", "data.root=none", "precision=fp32"]
+    held = []
+    for checkpointing in ("false", "true"):
+        config = settings.load(f"tests/integration/{name}.yaml", [*given, f"model.checkpointing={checkpointing}"])
+        with FakeTensorMode():
+            held.append(activation_bytes(settings.build(config), config))
+    assert 0 < held[1] < 0.7 * held[0]

@@ -271,9 +271,10 @@ def trunk(model: nn.Module) -> list[Tensor]:
 
 
 def activation_bytes(model: nn.Module, config: Config) -> int:
-    """Returns the bytes that one image keeps for the backward pass without activation checkpointing, counted in a
-    forward pass."""
+    """Returns the bytes that one image keeps for the backward pass, counted in a forward pass."""
     model.eval()  # in training mode a forward pass keeps rows for `update`, which is not called here
+    for part in model.modules():
+        part.training = bool(getattr(part, "checkpointing", False))  # else it would keep what it recomputes in training
     batch = blank(config, 1)
     weights = [*model.parameters(), *model.buffers(), *trunk(model)]
     total, exact = kept_bytes(lambda: model(batch, 0), weights), 0
