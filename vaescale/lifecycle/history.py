@@ -19,7 +19,8 @@ FILE = "config_history.jsonl"
 # The meaning of the weights depends on them.
 FIXED = ("model", "data.size", "data.channels", "data.attributes")
 CRITIC = ("adversarial.width", "adversarial.layers")  # the same, if there was a critic
-MOVED = ("model.reconstruction.perceptual.weights",)  # a file may lie elsewhere on another machine
+# Not these: where a file lies, and how memory is saved.
+FREE = ("model.reconstruction.perceptual.weights", "model.checkpointing")
 NAMED = 4  # changed settings that an error names
 
 Values = dict[str, Any]
@@ -67,7 +68,7 @@ def check_changes(run: Path, before: Values | None, changed: Changes) -> None:
     """Raises ConfigError if a setting has changed that the meaning of the weights depends on."""
     parts = (*FIXED, *CRITIC) if before and before["adversarial.weight"] else FIXED
     fixed = {key: pair for key, pair in changed.items() if any(f"{key}.".startswith(f"{part}.") for part in parts)}
-    for key in MOVED:
+    for key in FREE:
         fixed.pop(key, None)
     if fixed:
         names = ", ".join(f"{key}={pair[0]}" for key, pair in list(fixed.items())[:NAMED])
