@@ -77,7 +77,7 @@ def test_a_rank_that_hangs_ends_the_run_and_leaves_all_stacks(befallen: Path) ->
     assert found["why"].startswith("Hang: step 6 did not end; ")
     assert names(out / "run" / "stacks") == ["rank-0.txt", "rank-1.txt"]
     waiting, hung = ((out / "run" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
-    assert re.search(r"it is at inject\.py:\d+, <lambda>, called from trainer\.py:\d+, step$", hung.splitlines()[0])
+    assert re.search(r"it is at inject\.py:\d+, <lambda>, called from trainer\.py:\d+, loop$", hung.splitlines()[0])
     assert re.search(r"it is at .*, called from \w+\.py:\d+, \w+$", waiting.splitlines()[0])
     assert "inject.py" not in waiting.splitlines()[0]
     for text in (waiting, hung):
