@@ -203,7 +203,7 @@ class Adversarial:
             return self.descent.guard.judge(norm, self._no), own
         verdict = self.descent.guard.judge(torch.where(own.refused, torch.nan, norm), self._no)
         critics = torch.cat([self._refused, own.record[1:3], verdict.record[3:]])
-        blamed = own.refused & norm.isfinite()
+        blamed = own.refused & (norm < torch.inf)  # not if it is NaN
         return verdict._replace(record=torch.where(blamed, critics, verdict.record)), own
 
     def refresh(self) -> None:
