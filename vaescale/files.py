@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,15 +87,20 @@ def is_plain(text: str) -> bool:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, and renames it to `path` at the end. So `path` is never incomplete."""
+    """Yields a temporary path to write to, and renames it to `path` at the end. So `path` is never incomplete. After an
+    error the temporary file is removed."""
     partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def file_hash(path: Path) -> str:
-    """Returns the 64-bit xxh3 of a file, in hexadecimal. Raises OSError."""
-    digest = xxhash.xxh3_64()
+def file_hash(path: Path, algorithm: Callable[[], Any] = xxhash.xxh3_64) -> str:
+    """Returns the hash of a file, by default the 64-bit xxh3, in hexadecimal. Raises OSError."""
+    digest = algorithm()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)

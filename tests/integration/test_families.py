@@ -9,16 +9,10 @@ import pytest
 
 from tests.conftest import Start, finish
 from tests.integration.conftest import forked, losses, training, written
+from tests.integration.test_adversarial import CRITIC, same_critic
 from tests.integration.test_resume import rewind, same_bits
 
 HERE = Path(__file__).parent
-CRITIC = {
-    "adversarial.weight": 0.1,
-    "adversarial.width": 8,
-    "adversarial.layers": 2,
-    "adversarial.critic_start": 0.25,
-    "adversarial.start": 0.5,
-}
 PLAIN = {"model.reconstruction.l1": 1}  # of the KL autoencoder: in place of its likelihood
 CASES: dict[str, tuple[str, int, dict[str, object]]] = {  # config, world, settings
     "vqgan": ("vqgan", 1, {}),
@@ -61,10 +55,7 @@ def test_resumed_runs_end_in_the_same_bits(trained: Path, pictures: Path, tmp_pa
     forked(tmp_path, [job(tmp_path, name, pictures) for name in RESUMED])
     for name in RESUMED:
         same_bits(tmp_path / name / "run", trained / name / "run")
-        critics = [
-            path / "run/checkpoints/step-00000012/critic.safetensors" for path in (tmp_path / name, trained / name)
-        ]
-        assert critics[0].read_bytes() == critics[1].read_bytes()
+        same_critic(tmp_path / name / "run", trained / name / "run")
 
 
 @pytest.mark.parametrize("name", ["vqgan", "kl", "kl and a critic"])

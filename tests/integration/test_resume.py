@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +88,26 @@ def test_the_world_may_change_time_and_again(trained: Path, pictures: Path, tmp_
         jobs.append({**training(tmp_path / str(step), TINY, given, world), "faults": fault})
     forked(tmp_path, jobs)
 
+    each_continued_the_last(tmp_path, WORLDS, ("model", "ema", "optimizer"))
+    twin = trained / Case(4, accumulation=3).name / "run"
+    assert losses(run) == pytest.approx(losses(twin), rel=1e-5)
+
+
+def each_continued_the_last(folder: Path, worlds: Mapping[int, int], names: Sequence[str]) -> None:
+    """Each attempt, in folder/STEP, loaded exactly the files `names` that the one before had saved, and read the next
+    samples. worlds: step → number of ranks that trained up to it."""
     before = 0
-    for step, world in WORLDS.items():
-        out = tmp_path / str(step)
+    for step, world in worlds.items():
+        out = folder / str(step)
         ranks = [np.array(json.loads((out / f"rank-{rank}.json").read_text())) for rank in range(world)]
         seen = np.stack([part.reshape(step - before, -1) for part in ranks], axis=1)
         assert seen.flatten().tolist() == list(range(before * BATCH, step * BATCH))
-        for name in ("model", "ema", "optimizer") if before else ():
+        for name in names if before else ():
             taken = load_file(out / f"taken-{name}.safetensors")
-            saved = load_file(run / "checkpoints" / f"step-{before:08d}" / f"{name}.safetensors")
+            saved = load_file(folder / "run" / "checkpoints" / f"step-{before:08d}" / f"{name}.safetensors")
             assert taken.keys() == saved.keys()
             assert all(torch.equal(taken[key], saved[key]) for key in saved), name
         before = step
-    twin = trained / Case(4, accumulation=3).name / "run"
-    assert losses(run) == pytest.approx(losses(twin), rel=1e-5)
 
 
 def test_a_finished_run_is_left_as_it_is(trained: Path, pictures: Path, tmp_path: Path, start: Start) -> None:

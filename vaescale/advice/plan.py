@@ -31,8 +31,8 @@ from torch import nn
 from ..data import DataError
 from ..data.index import RECORD, Index
 from ..files import readable_size
-from ..settings import Config, build, micro_batch
-from .traffic import GATHER, SUM, Collective, critic_of, traffic
+from ..settings import Config, build, build_critic, micro_batch
+from .traffic import GATHER, SUM, Collective, traffic
 
 IMAGE = 110_000  # mean bytes of an ImageNet image
 IMAGES, SHARDS = (1_281_167, 50_000), 1_282  # of ImageNet's training and validation sets; shards of 1,000 images
@@ -153,7 +153,7 @@ def _between_steps(
     config: Config, model: nn.Module, cluster: Cluster, compute: float, step: float, data: Data, micro: int
 ) -> list[Term]:
     every, world = config.every, cluster.world
-    nets = [model, *filter(None, [critic_of(config)])]
+    nets = [model, *filter(None, [build_critic(config)])]
     weights = sum(p.numel() for net in nets for p in net.parameters() if p.requires_grad)
     saved = checkpoint_bytes(model, config)
     gathered = 12 * weights if config.zero_stage else 0
@@ -223,7 +223,7 @@ def _start(config: Config, cluster: Cluster, data: Data, micro: int) -> list[Ter
 
 def checkpoint_bytes(model: nn.Module, config: Config) -> int:
     buffers = sum(b.nbytes for b in model.buffers())
-    critic = critic_of(config)  # it has no average
+    critic = build_critic(config)  # it has no average
     of_critic = 12 * sum(p.numel() for p in critic.parameters()) if critic else 0
     return 16 * sum(p.numel() for p in model.parameters()) + 2 * buffers + of_critic
 

@@ -15,10 +15,9 @@ from typing import NamedTuple
 from torch import nn
 
 from ..interfaces import KLWeighted, Reconstructor
-from ..nn.critic import build
 from ..nn.quantize import VectorQuantizer
 from ..nn.quantizer import Quantizer
-from ..settings import Config
+from ..settings import Config, build_critic
 from ..training.average import averages, bucketed
 
 SUM, GATHER = "all-reduce", "all-gather"
@@ -40,7 +39,7 @@ def traffic(model: nn.Module, config: Config, world: int) -> list[Collective]:
     found = _of_engine(model, config, world)
     if size := statistics_bytes(model):
         found.append(Collective("codebooks, rates", SUM, size, 1))
-    if critic := critic_of(config):
+    if critic := build_critic(config):
         found += [one._replace(what=f"critic: {one.what}") for one in _of_engine(critic, config, world)]
         if config.adversarial.lecam:
             found.append(Collective("critic: mean logits", SUM, 8, 1))
@@ -50,10 +49,6 @@ def traffic(model: nn.Module, config: Config, world: int) -> list[Collective]:
                 Collective("gradients of the last layer", SUM, config.accumulation * size, config.accumulation)
             )
     return found
-
-
-def critic_of(config: Config) -> nn.Module | None:
-    return build(config.adversarial, config.data.channels, config.seed) if config.adversarial.weight else None
 
 
 def _of_engine(model: nn.Module, config: Config, world: int) -> list[Collective]:

@@ -14,7 +14,7 @@ from ..interfaces import Batch, Model, Reconstructor, Tensors
 from ..lifecycle.checkpoint import Read, Unreadable
 from ..nn import critic
 from ..nn.critic import accuracy, augment, build, critic_loss, lecam_penalty, model_loss, r1_penalty
-from ..settings import Config, micro_batch
+from ..settings import Config, build_critic, micro_batch
 from .buffers import joined
 from .descent import Descent, Results, channels_last, kept_bytes, learning_rate, state_bytes
 from .engine import MOMENTS, Engine
@@ -73,7 +73,8 @@ class Adversarial:
 
     @staticmethod
     def memory(model: Model, config: Config, world: int) -> dict[str, float]:
-        judge = build(config.adversarial, config.data.channels, config.seed)
+        judge = build_critic(config)
+        assert judge is not None
         state = state_bytes(sum(p.numel() for p in judge.parameters()), config, world)
         pair = torch.zeros(2, config.data.channels, config.data.size, config.data.size)
         held = kept_bytes(lambda: judge(pair), judge.parameters()) // (1 if config.precision == "fp32" else 2)

@@ -7,8 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..nn.critic import build as build_critic
-from ..settings import Config, blank, build
+from ..settings import Config, blank, build, build_critic
 
 # Peak FLOP/s of dense 16-bit matrix products from NVIDIA's data sheets, by device name.
 PEAKS = {
@@ -36,8 +35,7 @@ def per_image(config: Config) -> int:
     with suppress(RuntimeError), FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = build(config).eval()  # in training mode a forward pass keeps rows for `update`, not called here
         model(blank(config, 1), 0).loss.backward()
-        if config.adversarial.weight:
-            critic = build_critic(config.adversarial, config.data.channels, config.seed)
+        if critic := build_critic(config):
             x = blank(config, 1).x / 255
             critic(x.repeat(2, 1, 1, 1)).sum().backward()  # its own pass, without R1
             critic.requires_grad_(False)

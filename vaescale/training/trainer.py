@@ -96,7 +96,7 @@ class Trainer:
             model = build(self.config)
         except ConfigError as error:
             wrong = str(error)
-        if distributed.sum_(torch.tensor(int(bool(wrong)), device=self.device)):
+        if distributed.where(bool(wrong)):
             raise checkpoint.Unreadable(wrong or "another rank cannot read a file, see its error")
         return model.to(self.device)
 
