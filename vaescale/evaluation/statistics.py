@@ -1,0 +1,91 @@
+"""What is kept of the features of a set of images: exact moments, evenly spaced rows, and sums over classes."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+
+KEPT = 10_000  # features kept of a set
+SPLITS = 10  # of a set in sample order, for the inception score
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of the features of N images, on the CPU. All ranks have the same ones."""
+
+    count: int  # N
+    mean: Tensor  # fp64 [D]
+    covariance: Tensor  # fp64 [D, D], divided by N − 1
+    rows: Tensor  # fp32 [min(N, KEPT), D], features of evenly spaced images in sample order; [0, D]: not known
+    classes: Tensor | None = None  # fp64 [SPLITS, K + 2], see `class_sums`; None: the features have no logits
+
+    @property
+    def whole(self) -> bool:
+        """Whether `rows` holds the features of all images."""
+        return len(self.rows) == self.count
+
+
+class Gatherer:
+    """Gathers the Statistics of one set of images, batch by batch, over all ranks."""
+
+    def __init__(self, count: int, features: Tensor, logits: Tensor | None) -> None:
+        """count: N, images of all ranks together. features [B, D], logits [B, K]: of any images, for their shapes and
+        device."""
+        dim = features.shape[1]
+        self.count = count
+        self.kept = min(count, KEPT)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=features.device)
+        self.sum, self.second = zeros(dim), zeros(dim, dim)
+        self.rows = features.new_zeros(self.kept + 1, dim)  # the last one takes what is not kept
+        self.classes = None if logits is None else zeros(SPLITS, logits.shape[1] + 2)
+
+    def add(self, samples: Tensor, features: Tensor, logits: Tensor | None) -> None:
+        """samples: int64 [B] in [0, N), each once over all ranks; features: fp32 [B, D]; logits: [B, K]."""
+        double = features.double()
+        self.sum += double.sum(0)
+        self.second += double.T @ double
+        place = (samples * self.kept + self.count - 1) // self.count  # row k is that of image k · N // kept
+        place = torch.where(place * self.count // self.kept == samples, place, self.kept)
+        self.rows.index_copy_(0, place, features)
+        if self.classes is not None:
+            assert logits is not None
+            self.classes.index_add_(0, samples * SPLITS // self.count, class_sums(logits))
+
+    def result(self) -> Statistics:
+        """Collective."""
+        total, second, rows = (distributed.sum_(one).cpu() for one in (self.sum, self.second, self.rows[: self.kept]))
+        classes = None if self.classes is None else distributed.sum_(self.classes).cpu()
+        if self.kept < self.count:
+            mean = total / self.count
+            covariance = torch.addr(second, total, mean, alpha=-1) / (self.count - 1)
+        else:  # does not depend on the order of the sums
+            mean = rows.double().mean(0)
+            centred = rows.double() - mean
+            covariance = centred.T @ centred / max(1, self.count - 1)
+        return Statistics(self.count, mean, covariance, rows, classes)
+
+
+def class_sums(logits: Tensor) -> Tensor:
+    """Returns p(y|x), Σ_y p(y|x) log p(y|x) and 1 for each image, fp64 [B, K + 2], which can be added over images."""
+    logs = logits.double().log_softmax(1)
+    shares = logs.exp()
+    return torch.cat([shares, (shares * logs).sum(1, keepdim=True), torch.ones_like(shares[:, :1])], dim=1)
+
+
+def factor(known: Statistics) -> Tensor:
+    """Returns A, fp64 [min(N, D), D] or [D, D], with Aᵀ A the covariance.
+
+    From all rows it is the centred rows, or their triangular factor, divided by √(N − 1). So nothing is squared, and
+    covariances that are singular because N ≤ D lose no digits. Otherwise it is √Λ Vᵀ of the covariance's eigenvalues
+    and vectors. Eigenvalues below D · 2⁻⁵² times the largest one are rounding errors, and count as 0.
+    """
+    if known.whole:
+        centred = (known.rows.double() - known.mean) / math.sqrt(max(1, known.count - 1))
+        return torch.linalg.qr(centred, mode="r").R if len(centred) > centred.shape[1] else centred
+    values, vectors = torch.linalg.eigh(known.covariance)
+    least = len(values) * torch.finfo(torch.float64).eps * values[-1]
+    return torch.where(values > least, values, 0).sqrt()[:, None] * vectors.T
