@@ -133,6 +133,24 @@ class Codebooks(Protocol):
 
 
 @runtime_checkable
+class LatentStatistics(Protocol):
+    """A codec with one level of latents, continuous maps, whose mean and standard deviation are measured for each
+    channel. A prior of the latents, such as a diffusion model, is trained on (z − mean) / std."""
+
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the standard deviation of each channel, fp32 [D]: two buffers of the model.
+
+        They are measured once, at the end of training, with the averaged weights: over the draws z ~ q(z|x), all places
+        of the maps and all training images, each image as validation would see it. Until then they are infinite.
+        """
+        ...
+
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the standard deviation of q(z|x), fp32 [B, D, h, w] each."""
+        ...
+
+
+@runtime_checkable
 class KLWeighted(Protocol):
     """A codec whose loss contains a weighted KL. It reports "rate", or a rate for each level."""
 
@@ -167,8 +185,8 @@ class Basis(Protocol):
 
 
 class Model(nn.Module, ABC):
-    """A trainable torch module that computes its own loss. Its other capabilities are the protocols that it implements:
-    Codec, Bounded, Codebooks, KLWeighted, Reconstructor, Basis. Callers test for a protocol, never for a class."""
+    """A trainable torch module that computes its own loss. Its other capabilities are the protocols above that it
+    implements. Callers test for a protocol, never for a class."""
 
     noise_version: int | None = None  # of nn.noise.normal, as the run began with it; None: the newest
 

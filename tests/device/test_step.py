@@ -15,7 +15,7 @@ from vaescale import settings
 from vaescale.evaluation.metrics import METRICS
 from vaescale.evaluation.metrics.metric import Seen
 from vaescale.evaluation.sample import Unsupported, decoded, from_prior
-from vaescale.interfaces import Bounded, Codebooks, Codec
+from vaescale.interfaces import Bounded, Codebooks, Codec, LatentStatistics
 from vaescale.models import MODELS
 from vaescale.nn import likelihood, quantize
 from vaescale.nn.covariance import Moments
@@ -199,6 +199,8 @@ def test_evaluation_neither_mixes_devices_nor_waits(name: str, load: Callable[[l
         decoded(model, latents, batch.condition)
         if isinstance(model, Bounded):
             model.bound(batch, 3)
+        if isinstance(model, LatentStatistics):
+            model.posterior(batch)
         if isinstance(model, Codebooks):
             model.usage(clear=True)
         seen = Seen(

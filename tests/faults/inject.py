@@ -28,6 +28,7 @@ from vaescale.evaluation import evaluate, tables  # noqa: F401 (likewise)
 from vaescale.lifecycle import stops
 from vaescale.lifecycle.checkpoint import verify
 from vaescale.lifecycle.writer import Writer
+from vaescale.models import kl
 from vaescale.monitoring.board import Board
 from vaescale.training import reporter, trainer
 from vaescale.training.descent import Descent
@@ -301,6 +302,20 @@ def interrupt(out: Path, victim: int) -> None:
     evaluate._measure = measured
 
 
+def interrupt_latents(out: Path, name: str) -> None:
+    """Send this signal to this rank in the second batch whose latents are measured."""
+    posterior, count = kl.Spatial.posterior, 0
+
+    def measured(self: kl.Spatial, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), getattr(signal, name))
+        return posterior(self, *arguments)
+
+    kl.Spatial.posterior = measured
+
+
 def harm(out: Path, run: str, how: str) -> None:
     """Before this attempt, flip a bit of the newest checkpoint, or empty or remove `latest`."""
     latest = Path(run) / "checkpoints" / "latest"
@@ -425,6 +440,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "draw slowly": draw_slowly,
     "report slowly": report_slowly,
     "interrupt": interrupt,
+    "interrupt latents": interrupt_latents,
     "harm": harm,
     "keep": keep,
     "block": block,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tests import strict
 from tests.faults import inject
-from tests.integration import averaging, gathering, probe, traffic
+from tests.integration import averaging, gathering, measuring, probe, traffic
 from tests.training import duel
 from vaescale import distributed, settings
 from vaescale.interfaces import Batch
@@ -205,6 +205,7 @@ TASKS = {
     "collectives": probe.collectives,
     "averaged": averaging.averaged,
     "gathered": gathering.gathered,
+    "measured": measuring.measured,
     "traffic": traffic.counted,
     "duel": duel.duelled,
     "violate": violate,

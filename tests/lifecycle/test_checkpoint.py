@@ -371,6 +371,28 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
         checkpoint.read_fitting(saved, "model", model.state_dict())
 
 
+def test_buffers_that_older_versions_did_not_save_keep_their_first_values(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    old = {"model": model.state_dict()}
+    checkpoint.save(tmp_path / "checkpoints", 5, old, {}, 9)
+    model.register_buffer("latent_std", torch.full((3,), torch.inf))
+    read = checkpoint.read_fitting(tmp_path / "checkpoints" / "step-00000005", "model", model.state_dict())
+    assert list(read) == ["weight", "bias", "latent_std"]
+    assert read["latent_std"].isinf().all()
+    assert torch.equal(read["weight"], model.weight)
+    model.register_buffer("other", torch.zeros(3))
+    with pytest.raises(CheckpointError, match="belongs to another model: it has no other; restore"):
+        checkpoint.read_fitting(tmp_path / "checkpoints" / "step-00000005", "model", model.state_dict())
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for value in (1.0, 2.0):
+        saved = checkpoint.save(folder, 5, tensors(value), {"step": 5}, 1)
+    assert names(folder) == ["latest", "step-00000005"]
+    assert checkpoint.read_tensors(saved, "model")["w"].tolist() == [2.0, 2.0]
+
+
 class Poison:
     """If unpickled, it creates a file."""
 

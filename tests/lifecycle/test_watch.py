@@ -61,6 +61,21 @@ def test_validation_has_a_timeout_of_its_own(tmp_path: Path, clock: list[float])
         assert one.limit(30.0) == 360
 
 
+def test_progress_within_a_validation_is_seen(tmp_path: Path, clock: list[float]) -> None:
+    one = watching(tmp_path)
+    with one.doing("validation"):
+        for _ in range(5):
+            signs = one._signs
+            clock[0] += 40
+            one.progress()
+            assert one._signs > signs
+        assert one.limit(30.0) == 360
+        clock[0] += 2
+    with one.doing("validation"):
+        assert one.limit(30.0) == 360  # its longest silence was 40 s
+    assert one.limit(30.0) == 360  # still the first step
+
+
 def test_the_first_step_keeps_its_limit_if_a_validation_precedes_it(tmp_path: Path, clock: list[float]) -> None:
     one = watching(tmp_path)
     with one.doing("validation"):

@@ -213,12 +213,14 @@ class TrainSlices(Dataset[Decoded]):
 class ValidationSlices(Dataset[Decoded]):
     """`slices[range of samples]` → those samples of the validation index."""
 
+    split = "val"
+
     def __init__(self, config: Config, reader: Reader | None = None) -> None:
         """reader: None: the one for pictures."""
         _require(config)
         self.reader = reader or pictures(config)
         self.config = config
-        self.samples = Samples(Path(config.root) / "val", config.cache, config.cache_gib)
+        self.samples = Samples(Path(config.root) / self.split, config.cache, config.cache_gib)
         training = Index(Path(config.root) / "train") if config.attributes else self.samples.index
         self.indexes = {self.samples.index, training}  # whose files are read
         self.attributes = Attributes(self.samples.index, training, config.attributes)
@@ -227,18 +229,34 @@ class ValidationSlices(Dataset[Decoded]):
         if get_worker_info():  # in the training process the prefetching thread could be running during the next fork
             following = self.samples.index.locate(numbers[-1]).shard + 1
             self.samples.store.prefetch(range(following, min(following + 1, len(self.samples.index.shards))))
-        read, labels = [], []
+        read, labels, shown, damage = [], [], [], []
         for number in numbers:
             try:
                 data, label = self.samples.read(number)
                 read.append(self.reader.validation(data))
             except decode.Damaged as error:
-                shard, key = self.samples.name(number)
-                # A validation result over fewer samples than stated would not be comparable with others.
-                larger = ": raise data.max_megapixels" if str(error) == decode.TOO_LARGE else ""
-                raise DataError(f"validation sample {key} in {shard} is damaged: {error}{larger}") from None
+                damage.append(self._damaged(number, str(error)))
+                continue
             labels.append(label)
-        return Decoded(_batch(self.reader.stack(read), labels, self.attributes(list(numbers)), list(numbers)), [])
+            shown.append(number)
+        x = self.reader.stack(read) if read else self.reader.blank(0)
+        return Decoded(_batch(x, labels, self.attributes(shown), shown), damage)
+
+    def _damaged(self, number: int, cause: str) -> Damage:
+        """Raises DataError: a result over fewer samples than stated would not be comparable with others."""
+        shard, key = self.samples.name(number)
+        larger = ": raise data.max_megapixels" if cause == decode.TOO_LARGE else ""
+        raise DataError(f"validation sample {key} in {shard} is damaged: {cause}{larger}") from None
+
+
+class TrainingOnce(ValidationSlices):
+    """`slices[range of samples]` → those samples of the training index, each as validation would see it. Damaged ones
+    are left out."""
+
+    split = "train"
+
+    def _damaged(self, number: int, cause: str) -> Damage:
+        return Damage(number, *self.samples.name(number), cause)
 
 
 def train_loader(

@@ -3,7 +3,8 @@
     checkpoints/latest                  the name of the newest checkpoint; updated last
     checkpoints/step-00000500/
         model.safetensors               fp32 parameters and buffers, codebooks among them
-        ema.safetensors                 averaged parameters and the same buffers: what evaluation loads
+        ema.safetensors                 averaged parameters and the same buffers, but for statistics of latents, which
+                                        only these have: what evaluation loads
         optimizer.safetensors           AdamW's two moments, by parameter
         moments.safetensors             for PCA, instead: sums over the images so far
         state.json                      step, images, and what the order of samples depends on
@@ -41,6 +42,7 @@ NAMED = 3  # tensors that an error names
 FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # file names that a checkpoint may contain
 LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # folders that an interrupted save may leave behind
 FORMER = ("levels", "radix")  # buffers that older versions saved, although they follow from the settings
+LATER = ("latent_mean", "latent_std")  # buffers that older versions did not save: their first values are used
 DTYPES = {  # as safetensors names them, in the order in which it stores them
     torch.int64: "I64",
     torch.float64: "F64",
@@ -112,12 +114,15 @@ def save(
         with suppress(OSError):  # the original error is reported, not this one
             pointer.unlink(missing_ok=True)
         raise
-    if final.exists():  # the run was restarted from an older checkpoint and has reached this step again
-        _remove(final)
+    # The run has reached this step again from an older checkpoint, or has finished what a stop had cut short.
+    former = _set_aside(final) if final.exists() else None
     partial.rename(final)
     _sync(folder)
     pointer.replace(folder / LATEST)
     _sync(folder)
+    if former:
+        with suppress(OSError):  # see below
+            _delete(former)
     until = [path for path in there(folder) if _step(path) <= step]
     for old in until[:-keep]:
         if not (keep_every and _step(old) % keep_every == 0):
@@ -277,7 +282,7 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 
 def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of file `name`. Raises CheckpointError, before reading data, unless names, shapes and types
-    are those of `wanted`."""
+    are those of `wanted`, whose values those of LATER keep if the file does not have them."""
     path = checkpoint / f"{name}.safetensors"
     try:
         with safe_open(path, "pt") as file:
@@ -287,7 +292,8 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
         raise Unreadable(f"{path} cannot be read ({error})") from None
     given = {key: value for key, value in given.items() if key in wanted or key.rpartition(".")[2] not in FORMER}
     needed = {key: (tuple(value.shape), DTYPES[value.dtype]) for key, value in wanted.items()}
-    wrong = [f"it has no {key}" for key in needed if key not in given]
+    missing = [key for key in needed if key not in given and key.rpartition(".")[2] not in LATER]
+    wrong = [f"it has no {key}" for key in missing]
     wrong += [f"the model has no {printable(key, 60)}" for key in given if key not in needed]
     wrong += [
         f"{key} is {_described(*given[key])} instead of {_described(*value)}"
@@ -302,7 +308,7 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
             f"{whose}: {', '.join(wrong[:NAMED])}{more}; restore the settings of model and data, or use another run"
         )
     tensors = read_tensors(checkpoint, name)
-    return {key: tensors[key] for key in wanted}
+    return {key: tensors.get(key, value) for key, value in wanted.items()}
 
 
 def load_averaged(model: torch.nn.Module, place: Path) -> Found:
@@ -360,9 +366,12 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
 
 def _remove(checkpoint: Path) -> None:
     """Renames a checkpoint, then deletes it: a process killed in between leaves no partial checkpoint behind."""
-    gone = checkpoint.with_name(f".gone-{checkpoint.name}")
-    checkpoint.rename(gone)
-    _delete(gone)
+    _delete(_set_aside(checkpoint))
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint so that nothing reads it and the next save removes it. Returns its new path."""
+    return checkpoint.rename(checkpoint.with_name(f".gone-{checkpoint.name}"))
 
 
 def _delete(path: Path) -> None:

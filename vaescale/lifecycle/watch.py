@@ -98,6 +98,10 @@ class Watch:
             self._longest[what] = max(self._sign(), self._longest.get(what, 0.0))
             self._what = outer
 
+    def progress(self) -> None:
+        """Reports progress within `doing`, whose limit then counts from here."""
+        self._sign()
+
     def limit(self, floor: float) -> float:
         """Returns the seconds without progress that now count as a hang. floor: the least limit for a step."""
         if self._what:

@@ -5,6 +5,9 @@
 A VAE whose latents are maps and whose KL has a tiny weight β. So its bound is loose and draws from its prior N(0, I)
 look like nothing: the prior of its latents is for another model to learn. The networks are those of nn/networks.py.
 
+The mean and the deviation of each channel of z are measured at the end of training (interfaces.LatentStatistics). In
+the authors' code all channels share one `scale_factor`, 1 / std of the draws of one batch.
+
 The loss is −log p(x|z) + β KL per subpixel. With `model.reconstruction` its losses stand in place of −log p(x|z): as
 they are no likelihood, such a model has no bound, hence no bits/dim.
 """
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interfaces import Condition, Shape, Tensors
+from ..interfaces import Batch, Condition, Shape, Tensors
 from ..nn import gaussian, networks, vqgan
 from ..nn import likelihood as likelihoods
 from ..nn import reconstruction as losses
@@ -67,15 +70,36 @@ class Maps(Net):
         return self.decoder(h.to(self.dtype))
 
 
-class KL(Variational):
-    """The model with a likelihood."""
+class Spatial(Latent):
+    """What both variants share."""
 
     net: Maps
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: Config, shape: Shape, seed: int) -> None:
+        super().__init__(config, shape, seed, partial(Maps, config, shape))
+        for name in ("latent_mean", "latent_std"):
+            self.register_buffer(name, torch.full((config.latent_dim,), torch.inf))
+
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the standard deviation of each channel of z, fp32 [D]; infinite until measured."""
+        return self.latent_mean, self.latent_std
+
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the standard deviation of q(z|x), fp32 [B, D, H/f, W/f] each."""
+        x, embedded = self._given(batch, batch.condition)
+        _, (level,) = self.net.infer(x, embedded, lambda _, q: q.mean)
+        return level.q.mean, level.q.log_std.exp()
 
     @property
     def last_layer(self) -> nn.Module:
-        """The convolution that computes the likelihood's input."""
+        """The convolution that computes the likelihood's input, or the reconstruction."""
         return self.net.decoder.last
+
+
+class KL(Spatial, Variational):
+    """The model with a likelihood."""
 
     def _compared(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensors, Tensor]:
         """The reconstruction has a gradient, for a critic."""
@@ -84,21 +108,15 @@ class KL(Variational):
         return -self.likelihood.log_prob(output, x).mean(), fidelity(errors), reconstruction
 
 
-class WithoutLikelihood(Latent):
+class WithoutLikelihood(Spatial):
     """The model with losses of the reconstruction in place of a likelihood."""
 
     config: Config
-    net: Maps
 
     def __init__(self, config: Config, shape: Shape, seed: int) -> None:
         plain = likelihoods.Config(kind="gaussian", learned_variance=False)  # of which only the mean is used
-        super().__init__(replace(config, likelihood=plain), shape, seed, partial(Maps, config, shape))
+        super().__init__(replace(config, likelihood=plain), shape, seed)
         self.reconstruction = Reconstruction(config.reconstruction, shape)
-
-    @property
-    def last_layer(self) -> nn.Module:
-        """The convolution that computes the reconstruction."""
-        return self.net.decoder.last
 
     def reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         return self.reconstruction(reconstruction, x)[0]
@@ -126,4 +144,4 @@ def build(config: Config, shape: Shape, seed: int = 0) -> Latent:
     shape = shape._replace(attributes=0)
     if config.reconstruction.configured:
         return WithoutLikelihood(config, shape, seed)
-    return KL(config, shape, seed, partial(Maps, config, shape))
+    return KL(config, shape, seed)

@@ -12,8 +12,8 @@ class Console:
     """Prints one line per report, and a progress bar if stderr is a terminal. Silent unless `loud` (rank 0)."""
 
     def __init__(self, start: int, steps: int, loud: bool) -> None:
-        watched = loud and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not watched)
+        self.watched = loud and sys.stderr.isatty()  # whether progress bars are shown
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not self.watched)
         self._loud = loud
         self._start, self._steps = start, steps
         self._begun = time.monotonic()

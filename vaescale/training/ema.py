@@ -13,7 +13,8 @@ from .gather import Masters
 class WeightEMA:
     """A second model whose parameters are exponential moving averages in fp32, and whose buffers are copies.
 
-    Codebooks are copied, not averaged: they are averages already, and a reset code must change at once.
+    Codebooks are copied, not averaged: they are averages already, and a reset code must change at once. Statistics of
+    the latents are measured for the averages alone; a further step copies the model's, which say "not measured".
     """
 
     def __init__(self, model: Model, decay: float) -> None:

@@ -22,7 +22,7 @@ from ..data.decode import CAUSES
 from ..data.index import check_files
 from ..data.reader import Reader
 from ..evaluation.evaluate import evaluate
-from ..interfaces import Batch, Codec, Model
+from ..interfaces import Batch, Codec, LatentStatistics, Model
 from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
@@ -32,7 +32,7 @@ from ..lifecycle.writer import Writer
 from ..monitoring.board import validated
 from ..nn.reconstruction import distance_of
 from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch, without_bound
-from . import resume
+from . import latents, resume
 from .guard import Skip, diagnosis, explained, too_many
 from .learner import chosen
 from .reporter import Reporter
@@ -107,8 +107,13 @@ class Trainer:
             history.check_changes(self.run, self.before, history.changes(self.before, self.config))
 
     def left(self) -> bool:
-        """Returns whether steps or a validation are pending."""
-        return self.position.step < self.config.steps or self.position.validation_due
+        """Returns whether steps, a validation or the statistics of the latents are pending."""
+        return self.position.step < self.config.steps or self.position.validation_due or self.unmeasured()
+
+    def unmeasured(self) -> bool:
+        """Returns whether the latents of the averaged model have statistics, but not yet."""
+        averaged = self.learner.averaged
+        return isinstance(averaged, LatentStatistics) and not latents.measured(averaged)
 
     def train(self) -> str:
         """Trains to the end. Returns why the run was stopped early, one of stops.REASONS; "" if it has finished.
@@ -145,7 +150,7 @@ class Trainer:
         reporter.begin(self.banner(), topology.topology(self.device), remarks)
         batches = self.batches()
         first = position.step
-        asked = self.validate(stop, watch) if position.validation_due else ""
+        asked = self.finish_pending(stop, watch)
         while position.step < config.steps and not asked:
             self.step(batches)
             watch.beat(position.step)
@@ -172,6 +177,8 @@ class Trainer:
             paused = time.monotonic()
             if position.validation_due and not asked:
                 asked = self.validate(stop, watch)
+            if last and not asked:
+                asked = self.measure_latents(stop, watch)
             if save or asked:
                 with watch.doing("saving"):
                     self.count_damage()
@@ -264,6 +271,44 @@ class Trainer:
             self.reporter.validation(measured, averaged, lambda: stream.fixed_images(self.validation).to(self.device))
         self.position.validation_due = False
         return ""
+
+    def measure_latents(self, stop: Stop, watch: Watch) -> str:
+        """Measures the statistics of the latents, if the model has any. Returns why it was cut short, one of
+        stops.REASONS; "" if it was not. The next process then begins anew."""
+        averaged = self.learner.averaged
+        if not isinstance(averaged, LatentStatistics):
+            return ""
+
+        def stopped() -> str:
+            watch.progress()
+            return stop.agreed("batch")
+
+        with watch.doing("measuring the latents"):
+            images = stream.TrainingOnce(self.config.data, self.slices.reader)
+            count = len(images.samples.index)
+            self.console.say(f"measuring the latents of {count} training images")
+            damaged = latents.measure(averaged, images, self.device, self.micro, stopped, self.console.watched)
+        if damaged < 0:
+            return stop.said
+        left_out = f" ({damaged} damaged ones left out)" if damaged else ""
+        means, stds = averaged.latent_statistics()
+        self.console.say(
+            f"latents of {count} training images{left_out}: means of the channels {means.min():.4g} to "
+            f"{means.max():.4g}, standard deviations {stds.min():.4g} to {stds.max():.4g}"
+        )
+        return ""
+
+    def finish_pending(self, stop: Stop, watch: Watch) -> str:
+        """Does what a stop has cut short at this step. Returns why it was cut short again, one of stops.REASONS; "" if
+        it was not."""
+        asked = self.validate(stop, watch) if self.position.validation_due else ""
+        if asked or self.position.step < self.config.steps or not self.unmeasured():
+            return asked
+        asked = self.measure_latents(stop, watch)
+        if not asked:
+            with watch.doing("saving"):
+                self.save()
+        return asked
 
     def save(self) -> None:
         """Saves a checkpoint: all ranks gather, rank 0 writes. Collective."""
