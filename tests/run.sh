@@ -32,9 +32,9 @@ fi
 
 echo "== install"
 source launch/setup.sh dev
-# A test compares with lpips. It requires torchvision, which does not import next to a CPU build of torch, and runs without.
-python -c 'import importlib.util as util, sys; sys.exit(not util.find_spec("lpips"))' ||
-    python -m pip install -q --disable-pip-version-check --no-deps lpips==0.1.4
+# Tests compare with these. They require torchvision, which does not import next to a CPU build of torch, and run without.
+python -c 'import importlib.util as util, sys; sys.exit(not all(map(util.find_spec, ("lpips", "torch_fidelity"))))' ||
+    python -m pip install -q --disable-pip-version-check --no-deps lpips==0.1.4 torch-fidelity==0.4.0
 # Some tests open TensorBoard in Chromium, or start SLURM or ssh hosts. They are skipped if these are missing.
 packages=()
 command -v chromedriver > /dev/null || packages+=(chromium chromium-driver)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vaescale.nn import features
-from vaescale.nn.features import NETS, drawn, read
+from vaescale.nn.features import CHUNK, NETS, drawn, read
 from vaescale.nn.frozen import folded, resized
 from vaescale.nn.published import FILES, place
 
@@ -31,24 +31,32 @@ def images(count: int = 3, height: int = 40, width: int = 32, channels: int = 3,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_features_of_an_image_depend_neither_on_its_batch_nor_on_threads(name: str) -> None:
-    net, x = drawn(name), images(19)
-    whole, logits = net(x)
-    assert whole.shape == (19, net.dim)
+    net, x = drawn(name), images(CHUNK)
+    whole, classes = net(x)
+    assert whole.shape == (CHUNK, net.dim)
     assert whole.dtype == torch.float32
     assert whole.std(0).max() > 1e-3  # they tell images apart
 
-    parts = [net(part) for part in x.split(7)]
-    assert torch.equal(torch.cat([part[0] for part in parts]), whole)
-    if logits is not None:
-        assert torch.equal(torch.cat([part[1] for part in parts if part[1] is not None]), logits)
+    part, logits = net(x[3:10])
+    assert torch.equal(part, whole[3:10])
+    if classes is not None:
+        assert logits is not None
+        assert torch.equal(logits, classes[3:10])
 
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(CHUNK, generator=torch.Generator().manual_seed(1))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
         assert torch.equal(net(x[order])[0], whole[order])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_any_number_of_images() -> None:
+    net, x = drawn("random"), images(2 * CHUNK + 3)
+    for found, alone in zip(net(x), zip(*(net(image[None]) for image in x), strict=True), strict=True):
+        assert found is not None
+        assert torch.equal(found, torch.cat(alone))
 
 
 def test_they_are_computed_without_gradients_in_fp32_on_copies_that_share_them() -> None:

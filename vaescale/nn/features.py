@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files import file_hash
 from ..numerics import exact
-from . import efficientnet
+from . import efficientnet, inception
 from .frozen import Net, Tensors, random_weights, resized, resizing
 from .published import FILES, place
 
@@ -46,7 +46,11 @@ SMALL = Net(
     lambda state: state,
     _small,
 )  # fmt: skip
-NETS = {"efficientnet-lite0": efficientnet.NET, "random": SMALL}  # random: a small one, for tests only
+NETS = {
+    "inception": inception.NET,
+    "efficientnet-lite0": efficientnet.NET,
+    "random": SMALL,  # for tests only
+}
 
 
 class Features:

@@ -20,6 +20,15 @@ FILES = {
     one.kind: one
     for one in (
         Published(
+            "inception",
+            "weights-inception-2015-12-05-6726825d.pth",
+            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            96,
+            "https://github.com/toshas/torch-fidelity/releases; pytorch-fid's pt_inception-… is the same file",
+            f"Apache-2.0 (TensorFlow); {IMAGENET}",
+            "FID, KID, IS, precision and recall",
+        ),
+        Published(
             "efficientnet-lite0",
             "efficientnet-lite0-57934424.pth",
             "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
