@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vaescale.nn import features
+from vaescale.nn import dinov2, features
 from vaescale.nn.features import CHUNK, NETS, drawn, read
 from vaescale.nn.frozen import folded, resized
 from vaescale.nn.published import FILES, place
@@ -30,7 +30,10 @@ def images(count: int = 3, height: int = 40, width: int = 32, channels: int = 3,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_of_an_image_depend_neither_on_its_batch_nor_on_threads(name: str) -> None:
+def test_features_of_an_image_depend_neither_on_its_batch_nor_on_threads(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETS, "dinov2", dinov2.vit(256, 2, 4))  # a small one, to save time
     net, x = drawn(name), images(CHUNK)
     whole, classes = net(x)
     assert whole.shape == (CHUNK, net.dim)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files import file_hash
 from ..numerics import exact
-from . import efficientnet, inception
+from . import dinov2, efficientnet, inception
 from .frozen import Net, Tensors, random_weights, resized, resizing
 from .published import FILES, place
 
@@ -48,6 +48,7 @@ SMALL = Net(
 )  # fmt: skip
 NETS = {
     "inception": inception.NET,
+    "dinov2": dinov2.NET,
     "efficientnet-lite0": efficientnet.NET,
     "random": SMALL,  # for tests only
 }

@@ -29,6 +29,15 @@ FILES = {
             "FID, KID, IS, precision and recall",
         ),
         Published(
+            "dinov2",
+            "dinov2_vitl14_pretrain.pth",
+            "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+            1218,
+            "https://github.com/facebookresearch/dinov2",
+            "Apache-2.0",
+            "FD (DINOv2 ViT-L/14), KID, precision and recall",
+        ),
+        Published(
             "efficientnet-lite0",
             "efficientnet-lite0-57934424.pth",
             "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
