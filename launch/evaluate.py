@@ -2,6 +2,7 @@
 
     python launch/evaluate.py --run runs/quickstart [key=value …]
     python launch/evaluate.py --run runs/a runs/b … [--iw K] [key=value …]     one table of all runs
+    python launch/evaluate.py --run runs/a --metrics rfid rkid rpr gfid gkid gpr [--count N]
     python launch/evaluate.py --run runs/a/checkpoints/step-00000500 --out FILE
     torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the --, torchrun reads --run as its own option
 
@@ -10,6 +11,10 @@ Writes evaluation.json (the numbers and how they were measured) and reconstructi
 evaluation.json is reserved for its newest checkpoint, its own data and its own settings; everything else needs --out.
 The perceptual distance that a run was trained with is measured, too. --perceptual FILE measures that of a file which
 launch/weights.py wrote, for all runs. --picture FILE draws the reconstructions of all runs beside one another.
+
+--metrics adds comparisons by the features of a network (--features): the Fréchet distance (rfd; rfid with those of
+Inception), the kernel distance (rkid), and precision, recall, density and coverage (rpr) of the reconstructions. What
+was measured before under the same protocol is kept and not measured again.
 
 Each validation image counts exactly once, on any number of ranks. The overrides apply to all runs. Exit code 2: a run
 cannot be measured, or the results cannot be written (they are still printed).
@@ -39,8 +44,23 @@ def parse() -> argparse.Namespace:
         "--picture", type=Path, metavar="FILE", help="draw the reconstructions of all runs there, as PNG"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, not into the run")
+    parser.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="comparisons to measure, see above")
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        default=["inception"],
+        metavar="NET",
+        help="networks whose features are compared: inception (default), dinov2 or efficientnet-lite0",
+    )
+    parser.add_argument(
+        "--format", choices=["text", "markdown", "latex"], default="text", help="of the table that is printed (text)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return arguments.parse(parser)
+    # Taken out first, or options of several values would swallow them.
+    overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]
+    given = arguments.parse(parser, [word for word in sys.argv[1:] if word not in overrides])
+    given.overrides = [*overrides, *given.overrides]
+    return given
 
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -52,11 +72,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vaescale import distributed, files, settings, trained
+from vaescale import distributed, settings, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
-from vaescale.evaluation import tables
-from vaescale.evaluation.evaluate import evaluate, protocol, reconstruct
+from vaescale.evaluation import record, tables
+from vaescale.evaluation.compare import Refused
+from vaescale.evaluation.evaluate import protocol, reconstruct
+from vaescale.evaluation.measure import Comparer
+from vaescale.evaluation.record import RECORD
 from vaescale.evaluation.show import compared, reconstructions
 from vaescale.interfaces import Codebooks, Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
@@ -64,7 +87,6 @@ from vaescale.monitoring import code_statistics, pictures
 from vaescale.nn import perceptual
 
 BATCH = 32  # images at a time on one rank
-RECORD = "evaluation.json"
 # Settings that say how the images are read, and change no number.
 SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "max_megapixels")}
 
@@ -75,9 +97,7 @@ class Shown(NamedTuple):
 
 
 def main(given: argparse.Namespace) -> int:
-    # --run takes all that follows it.
-    runs = [Path(one) for one in given.run if "=" not in one or Path(one).is_dir()]
-    overrides = given.overrides + [one for one in given.run if Path(one) not in runs]
+    runs, overrides = [Path(one) for one in given.run], given.overrides
     results: list[dict[str, Any]] = []
     drawn: dict[str, Shown] = {}
     wrong: list[str] = []
@@ -88,17 +108,22 @@ def main(given: argparse.Namespace) -> int:
         configs = [trained.read_config(run, overrides) for run in runs]
         if not given.out:
             check_own(runs, overrides)
+        distributed.init()
+        comparer = Comparer(given.metrics, given.features)
         for run, config in zip(runs, configs, strict=True):
-            result, drawn[str(run)] = evaluate_run(run, config, given, replaces=not given.out)
+            result, drawn[str(run)] = evaluate_run(run, config, given, comparer)
             results.append(result)
             wrong += write(run, results, drawn[str(run)], given.out)
         if given.picture:
-            wrong += compare(drawn, given.picture)
-    except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
+            wrong += draw_together(drawn, given.picture)
+    except (ConfigError, DataError, Refused, CheckpointError, distributed.Misplaced) as error:
         wrong.append(str(error))
     if distributed.place().rank == 0 and results:
-        print(tables.listing(results[0]) if len(results) == 1 else tables.comparison(results))
-        if not wrong and not given.out and len(results) == 1:
+        if given.format == "text" and len(results) == 1:
+            print(tables.listing(results[0]))
+        else:
+            print(tables.comparison(results, "markdown" if given.format == "text" else given.format))
+        if not wrong and not given.out and len(results) == 1 and given.format == "text":
             print(f"  picture: {runs[0] / 'reconstructions.png'}")
         sys.stdout.flush()
     for one in wrong:
@@ -122,7 +147,7 @@ def write(run: Path, results: list[dict[str, Any]], shown: Shown, out: Path | No
     return []
 
 
-def compare(drawn: dict[str, Shown], out: Path) -> list[str]:
+def draw_together(drawn: dict[str, Shown], out: Path) -> list[str]:
     """Draws the reconstructions of all runs, on rank 0. Returns why that is impossible."""
     if distributed.rank():
         return []
@@ -139,52 +164,43 @@ def compare(drawn: dict[str, Shown], out: Path) -> list[str]:
 
 
 def check_own(places: list[Path], overrides: list[str]) -> None:
-    """Raises ConfigError for what is not the newest checkpoint of a run with its own settings."""
+    """Raises Refused for what is not the newest checkpoint of a run with its own settings."""
     changed = [one for one in overrides if one.partition("=")[0] not in SAME_NUMBERS]
     for place in places:
         run = trained.run_of(place)
         if run != place:
-            raise not_own(run, place.resolve().name)
+            raise record.not_own(run / RECORD, place.resolve().name)
         if changed:
-            raise not_own(run, changed[0])
-
-
-def check_record(run: Path, slices: stream.ValidationSlices, step: int, draws: int) -> None:
-    """Raises ConfigError if the run's record is of other data, or has bounds of more draws."""
-    try:
-        record = files.read_json(run / RECORD)
-        data, known, drawn = record["fingerprint"], record["step"], record["draws"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return  # there is none, or it is no record
-    if data != slices.samples.index.fingerprint():
-        raise not_own(run, f"images other than the {record.get('data')} that it was measured on")
-    if known == step and drawn > draws and "bits_per_dim_iw" in record:
-        raise not_own(run, f"--iw {draws}, because it has the tighter bound of --iw {drawn}")
-
-
-def not_own(run: Path, what: str) -> ConfigError:
-    return ConfigError(
-        f"{run / RECORD} keeps the run's own numbers and is not overwritten with those of {what}: give --out FILE"
-    )
+            raise record.not_own(run / RECORD, changed[0])
 
 
 def evaluate_run(
-    run: Path, config: settings.Config, given: argparse.Namespace, replaces: bool
+    run: Path, config: settings.Config, given: argparse.Namespace, comparer: Comparer
 ) -> tuple[dict[str, Any], Shown]:
-    """(what evaluation.json holds, the fixed images and their reconstructions). run: may be a checkpoint of one;
-    replaces: whether the run's record will be replaced. Collective."""
+    """(what evaluation.json holds, the fixed images and their reconstructions). run: may be a checkpoint of one.
+    Raises Refused. Collective."""
     device = distributed.init()
     distance, draws = perceptual_distance(config, given.perceptual), given.iw
     model, step = trained.read_model(run, config, device)
     slices = stream.ValidationSlices(config.data)
     index.check_files(*slices.indexes)
-    if replaces:
-        check_record(run, slices, step, draws)
+    if not given.out:
+        record.check(run / RECORD, slices.samples.index.fingerprint(), step, draws)
     assert isinstance(model, Codec)
     usage = model.usage(clear=False) if isinstance(model, Codebooks) else {}
     sizes = [len(one.window) for one in usage.values()]
     watched = distributed.rank() == 0 and sys.stderr.isatty()
-    metrics = evaluate(model, slices, device, BATCH, draws, watched, distance=distance and distance.to(device))
+    base = {
+        "weights": record.hash_of(model),
+        "step": step,
+        "images": len(slices.samples.index),
+        "data": slices.samples.index.fingerprint(),
+        "size": config.data.size,
+        "channels": config.data.channels,
+    }
+    places = [trained.run_of(run) / RECORD, *([given.out] if given.out else [])]
+    options = {"micro": BATCH, "draws": draws, "watched": watched, "distance": distance and distance.to(device)}
+    metrics = comparer.measure(model, slices, device, base, places, **options)
     for name, one in usage.items():
         metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
     shown = stream.fixed_images(slices).to(device)

@@ -38,7 +38,6 @@ ONLY = {
     "omegaconf": "config.py",
     "webdataset": "data/shards.py",
     "fsspec": "data/places.py",
-    "torchmetrics": "evaluation/metrics/reconstruction.py",
 }
 
 

@@ -65,3 +65,17 @@ def test_adversarial() -> None:
     ]
     for _, ours, _, theirs, ratio, *_ in rows:
         assert 0.3 < float(ratio.rstrip(" |")) * float(theirs) / float(ours) < 3
+
+
+def test_evaluation() -> None:
+    given = ["--rounds", "1", "--dim", "16", "--images", "300"]
+    rows = [line.split(" | ") for line in run("evaluation.py", *given).splitlines()[4:]]
+    assert [row[0].split(",")[0] for row in rows] == ["| Fréchet distance", "| precision"]
+    for _, theirs, ours, ratio, *_ in rows:
+        assert float(ours) >= 0
+        assert float(theirs) >= 0
+        assert float(ratio) > 0
+    cells = [line.split(" | ") for line in run("evaluation.py", "bias", "--rounds", "1").splitlines()[2:]]
+    distances = [float(row[1].split(" ± ")[0]) for row in cells]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] > 50 * distances[-1] > 0

@@ -69,6 +69,58 @@ def test_the_record_of_a_run_is_its_own(pictures: Path, tmp_path: Path, command:
     assert (run / "evaluation.json").read_bytes() == record
 
 
+def test_comparisons_are_kept_until_the_run_changes(pictures: Path, tmp_path: Path, command: Command) -> None:
+    """They are measured once, survive a quicker evaluation, and other checkpoints and settings have their own."""
+    run, out = untrained(tmp_path, "tiny_vae", pictures), tmp_path / "out.json"
+    code, output = command(evaluate, "--run", run, "--metrics", "rfd", "rpr", "--features", "random", "data.workers=0")
+    assert code == 0
+    assert "rFD (random)" in output
+    assert "\n  FD (random): mean of the last feature map, " in output
+    assert "not measured again" not in output
+    first = json.loads((run / "evaluation.json").read_text())
+    assert first["rfd_random"] > 0
+    assert first["comparisons"]["rfd_random"]["step"] == 2
+    assert "Kynkaanniemi" in first["protocol"]["precision"]
+    words = ("--run", run, "--metrics", "rfd", "rkid", "--features", "random")
+    code, output = command(evaluate, *words, "--format", "latex")
+    assert (code, "not measured again, because the protocol is the same: rfd_random\n" in output) == (0, True)
+    assert r"\begin{tabular}{llrlr" in output
+    assert r" & rFD (random) & rKID (random) & r-precision (random)" in output
+    assert command(evaluate, "--run", run)[0] == 0
+    last = json.loads((run / "evaluation.json").read_text())
+    assert [last[name] for name in first if name not in ("comparisons", "rkid_random")] == [
+        value for name, value in first.items() if name != "comparisons"
+    ]
+    assert last["comparisons"].keys() == {"rfd_random", "rpr_random", "rkid_random"}
+
+    write(tmp_path / "other" / "val", samples(9, seed=2), 4, [])
+    for changed in ([run / "checkpoints" / "step-00000001"], [run, f"data.root={tmp_path / 'other'}"]):
+        for again in (False, True):
+            code, output = command(evaluate, "--run", *changed, "--out", out, *words[2:])
+            assert (code, "not measured again" in output) == (0, again)
+        assert json.loads(out.read_text())["comparisons"].keys() == {"rfd_random", "rkid_random"}
+    assert json.loads((run / "evaluation.json").read_text()) == last
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fid", "--features", "random"], "--metrics fid is not one of rfd, rkid, rpr, "),
+        (["rfid", "--features", "random"], "is the Fréchet distance of Inception's features, not of random"),
+        (["rfd", "--features", "vgg"], "--features vgg is not one of "),
+    ],
+)
+def test_comparisons_that_cannot_be_measured_are_one_sentence(
+    pictures: Path, tmp_path: Path, command: Command, words: list[str], said: str
+) -> None:
+    run = untrained(tmp_path, "tiny_vae", pictures)
+    code, output = command(evaluate, "--run", run, "--metrics", *words)
+    assert code == 2
+    assert said in output
+    assert output.count("\n") == 1
+    assert not (run / "evaluation.json").exists()
+
+
 def test_the_reconstructions_of_several_runs_are_drawn_beside_one_another(
     pictures: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -31,10 +31,11 @@ def evaluate(
     watched: bool = False,
     stopped: Callable[[], object] = lambda: False,
     distance: Distance | None = None,
+    observe: Callable[[Batch, Tensor], None] = lambda batch, reconstruction: None,
 ) -> dict[str, Any]:
     """Returns the numbers of all METRICS that apply to this codec, by name. `micro`: images at a time per rank;
     `draws`: latents drawn per image, by the metrics that draw any; `distance`: the perceptual distance to measure, on
-    the device.
+    the device; `observe`: gets each batch and its reconstruction, uint8 [B, C, H, W], on the device.
 
     Collective; all ranks return the same result. Time grows with `draws`, memory does not. `stopped` is called after
     each batch, equally often on all ranks, and must return the same on all; if it is true, the result is {}.
@@ -42,15 +43,18 @@ def evaluate(
     rank, world = distributed.rank(), distributed.world()
     loader = stream.validation_loader(slices, micro, rank, world, device.type == "cuda")
     # With fewer images than ranks, a rank without images still needs the names and shapes of the sums.
-    first = _measure(codec, slices[range(1)].batch.to(device), min(draws, 2), distance)
+    first, _ = _measure(codec, slices[range(1)].batch.to(device), min(draws, 2), distance)
     totals = [{name: torch.zeros_like(part, dtype=torch.float64) for name, part in sums.items()} for sums in first]
     images = len(slices.samples.index)
     batches = range(math.ceil(math.ceil(images / world) / micro))  # of the rank with the most images
     for _, decoded in tqdm(zip_longest(batches, loader), "evaluate", len(batches), unit="batch", disable=not watched):
         if decoded:
-            for total, sums in zip(totals, _measure(codec, decoded.batch.to(device), draws, distance), strict=True):
+            batch = decoded.batch.to(device)
+            found, reconstruction = _measure(codec, batch, draws, distance)
+            for total, sums in zip(totals, found, strict=True):
                 for name, part in sums.items():
                     total[name] += part
+            observe(batch, reconstruction)
         if stopped():
             return {}
     result: dict[str, Any] = {"images": images}
@@ -62,7 +66,9 @@ def evaluate(
 
 def protocol() -> dict[str, str]:
     """Returns how each number of a result is measured, by name."""
-    return {"images": IMAGES} | {name: text for metric in metrics.METRICS for name, text in metric.protocol.items()}
+    texts = [metric.protocol for metric in metrics.METRICS]
+    texts += [comparison.protocol for comparison in metrics.COMPARISONS.values()]
+    return {"images": IMAGES} | {name: text for protocol in texts for name, text in protocol.items()}
 
 
 @torch.no_grad()
@@ -74,7 +80,7 @@ def reconstruct(codec: Codec, batch: Batch) -> tuple[Tensor, list[Tensor]]:
 
 
 @exact()
-def _measure(codec: Codec, batch: Batch, draws: int, distance: Distance | None) -> list[Tensors]:
-    """The sums of each of the METRICS over the images of this batch."""
+def _measure(codec: Codec, batch: Batch, draws: int, distance: Distance | None) -> tuple[list[Tensors], Tensor]:
+    """(the sums of each of the METRICS over the images of this batch, their reconstructions)."""
     y, latents = reconstruct(codec, batch)
-    return [metric.sums(Seen(codec, batch, y, latents, draws, distance)) for metric in metrics.METRICS]
+    return [metric.sums(Seen(codec, batch, y, latents, draws, distance)) for metric in metrics.METRICS], y

@@ -6,7 +6,8 @@ Gaussians: Dowson and Landau 1982, "The Fréchet distance between multivariate n
 
 import torch
 
-from ..statistics import Statistics, factor
+from ..statistics import KEPT, Statistics, factor
+from .metric import Comparison, Number
 
 
 def frechet(reference: Statistics, other: Statistics) -> float:
@@ -21,3 +22,16 @@ def frechet(reference: Statistics, other: Statistics) -> float:
     cross = torch.linalg.svdvals(a @ b.T).sum()
     means = (reference.mean - other.mean).square().sum()
     return max(0.0, float(means + a.square().sum() + b.square().sum() - 2 * cross))
+
+
+FRECHET = Comparison(
+    numbers={"fd": Number("FD", ".3f", "FD")},
+    protocol={
+        "fd": "Frechet distance of Gaussians with the features' means and unbiased covariances, in float64 "
+        f"(Heusel et al. 2017, equation 6), from the rows of up to {KEPT} images, from moments for more; called FID "
+        "with the published Inception features only",
+    },
+    result=lambda reference, other: {"fd": frechet(reference, other)},
+    least=2,
+    rows=False,
+)

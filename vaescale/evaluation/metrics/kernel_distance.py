@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from ...data.order import permutation
+from ..statistics import KEPT, Statistics
+from .metric import Comparison, Number
 
 SUBSETS = 100
 SUBSET = 1000  # images
@@ -50,3 +52,23 @@ def kernel_sums(x: Tensor, y: Tensor, v: Tensor, w: Tensor, same: bool = False) 
                 k.fill_diagonal_(0)
             total += (v[first : first + TILE] * (k @ w[second : second + TILE])).sum(0)
     return total
+
+
+def result(reference: Statistics, other: Statistics) -> dict[str, float]:
+    mean, deviation = kernel_distance(reference.rows, other.rows)
+    return {"kid": mean, "kid_std": deviation}
+
+
+KERNEL_DISTANCE = Comparison(
+    numbers={
+        "kid": Number("KID", ".5f", "KID"),
+        "kid_std": Number("KID, standard deviation over subsets", ".5f"),
+    },
+    protocol={
+        "kid": f"unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), mean over {SUBSETS} "
+        f"subsets of {SUBSET} images (fewer if there are fewer; all at once if a subset is everything) of at most "
+        f"{KEPT} evenly spaced ones, chosen by a fixed seed; kid_std: over subsets",
+    },
+    result=result,
+    least=2,
+)

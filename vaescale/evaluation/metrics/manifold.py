@@ -8,6 +8,9 @@ models", section 3.
 import torch
 from torch import Tensor
 
+from ..statistics import KEPT
+from .metric import Comparison, Number
+
 PRECISION_K = 3  # neighbours whose distance is the radius around an image, for precision and recall
 DENSITY_K = 5  # the same for density and coverage
 ROWS, COLUMNS = 1024, 2048  # of the distances computed at once: 8 MiB, and as much for each copy
@@ -69,3 +72,15 @@ def squared_distances(x: Tensor, y: Tensor, mean: Tensor) -> Tensor:
 
 def tiles(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+MANIFOLD = Comparison(
+    numbers={name: Number(name, ".4f", name) for name in ("precision", "recall", "density", "coverage")},
+    protocol={
+        "precision": f"Kynkaanniemi et al. 2019 with k = {PRECISION_K}; recall: the same",
+        "density": f"Naeem et al. 2020 with k = {DENSITY_K}; coverage: the same; these four of at most {KEPT} evenly "
+        "spaced images of each side",
+    },
+    result=lambda reference, other: manifold(reference.rows, other.rows),
+    least=DENSITY_K + 1,
+)

@@ -1,4 +1,4 @@
-"""The interface of a metric. README.md, one folder up, explains how to add one."""
+"""The interfaces of metrics. README.md, one folder up, explains how to add one."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...interfaces import Batch, Codec, Tensors
 from ...nn.perceptual import Distance
+from ..statistics import Statistics
 
 
 class Seen(NamedTuple):
@@ -47,3 +48,16 @@ class Metric:
     # over batches and ranks. {}: the metric does not apply to this codec or these images.
     sums: Callable[[Seen], Tensors]
     result: Callable[[Tensors, int], dict[str, float]] = means  # (sums, number of images); not called for {}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Numbers of a set of images next to reference images, computed from the features of both. They are measured of
+    reconstructions ("r" before the name) and of generated images ("g"), with any network's features."""
+
+    numbers: Mapping[str, Number]  # all numbers that `result` returns, in reading order
+    protocol: Mapping[str, str]  # how they are measured, for evaluation.json
+    result: Callable[[Statistics, Statistics], dict[str, float]]  # (of the reference, of the images)
+    least: int = 1  # images needed on each side
+    rows: bool = True  # whether it needs rows of features on both sides, and not only moments
+    classes: bool = False  # whether it needs the logits of the images

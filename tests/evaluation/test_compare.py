@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from vaescale.evaluation import compare, metrics
+from vaescale.evaluation.compare import NAMES, Gathering, Refused, Request, check, chosen, compared, key_of
+from vaescale.evaluation.statistics import Statistics
+from vaescale.nn import features
+
+LITE = "FD (EfficientNet-Lite0)"
+
+
+def test_names_are_those_of_the_table() -> None:
+    assert chosen(["gpr", "rfd"], ["random"]) == [("r", "fd"), ("g", "pr")]
+    assert chosen(["rfid", "gfid", "rfd"], ["inception"]) == [("r", "fd"), ("g", "fd")]
+    assert {name for _, name in chosen(NAMES, [])} == set(metrics.COMPARISONS)
+
+
+@pytest.mark.parametrize(
+    ("names", "networks", "words"),
+    [
+        (["fid"], ["inception"], "--metrics fid is not one of rfd, rkid, rpr,"),
+        (["rfid"], ["dinov2"], "--metrics rfid is the Fréchet distance of Inception's features, not of dinov2"),
+        (["gfid"], ["inception", "dinov2"], "give --features inception, or --metrics gfd"),
+    ],
+)
+def test_other_names_are_refused(names: list[str], networks: list[str], words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        chosen(names, networks)
+
+
+def test_only_the_published_inception_is_called_fid() -> None:
+    assert [key_of("r", name, "FID") for name in ("fd", "kid", "precision")] == ["rfid", "rkid", "rprecision"]
+    assert key_of("g", "fd", LITE) == "gfd_efficientnet_lite0"
+    numbers = compare.numbers(["FID", LITE])
+    assert numbers["rfid"].column == "rFID"
+    assert numbers["rfd_efficientnet_lite0"].words == "rFD (EfficientNet-Lite0)"
+    assert numbers["gprecision"].words == "g-precision"
+    assert not any("FID" in number.words for key, number in numbers.items() if key.endswith("lite0"))
+    assert "ris" not in numbers
+
+
+def images(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def test_numbers_are_those_of_the_statistics_of_both_sides() -> None:
+    """Whatever the order and size of the batches."""
+    net = features.drawn("random")
+    x, y = images(20, 0), images(30, 1)
+    known = []
+    for rows in (x, y):
+        gathering = Gathering([net], len(rows), rows[:1])
+        for numbers in torch.arange(len(rows)).flip(0).split(7):
+            gathering.add(numbers, rows[numbers])
+        known.append(gathering.result())
+        one = known[-1][net.words]
+        assert torch.equal(one.rows, net(rows)[0])
+    requests = [Request("r", name, net.words) for name in metrics.COMPARISONS]
+    found = compared(requests, *known)
+    for name, comparison in metrics.COMPARISONS.items():
+        for key, value in comparison.result(*(one[net.words] for one in known)).items():
+            assert found[f"r{key}_random"] == value, name
+
+
+def test_what_cannot_be_measured_is_refused_before() -> None:
+    net = features.drawn("random")
+    words = net.words
+    gathering = Gathering([net], 6, images(1, 0))
+    moments = Statistics(50_000, torch.zeros(64), torch.eye(64), torch.zeros(0, 64))
+    check([Request("g", name, words) for name in metrics.COMPARISONS], gathering, gathering.by_net)
+    check([Request("g", name, words) for name in ("fd", "is")], gathering, {words: moments})
+    with pytest.raises(Refused, match="gkid needs features of single images, which the reference does not have"):
+        check([Request("g", "kid", words)], gathering, {words: moments})
+    few = Gathering([net], 5, images(1, 0))
+    with pytest.raises(Refused, match="rpr needs at least 6 images on each side, not 5 and 6"):
+        check([Request("r", "pr", words)], few, gathering.by_net)
+    gathering.by_net[words].classes = None
+    with pytest.raises(Refused, match="gis needs classes, which random does not have"):
+        check([Request("g", "is", words)], gathering, gathering.by_net)

@@ -1,0 +1,49 @@
+"""One rank that measures a codec and compares its images: `-m tests.integration.comparing DATA MICRO OUT`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaescale import distributed
+from vaescale.data import stream
+from vaescale.evaluation import compare
+from vaescale.evaluation.compare import Request
+from vaescale.evaluation.measure import Generated, measure
+from vaescale.interfaces import Batch
+from vaescale.nn import features
+
+
+class Blur:
+    """Means of 2 × 2 pixels, computed for each image alone, with codes to count."""
+
+    def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
+        return [F.avg_pool2d(batch.x.float(), 2)]
+
+    def decode(self, latents: list[Tensor], *_: object, **__: object) -> Tensor:
+        return F.interpolate(latents[0], scale_factor=2) / 255
+
+
+def main(data: str, micro: int, out: Path) -> None:
+    device = distributed.init()
+    rank, world = distributed.rank(), distributed.world()
+    net = features.drawn("random")
+    slices = stream.ValidationSlices(stream.Config(root=data, size=16, workers=0))
+    mine = torch.arange(rank, 53, world)
+    drawn = [(part, torch.stack([noise(int(one)) for one in part])) for part in mine.split(micro)]
+    requests = [Request(*one, net.words) for one in compare.chosen(compare.NAMES, [])]
+    result = measure(Blur(), slices, device, requests, [net], Generated(53, drawn), micro=micro)
+    if rank == 0:
+        out.write_text(json.dumps(result))
+    distributed.finish()
+
+
+def noise(seed: int) -> Tensor:
+    return torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

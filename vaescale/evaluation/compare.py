@@ -1,0 +1,143 @@
+"""Compares reconstructions and generated images with reference images, by the features of both.
+
+    validation images ─┬─ features ─> Statistics ─┐
+                       └─ codec ─> features ─> Statistics ─> numbers "r…"
+    prior ─> samples ───────────── features ─> Statistics ─> numbers "g…", against the validation images or a file
+
+Each set of images is gone through once for all comparisons and networks.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import distributed
+from ..nn.features import Features
+from . import metrics
+from .metrics.metric import Comparison, Number
+from .statistics import Gatherer, Statistics
+
+RECONSTRUCTED, GENERATED = "r", "g"
+# Without that of reconstructions, whose inception score says little.
+NAMES = ["rfd", "rkid", "rpr", "gfd", "gkid", "gis", "gpr"]
+FID = {"rfid": "rfd", "gfid": "gfd"}  # names of Fréchet distances of Inception's features
+WORDS = "FID"  # the `words` of the published Inception's features
+
+ByNet = dict[str, Statistics]  # by the words of the features
+
+
+class Refused(ValueError):
+    """Raised if something cannot be measured as it is asked for; the message says why in one sentence. The exit code is
+    2."""
+
+
+class Request(NamedTuple):
+    """A comparison to measure."""
+
+    side: str  # RECONSTRUCTED or GENERATED
+    name: str  # key of COMPARISONS
+    words: str  # of the features
+
+    @property
+    def key(self) -> str:
+        return key_of(self.side, self.name, self.words)
+
+    @property
+    def comparison(self) -> Comparison:
+        return metrics.COMPARISONS[self.name]
+
+
+def chosen(names: Sequence[str], features: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns (side, key of COMPARISONS) of each name on the command line, in the order of NAMES. features: names of
+    networks. Raises Refused."""
+    for name in names:
+        if name not in NAMES and name not in FID:
+            raise Refused(f"--metrics {name} is not one of {', '.join([*NAMES, *FID])}")
+        if name in FID and list(features) != ["inception"]:
+            raise Refused(
+                f"--metrics {name} is the Fréchet distance of Inception's features, not of {' '.join(features)}: give "
+                f"--features inception, or --metrics {FID[name]}"
+            )
+    plain = {FID.get(name, name) for name in names}
+    return [(name[0], name[1:]) for name in NAMES if name in plain]
+
+
+def key_of(side: str, name: str, words: str) -> str:
+    """Returns the name of a number in a result: rfid, rkid, rfd_efficientnet_lite0. words: of the features."""
+    if words == WORDS:
+        return f"{side}{'fid' if name == 'fd' else name}"
+    return f"{side}{name}_{re.sub('[^a-z0-9]+', '_', network(words).lower())}"
+
+
+def network(words: str) -> str:
+    """Returns the network's name in the words of its features, "FD (name)"."""
+    return words.removeprefix("FD (").removesuffix(")")
+
+
+def numbers(words: Iterable[str]) -> dict[str, Number]:
+    """Returns all numbers that comparisons by these features can have, in reading order. words: of the features."""
+    found = {}
+    for one in words:
+        for side, name in chosen(NAMES, []):
+            for key, number in metrics.COMPARISONS[name].numbers.items():
+                found[key_of(side, key, one)] = _worded(number, side, one)
+    return found
+
+
+def _worded(number: Number, side: str, words: str) -> Number:
+    """The number with words such as "rFID", "rKID, standard deviation over subsets (EfficientNet-Lite0)"."""
+
+    def full(text: str) -> str:
+        text = f"{side}{'-' if text[0].islower() else ''}{WORDS if (text, words) == ('FD', WORDS) else text}"
+        return text if words == WORDS else f"{text} ({network(words)})"
+
+    return number._replace(words=full(number.words), column=number.column and full(number.column), logged=False)
+
+
+class Gathering:
+    """Gathers the features of one set of images by several networks."""
+
+    def __init__(self, nets: Sequence[Features], count: int, blank: Tensor) -> None:
+        """count: images of all ranks together; blank: any image, uint8 [1, C, H, W], on the device."""
+        self.nets = nets
+        self.by_net = {net.words: Gatherer(count, *net(blank)) for net in nets}
+
+    def add(self, samples: Tensor, x: Tensor) -> None:
+        """samples: int64 [B], each number below `count` once over all ranks; x: uint8 [B, C, H, W]."""
+        for net in self.nets:
+            self.by_net[net.words].add(samples, *net(x))
+
+    def result(self) -> ByNet:
+        """Collective."""
+        return {words: gatherer.result() for words, gatherer in self.by_net.items()}
+
+
+def compared(requests: Sequence[Request], reference: ByNet, other: ByNet) -> dict[str, float]:
+    """Returns the numbers of requests of one side. Rank 0 computes them. Collective."""
+    found: dict[str, Any] = {}
+    if distributed.rank() == 0:
+        for side, name, words in requests:
+            values = metrics.COMPARISONS[name].result(reference[words], other[words])
+            found |= {key_of(side, key, words): value for key, value in values.items()}
+    return distributed.tell(found)
+
+
+def check(requests: Sequence[Request], images: Gathering, reference: Mapping[str, Gatherer | Statistics]) -> None:
+    """Raises Refused if one of the requests, all of one side, cannot be measured. images: of that side."""
+    for request in requests:
+        comparison, name = request.comparison, f"{request.side}{request.name}"
+        gatherer, against = images.by_net[request.words], reference[request.words]
+        if comparison.classes and gatherer.classes is None:
+            raise Refused(f"{name} needs classes, which {network(request.words)} does not have")
+        if min(gatherer.count, against.count) < comparison.least:
+            raise Refused(
+                f"{name} needs at least {comparison.least} images on each side, not {gatherer.count} and "
+                f"{against.count}"
+            )
+        if comparison.rows and not len(against.rows):
+            raise Refused(
+                f"{name} needs features of single images, which the reference does not have: make one with "
+                "`launch/evaluate.py statistics`"
+            )
