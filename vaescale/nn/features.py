@@ -18,7 +18,7 @@ from ..files import file_hash
 from ..numerics import exact
 from . import dinov2, efficientnet, inception
 from .frozen import Net, Tensors, random_weights, resized, resizing
-from .published import FILES, place
+from .published import FILES, place, what_to_do
 
 # Images at once. With another number torch chooses other kernels, which round differently. On CPUs it does so for fewer
 # than 16, too, by the number of threads.
@@ -67,10 +67,7 @@ class Features:
         self.name, self.words = name, words
         self.net = NETS[name]
         self.dim = self.net.dim
-        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        if found != self.net.shapes:
-            wrong = sorted(key for key in {*found, *self.net.shapes} if found.get(key) != self.net.shapes.get(key))
-            raise ValueError(f"does not have the weights of {name}: {wrong[0]} is missing or has another shape")
+        require_shapes(name, tensors)
         self.tensors = {key: tensor.detach().float() for key, tensor in tensors.items()}
         self.protocol = {
             **self.net.protocol, "file": source["source"], "sha256": source["sha256"], "licence": source["licence"],
@@ -104,6 +101,15 @@ class Features:
         return features[:count], None if logits is None else logits[:count]
 
 
+def require_shapes(name: str, tensors: Tensors) -> None:
+    """Raises ValueError, a phrase, unless these are weights of the network."""
+    wanted = NETS[name].shapes
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if found != wanted:
+        wrong = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        raise ValueError(f"does not have the weights of {name}: {wrong[0]} is missing or has another shape")
+
+
 def read(name: str, path: str = "") -> Features:
     """Reads a network's weights from a converted file, without a path from the folder of weights. `efficientnet-lite0`
     is also found in the Python package that publishes it, and `random` needs no file.
@@ -114,11 +120,8 @@ def read(name: str, path: str = "") -> Features:
     file = Path(path) if path else place(name)
     if name == "efficientnet-lite0" and not path and not file.exists():
         return _from_package()
-    one = FILES[name]
-    convert = f"`python launch/weights.py convert {one.file}`"
     if not file.exists():
-        fetch = f"fetch {one.file} ({one.size} MB; {one.where}; {one.licence})"
-        raise ValueError(f"{file} does not exist: {fetch}, and convert it with {convert}")
+        raise ValueError(f"{file} does not exist: {what_to_do(name)}")
     try:
         with safe_open(file, "numpy") as opened:
             source = opened.metadata() or {}
@@ -127,9 +130,9 @@ def read(name: str, path: str = "") -> Features:
             tensors = {key: torch.from_numpy(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
         return Features(name, tensors, source, NETS[name].words)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): convert it again with {convert}") from None
+        raise ValueError(f"{file} cannot be read ({error}): {what_to_do(name)}") from None
     except ValueError as error:
-        raise ValueError(f"{file} {error}: convert {one.file} with {convert}") from None
+        raise ValueError(f"{file} {error}: {what_to_do(name)}") from None
 
 
 def _from_package() -> Features:
@@ -150,7 +153,7 @@ def _from_package() -> Features:
         raise ValueError(f"{file} is damaged: install {package} again")
     tensors = efficientnet.NET.own(torch.load(file, "cpu", weights_only=True))
     source = {"source": one.file, "sha256": digest, "licence": one.licence}
-    return Features(one.kind, tensors, source, efficientnet.NET.words)
+    return Features("efficientnet-lite0", tensors, source, efficientnet.NET.words)
 
 
 def drawn(name: str, seed: int = 0) -> Features:

@@ -14,6 +14,7 @@ LPIPS only with the published trunk and heads. `launch/weights.py convert` write
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..ranges import ranged
+from .published import FILES, place, what_to_do
 
 
 class Net(NamedTuple):
@@ -64,15 +66,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EPSILON = 1e-10  # added to ‖φ‖, as in the authors' code
 MISSING = (
     "model.reconstruction.perceptual.weights is not set: fetch vgg16-397923af.pth (torchvision's VGG16, BSD-3-Clause, "
-    "trained on ImageNet), convert it with `python launch/weights.py convert vgg16-397923af.pth vgg16.safetensors`, "
-    "and set model.reconstruction.perceptual.weights=vgg16.safetensors"
+    "trained on ImageNet), convert it with `python launch/weights.py convert vgg16-397923af.pth`, "
+    "and set model.reconstruction.perceptual.weights=lpips_vgg"
 )
 
 
 @dataclass(frozen=True)
 class Config:
     weight: float = ranged(0.0, least=0)  # of the distance in the loss; 0: it is not computed
-    weights: str = ""  # a file that `launch/weights.py convert` wrote
+    weights: str = ""  # a file that `launch/weights.py convert` wrote, or its kind if it is in the folder of weights
     trunk: Literal["file", "random"] = "file"  # random: drawn, for tests only
 
 
@@ -169,7 +171,13 @@ def require_size(distance: Distance, size: int) -> None:
 
 
 def read(path: str) -> Distance:
-    """Reads a file of weights; also under FakeTensorMode, through arrays. Raises ValueError, one sentence."""
+    """Reads a file of weights; also under FakeTensorMode, through arrays. Raises ValueError, one sentence.
+
+    path: may also be a key of KINDS, for the file of this kind in the folder of weights (nn/published.py)."""
+    if path in FILES:
+        kind, path = path, str(place(path))
+        if not Path(path).exists():
+            raise ValueError(f"{path} does not exist: {what_to_do(kind)}")
     try:
         with safe_open(path, "numpy") as file:
             source = file.metadata() or {}
