@@ -17,6 +17,7 @@ from vaescale.advice.dry_run import dry_run
 from vaescale.config import ConfigError
 from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle import state as states
+from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.nn.critic import build
 from vaescale.training.adversarial import SEED, Adversarial
 from vaescale.training.descent import Descent
@@ -217,6 +218,17 @@ def test_a_new_run_may_bring_a_critic_or_begin_one(group: None, tmp_path: Path) 
         begun.begin(read) if begin == "init_from" else begun.load(read, states.read_checked(saved, begun.state()))
         assert torch.equal(begun.model.last.weight, one.model.last.weight)
         assert all(torch.equal(value, first[name]) for name, value in begun.critic.state_dict().items())
+
+
+@pytest.mark.parametrize("given", ["adversarial.width=16", "adversarial.layers=1"])
+def test_another_critic_is_refused_by_the_settings_that_decide_it(group: None, tmp_path: Path, given: str) -> None:
+    one = learner()
+    saved = checkpoint.save(tmp_path, 1, one.tensors(), one.state(), keep=1)
+    words = (
+        r"critic\.safetensors does not fit the critic: .*; restore adversarial\.width and adversarial\.layers, or use"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        learner(given).begin(partial(checkpoint.read_fitting, saved))
 
 
 @pytest.mark.parametrize(

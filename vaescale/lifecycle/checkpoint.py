@@ -38,6 +38,7 @@ from ..interfaces import Tensors
 Read = Callable[[str, Tensors], Tensors]
 
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
+CRITIC = "adversarial.width and adversarial.layers"  # the settings that decide the shapes of a critic
 NAMED = 3  # tensors that an error names
 FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # file names that a checkpoint may contain
 LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # folders that an interrupted save may leave behind
@@ -284,6 +285,7 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
     """Returns the tensors of file `name`. Raises CheckpointError, before reading data, unless names, shapes and types
     are those of `wanted`, whose values those of LATER keep if the file does not have them."""
     path = checkpoint / f"{name}.safetensors"
+    owner, decisive = ("critic", CRITIC) if name.startswith("critic") else ("model", "the settings of model and data")
     try:
         with safe_open(path, "pt") as file:
             parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
@@ -294,7 +296,7 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
     needed = {key: (tuple(value.shape), DTYPES[value.dtype]) for key, value in wanted.items()}
     missing = [key for key in needed if key not in given and key.rpartition(".")[2] not in LATER]
     wrong = [f"it has no {key}" for key in missing]
-    wrong += [f"the model has no {printable(key, 60)}" for key in given if key not in needed]
+    wrong += [f"the {owner} has no {printable(key, 60)}" for key in given if key not in needed]
     wrong += [
         f"{key} is {_described(*given[key])} instead of {_described(*value)}"
         for key, value in needed.items()
@@ -303,10 +305,8 @@ def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> d
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         weights = name in ("model", "ema")
-        whose = f"{checkpoint} belongs to another model" if weights else f"{path} does not fit the model"
-        raise CheckpointError(
-            f"{whose}: {', '.join(wrong[:NAMED])}{more}; restore the settings of model and data, or use another run"
-        )
+        whose = f"{checkpoint} belongs to another model" if weights else f"{path} does not fit the {owner}"
+        raise CheckpointError(f"{whose}: {', '.join(wrong[:NAMED])}{more}; restore {decisive}, or use another run")
     tensors = read_tensors(checkpoint, name)
     return {key: tensors.get(key, value) for key, value in wanted.items()}
 
