@@ -99,12 +99,20 @@ class Codec(Protocol):
         ...
 
     def decode(
-        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+        self,
+        latents: list[Tensor],
+        condition: Condition | None = None,
+        temperature: float = 1.0,
+        draw: bool = False,
+        sample: Tensor | None = None,
     ) -> Tensor:
         """Returns float [B, C, H, W] in [0, 1] up to overshoot: the mean of p(x|z), or with `draw` a draw from it.
 
         Levels left out, the finer ones or all, are drawn from the prior with standard deviations multiplied by
         `temperature`. Without latents, B is that of the condition. Raises ValueError if there is no prior for them.
+
+        sample: int64 [B], numbers of the images, any of 64 bits. The latents drawn for an image then depend only on its
+        number; without them they come from torch's default generator, from which `draw` draws in any case.
         """
         ...
 

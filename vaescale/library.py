@@ -108,7 +108,7 @@ class Trained:
         temperature: float = 1.0,
     ) -> NDArray[np.uint8]:
         """Returns pictures of latents drawn from the prior: uint8 [count, size, size, C], the means of p(x|z). The same
-        seed gives the same pictures. Raises ValueError if there is no prior."""
+        seed gives the same pictures: picture i depends only on (seed, i). Raises ValueError if there is no prior."""
         if count < 1:
             raise ValueError(f"the number of samples must be at least 1, not {count}")
         condition = self._condition(label, attributes, count)

@@ -13,7 +13,7 @@ from vaescale.evaluation import sample
 from vaescale.evaluation.sample import MODES, Subject, Unsupported
 from vaescale.interfaces import Batch, Condition, Shape
 from vaescale.models.vqvae import VQVAE, Config
-from vaescale.nn import conv
+from vaescale.nn import conv, noise
 
 SIDE, M = 8, 4
 W = torch.linalg.qr(torch.randn(SIDE**2, M + 2, generator=torch.Generator().manual_seed(0)))[0]
@@ -46,12 +46,21 @@ class Linear:
         return list(z.split(self.sizes, dim=1))
 
     def decode(
-        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+        self,
+        latents: list[Tensor],
+        condition: Condition | None = None,
+        temperature: float = 1.0,
+        draw: bool = False,
+        sample: Tensor | None = None,
     ) -> Tensor:
         assert condition is not None
+        assert sample is None or len(sample) == len(condition.label)
         if not self.prior and len(latents) < len(self.sizes):
             raise ValueError("an autoencoder has no prior")
-        drawn = [temperature * torch.randn(len(condition.label), size) for size in self.sizes[len(latents) :]]
+        drawn = []
+        for level in range(len(latents), len(self.sizes)):
+            assert sample is not None
+            drawn.append(temperature * noise.normal(sample, (self.sizes[level],), level))
         told = torch.stack([condition.label / 2, condition.attributes[:, 0]], dim=1)
         brighter = 0.1 * (1 + 0 * torch.rand(())) if draw else 0.0
         return pixels(torch.cat([*latents, *drawn, told], dim=1)) + brighter
@@ -231,6 +240,16 @@ def test_samples_of_higher_temperatures_come_from_the_same_noise(shown: list[Sho
     first, *others = (read(grid.images)[:, :M] for grid in shown)
     for temperature, z in zip(sample.TEMPERATURES[1:], others, strict=True):
         close(z, first * temperature / sample.TEMPERATURES[0])
+
+
+def test_samples_are_numbered() -> None:
+    """Which others are drawn with a sample does not matter."""
+    told = sample.in_turn(batch(5, 0).condition, 150)
+    whole = sample.from_prior(Linear(), told, seed=7)
+    for part in (slice(0, 3), slice(63, 150), slice(149, 150)):
+        said = Condition(told.label[part], told.attributes[part])
+        assert torch.equal(sample.from_prior(Linear(), said, seed=7, first=part.start), whole[part])
+    assert not torch.equal(sample.from_prior(Linear(), told, seed=8), whole)
 
 
 def test_given_latents_are_kept_however_many_images_there_are() -> None:

@@ -12,9 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..data.order import mix
+from ..data import order
 from ..interfaces import Batch, Codec, Condition
 from ..monitoring.pictures import Picture, factor, grid, joined, legible, to_bytes
+from ..nn.noise import mix
 from ..numerics import exact
 from .latents import moments, sums
 
@@ -246,19 +247,23 @@ def from_prior(
     temperature: float = 1.0,
     draw: bool = False,
     given: Sequence[Tensor] = (),
+    first: int = 0,
 ) -> Tensor:
-    """Returns samples from the prior, uint8 [B, C, H, W], with B that of the condition. They are the same for the same
-    seed, and `draw` does not change the latents.
+    """Returns samples `first`, `first` + 1, … from the prior, uint8 [B, C, H, W], with B that of the condition. The
+    latents of sample i depend only on (seed, i), whatever is drawn together; those of `draw` are the same. What `draw`
+    adds is the same for the same seed, `first` and B.
 
     `given` fixes the coarsest levels of latents. Raises Unsupported if there is no prior.
     """
-    images = []
-    for start in range(0, len(condition.label), AT_ONCE):
-        part = Condition(*(tensor[start : start + AT_ONCE] for tensor in condition))
-        kept = [level[start : start + AT_ONCE] for level in given]
-        with seeded(int(mix(seed, start)) >> 1, condition.label.device):
+    images, device = [], condition.label.device
+    numbers = mix(seed, torch.arange(first, first + len(condition.label), device=device))
+    for start in range(0, len(numbers), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        said = Condition(condition.label[part], condition.attributes[part])
+        kept = [level[part] for level in given]
+        with seeded(int(order.mix(seed, first + start)) >> 1, device):
             try:
-                images.append(to_bytes(codec.decode(kept, part, temperature, draw)))
+                images.append(to_bytes(codec.decode(kept, said, temperature, draw, numbers[part])))
             except ValueError as error:
                 raise Unsupported(str(error)) from None
     return torch.cat(images)

@@ -47,10 +47,15 @@ class Autoencoder(Model):
         return [self._latents(batch.x / 255).float()]
 
     def decode(
-        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+        self,
+        latents: list[Tensor],
+        condition: Condition | None = None,
+        temperature: float = 1.0,
+        draw: bool = False,
+        sample: Tensor | None = None,
     ) -> Tensor:
         """Decodes latents to images [B, C, H, W]. Raises ValueError without latents: there is no prior to draw from."""
-        del condition, temperature, draw  # the decoder is deterministic and unconditional
+        del condition, temperature, draw, sample  # the decoder is deterministic and unconditional
         if not latents:
             raise ValueError("an autoencoder has no prior to draw samples from: give latents, or train a VAE")
         return self._images(latents[0]).float()

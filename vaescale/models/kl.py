@@ -122,11 +122,16 @@ class WithoutLikelihood(Spatial):
         return self.reconstruction(reconstruction, x)[0]
 
     def decode(
-        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+        self,
+        latents: list[Tensor],
+        condition: Condition | None = None,
+        temperature: float = 1.0,
+        draw: bool = False,
+        sample: Tensor | None = None,
     ) -> Tensor:
         """Decodes latents. Without a likelihood there is nothing to draw images from: `draw` is ignored."""
         del draw
-        return super().decode(latents, condition, temperature)
+        return super().decode(latents, condition, temperature, sample=sample)
 
     def _compared(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensors, Tensor]:
         reconstruction = self.likelihood.mean(output)

@@ -25,6 +25,7 @@ from ..nn.likelihood import DELTA, UNIFORM
 from ..ranges import ranged, require
 
 LARGEST = 16384  # subpixels; the covariance then takes 2 GiB
+PRIOR = 3  # noise key of samples
 SHOWN = 15  # components that `basis` shows
 
 
@@ -91,15 +92,23 @@ class PCA(Model):
         return [self._grid(u)]
 
     def decode(
-        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+        self,
+        latents: list[Tensor],
+        condition: Condition | None = None,
+        temperature: float = 1.0,
+        draw: bool = False,
+        sample: Tensor | None = None,
     ) -> Tensor:
         """Decodes scores, or draws as many images as the condition has entries. Raises ValueError without either."""
         if latents:
             u = rearrange(latents[0], "b m h w -> b (h w) m") if self.config.patch else latents[0][:, None]
         elif condition is not None:
-            patches = (self.shape.size // self.side) ** 2
-            noise = torch.randn(len(condition.label), patches, self.config.latent_dim, device=self.mean.device)
-            u = temperature * self._prior().sqrt() * noise
+            size = (self.shape.size // self.side) ** 2, self.config.latent_dim
+            if sample is None:
+                drawn = torch.randn(len(condition.label), *size, device=self.mean.device)
+            else:
+                drawn = noise.normal(sample, size, PRIOR, version=self.noise_version)
+            u = temperature * self._prior().sqrt() * drawn
         else:
             raise ValueError("decode needs latents, or a condition that says how many images to draw")
         rows = self.mean + u @ self.components

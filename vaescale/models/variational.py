@@ -24,7 +24,7 @@ from ..nn.fidelity import fidelity, squared_errors
 from ..nn.gaussian import Normal
 from ..ranges import ranged, require
 
-POSTERIOR, DROPOUT, BOUND = 0, 1, 2  # noise keys, one per purpose
+POSTERIOR, DROPOUT, BOUND, PRIOR = 0, 1, 2, 3  # noise keys, one per purpose
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,12 @@ class Latent(Model):
         return [level.z for level in levels]
 
     def decode(
-        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+        self,
+        latents: list[Tensor],
+        condition: Condition | None = None,
+        temperature: float = 1.0,
+        draw: bool = False,
+        sample: Tensor | None = None,
     ) -> Tensor:
         """Decodes latents; levels that are not given are drawn from the prior. Without a condition the image is
         generated unconditionally. Raises ValueError if there are neither latents nor a condition."""
@@ -158,7 +163,9 @@ class Latent(Model):
         embedded = self._embedded(condition, images)
 
         def given_or_drawn(level: int, p: Normal) -> Tensor:
-            z = _drawn(p, temperature)  # always drawn, so that a level's noise does not depend on how many are given
+            size = tuple(p.mean.shape[1:])
+            own = None if sample is None else noise.normal(sample, size, PRIOR, level, version=self.noise_version)
+            z = _drawn(p, temperature, own)  # also if given: what is drawn for the next levels does not depend on it
             return latents[level] if level < len(latents) else z
 
         output = self.net.output(self.net.generate(embedded, images, given_or_drawn), embedded)
@@ -259,10 +266,11 @@ class Variational(Latent):
         return {"bits_per_dim": self._bits(nats)}
 
 
-def _drawn(distribution: Normal, temperature: float) -> Tensor:
+def _drawn(distribution: Normal, temperature: float, own: Tensor | None = None) -> Tensor:
+    """own: the noise; None: of torch's default generator."""
     if not temperature:
         return distribution.mean
-    return distribution.draw(temperature * torch.randn_like(distribution.mean))
+    return distribution.draw(temperature * (torch.randn_like(distribution.mean) if own is None else own))
 
 
 def _scale(level: Level) -> Tensor:

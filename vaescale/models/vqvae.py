@@ -73,10 +73,15 @@ class VQVAE(Model):
         return list(codes.unbind(-1)) if len(self.quantizer.sizes) > 1 else [codes]
 
     def decode(
-        self, latents: list[Tensor], condition: Condition | None = None, temperature: float = 1.0, draw: bool = False
+        self,
+        latents: list[Tensor],
+        condition: Condition | None = None,
+        temperature: float = 1.0,
+        draw: bool = False,
+        sample: Tensor | None = None,
     ) -> Tensor:
         """Decodes codes to images [B, C, H, W]. Raises ValueError without codes: the model has no prior."""
-        del condition, temperature, draw  # the decoder is deterministic and unconditional
+        del condition, temperature, draw, sample  # the decoder is deterministic and unconditional
         if not latents:
             raise ValueError("a VQ-VAE has no prior of its own to draw samples from: give codes")
         codes = torch.stack(latents, dim=-1) if len(latents) > 1 else latents[0]
