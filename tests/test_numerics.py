@@ -57,6 +57,15 @@ def test_exact_holds_inside_and_what_was_chosen_afterwards(tf32: bool) -> None:
         assert [part.fp32_precision for part in PRODUCTS] == chosen
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_algorithms_are_repeatable_inside_and_as_chosen_afterwards(deterministic: bool) -> None:
+    numerics.choose(tf32=False, deterministic=deterministic)
+    cudnn = torch.backends.cudnn
+    with numerics.repeatable():
+        assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+    assert (cudnn.benchmark, cudnn.deterministic) == (not deterministic, deterministic)
+
+
 def test_whatever_encodes_and_decodes_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also outside a training, where torch's own default lets convolutions round."""
     for part in PRODUCTS[:2]:

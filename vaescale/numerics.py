@@ -46,3 +46,16 @@ def exact() -> Iterator[None]:
         for part, allowed in zip(PRODUCTS, before, strict=True):
             if part.fp32_precision != allowed:
                 part.fp32_precision = allowed
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Choose the algorithms of convolutions on CUDA by their shapes alone, so that all processes choose the same ones,
+    and only such as give the same bits each time. Measuring which is fastest may come out differently."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before

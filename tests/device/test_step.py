@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from tests.device.kernels import Kernels
-from tests.device.pretended import HostCopy, batch_on, moved, pretended
+from tests.device.pretended import HostCopy, batch_on, moved, on, pretended
 from vaescale import settings
 from vaescale.evaluation.metrics import METRICS
 from vaescale.evaluation.metrics.metric import Seen
 from vaescale.evaluation.sample import Unsupported, decoded, from_prior
 from vaescale.interfaces import Bounded, Codebooks, Codec, LatentStatistics
 from vaescale.models import MODELS
-from vaescale.nn import likelihood, quantize
+from vaescale.nn import features, likelihood, quantize
 from vaescale.nn.covariance import Moments
 from vaescale.nn.critic import Critic
 from vaescale.nn.networks import NETWORKS
@@ -218,6 +218,18 @@ def test_counting_neither_mixes_devices_nor_waits(name: str, load: Callable[[lis
         batch = batch_on(settings.blank(config, IMAGES), gpu)
         moments = moved(Moments(len(model.mean)), gpu)
         model.count(moments, batch, batch.label >= 0)
+
+
+@pytest.mark.parametrize("name", features.NETS)
+def test_features_neither_mix_devices_nor_wait(name: str) -> None:
+    with pretended() as gpu:
+        net = features.drawn(name)
+        net.tensors = {key: on(tensor, gpu) for key, tensor in net.tensors.items()}
+        for channels, height, width in ((1, 20, 30), (3, 320, 240)):
+            found, logits = net(torch.empty(IMAGES, channels, height, width, dtype=torch.uint8, device=gpu))
+            assert found.shape == (IMAGES, net.dim)
+            assert found.device.type == gpu.type
+            assert logits is None or (logits.device.type == gpu.type and len(logits) == IMAGES)
 
 
 class Mixed(nn.Module):

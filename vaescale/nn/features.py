@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import file_hash
-from ..numerics import exact
+from ..numerics import exact, repeatable
 from . import dinov2, efficientnet, inception
 from .frozen import Net, Tensors, random_weights, resized, resizing
 from .published import FILES, place, what_to_do
@@ -89,7 +89,7 @@ class Features:
         The features of an image depend neither on the batch that it is in, which is filled up to a multiple of the
         chunk, nor on the number of threads. They are computed in fp32, whatever autocast and TF32 say."""
         size = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
-        with exact(), torch.autocast(x.device.type, enabled=False):
+        with exact(), repeatable(), torch.autocast(x.device.type, enabled=False):
             parts = [self._chunk(part, size) for part in x.split(size)]
         features, logits = zip(*parts, strict=True)
         return torch.cat(features), None if logits[0] is None else torch.cat(logits)
