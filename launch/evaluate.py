@@ -4,6 +4,7 @@
     python launch/evaluate.py --run runs/a runs/b … [--iw K] [key=value …]     one table of all runs
     python launch/evaluate.py --run runs/a --metrics rfid rkid rpr gfid gkid gpr [--count N]
     python launch/evaluate.py --run runs/a/checkpoints/step-00000500 --out FILE
+    python launch/evaluate.py statistics DATA --size S [--split train] [--features NET] --out FILE    for --reference
     torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the --, torchrun reads --run as its own option
 
 Writes evaluation.json (the numbers and how they were measured) and reconstructions.png into each run directory. With
@@ -13,8 +14,9 @@ The perceptual distance that a run was trained with is measured, too. --perceptu
 launch/weights.py wrote, for all runs. --picture FILE draws the reconstructions of all runs beside one another.
 
 --metrics adds comparisons by the features of a network (--features): the Fréchet distance (rfd; rfid with those of
-Inception), the kernel distance (rkid), and precision, recall, density and coverage (rpr) of the reconstructions. What
-was measured before under the same protocol is kept and not measured again.
+Inception), the kernel distance (rkid), and precision, recall, density and coverage (rpr) of the reconstructions; the
+same (gfd, gfid, gkid, gpr) and the inception score (gis) of --count images from the prior. What was measured before
+under the same protocol is kept and not measured again.
 
 Each validation image counts exactly once, on any number of ranks. The overrides apply to all runs. Exit code 2: a run
 cannot be measured, or the results cannot be written (they are still printed).
@@ -28,6 +30,8 @@ from vaescale import arguments, process
 
 
 def parse() -> argparse.Namespace:
+    if sys.argv[1:2] == ["statistics"]:
+        return parse_statistics(sys.argv[2:])
     parser = arguments.command(__doc__)
     parser.add_argument("--run", nargs="+", required=True, metavar="RUN")
     parser.add_argument(
@@ -52,6 +56,15 @@ def parse() -> argparse.Namespace:
         metavar="NET",
         help="networks whose features are compared: inception (default), dinov2 or efficientnet-lite0",
     )
+    parser.add_argument("--count", type=int, default=50_000, help="images to generate (50,000)")
+    parser.add_argument(
+        "--labels", choices=["equal", "random", "data"], default="equal", help="labels of generated images (equal)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of generated images (0)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of generated images (1)")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="compare generated images with it (default: validation images)"
+    )
     parser.add_argument(
         "--format", choices=["text", "markdown", "latex"], default="text", help="of the table that is printed (text)"
     )
@@ -63,11 +76,26 @@ def parse() -> argparse.Namespace:
     return given
 
 
+def parse_statistics(words: list[str]) -> argparse.Namespace:
+    parser = arguments.command("Write the statistics of a data set's features, for evaluate.py --reference FILE.")
+    parser.prog = "evaluate.py statistics"
+    parser.add_argument("data", metavar="DATA", help="a data.root")
+    parser.add_argument("--size", type=int, required=True, help="pixels per side, those of the model")
+    parser.add_argument("--split", choices=["train", "val"], default="val", help="which images (val)")
+    parser.add_argument("--features", default="inception", metavar="NET", help="the network (inception)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="write them there")
+    parser.add_argument("--channels", type=int, choices=[1, 3], default=3, help="1: grey (3)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images, per rank (2)")
+    return parser.parse_args(words)
+
+
 if __name__ == "__main__":  # before the other imports, which take seconds
     process.forgive_output()  # what is measured or drawn is worth more than the log
     given = parse()
 
 import json
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -75,10 +103,11 @@ import torch
 from vaescale import distributed, settings, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
-from vaescale.evaluation import record, tables
-from vaescale.evaluation.compare import Refused
+from vaescale.evaluation import record, reference, tables
+from vaescale.evaluation.compare import GENERATED, Refused
 from vaescale.evaluation.evaluate import protocol, reconstruct
-from vaescale.evaluation.measure import Comparer
+from vaescale.evaluation.generation import Generated, generated
+from vaescale.evaluation.measure import Comparer, Drawing, Generate, read_net
 from vaescale.evaluation.record import RECORD
 from vaescale.evaluation.show import compared, reconstructions
 from vaescale.interfaces import Codebooks, Codec
@@ -86,6 +115,7 @@ from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import code_statistics, pictures
 from vaescale.nn import perceptual
 
+SPLITS = {"train": stream.TrainingOnce, "val": stream.ValidationSlices}
 BATCH = 32  # images at a time on one rank
 # Settings that say how the images are read, and change no number.
 SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "max_megapixels")}
@@ -97,19 +127,21 @@ class Shown(NamedTuple):
 
 
 def main(given: argparse.Namespace) -> int:
+    if "data" in given:
+        return write_statistics(given)
     runs, overrides = [Path(one) for one in given.run], given.overrides
     results: list[dict[str, Any]] = []
     drawn: dict[str, Shown] = {}
     wrong: list[str] = []
     try:
-        if given.iw < 1:
-            raise ConfigError(f"--iw {given.iw} must be at least 1")
+        check(given)
         # All of them are read before hours are spent on the first.
         configs = [trained.read_config(run, overrides) for run in runs]
         if not given.out:
             check_own(runs, overrides)
         distributed.init()
-        comparer = Comparer(given.metrics, given.features)
+        drawing = Drawing(given.count, given.labels, given.seed, given.temperature)
+        comparer = Comparer(given.metrics, given.features, drawing, given.reference)
         for run, config in zip(runs, configs, strict=True):
             result, drawn[str(run)] = evaluate_run(run, config, given, comparer)
             results.append(result)
@@ -129,6 +161,40 @@ def main(given: argparse.Namespace) -> int:
     for one in wrong:
         print(f"error: {one}", file=sys.stderr)
     return ConfigError.exit_code if wrong else 0
+
+
+def check(given: argparse.Namespace) -> None:
+    if given.iw < 1:
+        raise ConfigError(f"--iw {given.iw} must be at least 1")
+    if given.count < 1:
+        raise ConfigError(f"--count {given.count} must be at least 1")
+    if not 0 <= given.seed < 2**48:
+        raise ConfigError(f"--seed {given.seed} must be at least 0 and below 2^48")
+    if not 0 <= given.temperature < math.inf:
+        raise ConfigError(f"--temperature {given.temperature:g} must be a number, 0 or more")
+
+
+def write_statistics(given: argparse.Namespace) -> int:
+    """Gathers and writes the statistics of a data set's features."""
+    try:
+        config = stream.Config(root=given.data, size=given.size, channels=given.channels, workers=given.workers)
+        slices = SPLITS[given.split](config)
+        index.check_files(*slices.indexes)
+        device = distributed.init()
+        net = read_net(given.features).to(device)
+        watched = distributed.rank() == 0 and sys.stderr.isatty()
+        known = reference.gather(slices, net, device, BATCH, watched)
+        if distributed.rank() == 0:
+            images = {"data": str(slices.samples.index.folder), "fingerprint": slices.samples.index.fingerprint()}
+            reference.write(given.out, known, net, {**images, "size": config.size, "channels": config.channels})
+            print(f"{given.out}: {known.count} images of {images['data']}, {net.words}")
+    except (ConfigError, DataError, Refused, distributed.Misplaced) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ConfigError.exit_code
+    except OSError as error:
+        print(f"error: {given.out} cannot be written ({error.strerror}): give --out another file", file=sys.stderr)
+        return ConfigError.exit_code
+    return 0
 
 
 def write(run: Path, results: list[dict[str, Any]], shown: Shown, out: Path | None) -> list[str]:
@@ -185,7 +251,8 @@ def evaluate_run(
     slices = stream.ValidationSlices(config.data)
     index.check_files(*slices.indexes)
     if not given.out:
-        record.check(run / RECORD, slices.samples.index.fingerprint(), step, draws)
+        requests = [request for request in comparer.requests if request.side == GENERATED]
+        record.check(run / RECORD, slices.samples.index.fingerprint(), step, draws, requests, given.count)
     assert isinstance(model, Codec)
     usage = model.usage(clear=False) if isinstance(model, Codebooks) else {}
     sizes = [len(one.window) for one in usage.values()]
@@ -200,7 +267,7 @@ def evaluate_run(
     }
     places = [trained.run_of(run) / RECORD, *([given.out] if given.out else [])]
     options = {"micro": BATCH, "draws": draws, "watched": watched, "distance": distance and distance.to(device)}
-    metrics = comparer.measure(model, slices, device, base, places, **options)
+    metrics = comparer.measure(model, slices, device, base, places, generator(model, config, given, device), **options)
     for name, one in usage.items():
         metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
     shown = stream.fixed_images(slices).to(device)
@@ -226,6 +293,22 @@ def evaluate_run(
         "protocol": protocol(),
     }
     return result, Shown(shown.x.cpu(), reconstruction.cpu())
+
+
+def generator(model: Codec, config: settings.Config, given: argparse.Namespace, device: torch.device) -> Generate:
+    """Returns what generates images as the command line says."""
+    classes, counts = getattr(config.model, "classes", 0), [1] * getattr(config.model, "classes", 0)
+    if classes and given.labels == "data":
+        labels = index.Index(Path(config.data.root) / "train").records["label"]
+        counts = [int((labels == label).sum()) for label in range(classes)]
+
+    def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
+        return generated(
+            model, count, given.labels, counts, given.seed, given.temperature, rank, world,
+            device=device, attributes=len(config.data.attributes),
+        )  # fmt: skip
+
+    return generate
 
 
 def perceptual_distance(config: settings.Config, given: str | None) -> perceptual.Distance | None:

@@ -102,9 +102,49 @@ def test_comparisons_are_kept_until_the_run_changes(pictures: Path, tmp_path: Pa
     assert json.loads((run / "evaluation.json").read_text()) == last
 
 
+def test_generated_images_are_compared_with_a_reference(pictures: Path, tmp_path: Path, command: Command) -> None:
+    """By default with the validation images, whose statistics in a file give the same number."""
+    run, file = untrained(tmp_path, "tiny_vae", pictures), tmp_path / "val.safetensors"
+    size = ["--size", 16, "--channels", 1, "--workers", 0, "--features", "random", "--out"]
+    code, output = command(evaluate, "statistics", pictures, *size, file)
+    assert (code, output) == (0, f"{file}: 11 images of {pictures / 'val'}, FD (random)\n")
+    words = ["--run", run, "--metrics", "gfd", "gkid", "gis", "gpr", "--features", "random", "--count", 20]
+    assert command(evaluate, *words)[0] == 0
+    first = json.loads((run / "evaluation.json").read_text())
+    assert first["gis_random"] >= 1
+    assert first["comparisons"]["gpr_random"]["count"] == 20
+    code, output = command(evaluate, *words, "--reference", file)
+    assert (code, "against val.safetensors, xxh3 " in output) == (0, True)
+    again = json.loads((run / "evaluation.json").read_text())
+    for name in ("gfd_random", "gkid_random", "gis_random", "gcoverage_random"):
+        assert again[name] == pytest.approx(first[name], rel=1e-9)
+    code, output = command(evaluate, *words[:-1], 19)
+    assert (code, "--count 19, because it has gfd_random of --count 20: give --out FILE" in output) == (2, True)
+
+    training = tmp_path / "train.safetensors"
+    assert command(evaluate, "statistics", pictures, *size, training, "--split", "train")[0] == 0
+    assert command(evaluate, *words, "--reference", training, "--seed", 1)[0] == 0
+    other = json.loads((run / "evaluation.json").read_text())
+    assert other["gfd_random"] != first["gfd_random"]
+    assert "(90 images of" in other["comparisons"]["gfd_random"]["reference"]
+    code, output = command(evaluate, *words, "--reference", tmp_path / "none")
+    assert (code, "none cannot be read" in output) == (2, True)
+    code, output = command(evaluate, "statistics", tmp_path / "none", *size, training)
+    assert (code, output.count("\n")) == (2, 1)
+
+
+def test_a_model_without_a_prior_generates_nothing(pictures: Path, tmp_path: Path, command: Command) -> None:
+    run = untrained(tmp_path, "tiny", pictures)
+    code, output = command(evaluate, "--run", run, "--metrics", "gfd", "--features", "random")
+    assert (code, "error: no images can be generated: " in output) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["gfd", "--count", "0"], "--count 0 must be at least 1"),
+        (["gfd", "--seed", "-1"], "--seed -1 must be at least 0"),
+        (["gfd", "--temperature", "nan"], "--temperature nan must be a number"),
         (["fid", "--features", "random"], "--metrics fid is not one of rfd, rkid, rpr, "),
         (["rfid", "--features", "random"], "is the Fréchet distance of Inception's features, not of random"),
         (["rfd", "--features", "vgg"], "--features vgg is not one of "),

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 from tests.evaluation.test_metrics import Halves
 from vaescale.data import stream
 from vaescale.evaluation import measure as module
+from vaescale.evaluation import reference as references
 from vaescale.evaluation.compare import Gathering, Refused, Request, chosen, compared
 from vaescale.evaluation.evaluate import evaluate, reconstruct
-from vaescale.evaluation.measure import Comparer, Generated, measure
+from vaescale.evaluation.generation import Generated
+from vaescale.evaluation.measure import Comparer, Drawing, measure
+from vaescale.evaluation.sample import Unsupported
 from vaescale.evaluation.statistics import Statistics
 from vaescale.nn import features
 
@@ -33,10 +37,14 @@ def test_each_side_is_compared_with_its_reference(slices: stream.ValidationSlice
     batch = slices[range(11)].batch
     y, _ = reconstruct(Halves(), batch)
     drawn = torch.randint(0, 256, (9, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    generated = Generated(9, [(torch.arange(5), drawn[:5]), (torch.arange(5, 9), drawn[5:])])
+
+    def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
+        for number in torch.arange(count).split(5):
+            yield Generated(number, number, drawn[number])
+
     requests = [Request(*one, net.words) for one in chosen(["rfd", "rpr", "gfd"], ["random"])]
     known: dict[str, Statistics] = {}
-    found = measure(Halves(), slices, CPU, requests, [net], generated, known=known, micro=4)
+    found = measure(Halves(), slices, CPU, requests, [net], 9, generate, known=known, micro=4)
     expected = compared(requests[:2], gathered(batch.x), gathered(y))
     expected |= compared(requests[2:], gathered(batch.x), gathered(drawn))
     plain = evaluate(Halves(), slices, CPU, 4)
@@ -44,7 +52,7 @@ def test_each_side_is_compared_with_its_reference(slices: stream.ValidationSlice
     assert torch.equal(known[net.words].rows, gathered(batch.x)[net.words].rows)
 
     reference = gathered(y)
-    other = measure(Halves(), slices, CPU, requests, [net], generated, reference, known, micro=4)
+    other = measure(Halves(), slices, CPU, requests, [net], 9, generate, reference, known, micro=4)
     assert other == {**found, **compared(requests[2:], reference, gathered(drawn))}
     assert other["gfd_random"] != found["gfd_random"]
 
@@ -120,3 +128,51 @@ def test_a_network_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatc
     assert Comparer([], ["random"]).nets == []
     with pytest.raises(Refused, match=r"random.pth does not exist: fetch it"):
         Comparer(["rfd"], ["random"])
+
+
+def test_other_ways_of_generating_are_other_protocols(slices: stream.ValidationSlices, tmp_path: Path) -> None:
+    base = {"weights": "a", "step": 3, "images": 11, "data": "f", "size": 16, "channels": 3}
+    record, asked = tmp_path / "evaluation.json", []
+
+    def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
+        asked.append(count)
+        x = torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        yield Generated(torch.arange(count), torch.arange(count), x)
+
+    def measured(drawing: Drawing, *names: str, reference: Path | None = None) -> dict[str, object]:
+        comparer = Comparer(names, ["random"], drawing, reference)
+        found = comparer.measure(Halves(), slices, CPU, base, [record], generate)
+        record.write_text(json.dumps(found))
+        return found
+
+    first = measured(Drawing(20), "gfd", "rfd")
+    assert first["comparisons"]["gfd_random"].items() >= {  # type: ignore[index]
+        "count": 20, "labels": "equal", "seed": 0, "temperature": 1.0, "reference": "the validation images",
+    }.items()  # fmt: skip
+    assert "count" not in first["comparisons"]["rfd_random"]  # type: ignore[index]
+    assert asked == [1, 20]  # the first is a trial
+    assert measured(Drawing(20), "gfd", "rfd") == first
+    assert asked == [1, 20]
+    file = tmp_path / "x.safetensors"
+    net = features.drawn("random")
+    images = {"data": "x", "fingerprint": "0", "size": 16, "channels": 3}
+    references.write(file, gathered(slices[range(11)].batch.x)[net.words], net, images)
+    for changed in (Drawing(21), Drawing(20, seed=1), Drawing(20, temperature=0.5), Drawing(20, labels="random")):
+        asked.clear()
+        assert measured(changed, "gfd", "rfd")["rfd_random"] == first["rfd_random"]
+        assert asked == [1, changed.count]
+    asked.clear()
+    again = measured(Drawing(20), "gfd", reference=file)
+    assert asked == [1, 20]
+    assert again["gfd_random"] == pytest.approx(first["gfd_random"], rel=1e-12)
+    assert "x.safetensors, xxh3" in again["comparisons"]["gfd_random"]["reference"]  # type: ignore[index]
+
+
+def test_a_model_without_a_prior_is_refused_before(slices: stream.ValidationSlices) -> None:
+    def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
+        raise Unsupported("the model has no prior")
+        yield
+
+    net = features.drawn("random")
+    with pytest.raises(Refused, match="no images can be generated: the model has no prior"):
+        measure(Halves(), slices, CPU, [Request("g", "fd", net.words)], [net], 20, generate)

@@ -66,3 +66,15 @@ def test_a_record_of_other_images_or_more_draws_is_kept(tmp_path: Path) -> None:
         check(path, "g", 3, 4)
     with pytest.raises(Refused, match="--iw 1, because it has the tighter bound of --iw 4: give --out FILE"):
         check(path, "f", 3, 1)
+
+
+def test_a_record_of_more_generated_images_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    comparisons = {"gfid": {"count": 50}, "rfid": {}}
+    path.write_text(json.dumps({"fingerprint": "f", "step": 3, "draws": 1, "comparisons": comparisons}))
+    requests = [Request("g", "fd", "FID"), Request("g", "kid", "FID")]
+    check(path, "f", 3, 1, requests, 50)
+    check(path, "f", 3, 1, requests[1:], 10)
+    check(path, "f", 4, 1, requests, 10)
+    with pytest.raises(Refused, match="--count 49, because it has gfid of --count 50: give --out FILE"):
+        check(path, "f", 3, 1, requests, 49)

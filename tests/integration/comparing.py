@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from vaescale import distributed
 from vaescale.data import stream
 from vaescale.evaluation import compare
 from vaescale.evaluation.compare import Request
-from vaescale.evaluation.measure import Generated, measure
+from vaescale.evaluation.generation import Generated
+from vaescale.evaluation.measure import measure
 from vaescale.interfaces import Batch
 from vaescale.nn import features
 
@@ -29,14 +31,16 @@ class Blur:
 
 def main(data: str, micro: int, out: Path) -> None:
     device = distributed.init()
-    rank, world = distributed.rank(), distributed.world()
     net = features.drawn("random")
     slices = stream.ValidationSlices(stream.Config(root=data, size=16, workers=0))
-    mine = torch.arange(rank, 53, world)
-    drawn = [(part, torch.stack([noise(int(one)) for one in part])) for part in mine.split(micro)]
+
+    def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
+        for part in torch.arange(rank, count, world).split(micro):
+            yield Generated(part, part, torch.stack([noise(int(one)) for one in part]))
+
     requests = [Request(*one, net.words) for one in compare.chosen(compare.NAMES, [])]
-    result = measure(Blur(), slices, device, requests, [net], Generated(53, drawn), micro=micro)
-    if rank == 0:
+    result = measure(Blur(), slices, device, requests, [net], 53, generate, micro=micro)
+    if distributed.rank() == 0:
         out.write_text(json.dumps(result))
     distributed.finish()
 

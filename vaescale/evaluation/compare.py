@@ -131,7 +131,7 @@ def check(requests: Sequence[Request], images: Gathering, reference: Mapping[str
         gatherer, against = images.by_net[request.words], reference[request.words]
         if comparison.classes and gatherer.classes is None:
             raise Refused(f"{name} needs classes, which {network(request.words)} does not have")
-        if min(gatherer.count, against.count) < comparison.least:
+        if min(gatherer.count, against.count or comparison.least) < comparison.least:
             raise Refused(
                 f"{name} needs at least {comparison.least} images on each side, not {gatherer.count} and "
                 f"{against.count}"

@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,17 +17,28 @@ from ..interfaces import Batch, Codec
 from ..nn import features
 from ..nn.features import Features
 from . import record
+from . import reference as references
 from .compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen, compared
 from .evaluate import evaluate
+from .generation import Generated, Labels
+from .sample import Unsupported
 from .statistics import Gatherer, Statistics
+
+T = TypeVar("T")
+
+
+# (count, rank, world) → this rank's images of the samples 0 … count − 1.
+Generate = Callable[[int, int, int], Iterable[Generated]]
 
 
 @dataclass(frozen=True)
-class Generated:
-    """Images from a prior."""
+class Drawing:
+    """How images are generated."""
 
-    count: int  # of all ranks together
-    batches: Iterable[tuple[Tensor, Tensor]]  # this rank's sample numbers, int64 [B], and images, uint8 [B, C, H, W]
+    count: int = 50_000
+    labels: Labels = "equal"
+    seed: int = 0
+    temperature: float = 1.0
 
 
 def measure(
@@ -36,15 +47,16 @@ def measure(
     device: torch.device,
     requests: Sequence[Request] = (),
     nets: Sequence[Features] = (),
-    generated: Generated | None = None,
+    count: int = 0,
+    generate: Generate | None = None,
     reference: ByNet | None = None,
     known: ByNet | None = None,
     watched: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Returns the numbers of a codec over a validation set. `nets`: all that the requests need, on the device;
-    `generated`: for requests of generated images; `reference`: what they are compared with, by default the validation
-    images; `known`: the statistics of these, filled in if it is empty; `options`: of `evaluate`.
+    `generate` makes `count` images, for requests of such; `reference`: what they are compared with, by default the
+    validation images; `known`: the statistics of these, filled in if it is empty; `options`: of `evaluate`.
 
     Collective; all ranks return the same result. Raises Refused, before anything is measured, if a request cannot
     be.
@@ -65,32 +77,50 @@ def measure(
         mine.add(batch.sample, y)
 
     if sides[GENERATED]:
-        assert generated is not None
-        theirs = Gathering(nets, generated.count, blank)
+        assert generate is not None
+        theirs = Gathering(nets, count, blank)
         check(sides[GENERATED], theirs, reference or against)
+        _try(generate)
     found = evaluate(codec, slices, device, watched=watched, observe=observe, **options)
     known |= images.result()
     if sides[RECONSTRUCTED]:
         found |= compared(sides[RECONSTRUCTED], known, mine.result())
     if sides[GENERATED]:
-        assert generated is not None
-        for samples, x in tqdm(generated.batches, "generate", unit="batch", disable=not watched):
-            theirs.add(samples.to(device), x.to(device))
+        assert generate is not None
+        rank, world = distributed.rank(), distributed.world()
+        with tqdm(None, "generate", (rank + 1) * count // world, unit="image", disable=not watched) as bar:
+            for batch in generate(count, rank, world):
+                theirs.add(batch.number, batch.x)
+                bar.update(len(batch.x))
         found |= compared(sides[GENERATED], reference or known, theirs.result())
     return found
+
+
+def _try(generate: Generate) -> None:
+    """Raises Refused if no image can be generated."""
+    try:
+        next(iter(generate(1, 0, 1)))
+    except Unsupported as error:
+        raise Refused(f"no images can be generated: {error}") from None
 
 
 class Comparer:
     """The comparisons that a command line asks for, and what they share between codecs."""
 
-    def __init__(self, metrics: Sequence[str], names: Sequence[str]) -> None:
-        """metrics: names of comparisons; names: of networks. Raises Refused. Collective."""
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        names: Sequence[str],
+        drawing: Drawing = Drawing(),
+        reference: Path | None = None,
+    ) -> None:
+        """metrics: names of comparisons; names: of networks; drawing: of generated images; reference: a file that they
+        are compared with instead of the validation images. Raises Refused. Collective."""
         asked = chosen(metrics, names)
-        if asked and (unknown := [name for name in names if name not in features.NETS]):
-            raise Refused(f"--features {unknown[0]} is not one of {', '.join(features.NETS)}")
-        self.nets = [read_alike(name, partial(features.read, name)) for name in names] if asked else []
+        self.nets = [read_net(name) for name in names] if asked else []
         self.requests = [Request(*one, net.words) for net in self.nets for one in asked]
         self.known: dict[tuple[object, ...], ByNet] = {}  # of validation images
+        self.drawing, self.reference = drawing, reference
 
     def measure(
         self,
@@ -99,24 +129,39 @@ class Comparer:
         device: torch.device,
         base: record.Protocol,
         places: Sequence[Path],
+        generate: Generate | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Returns the numbers of this codec, with the comparisons that were measured before. base: the weights and the
-        images; places: files with earlier results; options: of `evaluate`. Raises Refused. Collective."""
+        images; places: files with earlier results; generate: makes images, if any are wanted; options: of `evaluate`.
+        Raises Refused. Collective."""
         nets = [net.to(device) for net in self.nets]
-        wanted = record.protocols(self.requests, nets, base, {})
+        drawn = {**asdict(self.drawing), "reference": "the validation images"}
+        reference: ByNet | None = None
+        if self.reference and any(request.side == GENERATED for request in self.requests):
+            read = partial(references.read, self.reference, nets, base["size"], base["channels"])
+            reference, drawn["reference"] = read_alike(str(self.reference), read)
+        wanted = record.protocols(self.requests, nets, base, drawn)
         before = distributed.tell(record.earlier(places, base))
         comparisons = before.pop("comparisons", {})
         left = [request for request in self.requests if comparisons.get(request.key) != wanted[request.key]]
         if distributed.rank() == 0 and (kept := [request.key for request in self.requests if request not in left]):
             print(f"not measured again, because the protocol is the same: {', '.join(kept)}", file=sys.stderr)
         known = self.known.setdefault(tuple(base[name] for name in ("data", "size", "channels")), {})
-        found = measure(codec, slices, device, left, nets, known=known, **options)
+        count = self.drawing.count
+        found = measure(codec, slices, device, left, nets, count, generate, reference, known, **options)
         comparisons |= {request.key: wanted[request.key] for request in left}
         return {**before, **found, **({"comparisons": comparisons} if comparisons else {})}
 
 
-def read_alike(what: str, read: Callable[[], Features]) -> Features:
+def read_net(name: str) -> Features:
+    """Reads a network's weights. Raises Refused. Collective."""
+    if name not in features.NETS:
+        raise Refused(f"--features {name} is not one of {', '.join(features.NETS)}")
+    return read_alike(name, partial(features.read, name))
+
+
+def read_alike(what: str, read: Callable[[], T]) -> T:
     """Returns what `read` returns. Raises Refused, on all ranks, if it raises ValueError on any. Collective."""
     found, why = None, ""
     try:

@@ -68,17 +68,24 @@ def earlier(places: Iterable[Path], measured: Protocol) -> dict[str, Any]:
     return {**found, "comparisons": comparisons} if comparisons else {}
 
 
-def check(path: Path, fingerprint: str, step: int, draws: int) -> None:
-    """Raises Refused if the record of a run is of other data, or has bounds of more draws."""
+def check(
+    path: Path, fingerprint: str, step: int, draws: int, requests: Iterable[Request] = (), count: int = 0
+) -> None:
+    """Raises Refused if the record of a run is of other data, or has bounds of more draws, or comparisons of these
+    requests with more generated images than `count`."""
     try:
         known = files.read_json(path)
         data, before, drawn = known["fingerprint"], known["step"], known["draws"]
-    except (OSError, ValueError, TypeError, KeyError):
+        counts = {key: one.get("count", 0) for key, one in known.get("comparisons", {}).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return  # there is none, or it is no record
     if data != fingerprint:
         raise not_own(path, f"images other than the {known.get('data')} that it was measured on")
     if before == step and drawn > draws and "bits_per_dim_iw" in known:
         raise not_own(path, f"--iw {draws}, because it has the tighter bound of --iw {drawn}")
+    for key in (request.key for request in requests):
+        if before == step and counts.get(key, 0) > count:
+            raise not_own(path, f"--count {count}, because it has {key} of --count {counts[key]}")
 
 
 def not_own(path: Path, what: str) -> Refused:

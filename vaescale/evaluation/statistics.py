@@ -17,7 +17,7 @@ SPLITS = 10  # of a set in sample order, for the inception score
 class Statistics:
     """Statistics of the features of N images, on the CPU. All ranks have the same ones."""
 
-    count: int  # N
+    count: int  # N; 0: not known
     mean: Tensor  # fp64 [D]
     covariance: Tensor  # fp64 [D, D], divided by N − 1
     rows: Tensor  # fp32 [min(N, KEPT), D], features of evenly spaced images in sample order; [0, D]: not known
@@ -26,7 +26,7 @@ class Statistics:
     @property
     def whole(self) -> bool:
         """Whether `rows` holds the features of all images."""
-        return len(self.rows) == self.count
+        return 0 < len(self.rows) == self.count
 
 
 class Gatherer:

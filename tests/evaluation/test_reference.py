@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vaescale.data import stream
+from vaescale.evaluation import reference
+from vaescale.evaluation.compare import Gathering, Refused
+from vaescale.evaluation.metrics.frechet import frechet
+from vaescale.evaluation.statistics import Statistics
+from vaescale.nn import features
+from vaescale.nn.features import Features
+
+IMAGES = {"data": "x/val", "fingerprint": "0123456789", "size": 16, "channels": 3}
+
+
+@pytest.fixture
+def net() -> Features:
+    return features.drawn("random")
+
+
+@pytest.fixture
+def known(pictures: Path, net: Features) -> Statistics:
+    slices = stream.ValidationSlices(stream.Config(root=str(pictures), size=16, workers=0))
+    return reference.gather(slices, net, torch.device("cpu"), micro=4)
+
+
+def test_all_images_are_gathered_once(pictures: Path, net: Features, known: Statistics) -> None:
+    x = stream.ValidationSlices(stream.Config(root=str(pictures), size=16, workers=0))[range(11)].batch.x
+    gathering = Gathering([net], 11, x[:1])
+    gathering.add(torch.arange(11), x)
+    expected = gathering.result()[net.words]
+    assert known.count == 11
+    assert torch.equal(known.rows, expected.rows)
+    assert torch.equal(known.covariance, expected.covariance)
+
+
+def test_a_file_holds_the_statistics(tmp_path: Path, net: Features, known: Statistics) -> None:
+    path = tmp_path / "folder" / "x.safetensors"
+    reference.write(path, known, net, IMAGES)
+    read, words = reference.read(path, [net], 16, 3)
+    found = read[net.words]
+    assert found.count == 11
+    for name in ("mean", "covariance", "rows"):
+        assert torch.equal(getattr(found, name), getattr(known, name))
+    assert frechet(found, known) < 1e-12
+    assert words.startswith("x.safetensors, xxh3 ")
+    assert words.endswith(" (11 images of x/val at 16 px, index 01234567)")
+
+
+def test_a_file_of_other_images_or_features_is_refused(tmp_path: Path, net: Features, known: Statistics) -> None:
+    path = tmp_path / "x.safetensors"
+    reference.write(path, known, net, IMAGES)
+    with pytest.raises(Refused, match=r"of 16 px and 3 channel\(s\), and the model's have 32 px and 3"):
+        reference.read(path, [net], 32, 3)
+    with pytest.raises(Refused, match="and the model's have 16 px and 1 channel"):
+        reference.read(path, [net], 16, 1)
+    with pytest.raises(Refused, match=r"other features \(FD \(random\), weights drawn, seed 0\)"):
+        reference.read(path, [features.drawn("random", 1)], 16, 3)
+    with pytest.raises(Refused, match="give one --features"):
+        reference.read(path, [net, net], 16, 3)
+    damaged = path.read_bytes()[:-1]
+    path.write_bytes(damaged)
+    with pytest.raises(Refused, match="neither a file that"):
+        reference.read(path, [net], 16, 3)
+    with pytest.raises(Refused, match=r"none cannot be read \(No such file"):
+        reference.read(tmp_path / "none", [net], 16, 3)
+
+
+def test_moments_of_others_are_read_without_running_code(tmp_path: Path, net: Features) -> None:
+    """As in VIRTUAL_imagenet256_labeled.npz, which has other arrays, too."""
+    mean, covariance = np.arange(64.0), np.eye(64)
+    path = tmp_path / "x.npz"
+    np.savez(path, mu=mean, sigma=covariance, mu_s=np.zeros(3))
+    with pytest.raises(Refused, match=r"is of Inception's features, not of FD \(random\)"):
+        reference.read(path, [net], 16, 3)
+    net.words = "FID"
+    read, words = reference.read(path, [net], 16, 3)
+    assert read["FID"].count == 0
+    assert torch.equal(read["FID"].mean, torch.arange(64, dtype=torch.float64))
+    assert len(read["FID"].rows) == 0
+    assert "x.npz, xxh3" in words
+    np.savez(path, mu=mean[:3], sigma=covariance)
+    with pytest.raises(Refused, match="are not those of 64 features"):
+        reference.read(path, [net], 16, 3)
+    np.savez(path, mu=np.array([print], dtype=object), sigma=covariance)
+    with pytest.raises(Refused, match="neither a file"):
+        reference.read(path, [net], 16, 3)
