@@ -4,6 +4,7 @@
     python launch/evaluate.py --run runs/a runs/b … [--iw K] [key=value …]     one table of all runs
     python launch/evaluate.py --run runs/a --metrics rfid rkid rpr gfid gkid gpr [--count N]
     python launch/evaluate.py --run runs/a/checkpoints/step-00000500 --out FILE
+    python launch/evaluate.py --codec diffusers:FOLDER python:FILE.py:NAME data.root=DATA data.size=64
     python launch/evaluate.py statistics DATA --size S [--split train] [--features NET] --out FILE    for --reference
     torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the --, torchrun reads --run as its own option
 
@@ -17,6 +18,9 @@ launch/weights.py wrote, for all runs. --picture FILE draws the reconstructions 
 Inception), the kernel distance (rkid), and precision, recall, density and coverage (rpr) of the reconstructions; the
 same (gfd, gfid, gkid, gpr) and the inception score (gis) of --count images from the prior. What was measured before
 under the same protocol is kept and not measured again.
+
+--codec measures tokenizers that others trained in the same way: a network of diffusers from a local folder, or an
+object with encode and decode (vaescale/interfaces.py) of a Python file, which is run. Only --out writes their numbers.
 
 Each validation image counts exactly once, on any number of ranks. The overrides apply to all runs. Exit code 2: a run
 cannot be measured, or the results cannot be written (they are still printed).
@@ -33,7 +37,8 @@ def parse() -> argparse.Namespace:
     if sys.argv[1:2] == ["statistics"]:
         return parse_statistics(sys.argv[2:])
     parser = arguments.command(__doc__)
-    parser.add_argument("--run", nargs="+", required=True, metavar="RUN")
+    parser.add_argument("--run", nargs="+", default=[], metavar="RUN")
+    parser.add_argument("--codec", nargs="+", default=[], metavar="KIND:PATH", help="codecs of others, see above")
     parser.add_argument(
         "--iw",
         type=int,
@@ -95,35 +100,33 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import json
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
 from vaescale import distributed, settings, trained
-from vaescale.config import ConfigError
+from vaescale.config import ConfigError, override, typed
 from vaescale.data import DataError, index, stream
-from vaescale.evaluation import record, reference, tables
-from vaescale.evaluation.compare import GENERATED, Refused
-from vaescale.evaluation.evaluate import protocol, reconstruct
-from vaescale.evaluation.generation import Generated, generated
-from vaescale.evaluation.measure import Comparer, Drawing, Generate, read_net
+from vaescale.evaluation import codecs, record, reference, tables
+from vaescale.evaluation.compare import Refused
+from vaescale.evaluation.measure import Comparer, Drawing, read_net
 from vaescale.evaluation.record import RECORD
 from vaescale.evaluation.show import compared, reconstructions
-from vaescale.interfaces import Codebooks, Codec
+from vaescale.evaluation.subject import Shown, Subject, measured
+from vaescale.interfaces import Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
-from vaescale.monitoring import code_statistics, pictures
-from vaescale.nn import perceptual
+from vaescale.monitoring import pictures
 
 SPLITS = {"train": stream.TrainingOnce, "val": stream.ValidationSlices}
-BATCH = 32  # images at a time on one rank
 # Settings that say how the images are read, and change no number.
 SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "max_megapixels")}
 
 
-class Shown(NamedTuple):
-    x: torch.Tensor  # uint8 [B, C, H, W]
-    reconstruction: torch.Tensor  # the same
+@dataclass(frozen=True)
+class OnlyData:
+    data: stream.Config = field(default_factory=stream.Config)
 
 
 def main(given: argparse.Namespace) -> int:
@@ -139,13 +142,17 @@ def main(given: argparse.Namespace) -> int:
         configs = [trained.read_config(run, overrides) for run in runs]
         if not given.out:
             check_own(runs, overrides)
-        distributed.init()
+        data = stream_config(overrides) if given.codec else stream.Config()
+        device = distributed.init()
         drawing = Drawing(given.count, given.labels, given.seed, given.temperature)
         comparer = Comparer(given.metrics, given.features, drawing, given.reference)
-        for run, config in zip(runs, configs, strict=True):
-            result, drawn[str(run)] = evaluate_run(run, config, given, comparer)
+        subjects = [partial(read_run, run, config, device) for run, config in zip(runs, configs, strict=True)]
+        subjects += [partial(read_codec, text, data, device) for text in given.codec]
+        for read in subjects:
+            subject = read()
+            result, drawn[subject.name] = measured(subject, comparer, device, given.iw, given.perceptual, given.out)
             results.append(result)
-            wrong += write(run, results, drawn[str(run)], given.out)
+            wrong += write(subject, results, drawn[subject.name], given.out)
         if given.picture:
             wrong += draw_together(drawn, given.picture)
     except (ConfigError, DataError, Refused, CheckpointError, distributed.Misplaced) as error:
@@ -155,7 +162,7 @@ def main(given: argparse.Namespace) -> int:
             print(tables.listing(results[0]))
         else:
             print(tables.comparison(results, "markdown" if given.format == "text" else given.format))
-        if not wrong and not given.out and len(results) == 1 and given.format == "text":
+        if not wrong and not given.out and len(results) == len(runs) == 1 and given.format == "text":
             print(f"  picture: {runs[0] / 'reconstructions.png'}")
         sys.stdout.flush()
     for one in wrong:
@@ -164,6 +171,8 @@ def main(given: argparse.Namespace) -> int:
 
 
 def check(given: argparse.Namespace) -> None:
+    if not given.run and not given.codec:
+        raise ConfigError("there is nothing to measure: give --run RUN or --codec KIND:PATH")
     if given.iw < 1:
         raise ConfigError(f"--iw {given.iw} must be at least 1")
     if given.count < 1:
@@ -183,7 +192,7 @@ def write_statistics(given: argparse.Namespace) -> int:
         device = distributed.init()
         net = read_net(given.features).to(device)
         watched = distributed.rank() == 0 and sys.stderr.isatty()
-        known = reference.gather(slices, net, device, BATCH, watched)
+        known = reference.gather(slices, net, device, watched)
         if distributed.rank() == 0:
             images = {"data": str(slices.samples.index.folder), "fingerprint": slices.samples.index.fingerprint()}
             reference.write(given.out, known, net, {**images, "size": config.size, "channels": config.channels})
@@ -197,19 +206,20 @@ def write_statistics(given: argparse.Namespace) -> int:
     return 0
 
 
-def write(run: Path, results: list[dict[str, Any]], shown: Shown, out: Path | None) -> list[str]:
-    """On rank 0. results: of the runs so far, the last one being that of `run`. Returns what cannot be written."""
-    if distributed.rank():
+def write(subject: Subject, results: list[dict[str, Any]], shown: Shown, out: Path | None) -> list[str]:
+    """On rank 0. results: those so far, the last one being that of `subject`. Returns what cannot be written."""
+    if distributed.rank() or not (out or subject.record):
         return []
     try:
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
-        else:
-            (run / RECORD).write_text(json.dumps(results[-1], indent=1) + "\n")
-            pictures.save(reconstructions(*shown), run / "reconstructions.png")
+        elif subject.record:
+            subject.record.write_text(json.dumps(results[-1], indent=1) + "\n")
+            pictures.save(reconstructions(*shown), subject.record.parent / "reconstructions.png")
     except OSError as error:
-        return [f"{error.filename or run} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
+        name = error.filename or subject.name
+        return [f"{name} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
     return []
 
 
@@ -240,98 +250,26 @@ def check_own(places: list[Path], overrides: list[str]) -> None:
             raise record.not_own(run / RECORD, changed[0])
 
 
-def evaluate_run(
-    run: Path, config: settings.Config, given: argparse.Namespace, comparer: Comparer
-) -> tuple[dict[str, Any], Shown]:
-    """(what evaluation.json holds, the fixed images and their reconstructions). run: may be a checkpoint of one.
-    Raises Refused. Collective."""
-    device = distributed.init()
-    distance, draws = perceptual_distance(config, given.perceptual), given.iw
+def stream_config(overrides: list[str]) -> stream.Config:
+    """Returns the data that codecs of others are measured on. Raises ConfigError."""
+    if not all(any(one.startswith(f"data.{key}=") for one in overrides) for key in ("root", "size")):
+        raise ConfigError("--codec needs data.root=… and data.size=…")
+    raw: dict[str, Any] = {}
+    override(raw, overrides)
+    return typed(OnlyData(), raw, "--codec").data
+
+
+def read_run(run: Path, config: settings.Config, device: torch.device) -> Subject:
+    """run: may be a checkpoint of one. Collective."""
     model, step = trained.read_model(run, config, device)
-    slices = stream.ValidationSlices(config.data)
-    index.check_files(*slices.indexes)
-    if not given.out:
-        requests = [request for request in comparer.requests if request.side == GENERATED]
-        record.check(run / RECORD, slices.samples.index.fingerprint(), step, draws, requests, given.count)
     assert isinstance(model, Codec)
-    usage = model.usage(clear=False) if isinstance(model, Codebooks) else {}
-    sizes = [len(one.window) for one in usage.values()]
-    watched = distributed.rank() == 0 and sys.stderr.isatty()
-    base = {
-        "weights": record.hash_of(model),
-        "step": step,
-        "images": len(slices.samples.index),
-        "data": slices.samples.index.fingerprint(),
-        "size": config.data.size,
-        "channels": config.data.channels,
-    }
-    places = [trained.run_of(run) / RECORD, *([given.out] if given.out else [])]
-    options = {"micro": BATCH, "draws": draws, "watched": watched, "distance": distance and distance.to(device)}
-    metrics = comparer.measure(model, slices, device, base, places, generator(model, config, given, device), **options)
-    for name, one in usage.items():
-        metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
-    shown = stream.fixed_images(slices).to(device)
-    reconstruction, latents = reconstruct(model, shown)
-    # What a closed form has learned are buffers.
-    parameters = sum(p.numel() for p in model.parameters()) or sum(b.numel() for b in model.buffers())
-    likelihood = getattr(config.model, "likelihood", None)
-    result = {
-        "run": str(run),
-        "model": config.model.kind,
-        "likelihood": likelihood.kind if likelihood else None,
-        "parameters": parameters,
-        "latents": tables.latents_in_words(latents, sizes),
-        **metrics,
-        "perceptual": distance.source if distance else None,
-        "draws": draws,
-        "step": step,
-        "weights": "averaged",
-        "data": str(Path(config.data.root) / "val"),
-        "fingerprint": slices.samples.index.fingerprint(),
-        "size": config.data.size,
-        "channels": config.data.channels,
-        "protocol": protocol(),
-    }
-    return result, Shown(shown.x.cpu(), reconstruction.cpu())
+    path = trained.run_of(run) / RECORD
+    return Subject(str(run), model, config.data, config.model.kind, step, config.model, record.hash_of(model), path)
 
 
-def generator(model: Codec, config: settings.Config, given: argparse.Namespace, device: torch.device) -> Generate:
-    """Returns what generates images as the command line says."""
-    classes, counts = getattr(config.model, "classes", 0), [1] * getattr(config.model, "classes", 0)
-    if classes and given.labels == "data":
-        labels = index.Index(Path(config.data.root) / "train").records["label"]
-        counts = [int((labels == label).sum()) for label in range(classes)]
-
-    def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
-        return generated(
-            model, count, given.labels, counts, given.seed, given.temperature, rank, world,
-            device=device, attributes=len(config.data.attributes),
-        )  # fmt: skip
-
-    return generate
-
-
-def perceptual_distance(config: settings.Config, given: str | None) -> perceptual.Distance | None:
-    """Returns the distance of the file `given`, else the run's own; None without either, or if the latter's file cannot
-    be read by all ranks. Raises ConfigError. Collective."""
-    own = getattr(config.model, "reconstruction", None)
-    path = given or (own.perceptual.weights if own and own.perceptual.weight else "")
-    if not path:
-        return None
-    distance, why = None, ""
-    try:
-        distance = perceptual.read(path)
-        perceptual.require_size(distance, config.data.size)
-    except ValueError as error:
-        why = str(error)
-    if not (ranks := distributed.where(bool(why))):
-        return distance
-    why = why or f"{path} cannot be read on rank {ranks[0]}: copy it to that node, too"
-    if given:
-        raise ConfigError(why)
-    if distributed.rank() == 0:
-        print(f"the perceptual distance is not measured: {why}, or give --perceptual FILE", file=sys.stderr)
-    return None
+def read_codec(text: str, data: stream.Config, device: torch.device) -> Subject:
+    found = codecs.read(text, device)
+    return Subject(text, found.codec, data, found.model, None, None, found.weights, None)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,68 @@ def test_comparisons_are_kept_until_the_run_changes(pictures: Path, tmp_path: Pa
     assert json.loads((run / "evaluation.json").read_text()) == last
 
 
+OWN = """
+from torch.nn.functional import avg_pool2d, interpolate
+
+class Thumbnails:
+    def encode(self, batch, temperature=0.0):
+        return [avg_pool2d(batch.x / 255, 4)]
+
+    def decode(self, latents, condition=None, temperature=1.0, draw=False, sample=None):
+        return interpolate(latents[0], scale_factor=4)
+
+class Small(Thumbnails):
+    def decode(self, latents, *others):
+        return latents[0]
+"""
+
+
+def test_codecs_of_others_and_ours_stand_in_one_table(pictures: Path, tmp_path: Path, command: Command) -> None:
+    import diffusers
+
+    file, folder, out = tmp_path / "own.py", tmp_path / "vq", tmp_path / "out.json"
+    file.write_text(OWN)
+    blocks = {"block_out_channels": (8,), "norm_num_groups": 2, "num_vq_embeddings": 16}
+    diffusers.VQModel(**blocks).save_pretrained(folder)
+    run = untrained(tmp_path / "run", "tiny", pictures)
+    words = ["--codec", f"diffusers:{folder}", f"python:{file}:Thumbnails", f"data.root={pictures}", "data.size=16"]
+    common = ["--metrics", "rfd", "--features", "random", "--out", out, "data.workers=0"]
+    code, output = command(evaluate, *words, "--run", run, *common)
+    assert code == 0, output
+    rows = [line.strip("|").split("|") for line in output.splitlines() if line[:1] == "|"]
+    assert [row[1].strip() for row in rows[2:]] == ["vqvae", "diffusers VQModel", "Thumbnails"]
+    assert "Not comparable" not in output
+    ours, vq, own = json.loads(out.read_text())
+    assert ours["comparisons"]["rfd_random"]["features"] == vq["comparisons"]["rfd_random"]["features"]
+    assert 0 < vq["usage"] <= 1
+    assert vq["latents"] == "16 × 16, K = 16"
+    assert "usage_ever" not in vq
+    assert own["psnr"] > vq["psnr"]
+    assert own["step"] is None
+
+    # A network's numbers are kept in the file, those of an object are not: what it computes may have changed.
+    code, output = command(evaluate, *words, *common)
+    assert (code, output.count("not measured again")) == (0, 1)
+    code, output = command(evaluate, *words[:2], *words[3:])
+    assert (code, output.splitlines()[0].startswith(f"diffusers:{folder}, 11 images of")) == (0, True)
+    assert not (folder / "evaluation.json").exists()
+
+
+def test_codecs_that_cannot_be_measured_are_one_sentence(pictures: Path, tmp_path: Path, command: Command) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    given = ["--codec", f"python:{file}:Small", f"data.root={pictures}", "data.workers=0"]
+    cases = {
+        (*given, "data.size=16"): "returns images of 3 × 4 × 4 instead of 3 × 16 × 16: give another data.size",
+        (*given,): "error: --codec needs data.root=… and data.size=…",
+        ("--iw", "2"): "give --run RUN or --codec KIND:PATH",
+        ("--codec", "x", f"data.root={pictures}", "data.size=16"): "--codec x is neither diffusers:FOLDER nor python:",
+    }
+    for words, said in cases.items():
+        code, output = command(evaluate, *words)
+        assert (code, said in output, output.count("\n")) == (2, True, 1), output
+
+
 def test_generated_images_are_compared_with_a_reference(pictures: Path, tmp_path: Path, command: Command) -> None:
     """By default with the validation images, whose statistics in a file give the same number."""
     run, file = untrained(tmp_path, "tiny_vae", pictures), tmp_path / "val.safetensors"

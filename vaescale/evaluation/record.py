@@ -69,7 +69,7 @@ def earlier(places: Iterable[Path], measured: Protocol) -> dict[str, Any]:
 
 
 def check(
-    path: Path, fingerprint: str, step: int, draws: int, requests: Iterable[Request] = (), count: int = 0
+    path: Path, fingerprint: str, step: int | None, draws: int, requests: Iterable[Request] = (), count: int = 0
 ) -> None:
     """Raises Refused if the record of a run is of other data, or has bounds of more draws, or comparisons of these
     requests with more generated images than `count`."""

@@ -30,7 +30,7 @@ TENSORS = ("mean", "covariance", "rows")
 
 
 def gather(
-    slices: stream.ValidationSlices, net: Features, device: torch.device, micro: int, watched: bool = False
+    slices: stream.ValidationSlices, net: Features, device: torch.device, watched: bool = False, micro: int = 32
 ) -> Statistics:
     """Returns the statistics of all images of `slices`. net: on the device; micro: images at a time. Raises Refused if
     an image is damaged. Collective."""

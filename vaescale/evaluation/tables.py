@@ -49,7 +49,8 @@ def listing(result: Result) -> str:
             rows.append((f"{words[measure]}, {name}", _number(result[key])))
     rows += [(number.words.format(draws="K"), number.absent) for number in _absent([result])]
     width = max(len(text) for text, _ in rows)
-    lines = [f"{result['run']} at step {result['step']}, {_held_out(result)}"]
+    at = "" if result["step"] is None else f" at step {result['step']}"
+    lines = [f"{result['run']}{at}, {_held_out(result)}"]
     lines += [f"  {text:<{width}}  {value:>8}" for text, value in rows]
     return "\n".join([*lines, *(f"  {line}" for line in protocol_lines([result])[1:])])
 

@@ -1,0 +1,137 @@
+"""What is measured, a trained model or the codec of others, and its whole result."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..data import index, stream
+from ..interfaces import Codebooks, Codec
+from ..monitoring import code_statistics
+from ..nn import perceptual as distances
+from ..nn.perceptual import Distance
+from . import record, tables
+from .compare import GENERATED, Refused
+from .evaluate import protocol, reconstruct
+from .generation import Generated, generated
+from .measure import Comparer, Drawing, Generate
+
+BATCH = 32  # images at a time on one rank
+
+
+class Subject(NamedTuple):
+    """A codec to measure."""
+
+    name: str
+    codec: Codec
+    data: stream.Config
+    model: str  # its kind, in words
+    step: int | None  # None: not of a run
+    config: Any  # of the model; None: not of a run
+    weights: str | None  # hash; None: not known
+    record: Path | None  # where its numbers are kept, by default
+
+
+class Shown(NamedTuple):
+    x: Tensor  # uint8 [B, C, H, W]
+    reconstruction: Tensor  # the same
+
+
+def measured(
+    subject: Subject, comparer: Comparer, device: torch.device, draws: int, perceptual: str | None, out: Path | None
+) -> tuple[dict[str, Any], Shown]:
+    """Returns (the content of an evaluation.json, the fixed images and their reconstructions). draws: latents per
+    image; perceptual: a file; out: the file that is written, None: the subject's own. Raises Refused. Collective."""
+    codec, data = subject.codec, subject.data
+    distance = perceptual_distance(subject, perceptual)
+    slices = stream.ValidationSlices(data)
+    index.check_files(*slices.indexes)
+    fingerprint = slices.samples.index.fingerprint()
+    if subject.record and not out:
+        requests = [request for request in comparer.requests if request.side == GENERATED]
+        record.check(subject.record, fingerprint, subject.step, draws, requests, comparer.drawing.count)
+    shown = stream.fixed_images(slices).to(device)
+    reconstruction, latents = reconstruct(codec, shown)
+    if reconstruction.shape != shown.x.shape:
+        sizes = " instead of ".join(" × ".join(map(str, one.shape[1:])) for one in (reconstruction, shown.x))
+        raise Refused(f"{subject.name} returns images of {sizes}: give another data.size or data.channels")
+    about = {"images": len(slices.samples.index), "data": fingerprint, "size": data.size, "channels": data.channels}
+    base = {"weights": subject.weights, "step": subject.step, **about}
+    places = [one for one in (subject.record, out) if one and subject.weights]
+    watched = distributed.rank() == 0 and sys.stderr.isatty()
+    options = {"micro": BATCH, "draws": draws, "watched": watched, "distance": distance and distance.to(device)}
+    generate = generator(subject, comparer.drawing, device)
+    metrics = comparer.measure(codec, slices, device, base, places, generate, **options)
+    usage = codec.usage(clear=False) if isinstance(codec, Codebooks) else {}
+    for name, one in usage.items() if subject.config else ():
+        metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
+    likelihood = getattr(subject.config, "likelihood", None)
+    result = {
+        "run": subject.name,
+        "model": subject.model,
+        "likelihood": likelihood.kind if likelihood else None,
+        "parameters": parameters_of(codec),
+        "latents": tables.latents_in_words(latents, [len(one.window) for one in usage.values()]),
+        **metrics,
+        "perceptual": distance.source if distance else None,
+        "draws": draws,
+        "step": subject.step,
+        "weights": "averaged" if subject.config else "as given",
+        "data": str(Path(data.root) / "val"),
+        "fingerprint": fingerprint,
+        "size": data.size,
+        "channels": data.channels,
+        "protocol": protocol(),
+    }
+    return result, Shown(shown.x.cpu(), reconstruction.cpu())
+
+
+def parameters_of(codec: Codec) -> int:
+    if not isinstance(codec, torch.nn.Module):
+        return 0
+    # What a closed form has learned are buffers.
+    return sum(p.numel() for p in codec.parameters()) or sum(b.numel() for b in codec.buffers())
+
+
+def generator(subject: Subject, drawing: Drawing, device: torch.device) -> Generate:
+    """Returns what generates images as `drawing` says."""
+    classes = getattr(subject.config, "classes", 0)
+    counts = [1] * classes
+    if classes and drawing.labels == "data":
+        labels = index.Index(Path(subject.data.root) / "train").records["label"]
+        counts = [int((labels == label).sum()) for label in range(classes)]
+
+    def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
+        return generated(
+            subject.codec, count, drawing.labels, counts, drawing.seed, drawing.temperature, rank, world,
+            device=device, attributes=len(subject.data.attributes),
+        )  # fmt: skip
+
+    return generate
+
+
+def perceptual_distance(subject: Subject, given: str | None) -> Distance | None:
+    """Returns the distance of the file `given`, else the run's own; None without either, or if the latter's file cannot
+    be read by all ranks. Raises Refused. Collective."""
+    own = getattr(subject.config, "reconstruction", None)
+    path = given or (own.perceptual.weights if own and own.perceptual.weight else "")
+    if not path:
+        return None
+    distance, why = None, ""
+    try:
+        distance = distances.read(path)
+        distances.require_size(distance, subject.data.size)
+    except ValueError as error:
+        why = str(error)
+    if not (ranks := distributed.where(bool(why))):
+        return distance
+    why = why or f"{path} cannot be read on rank {ranks[0]}: copy it to that node, too"
+    if given:
+        raise Refused(why)
+    if distributed.rank() == 0:
+        print(f"the perceptual distance is not measured: {why}, or give --perceptual FILE", file=sys.stderr)
+    return None
