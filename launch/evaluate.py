@@ -22,6 +22,9 @@ under the same protocol is kept and not measured again.
 --codec measures tokenizers that others trained in the same way: a network of diffusers from a local folder, or an
 object with encode and decode (vaescale/interfaces.py) of a Python file, which is run. Only --out writes their numbers.
 
+--nearest FILE draws generated images and reconstructions next to their nearest training images by the same features,
+and says how often a generated image is nearer to one than a held-out image.
+
 Each validation image counts exactly once, on any number of ranks. The overrides apply to all runs. Exit code 2: a run
 cannot be measured, or the results cannot be written (they are still printed).
 """
@@ -51,6 +54,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw the reconstructions of all runs there, as PNG"
+    )
+    parser.add_argument(
+        "--nearest", type=Path, metavar="FILE", help="draw the nearest training images of generated and decoded images"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, not into the run")
     parser.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="comparisons to measure, see above")
@@ -109,7 +115,7 @@ import torch
 from vaescale import distributed, settings, trained
 from vaescale.config import ConfigError, override, typed
 from vaescale.data import DataError, index, stream
-from vaescale.evaluation import codecs, record, reference, tables
+from vaescale.evaluation import codecs, nearest, record, reference, tables
 from vaescale.evaluation.compare import Refused
 from vaescale.evaluation.measure import Comparer, Drawing, read_net
 from vaescale.evaluation.record import RECORD
@@ -151,6 +157,8 @@ def main(given: argparse.Namespace) -> int:
         for read in subjects:
             subject = read()
             result, drawn[subject.name] = measured(subject, comparer, device, given.iw, given.perceptual, given.out)
+            if given.nearest:
+                wrong += draw_nearest(subject, result, given, drawing, device)
             results.append(result)
             wrong += write(subject, results, drawn[subject.name], given.out)
         if given.picture:
@@ -173,6 +181,8 @@ def main(given: argparse.Namespace) -> int:
 def check(given: argparse.Namespace) -> None:
     if not given.run and not given.codec:
         raise ConfigError("there is nothing to measure: give --run RUN or --codec KIND:PATH")
+    if given.nearest and len(given.run) + len(given.codec) > 1:
+        raise ConfigError("--nearest draws the images of one model: give one --run or one --codec")
     if given.iw < 1:
         raise ConfigError(f"--iw {given.iw} must be at least 1")
     if given.count < 1:
@@ -220,6 +230,24 @@ def write(subject: Subject, results: list[dict[str, Any]], shown: Shown, out: Pa
     except OSError as error:
         name = error.filename or subject.name
         return [f"{name} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
+    return []
+
+
+def draw_nearest(
+    subject: Subject, result: dict[str, Any], given: argparse.Namespace, drawing: Drawing, device: torch.device
+) -> list[str]:
+    """Draws the nearest training images, and adds the share of nearer images to `result`. Returns why the picture
+    cannot be written. Collective."""
+    net = read_net(given.features[0]).to(device)
+    picture, result["nearest"] = nearest.of(subject, net, drawing, device)
+    if distributed.rank():
+        return []
+    try:
+        given.nearest.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save(picture, given.nearest)
+    except (OSError, ValueError) as error:  # ValueError: a name whose ending is that of no picture
+        return [f"{given.nearest} cannot be written ({error}): give --nearest another file, ending in .png"]
+    print(f"{given.nearest}: {nearest.in_words(result['nearest'])}")
     return []
 
 

@@ -14,6 +14,7 @@ from tests.conftest import samples
 from tests.test_library import untrained
 from vaescale import distributed
 from vaescale.data.shards import write
+from vaescale.evaluation import nearest
 
 Command = Callable[..., tuple[int, str]]
 
@@ -193,6 +194,26 @@ def test_generated_images_are_compared_with_a_reference(pictures: Path, tmp_path
     assert (code, "none cannot be read" in output) == (2, True)
     code, output = command(evaluate, "statistics", tmp_path / "none", *size, training)
     assert (code, output.count("\n")) == (2, 1)
+
+
+def test_the_nearest_training_images_are_drawn(
+    pictures: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearest, "QUERIES", 20)
+    widths = []
+    for name, words in (("tiny_vae", "nearer to one than a held-out image in"), ("tiny", "has no prior to generate")):
+        run, file = untrained(tmp_path / name, name, pictures), tmp_path / f"{name}.png"
+        code, output = command(evaluate, "--run", run, "--nearest", file, "--features", "random", "data.workers=0")
+        assert (code, words in output) == (0, True), output
+        found = json.loads((run / "evaluation.json").read_text())["nearest"]
+        assert found["features"]["words"] == "FD (random)"
+        assert ("nearer" in found) == (name == "tiny_vae")
+        with Image.open(file) as picture:
+            widths.append(picture.width)
+    assert widths[0] > 1.5 * widths[1]
+    assert 0 <= json.loads((tmp_path / "tiny_vae" / "evaluation.json").read_text())["nearest"]["nearer"] <= 1
+    code, output = command(evaluate, "--run", run, run, "--nearest", file)
+    assert (code, "--nearest draws the images of one model" in output) == (2, True)
 
 
 def test_a_model_without_a_prior_generates_nothing(pictures: Path, tmp_path: Path, command: Command) -> None:

@@ -1,0 +1,145 @@
+"""Nearest training images: a picture of them next to generated images and reconstructions, and a test for copying.
+
+Distances are between the features of a network. The test is that of Meehan, Chaudhuri, Dasgupta 2020, "A non-parametric
+test to detect data-copying in generative models", section 3, without its division of the space into cells.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import distributed
+from ..data import stream
+from ..interfaces import Codec
+from ..monitoring.pictures import Picture, grid, joined
+from ..nn.features import Features
+from .compare import Gathering
+from .evaluate import reconstruct
+from .measure import Drawing, Generate
+from .sample import Unsupported
+from .subject import Subject, generator
+
+QUERIES = 1000  # images whose nearest training images are searched, of each kind
+SHOWN = 8  # of them in a picture
+NEIGHBOURS = 3
+MICRO = 32  # images at a time
+HOW = (
+    "nearer: share of pairs of a generated and a held-out image of which the generated one is nearer to its nearest "
+    "training image, by features (Meehan et al. 2020, without cells); 0.5 if nothing is copied"
+)
+
+
+def share_nearer(ours: Tensor, others: Tensor) -> float:
+    """Returns the share of pairs of which the first distance is smaller, with half of the equal ones. ours [N], others
+    [M]. It is the Mann-Whitney statistic divided by N · M."""
+    ordered, ours = others.sort().values, ours.contiguous()
+    below = len(others) - torch.searchsorted(ordered, ours, right=True)
+    not_above = len(others) - torch.searchsorted(ordered, ours)
+    return float((below + not_above).double().mean()) / (2 * len(others))
+
+
+def features_of(net: Features, count: int, batches: Iterable[tuple[Tensor, Tensor]], blank: Tensor) -> Tensor:
+    """Returns the features of `count` images, fp32 [count, D] on the CPU, from this rank's batches of numbers and
+    images. Collective."""
+    gathering = Gathering([net], count, blank)
+    for numbers, x in batches:
+        gathering.add(numbers, x)
+    return gathering.result()[net.words].rows
+
+
+def search(
+    queries: Tensor, net: Features, slices: stream.ValidationSlices, device: torch.device, watched: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Returns the distances to the NEIGHBOURS nearest images of `slices`, fp64 [Q, NEIGHBOURS], ascending, and their
+    numbers, int64. queries: fp32 [Q, D], the same on all ranks; net: on the device. Collective."""
+    rank, world = distributed.rank(), distributed.world()
+    rows = queries.to(device).double()
+    best = rows.new_full((len(rows), NEIGHBOURS), torch.inf)
+    numbers = torch.full_like(best, -1)  # exact up to 2⁵³
+    loader = stream.validation_loader(slices, MICRO, rank, world, device.type == "cuda")
+    batches = -(-len(slices.samples.index) // (MICRO * world))
+    for decoded in tqdm(loader, "nearest", batches, unit="batch", disable=not watched):
+        batch = decoded.batch.to(device)
+        found = torch.cdist(rows, net(batch.x)[0].double(), compute_mode="donot_use_mm_for_euclid_dist")
+        best, numbers = _nearest(torch.cat([best, found], 1), torch.cat([numbers, batch.sample.expand_as(found)], 1))
+    of_all = distributed.gather(torch.stack([best, numbers]))  # [W, 2, Q, NEIGHBOURS]
+    best, numbers = _nearest(*of_all.permute(1, 2, 0, 3).flatten(2))
+    return best, numbers.long()
+
+
+def _nearest(distances: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The NEIGHBOURS smallest of each row, ascending."""
+    found, places = distances.topk(NEIGHBOURS, largest=False)
+    return found, numbers.gather(1, places)
+
+
+def of(subject: Subject, net: Features, drawing: Drawing, device: torch.device) -> tuple[Picture, dict[str, Any]]:
+    """Returns the picture, and for evaluation.json the share "nearer", if the codec has a prior, with how it was
+    measured. net: on the device. Collective."""
+    generate: Generate | None = generator(subject, drawing, device)
+    assert generate is not None
+    try:
+        next(iter(generate(1, 0, 1)))
+    except Unsupported:
+        generate = None
+    watched = distributed.rank() == 0 and sys.stderr.isatty()
+    picture, found = nearest(subject.codec, subject.data, net, device, generate, watched)
+    how = {"labels": drawing.labels, "seed": drawing.seed, "temperature": drawing.temperature}
+    return picture, {**found, "how": HOW, "queries": QUERIES, "features": {"words": net.words, **net.protocol}, **how}
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """Describes the second result of `of`."""
+    if "nearer" not in found:
+        return "nearest training images of reconstructions; the codec has no prior to generate images from"
+    return (
+        f"nearest training images; a generated image is nearer to one than a held-out image in {found['nearer']:.1%} "
+        "of pairs (50%: nothing is copied)"
+    )
+
+
+@torch.no_grad()
+def nearest(
+    codec: Codec, data: stream.Config, net: Features, device: torch.device, generate: Generate | None, watched: bool
+) -> tuple[Picture, dict[str, float]]:
+    """Returns the picture of generated images (without `generate`, of none) and reconstructions next to their nearest
+    training images, and as "nearer" the share of pairs of a generated and a held-out image of which the generated one
+    is nearer to a training image: 0.5 if the model copies nothing, 1 if it only copies. Collective."""
+    rank, world = distributed.rank(), distributed.world()
+    held_out, training = stream.ValidationSlices(data), stream.TrainingOnce(data)
+    total = len(held_out.samples.index)
+    chosen = [k * total // min(QUERIES, total) for k in range(min(QUERIES, total))]
+    blank = torch.zeros(1, data.channels, data.size, data.size, dtype=torch.uint8, device=device)
+
+    def validation() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.arange(rank, len(chosen), world).split(MICRO):
+            x = stream.chosen_images(held_out, [chosen[k] for k in part.tolist()]).x
+            yield part.to(device), x.to(device)
+
+    shown = stream.fixed_images(held_out).to(device)
+    y, _ = reconstruct(codec, shown)
+    queries = [features_of(net, len(chosen), validation(), blank), net(y)[0].cpu()]
+    images = {"reconstruction": y}
+    if generate:
+        drawn = ((batch.number, batch.x) for batch in generate(QUERIES, rank, world))
+        queries.append(features_of(net, QUERIES, drawn, blank))
+        images = {"generated": torch.cat([batch.x for batch in generate(SHOWN, 0, 1)]), **images}
+    distances, numbers = search(torch.cat(queries), net, training, device, watched)
+    sizes = [len(one) for one in queries]
+    found = {}
+    if generate:
+        of_held_out, _, of_drawn = (part[:, 0] for part in distances.split(sizes))
+        found["nearer"] = share_nearer(of_drawn, of_held_out)
+    places = {"reconstruction": numbers.split(sizes)[1], "generated": numbers.split(sizes)[-1]}
+    blocks = [_block(training, name, x, places[name][: len(x)]) for name, x in images.items()]
+    return joined(blocks, axis=1), found
+
+
+def _block(training: stream.ValidationSlices, name: str, x: Tensor, numbers: Tensor) -> Picture:
+    neighbours = stream.chosen_images(training, numbers.flatten().tolist()).x.unflatten(0, numbers.shape)
+    images = torch.cat([x.cpu()[:, None], neighbours], dim=1).flatten(0, 1)
+    return grid(images, 1 + NEIGHBOURS, [name, "nearest", "second", "third"], title=f"{name} and training images")
