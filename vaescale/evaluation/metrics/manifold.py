@@ -13,7 +13,7 @@ from .metric import Comparison, Number
 
 PRECISION_K = 3  # neighbours whose distance is the radius around an image, for precision and recall
 DENSITY_K = 5  # the same for density and coverage
-ROWS, COLUMNS = 1024, 2048  # of the distances computed at once: 8 MiB, and as much for each copy
+ROWS, COLUMNS = 1024, 1024  # of the distances computed at once: 4 MiB, and as much for each copy
 
 
 def manifold(reference: Tensor, other: Tensor) -> dict[str, float]:
