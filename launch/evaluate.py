@@ -21,6 +21,7 @@ under the same protocol is kept and not measured again.
 
 --codec measures tokenizers that others trained in the same way: a network of diffusers from a local folder, or an
 object with encode and decode (vaescale/interfaces.py) of a Python file, which is run. Only --out writes their numbers.
+With --run they are measured on the data of the first run.
 
 --nearest FILE draws generated images and reconstructions next to their nearest training images by the same features,
 and says how often a generated image is nearer to one than a held-out image.
@@ -117,7 +118,7 @@ from vaescale.config import ConfigError, override, typed
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import codecs, nearest, record, reference, tables
 from vaescale.evaluation.compare import Refused
-from vaescale.evaluation.measure import Comparer, Drawing, read_net
+from vaescale.evaluation.measure import Comparer, Drawing, read_alike, read_net
 from vaescale.evaluation.record import RECORD
 from vaescale.evaluation.show import compared, reconstructions
 from vaescale.evaluation.subject import Shown, Subject, measured
@@ -148,7 +149,7 @@ def main(given: argparse.Namespace) -> int:
         configs = [trained.read_config(run, overrides) for run in runs]
         if not given.out:
             check_own(runs, overrides)
-        data = stream_config(overrides) if given.codec else stream.Config()
+        data = data_of_codecs(configs, overrides) if given.codec else stream.Config()
         device = distributed.init()
         drawing = Drawing(given.count, given.labels, given.seed, given.temperature)
         comparer = Comparer(given.metrics, given.features, drawing, given.reference)
@@ -278,10 +279,13 @@ def check_own(places: list[Path], overrides: list[str]) -> None:
             raise record.not_own(run / RECORD, changed[0])
 
 
-def stream_config(overrides: list[str]) -> stream.Config:
-    """Returns the data that codecs of others are measured on. Raises ConfigError."""
+def data_of_codecs(configs: list[settings.Config], overrides: list[str]) -> stream.Config:
+    """Returns the data that codecs of others are measured on, those of the first run if there is one. Raises
+    ConfigError."""
+    if configs:
+        return configs[0].data
     if not all(any(one.startswith(f"data.{key}=") for one in overrides) for key in ("root", "size")):
-        raise ConfigError("--codec needs data.root=… and data.size=…")
+        raise ConfigError("--codec without --run needs data.root=… and data.size=…")
     raw: dict[str, Any] = {}
     override(raw, overrides)
     return typed(OnlyData(), raw, "--codec").data
@@ -296,7 +300,8 @@ def read_run(run: Path, config: settings.Config, device: torch.device) -> Subjec
 
 
 def read_codec(text: str, data: stream.Config, device: torch.device) -> Subject:
-    found = codecs.read(text, device)
+    """Raises Refused. Collective."""
+    found = read_alike(text, partial(codecs.read, text, device))
     return Subject(text, found.codec, data, found.model, None, None, found.weights, None)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from launch import evaluate, sample
 from tests.conftest import samples
+from tests.evaluation.test_codecs import page_file, saved
 from tests.test_library import untrained
 from vaescale import distributed
 from vaescale.data.shards import write
@@ -120,12 +121,9 @@ class Small(Thumbnails):
 
 
 def test_codecs_of_others_and_ours_stand_in_one_table(pictures: Path, tmp_path: Path, command: Command) -> None:
-    import diffusers
-
     file, folder, out = tmp_path / "own.py", tmp_path / "vq", tmp_path / "out.json"
     file.write_text(OWN)
-    blocks = {"block_out_channels": (8,), "norm_num_groups": 2, "num_vq_embeddings": 16}
-    diffusers.VQModel(**blocks).save_pretrained(folder)
+    saved("VQModel", folder)
     run = untrained(tmp_path / "run", "tiny", pictures)
     words = ["--codec", f"diffusers:{folder}", f"python:{file}:Thumbnails", f"data.root={pictures}", "data.size=16"]
     common = ["--metrics", "rfd", "--features", "random", "--out", out, "data.workers=0"]
@@ -137,10 +135,12 @@ def test_codecs_of_others_and_ours_stand_in_one_table(pictures: Path, tmp_path: 
     ours, vq, own = json.loads(out.read_text())
     assert ours["comparisons"]["rfd_random"]["features"] == vq["comparisons"]["rfd_random"]["features"]
     assert 0 < vq["usage"] <= 1
-    assert vq["latents"] == "16 × 16, K = 16"
+    assert vq["latents"] == "8 × 8, K = 16"
     assert "usage_ever" not in vq
     assert own["psnr"] > vq["psnr"]
     assert own["step"] is None
+    assert "parameters" not in own
+    assert not (run / "evaluation.json").exists()
 
     # A network's numbers are kept in the file, those of an object are not: what it computes may have changed.
     code, output = command(evaluate, *words, *common)
@@ -150,13 +150,28 @@ def test_codecs_of_others_and_ours_stand_in_one_table(pictures: Path, tmp_path: 
     assert not (folder / "evaluation.json").exists()
 
 
+def test_codecs_are_measured_on_the_data_of_the_first_run(pictures: Path, tmp_path: Path, command: Command) -> None:
+    file, out = page_file(tmp_path / "lowest.py"), tmp_path / "out.json"
+    saved("AutoencoderKL", tmp_path / "kl")
+    run = untrained(tmp_path / "run", "tiny", pictures, "data.size=24")
+    words = ["--codec", f"diffusers:{tmp_path / 'kl'}", f"python:{file}:LowestFrequencies", "--out", out]
+    code, output = command(evaluate, *words, "--run", run, "data.workers=0")
+    assert code == 0, output
+    with_run = json.loads(out.read_text())
+    assert [one["size"] for one in with_run] == [24, 24, 24]
+    assert [one["latents"] for one in with_run[1:]] == ["4 × 12 × 12", "30 × 3 × 3"]
+    code, output = command(evaluate, *words, f"data.root={pictures}", "data.size=24", "data.workers=0")
+    assert code == 0, output
+    assert json.loads(out.read_text()) == with_run[1:]
+
+
 def test_codecs_that_cannot_be_measured_are_one_sentence(pictures: Path, tmp_path: Path, command: Command) -> None:
     file = tmp_path / "own.py"
     file.write_text(OWN)
     given = ["--codec", f"python:{file}:Small", f"data.root={pictures}", "data.workers=0"]
     cases = {
         (*given, "data.size=16"): "returns images of 3 × 4 × 4 instead of 3 × 16 × 16: give another data.size",
-        (*given,): "error: --codec needs data.root=… and data.size=…",
+        (*given,): "error: --codec without --run needs data.root=… and data.size=…",
         ("--iw", "2"): "give --run RUN or --codec KIND:PATH",
         ("--codec", "x", f"data.root={pictures}", "data.size=16"): "--codec x is neither diffusers:FOLDER nor python:",
     }

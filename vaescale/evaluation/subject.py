@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import distributed
 from ..data import index, stream
@@ -74,7 +74,7 @@ def measured(
         "run": subject.name,
         "model": subject.model,
         "likelihood": likelihood.kind if likelihood else None,
-        "parameters": parameters_of(codec),
+        **({"parameters": parameters_of(codec)} if isinstance(codec, nn.Module) else {}),
         "latents": tables.latents_in_words(latents, [len(one.window) for one in usage.values()]),
         **metrics,
         "perceptual": distance.source if distance else None,
@@ -90,9 +90,7 @@ def measured(
     return result, Shown(shown.x.cpu(), reconstruction.cpu())
 
 
-def parameters_of(codec: Codec) -> int:
-    if not isinstance(codec, torch.nn.Module):
-        return 0
+def parameters_of(codec: nn.Module) -> int:
     # What a closed form has learned are buffers.
     return sum(p.numel() for p in codec.parameters()) or sum(b.numel() for b in codec.buffers())
 
