@@ -45,6 +45,18 @@ class Every:
     report: int = ranged(20, least=1)
     validate: int = ranged(500, least=1)
     checkpoint: int = ranged(500, least=1)
+    evaluate: int = ranged(0, least=0)  # between validations that also measure what `evaluation` says; 0: never
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Comparisons of sets of images at every.evaluate, as of launch/evaluate.py."""
+
+    # rfd and gfd are rFID and gFID if the features are those of Inception
+    metrics: list[Literal["rfd", "rkid", "rpr", "gfd", "gkid", "gis", "gpr"]] = field(default_factory=lambda: ["rkid"])
+    features: Literal["inception", "dinov2", "efficientnet-lite0", "random"] = "inception"  # random: for tests only
+    # validation images that are used, evenly spaced, or all if there are fewer; also images that are generated
+    count: int = ranged(2000, least=2)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     adversarial: critic.Config = field(default_factory=critic.Config)
     every: Every = field(default_factory=Every)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
     version: int = ranged(VERSION, least=VERSION, most=VERSION)  # of the names of settings
 

@@ -62,6 +62,22 @@ def test_numbers_are_those_of_the_statistics_of_both_sides() -> None:
             assert found[f"r{key}_random"] == value, name
 
 
+@pytest.mark.parametrize("micro", [1, 7, 64])
+def test_evenly_spaced_images_stand_for_all(micro: int) -> None:
+    """Whatever the order and size of the batches."""
+    net = features.drawn("random")
+    x = images(50, 0)
+    gathering = Gathering([net], 50, x[:1], 36)
+    for numbers in torch.arange(50).flip(0).split(micro):
+        gathering.add(numbers, x[numbers])
+    chosen = Gathering([net], 36, x[:1])
+    chosen.add(torch.arange(36), x[[number * 50 // 36 for number in range(36)]])
+    found, expected = (one.result()[net.words] for one in (gathering, chosen))
+    assert found.count == 36
+    assert torch.equal(found.rows, expected.rows)
+    assert Gathering([net], 50, x[:1], 51).count == 50
+
+
 def test_what_cannot_be_measured_is_refused_before() -> None:
     net = features.drawn("random")
     words = net.words

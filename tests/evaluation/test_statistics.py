@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from vaescale.evaluation import statistics
-from vaescale.evaluation.statistics import Gatherer, Statistics, factor
+from vaescale.evaluation.statistics import Gatherer, Statistics, factor, spaced
 
 
 def gathered(x: torch.Tensor, logits: torch.Tensor | None = None, micro: int = 7) -> Statistics:
@@ -56,3 +56,11 @@ def test_a_factor_is_a_root_of_the_covariance(monkeypatch: pytest.MonkeyPatch, c
     a = factor(found)
     assert len(a) <= 9
     assert (a.T @ a).numpy() == pytest.approx(found.covariance.numpy(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, 1), (7, 7), (10, 3), (11, 4), (50_000, 2000), (101, 100)])
+def test_evenly_spaced_places_are_those_of_the_formula(count: int, kept: int) -> None:
+    chosen = [place * count // kept for place in range(kept)]
+    expected = torch.full((count,), kept)
+    expected[chosen] = torch.arange(kept)
+    assert torch.equal(spaced(torch.arange(count), count, kept), expected)

@@ -30,7 +30,7 @@ from vaescale.lifecycle.checkpoint import verify
 from vaescale.lifecycle.writer import Writer
 from vaescale.models import kl
 from vaescale.monitoring.board import Board
-from vaescale.training import reporter, trainer
+from vaescale.training import reporter, trainer, validator
 from vaescale.training.descent import Descent
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import Engine
@@ -253,14 +253,14 @@ def starve(out: Path, seconds: float, steps: int) -> None:
 
 def dawdle(out: Path, seconds: float) -> None:
     """Delay the first validation by `seconds`."""
-    whole = trainer.evaluate
+    whole = validator.evaluate
 
     def slowed(*arguments: Any, **options: Any) -> Any:
         time.sleep(seconds)
-        trainer.evaluate = whole
+        validator.evaluate = whole
         return whole(*arguments, **options)
 
-    trainer.evaluate = slowed
+    validator.evaluate = slowed
 
 
 def draw_slowly(out: Path, seconds: float) -> None:

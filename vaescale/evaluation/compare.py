@@ -11,19 +11,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import distributed
 from ..nn.features import Features
 from . import metrics
 from .metrics.metric import Comparison, Number
-from .statistics import Gatherer, Statistics
+from .statistics import Gatherer, Statistics, spaced
 
 RECONSTRUCTED, GENERATED = "r", "g"
 # Without that of reconstructions, whose inception score says little.
 NAMES = ["rfd", "rkid", "rpr", "gfd", "gkid", "gis", "gpr"]
 FID = {"rfid": "rfd", "gfid": "gfd"}  # names of Fréchet distances of Inception's features
 WORDS = "FID"  # the `words` of the published Inception's features
+
+AT_ONCE = 32  # images that wait for the networks, at least
 
 ByNet = dict[str, Statistics]  # by the words of the features
 
@@ -93,24 +96,42 @@ def _worded(number: Number, side: str, words: str) -> Number:
         text = f"{side}{'-' if text[0].islower() else ''}{WORDS if (text, words) == ('FD', WORDS) else text}"
         return text if words == WORDS else f"{text} ({network(words)})"
 
-    return number._replace(words=full(number.words), column=number.column and full(number.column), logged=False)
+    return number._replace(words=full(number.words), column=number.column and full(number.column))
 
 
 class Gathering:
     """Gathers the features of one set of images by several networks."""
 
-    def __init__(self, nets: Sequence[Features], count: int, blank: Tensor) -> None:
-        """count: images of all ranks together; blank: any image, uint8 [1, C, H, W], on the device."""
+    def __init__(self, nets: Sequence[Features], total: int, blank: Tensor, count: int = 0) -> None:
+        """total: images of all ranks together, of which `count` evenly spaced ones are used, 0 for all of them; blank:
+        any image, uint8 [1, C, H, W], on the device."""
         self.nets = nets
-        self.by_net = {net.words: Gatherer(count, *net(blank)) for net in nets}
+        self.total, self.count = total, min(count or total, total)
+        self.by_net = {net.words: Gatherer(self.count, *net(blank)) for net in nets}
+        self.waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, samples: Tensor, x: Tensor) -> None:
-        """samples: int64 [B], each number below `count` once over all ranks; x: uint8 [B, C, H, W]."""
+        """samples: int64 [B], each number below `total` once over all ranks; x: uint8 [B, C, H, W]."""
+        if self.nets:
+            if self.count < self.total:
+                place = spaced(samples, self.total, self.count)
+                used = place < self.count
+                samples, x = place[used], x[used]
+            self.waiting.append((samples, x))
+            # A network takes as long for one image as for a chunk, and of few images used a batch has only one or two.
+            if sum(len(part) for part, _ in self.waiting) >= AT_ONCE:
+                self._flush()
+
+    def _flush(self) -> None:
+        places, images = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        self.waiting.clear()
         for net in self.nets:
-            self.by_net[net.words].add(samples, *net(x))
+            self.by_net[net.words].add(places, *net(images))
 
     def result(self) -> ByNet:
         """Collective."""
+        if self.waiting:
+            self._flush()
         return {words: gatherer.result() for words, gatherer in self.by_net.items()}
 
 

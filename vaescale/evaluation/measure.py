@@ -1,9 +1,11 @@
 """Measures all numbers of a codec: those of METRICS, and the requested comparisons of sets of images."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +23,7 @@ from . import reference as references
 from .compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen, compared
 from .evaluate import evaluate
 from .generation import Generated, Labels
-from .sample import Unsupported
+from .sample import AT_ONCE, Unsupported
 from .statistics import Gatherer, Statistics
 
 T = TypeVar("T")
@@ -52,24 +54,27 @@ def measure(
     reference: ByNet | None = None,
     known: ByNet | None = None,
     watched: bool = False,
+    used: int = 0,
+    stopped: Callable[[], object] = lambda: False,
     **options: Any,
 ) -> dict[str, Any]:
     """Returns the numbers of a codec over a validation set. `nets`: all that the requests need, on the device;
     `generate` makes `count` images, for requests of such; `reference`: what they are compared with, by default the
-    validation images; `known`: the statistics of these, filled in if it is empty; `options`: of `evaluate`.
+    validation images; `known`: the statistics of these, filled in if it is empty; `used`: how many of these are
+    compared, evenly spaced, 0 for all of them; `stopped`, `options`: of `evaluate`.
 
     Collective; all ranks return the same result. Raises Refused, before anything is measured, if a request cannot
     be.
     """
     if not requests:
-        return evaluate(codec, slices, device, watched=watched, **options)
+        return evaluate(codec, slices, device, watched=watched, stopped=stopped, **options)
     known = {} if known is None else known
     blank = slices[range(1)].batch.x.to(device)
     total = len(slices.samples.index)
     sides = {side: [request for request in requests if request.side == side] for side in (RECONSTRUCTED, GENERATED)}
-    images = Gathering([net for net in nets if net.words not in known], total, blank)
+    images = Gathering([net for net in nets if net.words not in known], total, blank, used)
     against: dict[str, Gatherer | Statistics] = {**known, **images.by_net}
-    mine = Gathering(nets if sides[RECONSTRUCTED] else [], total, blank)
+    mine = Gathering(nets if sides[RECONSTRUCTED] else [], total, blank, used)
     check(sides[RECONSTRUCTED], mine, against)
 
     def observe(batch: Batch, y: Tensor) -> None:
@@ -80,23 +85,36 @@ def measure(
         assert generate is not None
         theirs = Gathering(nets, count, blank)
         check(sides[GENERATED], theirs, reference or against)
-        _try(generate)
-    found = evaluate(codec, slices, device, watched=watched, observe=observe, **options)
+        try_to(generate)
+    found = evaluate(codec, slices, device, watched=watched, observe=observe, stopped=stopped, **options)
+    if not found:
+        return {}
     known |= images.result()
     if sides[RECONSTRUCTED]:
         found |= compared(sides[RECONSTRUCTED], known, mine.result())
     if sides[GENERATED]:
         assert generate is not None
-        rank, world = distributed.rank(), distributed.world()
-        with tqdm(None, "generate", (rank + 1) * count // world, unit="image", disable=not watched) as bar:
-            for batch in generate(count, rank, world):
-                theirs.add(batch.number, batch.x)
-                bar.update(len(batch.x))
+        if not _gather(generate, count, theirs, watched, stopped):
+            return {}
         found |= compared(sides[GENERATED], reference or known, theirs.result())
     return found
 
 
-def _try(generate: Generate) -> None:
+def _gather(generate: Generate, count: int, theirs: Gathering, watched: bool, stopped: Callable[[], object]) -> bool:
+    """Gathers the features of `count` generated images. Returns whether it was not stopped. Collective."""
+    rank, world = distributed.rank(), distributed.world()
+    batches = range(math.ceil(math.ceil(count / world) / AT_ONCE))  # of the rank with the most images
+    with tqdm(None, "generate", (rank + 1) * count // world, unit="image", disable=not watched) as bar:
+        for _, batch in zip_longest(batches, generate(count, rank, world)):
+            if batch:
+                theirs.add(batch.number, batch.x)
+                bar.update(len(batch.x))
+            if stopped():
+                return False
+    return True
+
+
+def try_to(generate: Generate) -> None:
     """Raises Refused if no image can be generated."""
     try:
         next(iter(generate(1, 0, 1)))

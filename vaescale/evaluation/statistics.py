@@ -48,9 +48,7 @@ class Gatherer:
         double = features.double()
         self.sum += double.sum(0)
         self.second += double.T @ double
-        place = (samples * self.kept + self.count - 1) // self.count  # row k is that of image k · N // kept
-        place = torch.where(place * self.count // self.kept == samples, place, self.kept)
-        self.rows.index_copy_(0, place, features)
+        self.rows.index_copy_(0, spaced(samples, self.count, self.kept), features)
         if self.classes is not None:
             assert logits is not None
             self.classes.index_add_(0, samples * SPLITS // self.count, class_sums(logits))
@@ -67,6 +65,14 @@ class Gatherer:
             centred = rows.double() - mean
             covariance = centred.T @ centred / max(1, self.count - 1)
         return Statistics(self.count, mean, covariance, rows, classes)
+
+
+def spaced(samples: Tensor, count: int, kept: int) -> Tensor:
+    """Returns the places of samples among `kept` evenly spaced ones of `count`, int64 [B]; `kept` for all others.
+
+    samples: int64 [B] in [0, count). Place k is that of sample k · count // kept."""
+    place = (samples * kept + count - 1) // count
+    return torch.where(place * count // kept == samples, place, kept)
 
 
 def class_sums(logits: Tensor) -> Tensor:

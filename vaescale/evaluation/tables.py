@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..nn import features
 from . import compare, metrics
 from .evaluate import IMAGES
 from .metrics.metric import Number
@@ -33,7 +34,8 @@ OTHERS = {  # rows of the listing after the metrics: key → words
 
 def line(result: Result) -> str:
     """Returns the main numbers in one line; for several codebooks, the lowest and the highest."""
-    found = {number.column: _ends(result, name, number.form) for name, number in _numbers([]) if number.logged}
+    numbers = [*_numbers([]), *compare.numbers(net.words for net in features.NETS.values()).items()]
+    found = {number.column: _ends(result, name, number.form) for name, number in numbers if number.logged}
     return "  ".join(f"{column} {'–'.join(dict.fromkeys(ends))}" for column, ends in found.items() if column and ends)
 
 

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check_files
 from ..data.reader import Reader
-from ..evaluation.evaluate import evaluate
 from ..interfaces import Batch, Codec, LatentStatistics, Model
 from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
@@ -30,12 +28,12 @@ from ..lifecycle.stops import Stop
 from ..lifecycle.watch import STACKS, Watch
 from ..lifecycle.writer import Writer
 from ..monitoring.board import validated
-from ..nn.reconstruction import distance_of
 from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch, without_bound
 from . import latents, resume
 from .guard import Skip, diagnosis, explained, too_many
 from .learner import chosen
 from .reporter import Reporter
+from .validator import Validator
 
 NAMED = 8  # samples of a skipped step that the log names
 
@@ -71,6 +69,7 @@ class Trainer:
         self.model = self.built()
         samples = len(self.slices.samples.index)
         self.learner = chosen(config)(self.model, config, samples)
+        self.validator = Validator(config, self.learner.averaged, self.validation, self.device, self.micro)
         self.position = resume.resume(config, self.learner, self.slices)
         self.model.noise_version = self.learner.averaged.noise_version = self.position.noise
         self.order = resume.order(config, self.slices)
@@ -143,6 +142,7 @@ class Trainer:
     def loop(self, stop: Stop, watch: Watch) -> str:
         config, position, reporter = self.config, self.position, self.reporter
         remarks = [self.slices.advice(), absent_classes(config, *self.indexes), without_bound(config)]
+        remarks.append(self.validator.about)
         if self.changes:
             remarks.append(f"changed settings: {history.described(self.changes)}")
         if not self.left():
@@ -164,6 +164,7 @@ class Trainer:
             asked = "" if last else stop.agreed()
             every = (config.every.report, config.every.validate, config.every.checkpoint)
             report, position.validation_due, save = (last or position.step % steps == 0 for steps in every)
+            position.validation_due |= self.evaluation_due()
             if position.validation_due or save or asked:
                 with watch.doing("updating the weights to save"):
                     self.learner.refresh()
@@ -254,6 +255,11 @@ class Trainer:
         keys = [samples.name(sample)[1] for sample in self.slices.order(g[:NAMED]).tolist()]
         return f"its samples: {', '.join(keys)}" + (f" and {len(g) - NAMED} more" if len(g) > NAMED else "")
 
+    def evaluation_due(self) -> bool:
+        """Returns whether this step's validation also compares images by their features."""
+        every, step = self.config.every.evaluate, self.position.step
+        return every > 0 and (step == self.config.steps or step % every == 0)
+
     def validate(self, stop: Stop, watch: Watch) -> str:
         """Evaluates the averaged weights on the validation set, and draws the fixed images. Returns why it was cut
         short, one of stops.REASONS; "" if it was not. A validation that was cut short stays pending for the next
@@ -262,10 +268,13 @@ class Trainer:
         if not isinstance(averaged, Codec):
             self.position.validation_due = False  # nothing to measure
             return ""
+
+        def stopped() -> str:
+            watch.progress()
+            return stop.agreed("batch")
+
         with watch.doing("validation"):
-            stopped = partial(stop.agreed, "batch")
-            distance = distance_of(averaged)
-            measured = evaluate(averaged, self.validation, self.device, self.micro, stopped=stopped, distance=distance)
+            measured = self.validator.measure(averaged, self.evaluation_due(), stopped)
             if not measured:
                 return stop.said
             self.reporter.validation(measured, averaged, lambda: stream.fixed_images(self.validation).to(self.device))

@@ -1,0 +1,120 @@
+"""Measures the averaged weights during a training."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import distributed
+from ..config import ConfigError
+from ..data import stream
+from ..evaluation.compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen
+from ..evaluation.evaluate import evaluate
+from ..evaluation.generation import Generated, generated
+from ..evaluation.measure import Generate, measure, read_net, try_to
+from ..interfaces import Codec, Model
+from ..nn import perceptual as distances
+from ..nn.perceptual import Distance
+from ..nn.reconstruction import distance_of
+from ..settings import Config
+
+LPIPS = "lpips_vgg"
+
+
+class Validator:
+    """Measures all METRICS; on request also the comparisons of `evaluation`, and LPIPS if its weights are there.
+
+    Its networks are on the device only while they are used."""
+
+    def __init__(
+        self,
+        config: Config,
+        averaged: Model,
+        slices: stream.ValidationSlices,
+        device: torch.device,
+        micro: int,
+    ) -> None:
+        """Reads the weights of the networks that every.evaluate needs. micro: images at a time. Raises ConfigError, on
+        all ranks, if one cannot be read or a comparison is impossible. Collective."""
+        self.config, self.slices, self.device, self.micro = config, slices, device, micro
+        self.requests: list[Request] = []
+        self.known: ByNet = {}  # of the validation images, which do not change
+        self.lpips: Distance | None = None
+        self.about = ""  # a sentence on what is measured at every.evaluate, for the log
+        if config.every.evaluate and isinstance(averaged, Codec):
+            self._prepare(averaged)
+
+    def _prepare(self, averaged: Codec) -> None:
+        given, total = self.config.evaluation, len(self.slices.samples.index)
+        used = min(given.count, total)
+        try:
+            self.net = read_net(given.features)
+            self.requests = [Request(*one, self.net.words) for one in chosen(given.metrics, [given.features])]
+            self._check(averaged, total)
+        except Refused as error:
+            raise ConfigError(f"every.evaluate={self.config.every.evaluate} is impossible: {error}") from None
+        lpips = ""
+        if _distance(averaged) is None:  # else the run's own distance is measured at every validation
+            self.lpips, why = read_lpips(self.config.data.size)
+            lpips = f"without LPIPS, because {why}" if why else "with LPIPS"
+        of = f"{used} of {total}" if used < total else f"{total}"
+        keys = ", ".join(request.key for request in self.requests)
+        parts = [f"evaluation every {self.config.every.evaluate} steps: {keys} on {of} validation images", lpips]
+        self.about = "; ".join(filter(None, parts))
+
+    def _check(self, averaged: Codec, total: int) -> None:
+        """Raises Refused if a comparison is impossible."""
+        blank, count = self.slices[range(1)].batch.x, self.config.evaluation.count
+        images, samples = Gathering([self.net], total, blank, count), Gathering([self.net], count, blank)
+        for side, gathering in ((RECONSTRUCTED, images), (GENERATED, samples)):
+            check([request for request in self.requests if request.side == side], gathering, images.by_net)
+        if any(request.side == GENERATED for request in self.requests):
+            try_to(self._generator(averaged))
+
+    def _generator(self, averaged: Codec) -> Generate:
+        classes, attributes = getattr(self.config.model, "classes", 0), len(self.config.data.attributes)
+
+        def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
+            return generated(
+                averaged, count, class_counts=[1] * classes, rank=rank, world=world, device=self.device,
+                attributes=attributes,
+            )  # fmt: skip
+
+        return generate
+
+    def measure(self, averaged: Codec, compare: bool, stopped: Callable[[], object]) -> dict[str, Any]:
+        """Returns the numbers of the averaged weights over the validation set; {} if `stopped`, which is called after
+        each batch, returned true. compare: whether to compare images by their features, too. Collective."""
+        slices, device, distance = self.slices, self.device, _distance(averaged)
+        if not compare:
+            return evaluate(averaged, slices, device, self.micro, stopped=stopped, distance=distance)
+        if self.lpips:
+            distance = self.lpips.to(device)
+        nets, count = [self.net.to(device)], self.config.evaluation.count
+        found = measure(
+            averaged, slices, device, self.requests, nets, count, self._generator(averaged), known=self.known,
+            used=count, stopped=stopped, micro=self.micro, distance=distance,
+        )  # fmt: skip
+        self.net.to("cpu")
+        if self.lpips:
+            self.lpips.to(torch.device("cpu"))
+        return found
+
+
+def _distance(averaged: Codec) -> Distance | None:
+    return distance_of(averaged) if isinstance(averaged, nn.Module) else None
+
+
+def read_lpips(size: int) -> tuple[Distance | None, str]:
+    """Returns LPIPS from the folder of weights, or None and why it cannot be had on all ranks. size: pixels per side.
+    Collective."""
+    distance, why = None, ""
+    try:
+        distance = distances.read(LPIPS)
+        distances.require_size(distance, size)
+    except ValueError as error:
+        why = str(error)
+    if ranks := distributed.where(bool(why)):
+        return None, why or f"{LPIPS} cannot be read on rank {ranks[0]}"
+    return distance, ""
