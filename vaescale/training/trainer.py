@@ -110,7 +110,7 @@ class Trainer:
         return self.position.step < self.config.steps or self.position.validation_due or self.unmeasured()
 
     def unmeasured(self) -> bool:
-        """Returns whether the latents of the averaged model have statistics, but not yet."""
+        """Returns whether the averaged model has statistics of its latents that are not measured yet."""
         averaged = self.learner.averaged
         return isinstance(averaged, LatentStatistics) and not latents.measured(averaged)
 
