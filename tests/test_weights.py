@@ -59,7 +59,7 @@ def test_the_trunk_is_torchvisions_and_the_heads_are_those_of_lpips(
     out, metadata = convert(source, tmp_path / "new" / "out.safetensors")
     assert out == tmp_path / "new" / "out.safetensors"
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    assert (metadata["kind"], metadata["source"], metadata["sha256"]) == (kind, source.name, digest)
+    assert (metadata["kind"], metadata["source"], metadata["sha256"]) == (kind, FILES[kind].file, digest)
     assert "BSD-3-Clause" in metadata["licence"]
     distance = perceptual.read(str(tmp_path / "new" / "out.safetensors"))
     assert distance.source == metadata
@@ -168,8 +168,10 @@ def test_features_of_a_converted_file_are_those_of_its_source(
     assert weights.found(kind) == "yes"
     net = features.read(kind)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    assert (net.protocol["file"], net.protocol["sha256"]) == ("published.pth", digest)
-    assert net.protocol["licence"] == metadata["licence"]
+    assert (net.protocol["file"], net.protocol["sha256"]) == (FILES[kind].file, digest)
+    assert metadata["licence"] == FILES[kind].licence
+    assert convert(source.rename(tmp_path / "renamed.pth"))[1] == metadata
+    assert features.read(kind).protocol == net.protocol
     assert (net.words == "FID") == (kind == "inception")
     expected = features.Features(kind, features.NETS[kind].own(state()), test_features.SOURCE, "")
     assert torch.equal(net(test_features.images(1))[0], expected(test_features.images(1))[0])

@@ -34,7 +34,8 @@ class WeightsError(Exception):
 
 def convert(source: Path, out: Path | None = None) -> tuple[Path, dict[str, str]]:
     """Converts a file of nn/published.py, known by its SHA-256, whatever its name. Returns the new file, by default in
-    the folder of weights, and its metadata: "kind", "source", "sha256" and "licence". Raises WeightsError."""
+    the folder of weights, and its metadata: "kind", "source" (the published name), "sha256" and "licence". Raises
+    WeightsError."""
     try:
         digest = file_hash(source, sha256)
         kind = published(digest)
@@ -43,7 +44,7 @@ def convert(source: Path, out: Path | None = None) -> tuple[Path, dict[str, str]
         raise WeightsError(f"{error.filename or source} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise WeightsError(f"{source} {error}") from None
-    metadata = {"kind": kind, "source": source.name, "sha256": digest, "licence": FILES[kind].licence}
+    metadata = {"kind": kind, "source": FILES[kind].file, "sha256": digest, "licence": FILES[kind].licence}
     out = out or place(kind)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

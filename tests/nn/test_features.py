@@ -105,16 +105,22 @@ def test_a_folded_batch_norm_is_a_batch_norm() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def written(path: Path, name: str, kind: str = "") -> Path:
+def written(path: Path, name: str, kind: str = "", source: dict[str, str] = SOURCE) -> Path:
     """Writes drawn weights as a converted file."""
-    metadata = {"kind": kind or name, **SOURCE}
+    metadata = {"kind": kind or name, **source}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(drawn(name).tensors, path, metadata)
     return path
 
 
+def declared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the source of what `written` writes the published file."""
+    monkeypatch.setitem(FILES, name, FILES[name]._replace(digest=SOURCE["sha256"]))
+
+
 def test_files_are_read_by_path_or_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VAESCALE_WEIGHTS", str(tmp_path / "folder"))
+    declared("efficientnet-lite0", monkeypatch)
     expected = drawn("efficientnet-lite0")
     for path in (
         written(tmp_path / "x", "efficientnet-lite0"),
@@ -124,9 +130,9 @@ def test_files_are_read_by_path_or_from_the_folder(tmp_path: Path, monkeypatch: 
         assert net.tensors.keys() == expected.tensors.keys()
         assert all(torch.equal(net.tensors[name], tensor) for name, tensor in expected.tensors.items())
         assert net.words == "FD (EfficientNet-Lite0)"
-        assert net.protocol["file"] == "published.pth"
+        assert net.protocol["file"] == FILES["efficientnet-lite0"].file  # whatever its name was before the conversion
         assert net.protocol["sha256"] == SOURCE["sha256"]
-        assert {"layer", "resize", "range", "licence"} < net.protocol.keys()
+        assert net.protocol.keys() == {"layer", "resize", "range", "file", "sha256"}
         assert expected.words == "FD (random)"
 
 
@@ -143,6 +149,11 @@ def test_other_files_are_refused_with_what_to_do(tmp_path: Path, monkeypatch: py
     assert "does not exist: fetch efficientnet-lite0-57934424.pth (19 MB; " in none
     assert "Apache-2.0" in none
     assert command in none
+    for source in (SOURCE, {}, {**SOURCE, "sha256": FILES["efficientnet-lite0"].digest[:8]}):
+        mine = refused(written(tmp_path / "mine", "efficientnet-lite0", source=source))
+        assert "does not have the published weights of efficientnet-lite0: fetch " in mine
+        assert command in mine
+    declared("efficientnet-lite0", monkeypatch)
     other = refused(written(tmp_path / "other", "efficientnet-lite0", "vgg"))
     assert "does not have the weights of efficientnet-lite0: fetch efficientnet-lite0-57934424.pth" in other
     assert "blocks.0.depthwise.bias is missing or has another shape" in refused(
@@ -152,6 +163,14 @@ def test_other_files_are_refused_with_what_to_do(tmp_path: Path, monkeypatch: py
     damaged = refused(tmp_path / "damaged")
     assert "cannot be read" in damaged
     assert command in damaged
+
+
+def test_only_the_published_inception_is_read_as_fid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(written(tmp_path / "inception", "inception"))
+    with pytest.raises(ValueError, match="inception does not have the published weights of inception: fetch weights-"):
+        read("inception", file)
+    declared("inception", monkeypatch)
+    assert read("inception", file).words == "FID"
 
 
 def test_the_package_of_weights_is_found_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

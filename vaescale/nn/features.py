@@ -59,19 +59,17 @@ class Features:
     and copies of what refers to it share them.
 
     name: a key of NETS. words: what the Fréchet distance of its features is called; "FID" only for the published
-    Inception. dim: D, the number of features. protocol: layer, resize, range of the pixels, and file, sha256 and
-    licence of the published weights."""
+    Inception. dim: D, the number of features. protocol: layer, resize, range of the pixels, and file and sha256 of the
+    published weights."""
 
     def __init__(self, name: str, tensors: Tensors, source: dict[str, str], words: str) -> None:
-        """source: "source", "sha256" and "licence". Raises ValueError if tensors do not have the network's shapes."""
+        """source: "source" and "sha256". Raises ValueError if tensors do not have the network's shapes."""
         self.name, self.words = name, words
         self.net = NETS[name]
         self.dim = self.net.dim
         require_shapes(name, tensors)
         self.tensors = {key: tensor.detach().float() for key, tensor in tensors.items()}
-        self.protocol = {
-            **self.net.protocol, "file": source["source"], "sha256": source["sha256"], "licence": source["licence"],
-        }  # fmt: skip
+        self.protocol = {**self.net.protocol, "file": source["source"], "sha256": source["sha256"]}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Features":
         return self
@@ -114,7 +112,8 @@ def read(name: str, path: str = "") -> Features:
     """Reads a network's weights from a converted file, without a path from the folder of weights. `efficientnet-lite0`
     is also found in the Python package that publishes it, and `random` needs no file.
 
-    name: a key of NETS. Raises ValueError, one sentence: which file to fetch, how to convert it, and its licence."""
+    name: a key of NETS. Raises ValueError, one sentence, if the file was not converted from the published one: which
+    file to fetch, how to convert it, and its licence."""
     if name == "random":
         return drawn(name)
     file = Path(path) if path else place(name)
@@ -124,11 +123,14 @@ def read(name: str, path: str = "") -> Features:
         raise ValueError(f"{file} does not exist: {what_to_do(name)}")
     try:
         with safe_open(file, "numpy") as opened:
-            source = opened.metadata() or {}
-            if source.get("kind") != name:
+            metadata = opened.metadata() or {}
+            if metadata.get("kind") != name:
                 raise ValueError(f"does not have the weights of {name}")
+            digest = metadata.get("sha256", "")
+            if not digest.startswith(FILES[name].digest):
+                raise ValueError(f"does not have the published weights of {name}")
             tensors = {key: torch.from_numpy(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
-        return Features(name, tensors, source, NETS[name].words)
+        return Features(name, tensors, {"source": FILES[name].file, "sha256": digest}, NETS[name].words)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read ({error}): {what_to_do(name)}") from None
     except ValueError as error:
@@ -152,11 +154,11 @@ def _from_package() -> Features:
     if digest != one.digest:
         raise ValueError(f"{file} is damaged: install {package} again")
     tensors = efficientnet.NET.own(torch.load(file, "cpu", weights_only=True))
-    source = {"source": one.file, "sha256": digest, "licence": one.licence}
+    source = {"source": one.file, "sha256": digest}
     return Features("efficientnet-lite0", tensors, source, efficientnet.NET.words)
 
 
 def drawn(name: str, seed: int = 0) -> Features:
     """Draws the weights of a network, the same on all ranks, for tests. name: a key of NETS."""
-    source = {"source": f"drawn, seed {seed}", "sha256": "", "licence": ""}
+    source = {"source": f"drawn, seed {seed}", "sha256": ""}
     return Features(name, random_weights(NETS[name].shapes, seed), source, RANDOM)
