@@ -78,7 +78,7 @@ def rows(count: int, dim: int, seed: int) -> Tensor:
 
 
 def gathered(x: Tensor) -> Statistics:
-    gatherer = Gatherer(len(x), x[:1], None)
+    gatherer = Gatherer(len(x), x.shape[1], 0, x.device)
     gatherer.add(torch.arange(len(x)), x, None)
     return gatherer.result()
 

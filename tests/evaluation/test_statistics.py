@@ -8,7 +8,7 @@ from vaescale.evaluation.statistics import Gatherer, Statistics, factor, spaced
 
 def gathered(x: torch.Tensor, logits: torch.Tensor | None = None, micro: int = 7) -> Statistics:
     """Statistics of rows x [N, D] that come in batches, in another order."""
-    gatherer = Gatherer(len(x), x[:1], None if logits is None else logits[:1])
+    gatherer = Gatherer(len(x), x.shape[1], 0 if logits is None else logits.shape[1], x.device)
     for numbers in torch.arange(len(x)).flip(0).split(micro):
         gatherer.add(numbers, x[numbers], None if logits is None else logits[numbers])
     return gatherer.result()

@@ -42,6 +42,7 @@ def test_features_of_an_image_depend_neither_on_its_batch_nor_on_threads(
 
     part, logits = net(x[3:10])
     assert torch.equal(part, whole[3:10])
+    assert (0 if classes is None else classes.shape[1]) == net.net.classes
     if classes is not None:
         assert logits is not None
         assert torch.equal(logits, classes[3:10])

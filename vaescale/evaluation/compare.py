@@ -104,10 +104,10 @@ class Gathering:
 
     def __init__(self, nets: Sequence[Features], total: int, blank: Tensor, count: int = 0) -> None:
         """total: images of all ranks together, of which `count` evenly spaced ones are used, 0 for all of them; blank:
-        any image, uint8 [1, C, H, W], on the device."""
+        any image on the device."""
         self.nets = nets
         self.total, self.count = total, min(count or total, total)
-        self.by_net = {net.words: Gatherer(self.count, *net(blank)) for net in nets}
+        self.by_net = {net.words: Gatherer(self.count, net.dim, net.net.classes, blank.device) for net in nets}
         self.waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, samples: Tensor, x: Tensor) -> None:

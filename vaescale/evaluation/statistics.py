@@ -32,16 +32,14 @@ class Statistics:
 class Gatherer:
     """Gathers the Statistics of one set of images, batch by batch, over all ranks."""
 
-    def __init__(self, count: int, features: Tensor, logits: Tensor | None) -> None:
-        """count: N, images of all ranks together. features [B, D], logits [B, K]: of any images, for their shapes and
-        device."""
-        dim = features.shape[1]
+    def __init__(self, count: int, dim: int, classes: int, device: torch.device) -> None:
+        """count: N, images of all ranks together; dim: D, features of an image; classes: K, 0 without logits."""
         self.count = count
         self.kept = min(count, KEPT)
-        zeros = partial(torch.zeros, dtype=torch.float64, device=features.device)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.sum, self.second = zeros(dim), zeros(dim, dim)
-        self.rows = features.new_zeros(self.kept + 1, dim)  # the last one takes what is not kept
-        self.classes = None if logits is None else zeros(SPLITS, logits.shape[1] + 2)
+        self.rows = zeros(self.kept + 1, dim, dtype=torch.float32)  # the last one takes what is not kept
+        self.classes = zeros(SPLITS, classes + 2) if classes else None
 
     def add(self, samples: Tensor, features: Tensor, logits: Tensor | None) -> None:
         """samples: int64 [B] in [0, N), each once over all ranks; features: fp32 [B, D]; logits: [B, K]."""

@@ -102,4 +102,5 @@ NET = Net(
     shapes(),
     own,
     run,
+    CLASSES,
 )

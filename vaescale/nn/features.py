@@ -45,6 +45,7 @@ SMALL = Net(
     },
     lambda state: state,
     _small,
+    10,
 )  # fmt: skip
 NETS = {
     "inception": inception.NET,

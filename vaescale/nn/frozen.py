@@ -22,6 +22,7 @@ class Net(NamedTuple):
     own: Callable[[Tensors], Tensors]  # published state dict → weights; raises KeyError if a tensor is missing
     run: Callable[[Tensors, Tensor], tuple[Tensor, Tensor | None]]  # weights, fp32 images → features, logits
     """Images: [B, 3, H, W] in 0 … 255; features: [B, D]; logits: [B, K]."""
+    classes: int = 0  # K, the number of logits; 0: none
 
 
 def folded(state: Tensors, convolution: str, norm: str, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -200,4 +200,5 @@ NET = Net(
     shapes(),
     own,
     run,
+    CLASSES,
 )

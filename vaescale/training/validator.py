@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import distributed
 from ..config import ConfigError
 from ..data import stream
 from ..evaluation.compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen
 from ..evaluation.evaluate import evaluate
 from ..evaluation.generation import Generated, generated
-from ..evaluation.measure import Generate, measure, read_net, try_to
+from ..evaluation.measure import Generate, measure, read_alike, read_net, try_to
 from ..interfaces import Codec, Model
 from ..nn import perceptual as distances
 from ..nn.perceptual import Distance
@@ -109,12 +108,13 @@ def _distance(averaged: Codec) -> Distance | None:
 def read_lpips(size: int) -> tuple[Distance | None, str]:
     """Returns LPIPS from the folder of weights, or None and why it cannot be had on all ranks. size: pixels per side.
     Collective."""
-    distance, why = None, ""
-    try:
+
+    def read() -> Distance:
         distance = distances.read(LPIPS)
         distances.require_size(distance, size)
-    except ValueError as error:
-        why = str(error)
-    if ranks := distributed.where(bool(why)):
-        return None, why or f"{LPIPS} cannot be read on rank {ranks[0]}"
-    return distance, ""
+        return distance
+
+    try:
+        return read_alike(LPIPS, read), ""
+    except Refused as error:
+        return None, str(error)
