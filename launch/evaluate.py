@@ -113,7 +113,7 @@ from typing import Any
 
 import torch
 
-from vaescale import distributed, settings, trained
+from vaescale import distributed, files, settings, trained
 from vaescale.config import ConfigError, override, typed
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import codecs, nearest, record, reference, tables
@@ -125,6 +125,7 @@ from vaescale.evaluation.subject import Shown, Subject, measured
 from vaescale.interfaces import Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import pictures
+from vaescale.nn.features import Features
 
 SPLITS = {"train": stream.TrainingOnce, "val": stream.ValidationSlices}
 # Settings that say how the images are read, and change no number.
@@ -155,13 +156,18 @@ def main(given: argparse.Namespace) -> int:
         comparer = Comparer(given.metrics, given.features, drawing, given.reference)
         subjects = [partial(read_run, run, config, device) for run, config in zip(runs, configs, strict=True)]
         subjects += [partial(read_codec, text, data, device) for text in given.codec]
+        # What can be refused is, before anything is measured.
+        net = read_for_nearest(given, configs[0].data if configs else data, device) if given.nearest else None
+        before = record.read([given.out]) if given.out else None  # it is replaced after the first
         for read in subjects:
             subject = read()
-            result, drawn[subject.name] = measured(subject, comparer, device, given.iw, given.perceptual, given.out)
-            if given.nearest:
-                wrong += draw_nearest(subject, result, given, drawing, device)
+            result, shown = measured(subject, comparer, device, given.iw, given.perceptual, before)
             results.append(result)
-            wrong += write(subject, results, drawn[subject.name], given.out)
+            drawn[subject.name] = shown
+            wrong += write(subject, results, shown, given.out)
+            if net:
+                wrong += draw_nearest(subject, result, net, given.nearest, drawing, device)
+                wrong += [one for one in write(subject, results, shown, given.out) if one not in wrong]
         if given.picture:
             wrong += draw_together(drawn, given.picture)
     except (ConfigError, DataError, Refused, CheckpointError, distributed.Misplaced) as error:
@@ -219,36 +225,54 @@ def write_statistics(given: argparse.Namespace) -> int:
 
 def write(subject: Subject, results: list[dict[str, Any]], shown: Shown, out: Path | None) -> list[str]:
     """On rank 0. results: those so far, the last one being that of `subject`. Returns what cannot be written."""
-    if distributed.rank() or not (out or subject.record):
+    place = out or subject.record
+    if distributed.rank() or not place:
         return []
     try:
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
+            write_json(out, results if len(results) > 1 else results[0])
         elif subject.record:
-            subject.record.write_text(json.dumps(results[-1], indent=1) + "\n")
-            pictures.save(reconstructions(*shown), subject.record.parent / "reconstructions.png")
+            write_json(subject.record, results[-1])
+            place = subject.record.with_name("reconstructions.png")
+            pictures.save(reconstructions(*shown), place)
     except OSError as error:
-        name = error.filename or subject.name
-        return [f"{name} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
+        return [f"{place} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
     return []
 
 
+def write_json(path: Path, value: Any) -> None:
+    """A file is replaced at once, so that earlier numbers are there until then. A pipe or a device is written to."""
+    text = json.dumps(value, indent=1) + "\n"
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+    else:
+        with files.atomically(path) as partial:
+            partial.write_text(text)
+
+
+def read_for_nearest(given: argparse.Namespace, data: stream.Config, device: torch.device) -> Features:
+    """Returns the network of `draw_nearest`. Raises Refused, and DataError if there are no training images.
+    Collective."""
+    index.check_files(*stream.TrainingOnce(data).indexes)
+    return read_net(given.features[0]).to(device)
+
+
 def draw_nearest(
-    subject: Subject, result: dict[str, Any], given: argparse.Namespace, drawing: Drawing, device: torch.device
+    subject: Subject, result: dict[str, Any], net: Features, out: Path, drawing: Drawing, device: torch.device
 ) -> list[str]:
     """Draws the nearest training images, and adds the share of nearer images to `result`. Returns why the picture
     cannot be written. Collective."""
-    net = read_net(given.features[0]).to(device)
     picture, result["nearest"] = nearest.of(subject, net, drawing, device)
     if distributed.rank():
         return []
     try:
-        given.nearest.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save(picture, given.nearest)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save(picture, out)
     except (OSError, ValueError) as error:  # ValueError: a name whose ending is that of no picture
-        return [f"{given.nearest} cannot be written ({error}): give --nearest another file, ending in .png"]
-    print(f"{given.nearest}: {nearest.in_words(result['nearest'])}")
+        return [f"{out} cannot be written ({error}): give --nearest another file, ending in .png"]
+    print(f"{out}: {nearest.in_words(result['nearest'])}")
     return []
 
 

@@ -14,6 +14,7 @@ from tests.conftest import samples
 from tests.evaluation.test_codecs import page_file, saved
 from tests.test_library import untrained
 from vaescale import distributed
+from vaescale.data import DataError, index
 from vaescale.data.shards import write
 from vaescale.evaluation import nearest
 
@@ -191,18 +192,25 @@ def test_generated_images_are_compared_with_a_reference(pictures: Path, tmp_path
     first = json.loads((run / "evaluation.json").read_text())
     assert first["gis_random"] >= 1
     assert first["comparisons"]["gpr_random"]["count"] == 20
-    code, output = command(evaluate, *words, "--reference", file)
+    out = ["--out", tmp_path / "out.json"]
+    code, output = command(evaluate, *words, "--reference", file, *out)
     assert (code, "against val.safetensors, xxh3 " in output) == (0, True)
-    again = json.loads((run / "evaluation.json").read_text())
+    again = json.loads(out[1].read_text())
     for name in ("gfd_random", "gkid_random", "gis_random", "gcoverage_random"):
         assert again[name] == pytest.approx(first[name], rel=1e-9)
     code, output = command(evaluate, *words[:-1], 19)
     assert (code, "--count 19, because it has gfd_random of --count 20: give --out FILE" in output) == (2, True)
+    code, output = command(evaluate, *words, "--reference", file)
+    assert (code, "because it has gfd_random of --reference the validation images: give" in output) == (2, True)
+    assert json.loads((run / "evaluation.json").read_text()) == first
+    assert command(evaluate, *words, "--labels", "data", *out)[0] == 0
+    drawn = json.loads(out[1].read_text())["comparisons"]["gfd_random"]
+    assert drawn["training"] == index.Index(pictures / "train").fingerprint()
 
     training = tmp_path / "train.safetensors"
     assert command(evaluate, "statistics", pictures, *size, training, "--split", "train")[0] == 0
-    assert command(evaluate, *words, "--reference", training, "--seed", 1)[0] == 0
-    other = json.loads((run / "evaluation.json").read_text())
+    assert command(evaluate, *words, "--reference", training, "--seed", 1, *out)[0] == 0
+    other = json.loads(out[1].read_text())
     assert other["gfd_random"] != first["gfd_random"]
     assert "(90 images of" in other["comparisons"]["gfd_random"]["reference"]
     code, output = command(evaluate, *words, "--reference", tmp_path / "none")
@@ -227,8 +235,48 @@ def test_the_nearest_training_images_are_drawn(
             widths.append(picture.width)
     assert widths[0] > 1.5 * widths[1]
     assert 0 <= json.loads((tmp_path / "tiny_vae" / "evaluation.json").read_text())["nearest"]["nearer"] <= 1
+    assert command(evaluate, "--run", run, "data.workers=0")[0] == 0
+    assert json.loads((run / "evaluation.json").read_text())["nearest"] == found  # a quick evaluation keeps it
     code, output = command(evaluate, "--run", run, run, "--nearest", file)
     assert (code, "--nearest draws the images of one model" in output) == (2, True)
+
+
+def test_numbers_are_written_before_the_nearest_images_are_drawn(
+    pictures: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can be known to be missing is refused before; what fails later loses no numbers."""
+    run = untrained(tmp_path, "tiny", pictures)
+    words = ["--run", run, "--nearest", tmp_path / "x.png", "data.workers=0", "--features"]
+    code, output = command(evaluate, *words, "vgg")
+    assert (code, "--features vgg is not one of" in output, output.count("\n")) == (2, True, 1)
+    write(tmp_path / "other" / "val", samples(5, seed=2), 4, [])
+    out = tmp_path / "out.json"
+    code, output = command(evaluate, *words, "random", f"data.root={tmp_path / 'other'}", "--out", out)
+    assert (code, str(tmp_path / "other" / "train") in output, output.count("\n")) == (2, True, 1)
+    assert not (run / "evaluation.json").exists()
+    assert not out.exists()
+
+    def fails(*_: object) -> None:
+        raise DataError("damaged")
+
+    monkeypatch.setattr(nearest, "of", fails)
+    code, output = command(evaluate, *words, "random")
+    assert (code, "error: damaged" in output, "PSNR (dB)" in output) == (2, True, True)
+    assert json.loads((run / "evaluation.json").read_text())["psnr"] > 0
+
+
+def test_a_file_of_several_runs_keeps_the_comparisons_of_each(pictures: Path, tmp_path: Path, command: Command) -> None:
+    """Until the settings change."""
+    runs = [untrained(tmp_path / name, "tiny_vae", pictures) for name in ("a", "b")]
+    out = tmp_path / "out.json"
+    words = ["--run", *runs, "--metrics", "rfd", "--features", "random", "--out", out, "data.workers=0"]
+    for again in (0, 2):
+        code, output = command(evaluate, *words)
+        assert (code, output.count("not measured again")) == (0, again), output
+    assert len(json.loads(out.read_text())) == 2
+    code, output = command(evaluate, *words, "model.free_bits=0.5")
+    assert (code, output.count("not measured again")) == (0, 0), output
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 def test_a_model_without_a_prior_generates_nothing(pictures: Path, tmp_path: Path, command: Command) -> None:

@@ -13,6 +13,7 @@ from vaescale.evaluation.compare import Gathering, Refused, Request, chosen, com
 from vaescale.evaluation.evaluate import evaluate, reconstruct
 from vaescale.evaluation.generation import Generated
 from vaescale.evaluation.measure import Comparer, Drawing, measure
+from vaescale.evaluation.record import read
 from vaescale.evaluation.sample import Unsupported
 from vaescale.evaluation.statistics import Statistics
 from vaescale.nn import features
@@ -82,9 +83,9 @@ def test_the_features_of_known_images_are_not_computed_again(
 def test_a_comparison_of_the_same_protocol_is_not_measured_again(
     slices: stream.ValidationSlices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = {"weights": "a", "step": 3, "images": 11, "data": "f", "size": 16, "channels": 3}
+    base = {"weights_hash": "a", "settings_hash": "s", "step": 3, "images": 11, "data": "f", "size": 16, "channels": 3}
     record = tmp_path / "evaluation.json"
-    first = Comparer(["rfd", "rpr"], ["random"]).measure(Halves(), slices, CPU, base, [record])
+    first = Comparer(["rfd", "rpr"], ["random"]).measure(Halves(), slices, CPU, base, read([record]))
     record.write_text(json.dumps(first))
     assert first["comparisons"].keys() == {"rfd_random", "rpr_random"}
     assert "not measured again" not in capsys.readouterr().err
@@ -97,7 +98,7 @@ def test_a_comparison_of_the_same_protocol_is_not_measured_again(
         return whole(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "measure", watched)
-    both = Comparer(["rfd", "rkid"], ["random"]).measure(Halves(), slices, CPU, base, [record])
+    both = Comparer(["rfd", "rkid"], ["random"]).measure(Halves(), slices, CPU, base, read([record]))
     assert [request.name for request in left[-1]] == ["kid"]
     assert "the protocol is the same: rfd_random" in capsys.readouterr().err
     assert {name: both[name] for name in first if name != "comparisons"} == {
@@ -106,16 +107,16 @@ def test_a_comparison_of_the_same_protocol_is_not_measured_again(
     assert both["comparisons"].keys() == {"rfd_random", "rpr_random", "rkid_random"}
     assert both["rkid_random"] > 0
 
-    without = Comparer([], ["random"]).measure(Halves(), slices, CPU, base, [record])
+    without = Comparer([], ["random"]).measure(Halves(), slices, CPU, base, read([record]))
     assert without == first  # a quick evaluation throws nothing away
-    for changed in ({"weights": "b"}, {"step": 4}, {"data": "g"}, {"size": 8}):
-        other = Comparer(["rfd"], ["random"]).measure(Halves(), slices, CPU, base | changed, [record])
+    for changed in ({"weights_hash": "b"}, {"settings_hash": "t"}, {"step": 4}, {"data": "g"}, {"size": 8}):
+        other = Comparer(["rfd"], ["random"]).measure(Halves(), slices, CPU, base | changed, read([record]))
         assert [request.name for request in left[-1]] == ["fd"]
         assert other["comparisons"].keys() == {"rfd_random"}
         assert "rprecision_random" not in other
     drawn = features.drawn
     monkeypatch.setattr(features, "read", lambda name: drawn(name, seed=1))
-    other = Comparer(["rfd"], ["random"]).measure(Halves(), slices, CPU, base, [record])
+    other = Comparer(["rfd"], ["random"]).measure(Halves(), slices, CPU, base, read([record]))
     assert [request.name for request in left[-1]] == ["fd"]
     assert other["rfd_random"] != first["rfd_random"]
 
@@ -131,7 +132,7 @@ def test_a_network_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_ways_of_generating_are_other_protocols(slices: stream.ValidationSlices, tmp_path: Path) -> None:
-    base = {"weights": "a", "step": 3, "images": 11, "data": "f", "size": 16, "channels": 3}
+    base = {"weights_hash": "a", "settings_hash": "s", "step": 3, "images": 11, "data": "f", "size": 16, "channels": 3}
     record, asked = tmp_path / "evaluation.json", []
 
     def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
@@ -141,7 +142,7 @@ def test_other_ways_of_generating_are_other_protocols(slices: stream.ValidationS
 
     def measured(drawing: Drawing, *names: str, reference: Path | None = None) -> dict[str, object]:
         comparer = Comparer(names, ["random"], drawing, reference)
-        found = comparer.measure(Halves(), slices, CPU, base, [record], generate)
+        found = comparer.measure(Halves(), slices, CPU, base, read([record]), generate)
         record.write_text(json.dumps(found))
         return found
 

@@ -78,7 +78,7 @@ def test_comparisons_of_unlike_protocols_do_not_meet_in_a_row() -> None:
         "file": "pt_inception.pth",
         "sha256": "6726825d0af5",
     }
-    protocol = {"numbers": ["rfid"], "how": {"fd": "in float64"}, "features": inception, "weights": "a", "step": 1}
+    protocol = {"numbers": ["rfid"], "how": {"fd": "in float64"}, "features": inception, "weights_hash": "a", "step": 1}
     drawn = {
         **protocol,
         "count": 50_000,
@@ -88,7 +88,7 @@ def test_comparisons_of_unlike_protocols_do_not_meet_in_a_row() -> None:
         "reference": "x.safetensors",
     }
     one = {**VAE, "rfid": 1.5, "gfid": 9.0, "comparisons": {"rfid": protocol, "gfid": drawn}}
-    alike = {**one, "run": "b", "comparisons": {"rfid": {**protocol, "weights": "b", "step": 2}, "gfid": drawn}}
+    alike = {**one, "run": "b", "comparisons": {"rfid": {**protocol, "weights_hash": "b", "step": 2}, "gfid": drawn}}
     text = tables.comparison([one, alike, VQVAE])
     names, _, *rows = [cells(line) for line in text.splitlines() if line[:1] == "|"]
     assert [row[names.index("rFID")] for row in rows] == ["1.500", "1.500", "–"]

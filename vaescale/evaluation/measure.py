@@ -146,21 +146,28 @@ class Comparer:
         slices: stream.ValidationSlices,
         device: torch.device,
         base: record.Protocol,
-        places: Sequence[Path],
+        records: Sequence[Any],
         generate: Generate | None = None,
+        own: Path | None = None,
+        training: str | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Returns the numbers of this codec, with the comparisons that were measured before. base: the weights and the
-        images; places: files with earlier results; generate: makes images, if any are wanted; options: of `evaluate`.
-        Raises Refused. Collective."""
+        """Returns the numbers of this codec, with the comparisons that were measured before. base: the model and the
+        images; records: earlier results; generate: makes images, if any are wanted; own: the record of a run that will
+        be replaced; training: the fingerprint of the images that labels are drawn like, if they are; options: of
+        `evaluate`. Raises Refused. Collective."""
         nets = [net.to(device) for net in self.nets]
         drawn = {**asdict(self.drawing), "reference": "the validation images"}
+        if training:
+            drawn["training"] = training
         reference: ByNet | None = None
         if self.reference and any(request.side == GENERATED for request in self.requests):
             read = partial(references.read, self.reference, nets, base["size"], base["channels"])
             reference, drawn["reference"] = read_alike(str(self.reference), read)
+        if own:
+            record.check_drawn(own, [one for one in self.requests if one.side == GENERATED], base, drawn)
         wanted = record.protocols(self.requests, nets, base, drawn)
-        before = distributed.tell(record.earlier(places, base))
+        before = distributed.tell(record.earlier(records, base))
         comparisons = before.pop("comparisons", {})
         left = [request for request in self.requests if comparisons.get(request.key) != wanted[request.key]]
         if distributed.rank() == 0 and (kept := [request.key for request in self.requests if request not in left]):

@@ -1,7 +1,7 @@
 """What is measured, a trained model or the codec of others, and its whole result."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ..monitoring import code_statistics
 from ..nn import perceptual as distances
 from ..nn.perceptual import Distance
 from . import record, tables
-from .compare import GENERATED, Refused
+from .compare import Refused
 from .evaluate import protocol, reconstruct
 from .generation import Generated, generated
 from .measure import Comparer, Drawing, Generate
@@ -42,30 +42,39 @@ class Shown(NamedTuple):
 
 
 def measured(
-    subject: Subject, comparer: Comparer, device: torch.device, draws: int, perceptual: str | None, out: Path | None
+    subject: Subject,
+    comparer: Comparer,
+    device: torch.device,
+    draws: int = 1,
+    perceptual: str | None = None,
+    earlier: Sequence[Any] | None = None,
 ) -> tuple[dict[str, Any], Shown]:
     """Returns (the content of an evaluation.json, the fixed images and their reconstructions). draws: latents per
-    image; perceptual: a file; out: the file that is written, None: the subject's own. Raises Refused. Collective."""
+    image; perceptual: a file; earlier: the results in the file that is written, None: the subject's own record is
+    written. Raises Refused. Collective."""
     codec, data = subject.codec, subject.data
     distance = perceptual_distance(subject, perceptual)
     slices = stream.ValidationSlices(data)
     index.check_files(*slices.indexes)
     fingerprint = slices.samples.index.fingerprint()
-    if subject.record and not out:
-        requests = [request for request in comparer.requests if request.side == GENERATED]
-        record.check(subject.record, fingerprint, subject.step, draws, requests, comparer.drawing.count)
+    own = subject.record if earlier is None else None
+    if own:
+        record.check(own, fingerprint, subject.step, draws)
     shown = stream.fixed_images(slices).to(device)
     reconstruction, latents = reconstruct(codec, shown)
     if reconstruction.shape != shown.x.shape:
         sizes = " instead of ".join(" × ".join(map(str, one.shape[1:])) for one in (reconstruction, shown.x))
         raise Refused(f"{subject.name} returns images of {sizes}: give another data.size or data.channels")
     about = {"images": len(slices.samples.index), "data": fingerprint, "size": data.size, "channels": data.channels}
-    base = {"weights": subject.weights, "step": subject.step, **about}
-    places = [one for one in (subject.record, out) if one and subject.weights]
+    settings = record.hash_of_settings(subject.config, data.attributes)
+    base = {"weights_hash": subject.weights, "settings_hash": settings, "step": subject.step, **about}
+    records = [*record.read([subject.record] if subject.record else []), *(earlier or [])] if subject.weights else []
     watched = distributed.rank() == 0 and sys.stderr.isatty()
     options = {"micro": BATCH, "draws": draws, "watched": watched, "distance": distance and distance.to(device)}
     generate = generator(subject, comparer.drawing, device)
-    metrics = comparer.measure(codec, slices, device, base, places, generate, **options)
+    counted = training_labels(subject, comparer.drawing)
+    training = counted.fingerprint() if counted else None
+    metrics = comparer.measure(codec, slices, device, base, records, generate, own, training, **options)
     usage = codec.usage(clear=False) if isinstance(codec, Codebooks) else {}
     for name, one in usage.items() if subject.config else ():
         metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
@@ -86,7 +95,9 @@ def measured(
         "size": data.size,
         "channels": data.channels,
         "protocol": protocol(),
+        "measured": base,
     }
+    result |= distributed.tell(record.others(records, base, perceptual=distance is None))
     return result, Shown(shown.x.cpu(), reconstruction.cpu())
 
 
@@ -95,12 +106,19 @@ def parameters_of(codec: nn.Module) -> int:
     return sum(p.numel() for p in codec.parameters()) or sum(b.numel() for b in codec.buffers())
 
 
+def training_labels(subject: Subject, drawing: Drawing) -> index.Index | None:
+    """Returns the index whose labels decide how often each class is generated, if any does."""
+    if getattr(subject.config, "classes", 0) and drawing.labels == "data":
+        return index.Index(Path(subject.data.root) / "train")
+    return None
+
+
 def generator(subject: Subject, drawing: Drawing, device: torch.device) -> Generate:
     """Returns what generates images as `drawing` says."""
     classes = getattr(subject.config, "classes", 0)
     counts = [1] * classes
-    if classes and drawing.labels == "data":
-        labels = index.Index(Path(subject.data.root) / "train").records["label"]
+    if counted := training_labels(subject, drawing):
+        labels = counted.records["label"]
         counts = [int((labels == label).sum()) for label in range(classes)]
 
     def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
