@@ -3,6 +3,7 @@ import torch
 
 from vaescale.evaluation import compare, metrics
 from vaescale.evaluation.compare import NAMES, Gathering, Refused, Request, check, chosen, compared, key_of
+from vaescale.evaluation.metrics.kernel_distance import kernel_distance
 from vaescale.evaluation.statistics import Statistics
 from vaescale.nn import features
 
@@ -46,7 +47,7 @@ def images(count: int, seed: int) -> torch.Tensor:
 def test_numbers_are_those_of_the_statistics_of_both_sides() -> None:
     """Whatever the order and size of the batches."""
     net = features.drawn("random")
-    x, y = images(20, 0), images(30, 1)
+    x, y = images(20, 0), images(20, 1)
     known = []
     for rows in (x, y):
         gathering = Gathering([net], len(rows), rows[:1])
@@ -55,11 +56,18 @@ def test_numbers_are_those_of_the_statistics_of_both_sides() -> None:
         known.append(gathering.result())
         one = known[-1][net.words]
         assert torch.equal(one.rows, net(rows)[0])
-    requests = [Request("r", name, net.words) for name in metrics.COMPARISONS]
-    found = compared(requests, *known)
+    both = [one[net.words] for one in known]
+    found = {
+        side: compared([Request(side, name, net.words) for name in metrics.COMPARISONS], *known) for side in ("r", "g")
+    }
     for name, comparison in metrics.COMPARISONS.items():
-        for key, value in comparison.result(*(one[net.words] for one in known)).items():
-            assert found[f"r{key}_random"] == value, name
+        for key, value in comparison.result(*both).items():
+            assert found["g"][f"g{key}_random"] == value, name
+            if name != "kid":
+                assert found["r"][f"r{key}_random"] == value, name
+    paired = kernel_distance(both[0].rows, both[1].rows, paired=True)
+    assert (found["r"]["rkid_random"], found["r"]["rkid_std_random"]) == paired
+    assert paired[0] != found["g"]["gkid_random"]
 
 
 @pytest.mark.parametrize("micro", [1, 7, 64])

@@ -169,6 +169,12 @@ def test_other_ways_of_generating_are_other_protocols(slices: stream.ValidationS
     assert "x.safetensors, xxh3" in again["comparisons"]["gfd_random"]["reference"]  # type: ignore[index]
 
 
+def test_a_reference_that_nothing_is_compared_with_is_refused(tmp_path: Path) -> None:
+    for names in ([], ["rfd", "rkid"]):
+        with pytest.raises(Refused, match=r"x\.npz is for comparisons of generated images"):
+            Comparer(names, ["random"], reference=tmp_path / "x.npz")
+
+
 def test_a_model_without_a_prior_is_refused_before(slices: stream.ValidationSlices) -> None:
     def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
         raise Unsupported("the model has no prior")

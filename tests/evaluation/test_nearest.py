@@ -10,6 +10,7 @@ from tests.evaluation.test_metrics import Halves
 from vaescale.data import stream
 from vaescale.data.shards import write
 from vaescale.evaluation import nearest as module
+from vaescale.evaluation.compare import Refused
 from vaescale.evaluation.generation import Generated
 from vaescale.evaluation.nearest import nearest, search, share_nearer
 from vaescale.nn import features
@@ -36,6 +37,14 @@ def test_neighbours_are_those_of_brute_force(pictures: Path, monkeypatch: pytest
     assert torch.equal(numbers, expected.indices[:, :3])
     assert distances.numpy() == pytest.approx(expected.values[:, :3].numpy(), rel=1e-12)
     assert numbers[:, 0].tolist() == [5, 50]
+
+
+def test_fewer_training_images_than_are_shown_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train", samples(2), 20, [])
+    training = stream.TrainingOnce(stream.Config(root=str(tmp_path), size=16, workers=0))
+    net = features.drawn("random")
+    with pytest.raises(Refused, match="train has fewer than the 3 images"):
+        search(net(training[range(2)].batch.x)[0], net, training, CPU)
 
 
 def test_copies_are_nearer_than_held_out_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

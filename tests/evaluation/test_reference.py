@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import samples
 from vaescale.data import stream
+from vaescale.data.shards import write
 from vaescale.evaluation import reference
 from vaescale.evaluation.compare import Gathering, Refused
 from vaescale.evaluation.metrics.frechet import frechet
@@ -13,6 +15,14 @@ from vaescale.nn import features
 from vaescale.nn.features import Features
 
 IMAGES = {"data": "x/val", "fingerprint": "0123456789", "size": 16, "channels": 3}
+
+
+def damage(folder: Path, number: int) -> None:
+    """Changes an image of `samples` in the first shard."""
+    shard, image = folder / "000000.tar", samples(number + 1)[number].image
+    whole = shard.read_bytes()
+    assert whole.count(image) == 1
+    shard.write_bytes(whole.replace(image, bytes(len(image))))
 
 
 @pytest.fixture
@@ -87,3 +97,36 @@ def test_moments_of_others_are_read_without_running_code(tmp_path: Path, net: Fe
     np.savez(path, mu=np.array([print], dtype=object), sigma=covariance)
     with pytest.raises(Refused, match="neither a file"):
         reference.read(path, [net], 16, 3)
+
+
+def test_a_damaged_file_of_others_is_refused(tmp_path: Path, net: Features) -> None:
+    """An empty one, one of no zip, and random changes of the bytes."""
+    path = tmp_path / "x.npz"
+    net.words = "FID"
+    generator = np.random.default_rng(0)
+    for damaged in (b"", b"PK\x03\x04", b"\x93NUMPY"):
+        path.write_bytes(damaged)
+        with pytest.raises(Refused, match="is neither a file that"):
+            reference.read(path, [net], 16, 3)
+    np.savez_compressed(path, mu=np.arange(64.0), sigma=np.eye(64))
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    refused = 0
+    for _ in range(300):
+        changed = whole.copy()
+        changed[generator.integers(0, len(whole), 3)] = generator.integers(0, 256, 3)
+        path.write_bytes(changed.tobytes())
+        try:
+            found, _ = reference.read(path, [net], 16, 3)
+            assert torch.equal(found["FID"].covariance, torch.eye(64, dtype=torch.float64))
+        except Refused:
+            refused += 1
+    assert refused > 100
+
+
+def test_a_damaged_image_is_refused(tmp_path: Path, net: Features) -> None:
+    for split, slices_of in (("val", stream.ValidationSlices), ("train", stream.TrainingOnce)):
+        write(tmp_path / split / split, samples(5), 20, [])
+        damage(tmp_path / split / split, 3)
+        slices = slices_of(stream.Config(root=str(tmp_path / split), size=16, workers=0))
+        with pytest.raises(Refused, match=r"0-00003 in 000000\.tar is damaged"):
+            reference.gather(slices, net, torch.device("cpu"), micro=2)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from vaescale import distributed
 from vaescale.data import stream
-from vaescale.evaluation import compare
-from vaescale.evaluation.compare import Request
+from vaescale.evaluation import compare, reference
+from vaescale.evaluation.compare import Refused, Request
 from vaescale.evaluation.generation import Generated
 from vaescale.evaluation.measure import measure
+from vaescale.evaluation.nearest import features_of, search
 from vaescale.interfaces import Batch
 from vaescale.nn import features
 
@@ -40,6 +41,18 @@ def main(data: str, micro: int, out: Path) -> None:
 
     requests = [Request(*one, net.words) for one in compare.chosen(compare.NAMES, [])]
     result = measure(Blur(), slices, device, requests, [net], 53, generate, micro=micro)
+    known = reference.gather(slices, net, device, micro=micro)
+    drawn = ((part.number, part.x) for part in generate(53, distributed.rank(), distributed.world()))
+    rows = features_of(net, 53, drawn, noise(0)[None])
+    distances, numbers = search(rows, net, slices, device)
+    for name, found in (("known", known.covariance), ("drawn", rows), ("near", distances), ("numbers", numbers)):
+        weights = torch.arange(1.0, found.numel() + 1, dtype=torch.float64)  # tell the order, too
+        result[name] = float(found.flatten().double() @ weights)
+    damaged = stream.ValidationSlices(stream.Config(root=f"{data}/damaged", size=16, workers=0))
+    try:
+        reference.gather(damaged, net, device, micro=micro)
+    except Refused as error:
+        out.with_suffix(f".{distributed.rank()}").write_text(str(error))
     if distributed.rank() == 0:
         out.write_text(json.dumps(result))
     distributed.finish()

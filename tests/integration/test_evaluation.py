@@ -9,6 +9,7 @@ import torch
 
 from launch import evaluate
 from tests.conftest import Start, finish, ranks, samples
+from tests.evaluation.test_reference import damage
 from tests.integration.conftest import TINY, forked, training
 from tests.integration.test_resume import same_bits
 from vaescale import distributed
@@ -20,6 +21,8 @@ NUMBERS = {"rfd_random", "rkid_random", "rkid_std_random", "gkid_random", "gkid_
 def test_all_numbers_are_equal_on_one_two_and_three_ranks(tmp_path: Path, start: Start) -> None:
     """With 101 images, of which the ranks have unequal shares, and micro-batches that divide no share."""
     write(tmp_path / "data" / "val", samples(101), 20, [])
+    write(tmp_path / "data" / "damaged" / "val", samples(19), 20, [])
+    damage(tmp_path / "data" / "damaged" / "val", 18)  # the last rank alone reads it
     results = []
     for world, micro in ((1, 32), (1, 7), (2, 7), (3, 32)):
         out = tmp_path / f"{world}-{micro}.json"
@@ -28,7 +31,9 @@ def test_all_numbers_are_equal_on_one_two_and_three_ranks(tmp_path: Path, start:
             code, output = finish(process)
             assert code == 0, output
         results.append(json.loads(out.read_text()))
-    assert len(results[0]) == 4 + 7 + 9
+        refused = [out.with_suffix(f".{rank}").read_text() for rank in range(world)]
+        assert refused == ["validation sample 0-00018 in 000000.tar is damaged: changed since it was indexed"] * world
+    assert len(results[0]) == 4 + 7 + 9 + 4
     assert results[0]["images"] == 101
     assert results[0]["rfd_random"] < results[0]["gfd_random"]
     for other in results[1:]:

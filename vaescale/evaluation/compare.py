@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import distributed
 from ..nn.features import Features
 from . import metrics
+from .metrics.kernel_distance import PAIRED_KERNEL_DISTANCE
 from .metrics.metric import Comparison, Number
 from .statistics import Gatherer, Statistics, spaced
 
@@ -27,6 +28,9 @@ FID = {"rfid": "rfd", "gfid": "gfd"}  # names of Fréchet distances of Inception
 WORDS = "FID"  # the `words` of the published Inception's features
 
 AT_ONCE = 32  # images that wait for the networks, at least
+
+# Of reconstructions, whose row i is of the same image as that of the reference.
+PAIRED = {"kid": PAIRED_KERNEL_DISTANCE}
 
 ByNet = dict[str, Statistics]  # by the words of the features
 
@@ -49,6 +53,8 @@ class Request(NamedTuple):
 
     @property
     def comparison(self) -> Comparison:
+        if self.side == RECONSTRUCTED and self.name in PAIRED:
+            return PAIRED[self.name]
         return metrics.COMPARISONS[self.name]
 
 
@@ -136,11 +142,13 @@ class Gathering:
 
 
 def compared(requests: Sequence[Request], reference: ByNet, other: ByNet) -> dict[str, float]:
-    """Returns the numbers of requests of one side. Rank 0 computes them. Collective."""
+    """Returns the numbers of requests of one side. Those of reconstructions need a reference of the same images in the
+    same order. Rank 0 computes the numbers. Collective."""
     found: dict[str, Any] = {}
     if distributed.rank() == 0:
-        for side, name, words in requests:
-            values = metrics.COMPARISONS[name].result(reference[words], other[words])
+        for request in requests:
+            side, _, words = request
+            values = request.comparison.result(reference[words], other[words])
             found |= {key_of(side, key, words): value for key, value in values.items()}
     return distributed.tell(found)
 

@@ -135,6 +135,11 @@ class Comparer:
         """metrics: names of comparisons; names: of networks; drawing: of generated images; reference: a file that they
         are compared with instead of the validation images. Raises Refused. Collective."""
         asked = chosen(metrics, names)
+        if reference and not any(side == GENERATED for side, _ in asked):
+            raise Refused(
+                f"--reference {reference} is for comparisons of generated images: give one of them, such as --metrics "
+                "gfd, or leave it out"
+            )
         self.nets = [read_net(name) for name in names] if asked else []
         self.requests = [Request(*one, net.words) for net in self.nets for one in asked]
         self.known: dict[tuple[object, ...], ByNet] = {}  # of validation images
@@ -161,7 +166,7 @@ class Comparer:
         if training:
             drawn["training"] = training
         reference: ByNet | None = None
-        if self.reference and any(request.side == GENERATED for request in self.requests):
+        if self.reference:
             read = partial(references.read, self.reference, nets, base["size"], base["channels"])
             reference, drawn["reference"] = read_alike(str(self.reference), read)
         if own:

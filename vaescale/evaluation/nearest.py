@@ -17,7 +17,7 @@ from ..data import stream
 from ..interfaces import Codec
 from ..monitoring.pictures import Picture, grid, joined
 from ..nn.features import Features
-from .compare import Gathering
+from .compare import Gathering, Refused
 from .evaluate import reconstruct
 from .measure import Drawing, Generate
 from .sample import Unsupported
@@ -55,7 +55,8 @@ def search(
     queries: Tensor, net: Features, slices: stream.ValidationSlices, device: torch.device, watched: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Returns the distances to the NEIGHBOURS nearest images of `slices`, fp64 [Q, NEIGHBOURS], ascending, and their
-    numbers, int64. queries: fp32 [Q, D], the same on all ranks; net: on the device. Collective."""
+    numbers, int64. queries: fp32 [Q, D], the same on all ranks; net: on the device. Raises Refused if there are fewer
+    images, without the damaged ones. Collective."""
     rank, world = distributed.rank(), distributed.world()
     rows = queries.to(device).double()
     best = rows.new_full((len(rows), NEIGHBOURS), torch.inf)
@@ -68,6 +69,11 @@ def search(
         best, numbers = _nearest(torch.cat([best, found], 1), torch.cat([numbers, batch.sample.expand_as(found)], 1))
     of_all = distributed.gather(torch.stack([best, numbers]))  # [W, 2, Q, NEIGHBOURS]
     best, numbers = _nearest(*of_all.permute(1, 2, 0, 3).flatten(2))
+    if (numbers < 0).any():
+        raise Refused(
+            f"{slices.samples.index.folder} has fewer than the {NEIGHBOURS} images that are searched for each image: "
+            "give a data.root with more of them, or leave out --nearest"
+        )
     return best, numbers.long()
 
 
@@ -80,16 +86,20 @@ def _nearest(distances: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 def of(subject: Subject, net: Features, drawing: Drawing, device: torch.device) -> tuple[Picture, dict[str, Any]]:
     """Returns the picture, and for evaluation.json the share "nearer", if the codec has a prior, with how it was
     measured. net: on the device. Collective."""
-    generate: Generate | None = generator(subject, drawing, device)
-    assert generate is not None
+    generate = generator(subject, drawing, device)
+    watched = distributed.rank() == 0 and sys.stderr.isatty()
+    possible = generate if _generates(generate) else None
+    picture, found = nearest(subject.codec, subject.data, net, device, possible, watched)
+    how = {"labels": drawing.labels, "seed": drawing.seed, "temperature": drawing.temperature}
+    return picture, {**found, "how": HOW, "queries": QUERIES, "features": {"words": net.words, **net.protocol}, **how}
+
+
+def _generates(generate: Generate) -> bool:
     try:
         next(iter(generate(1, 0, 1)))
     except Unsupported:
-        generate = None
-    watched = distributed.rank() == 0 and sys.stderr.isatty()
-    picture, found = nearest(subject.codec, subject.data, net, device, generate, watched)
-    how = {"labels": drawing.labels, "seed": drawing.seed, "temperature": drawing.temperature}
-    return picture, {**found, "how": HOW, "queries": QUERIES, "features": {"words": net.words, **net.protocol}, **how}
+        return False
+    return True
 
 
 def in_words(found: dict[str, Any]) -> str:

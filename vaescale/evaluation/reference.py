@@ -6,8 +6,10 @@ VIRTUAL_imagenet256_labeled.npz, with "mu" and "sigma" of the features of FID's 
 """
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .. import distributed
-from ..data import stream
+from ..data import DataError, stream
 from ..files import atomically, file_hash
 from ..nn.features import Features
 from .compare import WORDS, ByNet, Gathering, Refused
@@ -27,24 +29,42 @@ from .statistics import Statistics
 
 KIND = "statistics of features"
 TENSORS = ("mean", "covariance", "rows")
+# What reading a damaged file raises: an npz all but the first.
+DAMAGED = (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, EOFError, BadZipFile, zlib.error, TokenError)
+TEXT = 512  # bytes of a message that ranks tell one another
 
 
 def gather(
     slices: stream.ValidationSlices, net: Features, device: torch.device, watched: bool = False, micro: int = 32
 ) -> Statistics:
     """Returns the statistics of all images of `slices`. net: on the device; micro: images at a time. Raises Refused if
-    an image is damaged. Collective."""
+    an image is damaged, on all ranks with the same text. Collective."""
     config = slices.config
     blank = torch.zeros(1, config.channels, config.size, config.size, dtype=torch.uint8, device=device)
     loader = stream.validation_loader(slices, micro, distributed.rank(), distributed.world(), device.type == "cuda")
     gathering = Gathering([net], len(slices.samples.index), blank)
     batches = -(-len(slices.samples.index) // (micro * distributed.world()))
-    for decoded in tqdm(loader, "statistics", batches, unit="batch", disable=not watched):
-        for damage in decoded.damage:
-            raise Refused(f"{damage.key} in {damage.shard} is damaged: {damage.cause}")
-        batch = decoded.batch.to(device)
-        gathering.add(batch.sample, batch.x)
+    why = ""
+    try:
+        for decoded in tqdm(loader, "statistics", batches, unit="batch", disable=not watched):
+            for damage in decoded.damage:
+                raise Refused(f"{damage.key} in {damage.shard} is damaged: {damage.cause}")
+            batch = decoded.batch.to(device)
+            gathering.add(batch.sample, batch.x)
+    except (Refused, DataError) as error:  # the other ranks do not meet this image, and would wait for this rank
+        why = str(error)
+    if why := _first(why):
+        raise Refused(why)
     return gathering.result()[net.words]
+
+
+def _first(text: str) -> str:
+    """Returns the text of the first rank that has one, cut to TEXT bytes; "" if none has. Collective."""
+    if not (ranks := distributed.where(bool(text))):
+        return ""
+    sent = torch.tensor(list(text.encode()[:TEXT].ljust(TEXT, b"\0")))
+    told = distributed.gather(sent)[ranks[0]].to(torch.uint8)
+    return bytes(told.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
 def write(path: Path, known: Statistics, net: Features, images: dict[str, Any]) -> None:
@@ -67,12 +87,12 @@ def read(path: Path, nets: Sequence[Features], size: int, channels: int) -> tupl
         known, words = _npz(path, nets[0]) if path.suffix == ".npz" else _own(path, nets[0], size, channels)
     except OSError as error:
         raise Refused(f"--reference {path} cannot be read ({error.strerror or 'it does not exist'})") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, BadZipFile) as error:
+    except DAMAGED as error:
         if isinstance(error, Refused):
             raise
         raise Refused(
             f"--reference {path} is neither a file that `launch/evaluate.py statistics` wrote nor an npz with mu and "
-            f"sigma ({error})"
+            f"sigma ({str(error) or 'it ends early'})"
         ) from None
     return {nets[0].words: known}, f"{path.name}, xxh3 {digest[:8]}{words}"
 
