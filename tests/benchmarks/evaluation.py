@@ -5,7 +5,7 @@ process, on all of its threads. A ratio is the median over rounds of theirs ÷ o
 """
 
 import argparse
-import statistics as means
+import statistics
 import time
 from collections.abc import Iterator
 from threading import Event, Thread
@@ -18,10 +18,10 @@ from paired import Work, paired
 from scipy.linalg import sqrtm
 from torch import Tensor
 
+from vaescale.evaluation.feature_statistics import Gatherer, Statistics
 from vaescale.evaluation.metrics.frechet import frechet
 from vaescale.evaluation.metrics.kernel_distance import kernel_distance
 from vaescale.evaluation.metrics.manifold import manifold
-from vaescale.evaluation.statistics import Gatherer, Statistics
 
 
 class Pair(NamedTuple):
@@ -135,7 +135,7 @@ def bias(pairs: int, dim: int = 64) -> None:
                 torch.randn(count, dim, generator=torch.Generator().manual_seed(2 * pair + side)) for side in (0, 1)
             )
             found.append((frechet(gathered(x), gathered(y)), 1000 * kernel_distance(x, y)[0]))
-        cells = [f"{means.mean(one):.2f} ± {means.stdev(one):.2f}" for one in zip(*found, strict=True)]
+        cells = [f"{statistics.mean(one):.2f} ± {statistics.stdev(one):.2f}" for one in zip(*found, strict=True)]
         print(f"| {count:,} | {' | '.join(cells)} |", flush=True)
 
 

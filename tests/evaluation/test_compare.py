@@ -3,8 +3,8 @@ import torch
 
 from vaescale.evaluation import compare, metrics
 from vaescale.evaluation.compare import NAMES, Gathering, Refused, Request, check, chosen, compared, key_of
+from vaescale.evaluation.feature_statistics import Statistics
 from vaescale.evaluation.metrics.kernel_distance import kernel_distance
-from vaescale.evaluation.statistics import Statistics
 from vaescale.nn import features
 
 LITE = "FD (EfficientNet-Lite0)"

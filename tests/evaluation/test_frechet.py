@@ -3,10 +3,10 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from tests.evaluation.test_statistics import gathered
-from vaescale.evaluation import statistics
+from tests.evaluation.test_feature_statistics import gathered
+from vaescale.evaluation import feature_statistics
+from vaescale.evaluation.feature_statistics import Statistics
 from vaescale.evaluation.metrics.frechet import frechet
-from vaescale.evaluation.statistics import Statistics
 
 
 def rows(count: int, dim: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -24,7 +24,7 @@ def with_sqrtm(x: torch.Tensor, y: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kept", [10_000, 64], ids=["rows", "moments"])
 def test_the_distance_is_that_of_a_matrix_root(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
-    monkeypatch.setattr(statistics, "KEPT", kept)
+    monkeypatch.setattr(feature_statistics, "KEPT", kept)
     x, y = rows(400, 24, 0), rows(500, 24, 1, 1.3, 0.2)
     assert frechet(gathered(x), gathered(y)) == pytest.approx(with_sqrtm(x, y), rel=1e-9)
 
@@ -35,7 +35,7 @@ def test_fewer_images_than_features(monkeypatch: pytest.MonkeyPatch, kept: tuple
     x, y = rows(12, 64, 0), rows(200, 64, 1)
     found = []
     for one, most in zip((x, y), kept, strict=True):
-        monkeypatch.setattr(statistics, "KEPT", most)
+        monkeypatch.setattr(feature_statistics, "KEPT", most)
         found.append(gathered(one))
     centred = (x.double() - x.double().mean(0)).numpy() / np.sqrt(11)
     b = np.cov(y.double().numpy().T)
@@ -62,6 +62,6 @@ def test_two_gaussians_have_a_closed_form() -> None:
 
 @pytest.mark.parametrize(("count", "kept"), [(500, 10_000), (10, 10_000), (500, 64), (10, 4)])
 def test_a_set_has_no_distance_to_itself(monkeypatch: pytest.MonkeyPatch, count: int, kept: int) -> None:
-    monkeypatch.setattr(statistics, "KEPT", kept)
+    monkeypatch.setattr(feature_statistics, "KEPT", kept)
     known = gathered(rows(count, 48, 0, shift=3))
     assert 0 <= frechet(known, known) < 1e-10

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.evaluation.test_statistics import gathered
+from tests.evaluation.test_feature_statistics import gathered
 from vaescale.evaluation.metrics.inception_score import inception_score
 
 

@@ -9,8 +9,8 @@ from vaescale.data import stream
 from vaescale.data.shards import write
 from vaescale.evaluation import reference
 from vaescale.evaluation.compare import Gathering, Refused
+from vaescale.evaluation.feature_statistics import Statistics
 from vaescale.evaluation.metrics.frechet import frechet
-from vaescale.evaluation.statistics import Statistics
 from vaescale.nn import features
 from vaescale.nn.features import Features
 

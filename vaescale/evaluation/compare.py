@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import distributed
 from ..nn.features import Features
 from . import metrics
+from .feature_statistics import Gatherer, Statistics, spaced
 from .metrics.kernel_distance import PAIRED_KERNEL_DISTANCE
 from .metrics.metric import Comparison, Number
-from .statistics import Gatherer, Statistics, spaced
 
 RECONSTRUCTED, GENERATED = "r", "g"
 # Without that of reconstructions, whose inception score says little.

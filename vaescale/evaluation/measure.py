@@ -22,9 +22,9 @@ from . import record
 from . import reference as references
 from .compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen, compared
 from .evaluate import evaluate
+from .feature_statistics import Gatherer, Statistics
 from .generation import Generated, Labels
 from .sample import AT_ONCE, Unsupported
-from .statistics import Gatherer, Statistics
 
 T = TypeVar("T")
 

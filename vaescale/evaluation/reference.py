@@ -25,7 +25,7 @@ from ..files import atomically, file_hash
 from ..nn.features import Features
 from .compare import WORDS, ByNet, Gathering, Refused
 from .evaluate import IMAGES
-from .statistics import Statistics
+from .feature_statistics import Statistics
 
 KIND = "statistics of features"
 TENSORS = ("mean", "covariance", "rows")

@@ -6,7 +6,7 @@ Gaussians: Dowson and Landau 1982, "The Fréchet distance between multivariate n
 
 import torch
 
-from ..statistics import KEPT, Statistics, factor
+from ..feature_statistics import KEPT, Statistics, factor
 from .metric import Comparison, Number
 
 

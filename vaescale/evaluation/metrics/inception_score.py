@@ -2,14 +2,15 @@
 
 from torch import Tensor
 
-from ..statistics import SPLITS, Statistics
+from ..feature_statistics import SPLITS, Statistics
 from .metric import Comparison, Number
 
 
 def inception_score(classes: Tensor) -> tuple[float, float]:
     """Returns the mean and the standard deviation over splits of exp(E_x KL(p(y|x) ‖ p(y))).
 
-    classes: fp64 [S, K + 2], the sums of `statistics.class_sums` over each split. Splits without images are left out.
+    classes: fp64 [S, K + 2], the sums of `feature_statistics.class_sums` over each split. Splits without images are
+    left out.
     """
     classes = classes[classes[:, -1] > 0]
     shares, negative_entropy = (classes[:, :-1] / classes[:, -1:]).tensor_split([-1], dim=1)

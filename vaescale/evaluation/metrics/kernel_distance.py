@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...data.order import permutation
-from ..statistics import KEPT, Statistics
+from ..feature_statistics import KEPT, Statistics
 from .metric import Comparison, Number
 
 SUBSETS = 100

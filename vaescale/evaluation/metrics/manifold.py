@@ -8,7 +8,7 @@ models", section 3.
 import torch
 from torch import Tensor
 
-from ..statistics import KEPT
+from ..feature_statistics import KEPT
 from .metric import Comparison, Number
 
 PRECISION_K = 3  # neighbours whose distance is the radius around an image, for precision and recall

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...interfaces import Batch, Codec, Tensors
 from ...nn.perceptual import Distance
-from ..statistics import Statistics
+from ..feature_statistics import Statistics
 
 
 class Seen(NamedTuple):

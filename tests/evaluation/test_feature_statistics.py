@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from vaescale.evaluation import statistics
-from vaescale.evaluation.statistics import Gatherer, Statistics, factor, spaced
+from vaescale.evaluation import feature_statistics
+from vaescale.evaluation.feature_statistics import Gatherer, Statistics, factor, spaced
 
 
 def gathered(x: torch.Tensor, logits: torch.Tensor | None = None, micro: int = 7) -> Statistics:
@@ -17,7 +17,7 @@ def gathered(x: torch.Tensor, logits: torch.Tensor | None = None, micro: int = 7
 @pytest.mark.parametrize("kept", [1000, 16])
 def test_moments_are_numpys(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     """Whether all rows are kept or not, although the mean is large next to the deviation."""
-    monkeypatch.setattr(statistics, "KEPT", kept)
+    monkeypatch.setattr(feature_statistics, "KEPT", kept)
     x = torch.randn(101, 5, generator=torch.Generator().manual_seed(0)) + 100
     found = gathered(x)
     assert found.count == 101
@@ -29,7 +29,7 @@ def test_moments_are_numpys(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
 def test_kept_rows_are_evenly_spaced_and_in_sample_order(
     monkeypatch: pytest.MonkeyPatch, count: int, kept: int
 ) -> None:
-    monkeypatch.setattr(statistics, "KEPT", kept)
+    monkeypatch.setattr(feature_statistics, "KEPT", kept)
     found = gathered(torch.arange(count)[:, None].float()).rows[:, 0].long().tolist()
     most = min(count, kept)
     assert found == [k * count // most for k in range(most)]
@@ -51,7 +51,7 @@ def test_the_splits_of_the_classes_are_in_sample_order() -> None:
 
 @pytest.mark.parametrize(("count", "kept"), [(5, 100), (50, 100), (50, 8)])
 def test_a_factor_is_a_root_of_the_covariance(monkeypatch: pytest.MonkeyPatch, count: int, kept: int) -> None:
-    monkeypatch.setattr(statistics, "KEPT", kept)
+    monkeypatch.setattr(feature_statistics, "KEPT", kept)
     found = gathered(torch.randn(count, 9, generator=torch.Generator().manual_seed(0)))
     a = factor(found)
     assert len(a) <= 9
