@@ -162,6 +162,21 @@ def test_a_signal_is_heard_while_the_main_thread_waits_in_a_library() -> None:
     assert time.monotonic() - begun < 20
 
 
+def test_signals_are_heard_in_a_process_with_many_open_files() -> None:
+    """`select` refuses descriptors above 1023."""
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    while opened[-1] < 1024:
+        opened.append(os.dup(opened[0]))
+    heard: list[int] = []
+    try:
+        with process.Listener(heard.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        for one in opened:
+            os.close(one)
+    assert heard == [signal.SIGHUP]
+
+
 def test_listening_ends_even_if_a_child_has_the_pipe() -> None:
     """As the workers of a loader do, however their rank fails."""
     before = signal.getsignal(signal.SIGTERM)

@@ -98,14 +98,19 @@ class Warm:
             line += byte
         return int(line)
 
+    def _reported(self, timeout: float | None) -> bool:
+        waiting = select.poll()
+        waiting.register(self._reports, select.POLLIN)
+        return bool(waiting.poll(None if timeout is None else 1000 * timeout))
+
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._reports], [], [], 0)[0]:
+        if self.returncode is None and self._reported(0):
             self.wait()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self._reports], [], [], timeout)[0]:
+            if not self._reported(timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             self.returncode = self._report()
             os.close(self._reports)

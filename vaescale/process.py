@@ -63,9 +63,10 @@ class Listener:
             self._thread.join()
 
     def _listen(self) -> None:
+        ends = select.poll()  # unlike `select`, it takes descriptors above 1023, as of a process with many open shards
+        ends.register(self._end, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._end], [], [], TICK)
-            if ready:
+            if ends.poll(1000 * TICK):
                 for number in os.read(self._end, 64):
                     if number == 0:
                         os.close(self._end)
