@@ -16,14 +16,15 @@ from tqdm import tqdm
 from .. import distributed
 from ..data import stream
 from ..interfaces import Batch, Codec
-from ..nn import features
+from ..nn import features, perceptual
 from ..nn.features import Features
+from ..nn.perceptual import Distance
 from . import record
 from . import reference as references
 from .compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen, compared
 from .evaluate import evaluate
 from .feature_statistics import Gatherer, Statistics
-from .generation import Generated, Labels
+from .generation import Generated, Labels, generated
 from .sample import AT_ONCE, Unsupported
 
 T = TypeVar("T")
@@ -114,6 +115,20 @@ def _gather(generate: Generate, count: int, theirs: Gathering, watched: bool, st
     return True
 
 
+def generator(
+    codec: Codec, drawing: Drawing, class_counts: Sequence[int], attributes: int, device: torch.device
+) -> Generate:
+    """Returns what generates images as `drawing` says. class_counts, attributes: as in `generated`."""
+
+    def generate(count: int, rank: int, world: int) -> Iterable[Generated]:
+        return generated(
+            codec, count, drawing.labels, class_counts, drawing.seed, drawing.temperature, rank, world,
+            device=device, attributes=attributes,
+        )  # fmt: skip
+
+    return generate
+
+
 def try_to(generate: Generate) -> None:
     """Raises Refused if no image can be generated."""
     try:
@@ -189,6 +204,17 @@ def read_net(name: str) -> Features:
     if name not in features.NETS:
         raise Refused(f"--features {name} is not one of {', '.join(features.NETS)}")
     return read_alike(name, partial(features.read, name))
+
+
+def read_distance(path: str, size: int) -> Distance:
+    """Reads a perceptual distance for images of `size` pixels per side. Raises Refused. Collective."""
+
+    def read() -> Distance:
+        distance = perceptual.read(path)
+        perceptual.require_size(distance, size)
+        return distance
+
+    return read_alike(path, read)
 
 
 def read_alike(what: str, read: Callable[[], T]) -> T:

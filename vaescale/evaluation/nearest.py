@@ -19,9 +19,8 @@ from ..monitoring.pictures import Picture, grid, joined
 from ..nn.features import Features
 from .compare import Gathering, Refused
 from .evaluate import reconstruct
-from .measure import Drawing, Generate
-from .sample import Unsupported
-from .subject import Subject, generator
+from .measure import Drawing, Generate, try_to
+from .subject import Subject, generator_of
 
 QUERIES = 1000  # images whose nearest training images are searched, of each kind
 SHOWN = 8  # of them in a picture
@@ -86,20 +85,16 @@ def _nearest(distances: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 def of(subject: Subject, net: Features, drawing: Drawing, device: torch.device) -> tuple[Picture, dict[str, Any]]:
     """Returns the picture, and for evaluation.json the share "nearer", if the codec has a prior, with how it was
     measured. net: on the device. Collective."""
-    generate = generator(subject, drawing, device)
+    generate = generator_of(subject, drawing, device)
     watched = distributed.rank() == 0 and sys.stderr.isatty()
-    possible = generate if _generates(generate) else None
+    possible: Generate | None = generate
+    try:
+        try_to(generate)
+    except Refused:
+        possible = None
     picture, found = nearest(subject.codec, subject.data, net, device, possible, watched)
     how = {"labels": drawing.labels, "seed": drawing.seed, "temperature": drawing.temperature}
     return picture, {**found, "how": HOW, "queries": QUERIES, "features": {"words": net.words, **net.protocol}, **how}
-
-
-def _generates(generate: Generate) -> bool:
-    try:
-        next(iter(generate(1, 0, 1)))
-    except Unsupported:
-        return False
-    return True
 
 
 def in_words(found: dict[str, Any]) -> str:

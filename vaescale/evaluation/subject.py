@@ -1,7 +1,7 @@
 """What is measured, a trained model or the codec of others, and its whole result."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +12,11 @@ from .. import distributed
 from ..data import index, stream
 from ..interfaces import Codebooks, Codec
 from ..monitoring import code_statistics
-from ..nn import perceptual as distances
 from ..nn.perceptual import Distance
 from . import record, tables
 from .compare import Refused
 from .evaluate import protocol, reconstruct
-from .generation import Generated, generated
-from .measure import Comparer, Drawing, Generate
+from .measure import Comparer, Drawing, Generate, generator, read_distance
 
 BATCH = 32  # images at a time on one rank
 
@@ -71,7 +69,7 @@ def measured(
     records = [*record.read([subject.record] if subject.record else []), *(earlier or [])] if subject.weights else []
     watched = distributed.rank() == 0 and sys.stderr.isatty()
     options = {"micro": BATCH, "draws": draws, "watched": watched, "distance": distance and distance.to(device)}
-    generate = generator(subject, comparer.drawing, device)
+    generate = generator_of(subject, comparer.drawing, device)
     counted = training_labels(subject, comparer.drawing)
     training = counted.fingerprint() if counted else None
     metrics = comparer.measure(codec, slices, device, base, records, generate, own, training, **options)
@@ -113,21 +111,14 @@ def training_labels(subject: Subject, drawing: Drawing) -> index.Index | None:
     return None
 
 
-def generator(subject: Subject, drawing: Drawing, device: torch.device) -> Generate:
+def generator_of(subject: Subject, drawing: Drawing, device: torch.device) -> Generate:
     """Returns what generates images as `drawing` says."""
     classes = getattr(subject.config, "classes", 0)
     counts = [1] * classes
     if counted := training_labels(subject, drawing):
         labels = counted.records["label"]
         counts = [int((labels == label).sum()) for label in range(classes)]
-
-    def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
-        return generated(
-            subject.codec, count, drawing.labels, counts, drawing.seed, drawing.temperature, rank, world,
-            device=device, attributes=len(subject.data.attributes),
-        )  # fmt: skip
-
-    return generate
+    return generator(subject.codec, drawing, counts, len(subject.data.attributes), device)
 
 
 def perceptual_distance(subject: Subject, given: str | None) -> Distance | None:
@@ -137,17 +128,11 @@ def perceptual_distance(subject: Subject, given: str | None) -> Distance | None:
     path = given or (own.perceptual.weights if own and own.perceptual.weight else "")
     if not path:
         return None
-    distance, why = None, ""
     try:
-        distance = distances.read(path)
-        distances.require_size(distance, subject.data.size)
-    except ValueError as error:
-        why = str(error)
-    if not (ranks := distributed.where(bool(why))):
-        return distance
-    why = why or f"{path} cannot be read on rank {ranks[0]}: copy it to that node, too"
-    if given:
-        raise Refused(why)
-    if distributed.rank() == 0:
-        print(f"the perceptual distance is not measured: {why}, or give --perceptual FILE", file=sys.stderr)
-    return None
+        return read_distance(path, subject.data.size)
+    except Refused as error:
+        if given:
+            raise
+        if distributed.rank() == 0:
+            print(f"the perceptual distance is not measured: {error}, or give --perceptual FILE", file=sys.stderr)
+        return None

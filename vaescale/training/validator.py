@@ -1,6 +1,6 @@
 """Measures the averaged weights during a training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +10,8 @@ from ..config import ConfigError
 from ..data import stream
 from ..evaluation.compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen
 from ..evaluation.evaluate import evaluate
-from ..evaluation.generation import Generated, generated
-from ..evaluation.measure import Generate, measure, read_alike, read_net, try_to
+from ..evaluation.measure import Drawing, Generate, generator, measure, read_distance, read_net, try_to
 from ..interfaces import Codec, Model
-from ..nn import perceptual as distances
 from ..nn.perceptual import Distance
 from ..nn.reconstruction import distance_of
 from ..settings import Config
@@ -73,14 +71,7 @@ class Validator:
 
     def _generator(self, averaged: Codec) -> Generate:
         classes, attributes = getattr(self.config.model, "classes", 0), len(self.config.data.attributes)
-
-        def generate(count: int, rank: int, world: int) -> Iterator[Generated]:
-            return generated(
-                averaged, count, class_counts=[1] * classes, rank=rank, world=world, device=self.device,
-                attributes=attributes,
-            )  # fmt: skip
-
-        return generate
+        return generator(averaged, Drawing(), [1] * classes, attributes, self.device)
 
     def measure(self, averaged: Codec, compare: bool, stopped: Callable[[], object]) -> dict[str, Any]:
         """Returns the numbers of the averaged weights over the validation set; {} if `stopped`, which is called after
@@ -108,13 +99,7 @@ def _distance(averaged: Codec) -> Distance | None:
 def read_lpips(size: int) -> tuple[Distance | None, str]:
     """Returns LPIPS from the folder of weights, or None and why it cannot be had on all ranks. size: pixels per side.
     Collective."""
-
-    def read() -> Distance:
-        distance = distances.read(LPIPS)
-        distances.require_size(distance, size)
-        return distance
-
     try:
-        return read_alike(LPIPS, read), ""
+        return read_distance(LPIPS, size), ""
     except Refused as error:
         return None, str(error)
