@@ -126,6 +126,7 @@ from vaescale.interfaces import Codec
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import pictures
 from vaescale.nn.features import Features
+from vaescale.nn.frozen import weights_hash
 
 SPLITS = {"train": stream.TrainingOnce, "val": stream.ValidationSlices}
 # Settings that say how the images are read, and change no number.
@@ -320,7 +321,7 @@ def read_run(run: Path, config: settings.Config, device: torch.device) -> Subjec
     model, step = trained.read_model(run, config, device)
     assert isinstance(model, Codec)
     path = trained.run_of(run) / RECORD
-    return Subject(str(run), model, config.data, config.model.kind, step, config.model, record.hash_of(model), path)
+    return Subject(str(run), model, config.data, config.model.kind, step, config.model, weights_hash(model), path)
 
 
 def read_codec(text: str, data: stream.Config, device: torch.device) -> Subject:

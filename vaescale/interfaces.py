@@ -6,6 +6,7 @@ nats; only reports to people are in bits.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -137,6 +138,64 @@ class Codebooks(Protocol):
 
     def quantizers(self) -> dict[str, Any]:
         """Returns the settings of each codebook's quantiser, by the same names."""
+        ...
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """A codec with the probability p(x|z) of images, but no prior of its own: with one, it has a bound on p(x)."""
+
+    def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
+        """Returns −log p(x|z) of the 8-bit images in nats, fp32 [B]; infinite until it is measured."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn from a prior. The defaults draw from its distribution."""
+
+    top_k: int = 0  # only the k most probable codes are drawn; 0: all
+    top_p: float = 1.0  # only the most probable codes that together have this probability
+    # g: logits are those without the condition + g · (those with it − those without it) (Ho, Salimans 2022,
+    # "Classifier-free diffusion guidance"); 1: no guidance, 0: no condition
+    guidance: float = 1.0
+    steps: int = 12  # of a prior with masked order: passes in which all codes are drawn
+
+
+class Known(NamedTuple):
+    """Codes that are given when others are drawn."""
+
+    codes: Tensor  # int64 [B, L, h, w]
+    where: Tensor  # bool [L, h, w]: whether the code is given
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """A model of the codes of a frozen codec, maps [B, L, h, w] of L codebooks, coarse to fine."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def codes(self, batch: Batch) -> Tensor:
+        """Returns codes int64 [B, L, h, w]: `batch.x`, if it holds codes, else those of its pictures."""
+        ...
+
+    def rates(self, codes: Tensor, condition: Condition, sample: Tensor, draw: int = 0) -> Tensor:
+        """Returns −log p of each code in nats, fp32 [B, L, h, w], in eval mode. Their sum over an image is −log p of
+        its codes; for a prior with random or masked order it is an unbiased estimate of a bound on it, from the draw
+        numbered `draw`, which depends only on this number and each image's `sample`."""
+        ...
+
+    def draw(
+        self,
+        condition: Condition,
+        sample: Tensor,
+        temperature: float = 1.0,
+        sampling: Sampling = Sampling(),
+        known: Known | None = None,
+    ) -> Tensor:
+        """Draws codes int64 [B, L, h, w]. Those of an image depend only on its condition and its number in `sample`,
+        int64 [B], up to rounding. The logits are divided by the temperature; at 0 the most probable codes are taken."""
         ...
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .. import files
 from ..interfaces import Batch, Codec, Condition, Usage
+from ..nn.frozen import weights_hash
 from .compare import Refused
-from .record import hash_of
 
 FORMS = "diffusers:FOLDER nor python:FILE.py:NAME"
 CLASSES = ("VQModel", "AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
@@ -40,7 +40,7 @@ def read(text: str, device: torch.device) -> Foreign:
         net = _diffusers(Path(path))
         codec = DiffusersVQ(net) if type(net).__name__ == "VQModel" else Diffusers(net)
         model = f"diffusers {type(net).__name__}"
-        weights = f"{hash_of(net)} {files.file_hash(Path(path) / CONFIG)}"
+        weights = f"{weights_hash(net)} {files.file_hash(Path(path) / CONFIG)}"
     elif kind == "python" and colon:
         codec = _python(Path(file), name)
         model, weights = type(codec).__name__, None

@@ -12,9 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch import nn
 
 from .. import files
 from ..nn.features import Features
@@ -24,15 +22,6 @@ from .metrics.perceptual import PERCEPTUAL
 RECORD = "evaluation.json"
 Protocol = dict[str, Any]
 OF_RUN = ("weights_hash", "settings_hash", "step")  # parts of a protocol that differ from run to run
-
-
-def hash_of(model: nn.Module) -> str:
-    """Returns the hash of all parameters and buffers, 64-bit xxh3 in hexadecimal."""
-    digest = xxhash.xxh3_64()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def hash_of_settings(config: Any, attributes: Sequence[str]) -> str:

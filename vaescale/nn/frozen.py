@@ -1,15 +1,42 @@
-"""Trained networks that are only applied: their weights are a dict of tensors, without modules, and each batch norm is
-part of the convolution before it."""
+"""Trained networks that are only applied: models of other runs, and published networks, whose weights are a dict of
+tensors, without modules, with each batch norm as part of the convolution before it."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import xxhash
+from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
+
+
+class Frozen:
+    """A trained model that another model is built on. It is not a module: no parameter, state dict, checkpoint,
+    optimiser or average has its weights, and copies of the other model share it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
+        return self
+
+    def on(self, device: torch.device) -> nn.Module:
+        """Returns the model, moved to the device if it is elsewhere."""
+        if next(self.model.parameters()).device != device:
+            self.model.to(device)
+        return self.model
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Returns the hash of all parameters and buffers, 64-bit xxh3 in hexadecimal."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Net(NamedTuple):
