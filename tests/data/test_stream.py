@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from tests.conftest import jpeg, samples
+from vaescale import distributed
 from vaescale.data import DataError, stream, workers
 from vaescale.data.decode import validation_image
 from vaescale.data.index import Index
@@ -130,15 +132,19 @@ def test_batches_are_uint8_and_channels_last(pictures: Path) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 16])
 @pytest.mark.parametrize("micro", [1, 4, 100])
-def test_validation_counts_each_sample_once(pictures: Path, world: int, micro: int) -> None:
-    slices = stream.ValidationSlices(config(pictures))
-    seen = [
-        int(sample)
-        for rank in range(world)
-        for part in stream.validation_loader(slices, micro, rank, world, pin=False)
-        for sample in part.batch.sample
-    ]
+def test_validation_counts_each_sample_once(
+    pictures: Path, world: int, micro: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In equally many turns on all ranks."""
+    slices, cpu = stream.ValidationSlices(config(pictures)), torch.device("cpu")
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    turns = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        turns.append(list(stream.once(slices, micro, cpu, "", watched=False)))
+    seen = [sample for rank in turns for part in rank if part for sample in part.batch.sample.tolist()]
     assert sorted(seen) == list(range(11))
+    assert {len(rank) for rank in turns} == {math.ceil(math.ceil(11 / world) / micro)}
 
 
 class Watched(stream.TrainSlices):

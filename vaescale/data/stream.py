@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
+from tqdm import tqdm
 
+from .. import distributed
 from ..interfaces import Batch
 from ..ranges import ranged, require
 from . import DataError, decode
@@ -316,6 +319,20 @@ def validation_loader(slices: ValidationSlices, micro: int, rank: int, world: in
     first, last = rank * total // world, (rank + 1) * total // world
     ranges = [range(start, min(start + micro, last)) for start in range(first, last, micro)]
     return _loader(slices, ranges, slices.config, pin)
+
+
+def once(
+    slices: ValidationSlices, micro: int, device: torch.device, title: str, watched: bool, leave: bool = True
+) -> Iterator[Decoded | None]:
+    """Yields this rank's batches on the device, with each sample exactly once over all ranks. Yields None where other
+    ranks have one more batch, so that all ranks take equally many turns. micro: samples at a time; watched: whether to
+    show a progress bar of this title; leave: whether the bar stays."""
+    rank, world = distributed.rank(), distributed.world()
+    batches = validation_loader(slices, micro, rank, world, device.type == "cuda")
+    turns = range(-(-len(slices.samples.index) // (micro * world)))  # of the rank with the most samples
+    pairs = zip_longest(turns, batches)
+    for _, decoded in tqdm(pairs, title, len(turns), unit="batch", leave=leave, disable=not watched):
+        yield decoded and decoded._replace(batch=decoded.batch.to(device))
 
 
 def fixed_images(slices: ValidationSlices) -> Batch:

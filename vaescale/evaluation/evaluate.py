@@ -1,13 +1,10 @@
 """Measures any Codec over a validation set, with each sample exactly once over all ranks."""
 
-import math
 from collections.abc import Callable
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import distributed
 from ..data import stream
@@ -40,21 +37,17 @@ def evaluate(
     Collective; all ranks return the same result. Time grows with `draws`, memory does not. `stopped` is called after
     each batch, equally often on all ranks, and must return the same on all; if it is true, the result is {}.
     """
-    rank, world = distributed.rank(), distributed.world()
-    loader = stream.validation_loader(slices, micro, rank, world, device.type == "cuda")
     # With fewer images than ranks, a rank without images still needs the names and shapes of the sums.
     first, _ = _measure(codec, slices[range(1)].batch.to(device), min(draws, 2), distance)
     totals = [{name: torch.zeros_like(part, dtype=torch.float64) for name, part in sums.items()} for sums in first]
     images = len(slices.samples.index)
-    batches = range(math.ceil(math.ceil(images / world) / micro))  # of the rank with the most images
-    for _, decoded in tqdm(zip_longest(batches, loader), "evaluate", len(batches), unit="batch", disable=not watched):
+    for decoded in stream.once(slices, micro, device, "evaluate", watched):
         if decoded:
-            batch = decoded.batch.to(device)
-            found, reconstruction = _measure(codec, batch, draws, distance)
+            found, reconstruction = _measure(codec, decoded.batch, draws, distance)
             for total, sums in zip(totals, found, strict=True):
                 for name, part in sums.items():
                     total[name] += part
-            observe(batch, reconstruction)
+            observe(decoded.batch, reconstruction)
         if stopped():
             return {}
     result: dict[str, Any] = {"images": images}

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import distributed
 from ..data import stream
@@ -56,16 +55,13 @@ def search(
     """Returns the distances to the NEIGHBOURS nearest images of `slices`, fp64 [Q, NEIGHBOURS], ascending, and their
     numbers, int64. queries: fp32 [Q, D], the same on all ranks; net: on the device. Raises Refused if there are fewer
     images, without the damaged ones. Collective."""
-    rank, world = distributed.rank(), distributed.world()
     rows = queries.to(device).double()
     best = rows.new_full((len(rows), NEIGHBOURS), torch.inf)
     numbers = torch.full_like(best, -1)  # exact up to 2⁵³
-    loader = stream.validation_loader(slices, MICRO, rank, world, device.type == "cuda")
-    batches = -(-len(slices.samples.index) // (MICRO * world))
-    for decoded in tqdm(loader, "nearest", batches, unit="batch", disable=not watched):
-        batch = decoded.batch.to(device)
-        found = torch.cdist(rows, net(batch.x)[0].double(), compute_mode="donot_use_mm_for_euclid_dist")
-        best, numbers = _nearest(torch.cat([best, found], 1), torch.cat([numbers, batch.sample.expand_as(found)], 1))
+    for decoded in filter(None, stream.once(slices, MICRO, device, "nearest", watched)):
+        x, sample = decoded.batch.x, decoded.batch.sample
+        found = torch.cdist(rows, net(x)[0].double(), compute_mode="donot_use_mm_for_euclid_dist")
+        best, numbers = _nearest(torch.cat([best, found], 1), torch.cat([numbers, sample.expand_as(found)], 1))
     of_all = distributed.gather(torch.stack([best, numbers]))  # [W, 2, Q, NEIGHBOURS]
     best, numbers = _nearest(*of_all.permute(1, 2, 0, 3).flatten(2))
     if (numbers < 0).any():

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from .. import distributed
 from ..data import DataError, stream
@@ -41,16 +40,13 @@ def gather(
     an image is damaged, on all ranks with the same text. Collective."""
     config = slices.config
     blank = torch.zeros(1, config.channels, config.size, config.size, dtype=torch.uint8, device=device)
-    loader = stream.validation_loader(slices, micro, distributed.rank(), distributed.world(), device.type == "cuda")
     gathering = Gathering([net], len(slices.samples.index), blank)
-    batches = -(-len(slices.samples.index) // (micro * distributed.world()))
     why = ""
     try:
-        for decoded in tqdm(loader, "statistics", batches, unit="batch", disable=not watched):
+        for decoded in filter(None, stream.once(slices, micro, device, "statistics", watched)):
             for damage in decoded.damage:
                 raise Refused(f"{damage.key} in {damage.shard} is damaged: {damage.cause}")
-            batch = decoded.batch.to(device)
-            gathering.add(batch.sample, batch.x)
+            gathering.add(decoded.batch.sample, decoded.batch.x)
     except (Refused, DataError) as error:  # the other ranks do not meet this image, and would wait for this rank
         why = str(error)
     if why := _first(why):

@@ -1,11 +1,8 @@
 """Measures the mean and the standard deviation of a model's latents over the training set."""
 
-import math
 from collections.abc import Callable
-from itertools import zip_longest
 
 import torch
-from tqdm import tqdm
 
 from .. import distributed
 from ..data import stream
@@ -36,17 +33,12 @@ def measure(
     after each batch, equally often on all ranks, and must return the same on all; if it is true, the model is not
     changed.
     """
-    rank, world = distributed.rank(), distributed.world()
-    loader = stream.validation_loader(images, micro, rank, world, device.type == "cuda")
-    batches = range(math.ceil(math.ceil(len(images.samples.index) / world) / micro))  # of the rank with the most images
     held_mean, held_std = model.latent_statistics()
     size = len(held_mean)
     sums = torch.zeros(2 * size + 2, dtype=torch.float64, device=device)  # of μ, of μ² + σ², places, damaged images
-    for _, decoded in tqdm(
-        zip_longest(batches, loader), "latents", len(batches), unit="batch", leave=False, disable=not watched
-    ):
+    for decoded in stream.once(images, micro, device, "latents", watched, leave=False):
         if decoded:
-            mean, std = (part.double().transpose(0, 1).flatten(1) for part in model.posterior(decoded.batch.to(device)))
+            mean, std = (part.double().transpose(0, 1).flatten(1) for part in model.posterior(decoded.batch))
             sums[:size] += mean.sum(1)
             sums[size:-2] += (mean.square() + std.square()).sum(1)
             sums[-2] += mean.shape[1]
