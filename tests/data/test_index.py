@@ -27,7 +27,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
     assert made.sizes.tolist() == [10, 10, 3]
     urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     read = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
-    assert [(one["__key__"], one["jpg"], int(one["cls"]), "jpg") for one in read] == [tuple(one) for one in written]
+    assert [(one["__key__"], one["jpg"], int(one["cls"]), "jpg") for one in read] == [one[:4] for one in written]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,9 +1,9 @@
 """The index: the shard and the position of each sample. It is made with the shards, or later for existing shards.
 
-An index is a folder with three files. `index.json` holds the location of the shards, the class names, and the name,
-samples, bytes and xxh3 of each shard. `samples.npy` holds one fixed-size record per sample, in shard order.
-`attributes.npy` exists if the samples have attributes. The two arrays are memory-mapped, and nothing is unpickled. The
-shards may be in another folder or behind a URL.
+An index is a folder with three files. `index.json` holds the location of the shards, the class names, the name,
+samples, bytes and xxh3 of each shard, and how the samples were made if they are codes (codes.py). `samples.npy` holds
+one fixed-size record per sample, in shard order. `attributes.npy` exists if the samples have attributes. The two arrays
+are memory-mapped, and nothing is unpickled. The shards may be in another folder or behind a URL.
 
 An index may come from an untrusted source. `Index` checks each field of index.json when it opens one. `check_files`
 compares the arrays with their hashes, and each record with its shard; every command that reads samples calls it first.
@@ -26,7 +26,7 @@ from numpy.lib.format import open_memmap
 
 from .. import distributed
 from ..files import atomically, file_hash, is_plain, printable, read_json
-from . import DataError, places
+from . import DataError, codes, places
 from .missing import how_to_index, missing
 from .names import by_ending
 from .parallel import in_processes
@@ -40,7 +40,6 @@ MOST_ATTRIBUTES = 256
 MOST_JSON = 1 << 27  # bytes of index.json: two million shards
 MOST_SAMPLES = 1 << 40
 MOST_SHARD = 1 << 50  # bytes
-HASH = re.compile("[0-9a-f]{16}")
 SIMPLE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # shard names that need no further check
 CHECKED = 1 << 16  # records checked at once
 PARTS = ".parts"  # folder with the entries of each shard, while the index is being made
@@ -75,6 +74,7 @@ class Index:
         self.classes: list[str] = head["classes"]
         self.attribute_names: list[str] = head["attributes"]
         self.hashes: dict[str, str] = head["hashes"]  # file → xxh3
+        self.codes = codes.checked(head["codes"]) if "codes" in head else None  # of images, if the samples are codes
         self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
         total = int(self.sizes.sum())
         self.records = _mapped(folder, "samples.npy", RECORD, (total,))
@@ -158,9 +158,16 @@ def check_files(*indexes: Index) -> None:
 
 
 def build(
-    folder: Path, root: str, names: Sequence[str], fields: Fields, classes: Sequence[str], processes: int
+    folder: Path,
+    root: str,
+    names: Sequence[str],
+    fields: Fields,
+    classes: Sequence[str],
+    processes: int,
+    header: codes.Header | None = None,
 ) -> Index:
     """Scans the shards `names` under `root` (a folder or a URL) and writes the index into `folder`, atomically.
+    header: how the samples were made, if they are codes.
 
     The entries of each shard are kept until the index is complete, so a repeated call continues after an interruption.
     Raises DataError with the names of the shards that cannot be read.
@@ -173,7 +180,7 @@ def build(
         raise DataError(f"{len(faults)} of {len(names)} shards cannot be indexed: {'; '.join(faults[:SHOWN])}{more}")
     inside = root if places.is_url(root) else os.path.relpath(Path(root).resolve(), folder.resolve())
     _report(folder, names)
-    _merge(folder, inside, names, classes)
+    _merge(folder, inside, names, classes, header)
     for path in (folder / PARTS).iterdir():
         path.unlink()
     (folder / PARTS).rmdir()
@@ -249,7 +256,7 @@ def _is_known(part: Path, state: str) -> bool:
     return False
 
 
-def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]) -> None:
+def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str], header: codes.Header | None) -> None:
     """Merges all parts into the index. index.json is written last: the index exists once that file does."""
     shards, attributes = [], set()
     for name in names:
@@ -289,6 +296,7 @@ def _merge(folder: Path, root: str, names: Sequence[str], classes: Sequence[str]
         values.flush()
         hashes["attributes.npy"] = file_hash(folder / "attributes.npy")
     head = {"format": FORMAT, "root": root, "classes": list(classes), "attributes": columns, "hashes": hashes}
+    head |= {"codes": header._asdict()} if header else {}
     with atomically(folder / "index.json") as partial:
         partial.write_text(json.dumps({**head, "shards": shards}))
 
@@ -335,7 +343,9 @@ def _check_head(head: dict[str, Any]) -> None:
         isinstance(head["hashes"], dict) and set(head["hashes"]) == files,
         f"hashes must be those of {' and '.join(sorted(files))}",
     )
-    _require(all(map(_is_hash, head["hashes"].values())), "the hash of a file is not 16 hexadecimal digits")
+    _require(all(map(codes.is_hash, head["hashes"].values())), "the hash of a file is not 16 hexadecimal digits")
+    if "codes" in head:
+        codes.checked(head["codes"])
     _check_shards(*zip(*head["shards"], strict=True))
 
 
@@ -346,14 +356,10 @@ def _check_shards(names: Sequence[Any], samples: Sequence[Any], sizes: Sequence[
     for name in names:
         if not SIMPLE.fullmatch(name):
             places.check_name(name)
-    _require(all(map(HASH.fullmatch, hashes)), "a shard's hash is not 16 hexadecimal digits")
+    _require(all(map(codes.HASH.fullmatch, hashes)), "a shard's hash is not 16 hexadecimal digits")
     _require(min(samples) >= 0 < sum(samples) < MOST_SAMPLES, "the number of samples is out of range")
     _require(min(sizes) >= 0 and max(sizes) < MOST_SHARD, "a shard's number of bytes is out of range")
     _require(len(set(names)) == len(names), "two shards have the same name")
-
-
-def _is_hash(text: object) -> bool:
-    return isinstance(text, str) and HASH.fullmatch(text) is not None
 
 
 def _require(sound: bool, phrase: str) -> None:

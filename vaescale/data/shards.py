@@ -15,7 +15,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from ..files import atomically, file_hash, is_plain, read_json
-from . import DataError, decode, places
+from . import DataError, codes, decode, places
 from .index import Index, build
 from .parallel import alone, in_processes
 from .tar import Fields, checksum, scan
@@ -26,6 +26,7 @@ class Sample(NamedTuple):
     image: bytes
     label: int
     extension: str = "jpg"
+    attributes: dict[str, float] | None = None  # written as key.json
 
 
 class Finding(NamedTuple):
@@ -59,8 +60,9 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
         webdataset.TarWriter(str(partial), mtime=0, user="vaescale", group="vaescale") as tar,
     ):
         for sample in samples:
+            record = {"json": json.dumps(sample.attributes).encode()} if sample.attributes else {}
             label = str(sample.label).encode()
-            tar.write({"__key__": sample.key, sample.extension: sample.image, "cls": label})
+            tar.write({"__key__": sample.key, sample.extension: sample.image, "cls": label, **record})
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
@@ -97,7 +99,8 @@ def index(source: str, folder: Path, pattern: str, fields: Fields, processes: in
 def verify(
     folder: Path, decoding: bool, processes: int, max_megapixels: int = decode.MAX_MEGAPIXELS
 ) -> Iterator[Finding]:
-    """Reads every shard of an index and, with `decoding`, decodes every picture. Returns an iterator over the faults.
+    """Reads every shard of an index and, with `decoding`, decodes every picture, or checks every code. Returns an
+    iterator over the faults.
 
     Raises DataError if the index itself is damaged.
     """
@@ -117,9 +120,10 @@ def examine(folder: Path, number: int, max_megapixels: int) -> Finding | None:
             if intact and not max_megapixels:
                 return None
             first = int(index.first[number])
-            lost = _lost(path, index.records[first : first + shard.samples], max_megapixels)
+            lost = _lost(path, index.records[first : first + shard.samples], max_megapixels, index.codes)
             if intact:
-                return Finding(shard.name, lost, shard.samples, "images do not decode") if lost else None
+                what = "codes are not those of the tokenizer" if index.codes else "images do not decode"
+                return Finding(shard.name, lost, shard.samples, what) if lost else None
             return Finding(shard.name, lost, shard.samples, _cause(path, shard))
     except (OSError, DataError) as error:
         cause = (error.strerror or "it cannot be read") if isinstance(error, OSError) else str(error)
@@ -132,18 +136,21 @@ def _opened(folder: Path) -> Index:
     return Index(folder)
 
 
-def _lost(path: Path, records: NDArray[np.void], max_megapixels: int) -> int:
+def _lost(path: Path, records: NDArray[np.void], max_megapixels: int, header: codes.Header | None) -> int:
     lost = 0
     with path.open("rb") as file:
         for offset, length, _, _, check in records.tolist():
             data = os.pread(file.fileno(), length, offset)
-            lost += checksum(data) != check or (max_megapixels > 0 and not _decodes(data, max_megapixels))
+            lost += checksum(data) != check or (max_megapixels > 0 and not _decodes(data, max_megapixels, header))
     return lost
 
 
-def _decodes(data: bytes, max_megapixels: int) -> bool:
+def _decodes(data: bytes, max_megapixels: int, header: codes.Header | None) -> bool:
     try:
-        decode.check(data, max_megapixels, pixels=True)
+        if header:
+            codes.Codes(header).views(data)
+        else:
+            decode.check(data, max_megapixels, pixels=True)
     except decode.Damaged:
         return False
     return True

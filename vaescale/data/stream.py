@@ -16,6 +16,7 @@ from .. import distributed
 from ..interfaces import Batch
 from ..ranges import ranged, require
 from . import DataError, decode
+from .codes import Codes
 from .index import Index
 from .order import VERSIONS, Order, mix
 from .reader import Pictures, Reader
@@ -60,6 +61,11 @@ def pictures(config: Config) -> Reader:
         config.decoder,
         config.max_megapixels,
     )
+
+
+def reader_of(index: Index, config: Config) -> Reader:
+    """Returns the reader for the samples of an index: codes, if it says so, else pictures."""
+    return Codes(index.codes) if index.codes else pictures(config)
 
 
 def _require(config: Config) -> None:
@@ -143,13 +149,13 @@ class TrainSlices(Dataset[Decoded]):
     """`slices[range of g]` → the decoded samples of that range."""
 
     def __init__(self, config: Config, seed: int, reader: Reader | None = None) -> None:
-        """reader: None: the one for pictures."""
+        """reader: None: the one for pictures, or for codes if the index holds codes."""
         _require(config)
-        self.reader = reader or pictures(config)
-        self.reader.require()
         self.config = config
         self.seed = seed
         self.samples = Samples(Path(config.root) / "train", config.cache, config.cache_gib)
+        self.reader = reader or reader_of(self.samples.index, config)
+        self.reader.require()
         # Shards are prefetched this many samples ahead: a quarter of a shard in every column. It is a whole number of
         # rows, so the samples ahead of a row form a row, too, and cover all columns.
         self._ahead = config.columns * max(1, len(self.samples.index) // len(self.samples.index.shards) // 4)
@@ -219,11 +225,11 @@ class ValidationSlices(Dataset[Decoded]):
     split = "val"
 
     def __init__(self, config: Config, reader: Reader | None = None) -> None:
-        """reader: None: the one for pictures."""
+        """reader: None: the one for pictures, or for codes if the index holds codes."""
         _require(config)
-        self.reader = reader or pictures(config)
         self.config = config
         self.samples = Samples(Path(config.root) / self.split, config.cache, config.cache_gib)
+        self.reader = reader or reader_of(self.samples.index, config)
         training = Index(Path(config.root) / "train") if config.attributes else self.samples.index
         self.indexes = {self.samples.index, training}  # whose files are read
         self.attributes = Attributes(self.samples.index, training, config.attributes)

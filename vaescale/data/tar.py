@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from ..files import is_plain, parse_json, printable
-from . import DataError, decode
+from . import DataError, codes, decode
 from .names import PICTURES, ending, is_hidden
 from .places import PASSING
 
@@ -92,13 +92,15 @@ def checksum(data: bytes) -> int:
 
 
 def key_in(head: bytes) -> str:
-    """Returns the key from a picture's tar header (which includes a long name's header, if any); "" if damaged."""
+    """Returns the key from the tar header of a picture or of codes (which includes a long name's header, if any); "" if
+    damaged."""
     try:
         with tarfile.open(fileobj=io.BytesIO(head), mode="r:", **ENCODING) as tar:
             first = tar.next()
     except ODD:
         return ""
-    return printable(first.name.rpartition(".")[0]) if first else ""
+    name, end = first.name if first else "", f".{codes.EXTENSION}"
+    return printable(name.removesuffix(end) if name.endswith(end) else name.rpartition(".")[0])
 
 
 def label_of(value: object) -> int:
