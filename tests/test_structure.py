@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vaescale"
 BASE = {"files", "numerics", "renamed", "hints", "interfaces", "distributed", "process", "ranges", "config"}
-BELOW = {*BASE, "nn", "models", "data", "settings", "monitoring", "lifecycle"}
+BELOW = {*BASE, "nn", "models", "data", "settings", "matching", "trained", "monitoring", "lifecycle"}
 LAYERS = {  # package or file → the others that it may import
     "arguments": set(),
     "files": set(),
@@ -25,6 +25,7 @@ LAYERS = {  # package or file → the others that it may import
     "weights": {"files", "nn"},
     "data": {"files", "interfaces", "distributed", "process", "ranges"},
     "settings": {"hints", "renamed", "interfaces", "config", "ranges", "models", "nn", "data"},
+    "matching": {"config", "settings", "data"},
     "monitoring": {"files", "interfaces"},
     "evaluation": {"files", "numerics", "interfaces", "distributed", "nn", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},

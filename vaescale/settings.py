@@ -5,14 +5,12 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 
 from . import config as mechanics
 from .config import ConfigError
 from .data import places, stream
-from .data.index import Index
 from .hints import either, known_keys
 from .interfaces import Batch, Codec, Model, Reconstructor, Shape
 from .models import MODELS
@@ -91,9 +89,6 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
     version: int = ranged(VERSION, least=VERSION, most=VERSION)  # of the names of settings
-
-
-SHOWN = 5  # classes named in one line
 
 
 # DeepSpeed settings that follow from the fields above, and are refused in `deepspeed`.
@@ -284,52 +279,6 @@ def micro_batch(config: Config, world: int) -> int:
             f"ranks: use global_batch={lower or parts} or global_batch={lower + parts}"
         )
     return config.global_batch // parts
-
-
-def check_labels(config: Config, index: Index) -> None:
-    """Raises ConfigError for a label that the model was not built for; on a device it would cause an obscure crash."""
-    classes = getattr(config.model, "classes", 0)
-    if not classes:
-        return  # reading 10⁷ labels takes hundreds of megabytes of the index
-    labels = index.records["label"]
-    wrong = np.flatnonzero(labels >= classes)
-    if len(wrong):
-        sample = int(wrong[0])
-        raise ConfigError(
-            f"model.classes={classes} allows the labels 0 to {classes - 1}, but sample {sample} of {index.folder} (in "
-            f"{index.shards[index.locate(sample).shard].name}) has {labels[sample]}: set "
-            f"model.classes={labels.max() + 1} or more, or use other data"
-        )
-
-
-def check_classes(config: Config, training: Index, validation: Index) -> None:
-    """Raises ConfigError if a label-conditional model would see a label with different class names in training and
-    validation. Indices without class names, and labels that only one of the two has, are not compared."""
-    if not getattr(config.model, "classes", 0):
-        return
-    for label, (name, other) in enumerate(zip(training.classes, validation.classes, strict=False)):
-        if name != other:
-            raise ConfigError(
-                f"label {label} is the class {name} in {training.folder} and {other} in "
-                f"{validation.folder}: prepare the validation images again, into an empty folder, with "
-                f"--classes {training.folder / 'classes.json'}"
-            )
-
-
-def absent_classes(config: Config, training: Index, validation: Index) -> str:
-    """Returns a sentence on the classes without validation samples; "" if there are none, or if the model is not
-    label-conditional."""
-    if not getattr(config.model, "classes", 0) or not validation.classes:
-        return ""
-    present = set(np.unique(validation.records["label"]).tolist())
-    absent = [name for label, name in enumerate(training.classes) if label not in present]
-    if not absent:
-        return ""
-    more = ", …" if len(absent) > SHOWN else ""
-    return (
-        f"{len(absent)} of {len(training.classes)} classes are not in the validation data: "
-        f"{', '.join(absent[:SHOWN])}{more}"
-    )
 
 
 def without_bound(config: Config) -> str:

@@ -27,8 +27,9 @@ from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
 from ..lifecycle.stops import Stop
 from ..lifecycle.watch import STACKS, Watch
 from ..lifecycle.writer import Writer
+from ..matching import absent_classes, check_classes, check_labels
 from ..monitoring.board import validated
-from ..settings import Config, absent_classes, build, check_classes, check_labels, micro_batch, without_bound
+from ..settings import Config, build, micro_batch, without_bound
 from . import latents, resume
 from .guard import Skip, diagnosis, explained, too_many
 from .learner import chosen
