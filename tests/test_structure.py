@@ -29,7 +29,7 @@ LAYERS = {  # package or file → the others that it may import
     "monitoring": {"files", "interfaces"},
     "evaluation": {"files", "numerics", "interfaces", "distributed", "nn", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
-    "trained": {"files", "interfaces", "distributed", "config", "settings", "lifecycle"},
+    "trained": {"files", "interfaces", "distributed", "config", "settings", "models", "nn", "lifecycle"},
     "library": {"interfaces", "numerics", "settings", "data", "monitoring", "evaluation", "trained"},
     "training": {*BELOW, "evaluation"},
     "advice": {*BELOW, "training"},

@@ -142,7 +142,7 @@ class Codebooks(Protocol):
 
 
 @runtime_checkable
-class Likelihood(Protocol):
+class PixelLikelihood(Protocol):
     """A codec with the probability p(x|z) of images, but no prior of its own: with one, it has a bound on p(x)."""
 
     def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
@@ -200,20 +200,32 @@ class Prior(Protocol):
 
 
 @runtime_checkable
+class Calibrated(Protocol):
+    """A model with statistics of the training set that are measured once, at the end of training, with the averaged
+    weights: over all training images, each as validation would see it. They are buffers, infinite until then, and
+    nothing that is trained depends on them."""
+
+    def calibration(self) -> dict[str, Tensor]:
+        """Returns the statistics by name, for people: fp32 [D], one for each channel."""
+        ...
+
+    def calibration_sums(self, batch: Batch) -> Tensor:
+        """Returns what the statistics are computed from: sums over the images of the batch, fp64 [S]."""
+        ...
+
+    def calibrate(self, sums: Tensor) -> None:
+        """Sets the statistics from the sums over all images, fp64 [S]."""
+        ...
+
+
+@runtime_checkable
 class LatentStatistics(Protocol):
     """A codec with one level of latents, continuous maps, whose mean and standard deviation are measured for each
     channel. A prior of the latents, such as a diffusion model, is trained on (z − mean) / std."""
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the standard deviation of each channel, fp32 [D]: two buffers of the model.
-
-        They are measured once, at the end of training, with the averaged weights: over the draws z ~ q(z|x), all places
-        of the maps and all training images, each image as validation would see it. Until then they are infinite.
-        """
-        ...
-
-    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the standard deviation of q(z|x), fp32 [B, D, h, w] each."""
+        """Returns the mean and the standard deviation of each channel over the draws z ~ q(z|x), all places of the maps
+        and all training images, fp32 [D]: the statistics of Calibrated."""
         ...
 
 

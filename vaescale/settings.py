@@ -196,17 +196,48 @@ def _prune(schema: Any, raw: dict[str, Any], keep: Container[str], where: str = 
 
 def build(config: Config, training: bool = True) -> Model:
     """Builds the model that the config names. training: False for a model whose loss is not used; it reads no files.
+    The codec of a model that is built on one has no trained weights yet: see trained.read_base.
 
     Raises ConfigError for a shape that the model cannot have. Configs may be made in code, so it also raises
     ConfigError for a value outside its range or Literal."""
+    base = base_of(config)
+    codec = [build(base, training=False)] if base else []
     try:
         require(config)
         model = config.model
         if not training and hasattr(model, "reconstruction"):
             model = replace(model, reconstruction=model.reconstruction.without_files())
-        return MODELS[config.model.kind].build(model, shape(config), config.seed)
+        return MODELS[config.model.kind].build(model, shape(config), config.seed, *codec)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def base_run(config: Config) -> Path | None:
+    """Returns the run whose codec the model is built on, if it is built on one. Raises ConfigError if it is missing."""
+    name = MODELS[config.model.kind].base if config.model.kind in MODELS else ""
+    if not name:
+        return None
+    place = getattr(config.model, name)
+    if not place or not (Path(place) / mechanics.FILE).exists():
+        what = f"model.{name}={place} is not a run directory" if place else f"model.{name} is missing"
+        raise ConfigError(f"{what}: set it to the run= of a training whose model has codes, such as a VQ-VAE")
+    return Path(place)
+
+
+def base_of(config: Config) -> Config | None:
+    """Returns the settings of the run whose codec the model is built on, if it is built on one. Raises ConfigError if
+    there is no such run, or if it was trained on images of another size."""
+    run = base_run(config)
+    if run is None:
+        return None
+    base, _ = load_saved(run / mechanics.FILE, [])
+    for name in ("size", "channels"):
+        ours, its = getattr(config.data, name), getattr(base.data, name)
+        if ours != its:
+            raise ConfigError(
+                f"data.{name}={ours} is not that of {run}, whose codes are modelled: set data.{name}={its}"
+            )
+    return base
 
 
 def build_critic(config: Config) -> critic.Critic | None:
@@ -298,6 +329,8 @@ def _located(config: Config) -> Config:
     if own := getattr(model, "reconstruction", None):
         weights = mechanics.expanded("model.reconstruction.perceptual.weights", own.perceptual.weights)
         model = replace(model, reconstruction=replace(own, perceptual=replace(own.perceptual, weights=weights)))
+    if base := MODELS[model.kind].base:
+        model = replace(model, **{base: mechanics.expanded(f"model.{base}", getattr(model, base))})
     data = replace(config.data, root=root, cache=cache)
     return replace(config, run=run, init_from=init_from, model=model, data=data)
 

@@ -8,9 +8,11 @@ import torch
 from . import distributed, settings
 from .config import FILE, ConfigError
 from .files import printable
-from .interfaces import Model
+from .interfaces import Codec, Model, Prior, Sampling
 from .lifecycle import checkpoint
 from .lifecycle import state as states
+from .models.generative import generative
+from .nn.frozen import weights_hash
 from .settings import Config
 
 
@@ -45,6 +47,33 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
     """Returns the model with averaged weights, in eval mode on `device`, and the step of the weights. place: a
     checkpoint, or a run directory, whose newest one is read. Raises CheckpointError. Collective."""
     model = settings.build(config, training=False)
+    step = _read_averaged(model, place)
+    read_base(model, config)
+    return model.to(device).eval(), step
+
+
+def read_base(model: Model, config: Config) -> str | None:
+    """Reads the averaged weights of the codec that the model is built on, if it is built on one. Returns their hash, or
+    None. Raises ConfigError, CheckpointError. Collective."""
+    run = settings.base_run(config)
+    if run is None:
+        return None
+    assert isinstance(model, Prior)
+    codec = model.codec
+    assert isinstance(codec, Model)
+    _read_averaged(codec, run)
+    return weights_hash(codec)
+
+
+def codec_of(model: Model, sampling: Sampling = Sampling()) -> Codec:
+    """Returns what encodes and decodes images: the model itself, or if it is a prior, its codec with it."""
+    codec = generative(model, sampling) if isinstance(model, Prior) else model
+    assert isinstance(codec, Codec)
+    return codec
+
+
+def _read_averaged(model: Model, place: Path) -> int:
+    """Reads the averaged weights. Returns their step."""
     path, remarks = checkpoint.load_averaged(model, place)
     assert path is not None
     if distributed.rank() == 0:
@@ -52,4 +81,4 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
             print(remark, file=sys.stderr)
     state = states.read_checked(path, ["step", "noise"])
     model.noise_version = state["noise"]
-    return model.to(device).eval(), state["step"]
+    return int(state["step"])

@@ -302,14 +302,14 @@ def interrupt(out: Path, victim: int) -> None:
     evaluate._measure = measured
 
 
-def interrupt_latents(out: Path, name: str) -> None:
-    """Send this signal to this rank in the second batch whose latents are measured."""
+def interrupt_calibration(out: Path, name: str) -> None:
+    """Send this signal to this rank in the second batch of the calibration."""
     posterior, count = kl.Spatial.posterior, 0
 
     def measured(self: kl.Spatial, *arguments: Any) -> Any:
         nonlocal count
         count += 1
-        if count == 2:
+        if count == 3:  # the first call is of a blank batch
             os.kill(os.getpid(), getattr(signal, name))
         return posterior(self, *arguments)
 
@@ -440,7 +440,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "draw slowly": draw_slowly,
     "report slowly": report_slowly,
     "interrupt": interrupt,
-    "interrupt latents": interrupt_latents,
+    "interrupt calibration": interrupt_calibration,
     "harm": harm,
     "keep": keep,
     "block": block,

@@ -1,4 +1,4 @@
-"""The statistics of latents, on the ranks of a job of forked.py."""
+"""A calibration, on the ranks of a job of forked.py."""
 
 import json
 from pathlib import Path
@@ -10,26 +10,29 @@ from torch import Tensor
 from vaescale import distributed
 from vaescale.data import stream
 from vaescale.interfaces import Batch
-from vaescale.training.latents import measure
+from vaescale.training.calibration import calibrate
 
 
 class Elementwise:
-    """Its latents are computed elementwise in fp64, because an encoder would round differently in other batches."""
+    """Its sums are computed elementwise in fp64, because a network would round differently in other batches."""
 
     def __init__(self) -> None:
-        self.held = torch.full((2, 3), torch.inf, dtype=torch.float64)
+        self.held = torch.full((4,), torch.inf, dtype=torch.float64)
 
-    def latent_statistics(self) -> tuple[Tensor, Tensor]:
-        return self.held[0], self.held[1]
+    def calibration(self) -> dict[str, Tensor]:
+        return {"sums": self.held}
 
-    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def calibration_sums(self, batch: Batch) -> Tensor:
         x = batch.x.double() / 255
-        return x.sqrt() - x * 3, 0.1 + x.square()
+        return torch.cat([(x.sqrt() - x * 3).sum((0, 2, 3)), torch.full((1,), float(len(x))).double()])
+
+    def calibrate(self, sums: Tensor) -> None:
+        self.held.copy_(sums)
 
 
 def measured(job: dict[str, Any]) -> None:
-    """Measure the images of "root". Writes measured-R.json: means and deviations."""
+    """Calibrate with the images of "root". Writes measured-R.json: the sums."""
     images = stream.TrainingOnce(stream.Config(root=job["root"], size=8, workers=0))
     model = Elementwise()
-    assert measure(model, images, torch.device("cpu"), job["micro"]) == 0
+    assert calibrate(model, images, torch.device("cpu"), job["micro"]) == 0
     (Path(job["out"]) / f"measured-{distributed.rank()}.json").write_text(json.dumps(model.held.tolist()))

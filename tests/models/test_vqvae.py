@@ -93,3 +93,34 @@ def test_it_learns_four_pictures() -> None:
 def test_it_cannot_sample_without_a_prior() -> None:
     with pytest.raises(ValueError, match="no prior of its own to draw samples from: give codes"):
         model().decode([])
+
+
+@torch.no_grad()
+def test_the_error_is_calibrated_and_decides_the_distortion() -> None:
+    """Against fp64 over all images at once, and the bins' probabilities by the error function."""
+    vqvae, images = model().eval(), batch(6)
+    assert vqvae.distortion(images, vqvae.encode(images)).isinf().all()
+    sums = sum(
+        vqvae.calibration_sums(batch) for batch in (Batch(*(t[:4] for t in images)), Batch(*(t[4:] for t in images)))
+    )
+    assert isinstance(sums, torch.Tensor)
+    vqvae.calibrate(sums)
+    mean, x = vqvae.decode(vqvae.encode(images)).double(), images.x.double()
+    std = (mean - x / 255).square().mean((0, 2, 3)).sqrt()
+    torch.testing.assert_close(vqvae.calibration()["root mean square error of the channels"].double(), std)
+    normal = torch.distributions.Normal(mean, std[:, None, None])
+    high = torch.where(x == 255, 1.0, normal.cdf((x + 0.5) / 255))
+    low = torch.where(x == 0, 0.0, normal.cdf((x - 0.5) / 255))
+    expected = -(high - low).log().sum((1, 2, 3))
+    torch.testing.assert_close(vqvae.distortion(images, vqvae.encode(images)).double(), expected, rtol=1e-4, atol=0.0)
+
+
+@torch.no_grad()
+def test_no_other_deviation_gives_a_smaller_distortion() -> None:
+    vqvae, images = model().eval(), batch(6)
+    vqvae.calibrate(vqvae.calibration_sums(images))
+    codes, best = vqvae.encode(images), vqvae.error_std.clone()
+    least = float(vqvae.distortion(images, codes).sum())
+    for factor in (0.9, 1.1):
+        vqvae.error_std.copy_(best * factor)
+        assert float(vqvae.distortion(images, codes).sum()) > least

@@ -43,7 +43,11 @@ NAMED = 3  # tensors that an error names
 FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # file names that a checkpoint may contain
 LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # folders that an interrupted save may leave behind
 FORMER = ("levels", "radix")  # buffers that older versions saved, although they follow from the settings
-LATER = ("latent_mean", "latent_std")  # buffers that older versions did not save: their first values are used
+LATER = (
+    "latent_mean",
+    "latent_std",
+    "error_std",
+)  # buffers that older versions did not save: their first values are used
 DTYPES = {  # as safetensors names them, in the order in which it stores them
     torch.int64: "I64",
     torch.float64: "F64",

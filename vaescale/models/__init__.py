@@ -12,10 +12,11 @@ from . import autoencoder, hvae, kl, pca, vae, vdvae, vqvae
 
 class Family(NamedTuple):
     config: type[Any]  # the dataclass of its settings
-    build: Callable[..., Model]  # (settings, shape, seed) → model
+    build: Callable[..., Model]  # (settings, shape, seed) → model; with `base`: (settings, shape, seed, codec) → model
     learner: Literal["descent", "closed_form"] = "descent"  # a key of training.learner.LEARNERS
     # model.network.kind → its networks, if model.network is of several classes
     networks: Mapping[str, Kind] = MappingProxyType({})
+    base: str = ""  # the setting of `config` that names a run, whose frozen codec the model is built on
 
 
 MODELS = {  # model.kind → its family

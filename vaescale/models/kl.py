@@ -5,7 +5,7 @@
 A VAE whose latents are maps and whose KL has a tiny weight β. So its bound is loose and draws from its prior N(0, I)
 look like nothing: the prior of its latents is for another model to learn. The networks are those of nn/networks.py.
 
-The mean and the deviation of each channel of z are measured at the end of training (interfaces.LatentStatistics). In
+The mean and the deviation of each channel of z are measured at the end of training (interfaces.Calibrated). In
 the authors' code all channels share one `scale_factor`, 1 / std of the draws of one batch.
 
 The loss is −log p(x|z) + β KL per subpixel. With `model.reconstruction` its losses stand in place of −log p(x|z): as
@@ -85,6 +85,22 @@ class Spatial(Latent):
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Returns the mean and the standard deviation of each channel of z, fp32 [D]; infinite until measured."""
         return self.latent_mean, self.latent_std
+
+    def calibration(self) -> dict[str, Tensor]:
+        return {"means of the latents": self.latent_mean, "their standard deviations": self.latent_std}
+
+    def calibration_sums(self, batch: Batch) -> Tensor:
+        """Sums of μ and of μ² + σ² over the images and places, with mean μ and deviation σ of q, and the number of
+        places. Nothing is drawn: E z = E μ and Var z = E (μ² + σ²) − (E μ)²."""
+        mean, std = (part.double().transpose(0, 1).flatten(1) for part in self.posterior(batch))
+        places = torch.full((1,), mean.shape[1], dtype=mean.dtype, device=mean.device)
+        return torch.cat([mean.sum(1), (mean.square() + std.square()).sum(1), places])
+
+    def calibrate(self, sums: Tensor) -> None:
+        size = len(self.latent_mean)
+        first, second = sums[:size] / sums[-1], sums[size:-1] / sums[-1]
+        self.latent_mean.copy_(first)
+        self.latent_std.copy_((second - first.square()).clamp(min=0).sqrt())
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the mean and the standard deviation of q(z|x), fp32 [B, D, H/f, W/f] each."""

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from ..interfaces import Batch, Condition, Model, Output, Shape, Usage
 from ..nn import conv, networks, quantize
 from ..nn import reconstruction as losses
+from ..nn.likelihood import gaussian_log_prob
 from ..nn.reconstruction import Reconstruction
 from ..ranges import ranged, require
+
+LEAST_STD = 1e-4  # of the error: far below the width of an 8-bit value's bin, so that images without error cost 0 bits
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Config:
 
 
 class VQVAE(Model):
+    error_std: (
+        Tensor  # fp32 [C]: root mean square of the error of each channel, pixels in [0, 1]; infinite: not measured
+    )
+
     def __init__(self, config: Config, shape: Shape, seed: int = 0) -> None:
         super().__init__()
         require(config, "model")
@@ -43,6 +50,7 @@ class VQVAE(Model):
         self.quantizer = quantize.build(config.quantizer, seed)
         self.decoder = networks.decoder(config.network, dim, shape.channels, config.checkpointing)
         self.reconstruction = Reconstruction(config.reconstruction, shape, config.variance)
+        self.register_buffer("error_std", torch.full((shape.channels,), torch.inf))
 
     def forward(self, batch: Batch, step: int) -> Output:
         del step
@@ -86,6 +94,24 @@ class VQVAE(Model):
             raise ValueError("a VQ-VAE has no prior of its own to draw samples from: give codes")
         codes = torch.stack(latents, dim=-1) if len(latents) > 1 else latents[0]
         return self._images(self.quantizer.lookup(codes)).float()
+
+    def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
+        """Returns −log p(x|z) in nats, fp32 [B], where p is a discretised Gaussian around the decoded image. Its
+        standard deviation in each channel is `error_std`, which the likelihood of the undiscretised Gaussian has at its
+        maximum over the training set."""
+        return -gaussian_log_prob(self.decode(latents), self.error_std[:, None, None], batch.x)
+
+    def calibration(self) -> dict[str, Tensor]:
+        return {"root mean square error of the channels": self.error_std}
+
+    def calibration_sums(self, batch: Batch) -> Tensor:
+        """Sums of the squared error of each channel over the images and pixels, and the number of pixels."""
+        errors = (self.decode(self.encode(batch)).double() - batch.x.double() / 255).square()
+        pixels = torch.full((1,), errors[:, 0].numel(), dtype=errors.dtype, device=errors.device)
+        return torch.cat([errors.sum((0, 2, 3)), pixels])
+
+    def calibrate(self, sums: Tensor) -> None:
+        self.error_std.copy_((sums[:-1] / sums[-1]).sqrt().clamp(min=LEAST_STD))
 
     def update(self, step: int, lr: float) -> None:
         self.quantizer.update(step, lr)

@@ -96,16 +96,7 @@ class DiscretisedGaussian(_Gaussian):
     """The Gaussian's probability of the bin of each 8-bit value; the first and last bin extend to infinity."""
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        std = self.variance().sqrt()
-        f = output.float() + 0.5
-        # x ± ½ is exact, so neighbouring bins share bit-identical edges and all bins sum to one.
-        low = torch.where(x == 0, -FAR, ((x - 0.5) * DELTA - f) / std)
-        high = torch.where(x == 255, FAR, ((x + 0.5) * DELTA - f) / std)
-        # Φ(high) − Φ(low) = Φ(−low) − Φ(−high): use the form in the left tail, where log Φ is accurate.
-        right = low + high > 0
-        low, high = torch.where(right, -high, low), torch.where(right, -low, high)
-        outer, inner = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-        return (inner + torch.log(-torch.expm1(outer - inner))).sum((1, 2, 3))
+        return gaussian_log_prob(output.float() + 0.5, self.variance().sqrt(), x)
 
     def mean(self, output: Tensor) -> Tensor:
         """Returns the mean of the Gaussian clamped to [0, 1], within half a grey level of the mean 8-bit value."""
@@ -116,6 +107,19 @@ class DiscretisedGaussian(_Gaussian):
         f = output.float() + 0.5
         drawn = f + self.variance().sqrt() * torch.randn_like(f)
         return (255 * drawn).round().clamp(0, 255) / 255
+
+
+def gaussian_log_prob(mean: Tensor, std: Tensor, x: Tensor) -> Tensor:
+    """Returns the log-probability of x, uint8 [B, C, H, W], under a discretised Gaussian, in nats: fp32 [B]. mean: fp32
+    [B, C, H, W], in [0, 1] up to overshoot; std: fp32, broadcast."""
+    # x ± ½ is exact, so neighbouring bins share bit-identical edges and all bins sum to one.
+    low = torch.where(x == 0, -FAR, ((x - 0.5) * DELTA - mean) / std)
+    high = torch.where(x == 255, FAR, ((x + 0.5) * DELTA - mean) / std)
+    # Φ(high) − Φ(low) = Φ(−low) − Φ(−high): use the form in the left tail, where log Φ is accurate.
+    right = low + high > 0
+    low, high = torch.where(right, -high, low), torch.where(right, -low, high)
+    outer, inner = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    return (inner + torch.log(-torch.expm1(outer - inner))).sum((1, 2, 3))
 
 
 def _ramp(z: Tensor) -> Tensor:

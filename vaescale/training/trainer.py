@@ -20,7 +20,7 @@ from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check_files
 from ..data.reader import Reader
-from ..interfaces import Batch, Codec, LatentStatistics, Model
+from ..interfaces import Batch, Calibrated, Codec, Model
 from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
@@ -30,7 +30,8 @@ from ..lifecycle.writer import Writer
 from ..matching import absent_classes, check_classes, check_labels
 from ..monitoring.board import validated
 from ..settings import Config, build, micro_batch, without_bound
-from . import latents, resume
+from . import resume
+from .calibration import calibrate, calibrated
 from .guard import Skip, diagnosis, explained, too_many
 from .learner import chosen
 from .reporter import Reporter
@@ -107,13 +108,13 @@ class Trainer:
             history.check_changes(self.run, self.before, history.changes(self.before, self.config))
 
     def left(self) -> bool:
-        """Returns whether steps, a validation or the statistics of the latents are pending."""
-        return self.position.step < self.config.steps or self.position.validation_due or self.unmeasured()
+        """Returns whether steps, a validation or a calibration are pending."""
+        return self.position.step < self.config.steps or self.position.validation_due or self.uncalibrated()
 
-    def unmeasured(self) -> bool:
-        """Returns whether the averaged model has statistics of its latents that are not measured yet."""
+    def uncalibrated(self) -> bool:
+        """Returns whether the averaged model has statistics that are not measured yet."""
         averaged = self.learner.averaged
-        return isinstance(averaged, LatentStatistics) and not latents.measured(averaged)
+        return isinstance(averaged, Calibrated) and not calibrated(averaged)
 
     def train(self) -> str:
         """Trains to the end. Returns why the run was stopped early, one of stops.REASONS; "" if it has finished.
@@ -180,7 +181,7 @@ class Trainer:
             if position.validation_due and not asked:
                 asked = self.validate(stop, watch)
             if last and not asked:
-                asked = self.measure_latents(stop, watch)
+                asked = self.calibrate(stop, watch)
             if save or asked:
                 with watch.doing("saving"):
                     self.count_damage()
@@ -282,39 +283,38 @@ class Trainer:
         self.position.validation_due = False
         return ""
 
-    def measure_latents(self, stop: Stop, watch: Watch) -> str:
-        """Measures the statistics of the latents, if the model has any. Returns why it was cut short, one of
+    def calibrate(self, stop: Stop, watch: Watch) -> str:
+        """Measures the statistics of the averaged model, if it has any. Returns why it was cut short, one of
         stops.REASONS; "" if it was not. The next process then begins anew."""
         averaged = self.learner.averaged
-        if not isinstance(averaged, LatentStatistics):
+        if not isinstance(averaged, Calibrated):
             return ""
 
         def stopped() -> str:
             watch.progress()
             return stop.agreed("batch")
 
-        with watch.doing("measuring the latents"):
+        with watch.doing("the calibration"):
             images = stream.TrainingOnce(self.config.data, self.slices.reader)
             count = len(images.samples.index)
-            self.console.say(f"measuring the latents of {count} training images")
-            damaged = latents.measure(averaged, images, self.device, self.micro, stopped, self.console.watched)
+            self.console.say(f"calibrating on {count} training images")
+            damaged = calibrate(averaged, images, self.device, self.micro, stopped, self.console.watched)
         if damaged < 0:
             return stop.said
         left_out = f" ({damaged} damaged ones left out)" if damaged else ""
-        means, stds = averaged.latent_statistics()
-        self.console.say(
-            f"latents of {count} training images{left_out}: means of the channels {means.min():.4g} to "
-            f"{means.max():.4g}, standard deviations {stds.min():.4g} to {stds.max():.4g}"
+        found = ", ".join(
+            f"{name} {values.min():.4g} to {values.max():.4g}" for name, values in averaged.calibration().items()
         )
+        self.console.say(f"calibrated on {count} training images{left_out}: {found}")
         return ""
 
     def finish_pending(self, stop: Stop, watch: Watch) -> str:
         """Does what a stop has cut short at this step. Returns why it was cut short again, one of stops.REASONS; "" if
         it was not."""
         asked = self.validate(stop, watch) if self.position.validation_due else ""
-        if asked or self.position.step < self.config.steps or not self.unmeasured():
+        if asked or self.position.step < self.config.steps or not self.uncalibrated():
             return asked
-        asked = self.measure_latents(stop, watch)
+        asked = self.calibrate(stop, watch)
         if not asked:
             with watch.doing("saving"):
                 self.save()

@@ -18,7 +18,7 @@ from tests.integration.test_resume import rewind, same_bits
 from tests.lifecycle.test_checkpoint import forge
 from vaescale.data import stream
 from vaescale.data.shards import write
-from vaescale.training import latents
+from vaescale.training.calibration import calibrated
 
 TINY_KL = Path(__file__).parent / "tiny_kl.yaml"
 COUNT = 91  # no multiple of 2 or 3
@@ -50,7 +50,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (world, _) in CUT.items():
         out = folder / name
         command = train(out / "run", images)
-        jobs.append({**job(out, command, ["interrupt latents", world - 1, name], world=world), "code": None})
+        jobs.append({**job(out, command, ["interrupt calibration", world - 1, name], world=world), "code": None})
         jobs.append(job(out / "again", command, world=world))
     forked(folder, jobs)
     jobs = []
@@ -116,8 +116,8 @@ def test_any_number_of_ranks_gives_the_same(images: Path, tmp_path: Path) -> Non
 def test_the_last_checkpoint_has_those_of_the_averaged_weights(trained: Path, images: Path, name: str) -> None:
     codes, output = end(trained / name)
     assert set(codes) == {0}, output
-    assert output.count(f"measuring the latents of {COUNT} training images\n") == 1
-    assert output.count(f"latents of {COUNT} training images: means of the channels ") == 1
+    assert output.count(f"calibrating on {COUNT} training images\n") == 1
+    assert output.count(f"calibrated on {COUNT} training images: means of the latents ") == 1
     matches_the_weights(trained / name / "run", images)
     for value in (*found(trained / name / "run", "model"), *found(trained / name / "run", step=8)):
         assert value.isinf().all()
@@ -131,7 +131,7 @@ def test_a_stop_while_they_are_measured_does_not_change_them(trained: Path, name
     first, output = end(trained / name)
     assert first == codes, output
     assert ("stopped at step 12 (SIGTERM). Run the same command to continue." in output) == (name == "SIGTERM")
-    assert f"latents of {COUNT} training images: means" not in output
+    assert f"calibrated on {COUNT} training images" not in output
     again, output = end(trained / name / "again")
     assert again == [0] * world, output
     assert f"resumes at step {12 if name == 'SIGTERM' else 8}:" in output
@@ -146,7 +146,7 @@ def test_a_run_of_an_older_version_goes_on_and_gets_them(trained: Path) -> None:
         assert f"resumes at step {8 if name == 'older' else 12}:" in output
         same_bits(trained / name / "run", trained / "whole-1" / "run")
     model = vaescale.load(trained / "begun").codec
-    assert not latents.measured(model)
+    assert not calibrated(model)
 
 
 def test_a_longer_run_measures_them_again(trained: Path, images: Path) -> None:

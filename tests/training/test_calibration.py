@@ -14,7 +14,7 @@ from vaescale.interfaces import LatentStatistics, Shape
 from vaescale.lifecycle.writer import unsound
 from vaescale.models.kl import Config, build
 from vaescale.nn import conv, reconstruction
-from vaescale.training.latents import measure, measured
+from vaescale.training.calibration import calibrate, calibrated
 
 SIZE, COUNT = 16, 11
 CPU = torch.device("cpu")
@@ -56,9 +56,9 @@ def by_numpy(of: LatentStatistics, pictures: list[bytes]) -> tuple[np.ndarray, n
 @pytest.mark.parametrize("micro", [1, 4, 50])
 def test_they_are_those_of_draws_over_all_training_images(root: Path, changes: dict, micro: int) -> None:
     one = model(**changes)
-    assert not measured(one)
-    assert measure(one, images(root), CPU, micro) == 0
-    assert measured(one)
+    assert not calibrated(one)
+    assert calibrate(one, images(root), CPU, micro) == 0
+    assert calibrated(one)
     mean, std = by_numpy(one, [sample.image for sample in samples(COUNT)])
     for found, expected in zip(one.latent_statistics(), (mean, std), strict=True):
         assert found.dtype == torch.float32
@@ -73,7 +73,7 @@ def test_the_deviation_has_the_part_of_the_means_and_that_of_the_draws(root: Pat
     with torch.no_grad():
         last.weight.zero_()
         last.bias.copy_(torch.tensor([5.0, -1.0, 0.0, *[2 * math.log(2)] * 3]))
-    measure(one, images(root), CPU, 4)
+    calibrate(one, images(root), CPU, 4)
     mean, std = one.latent_statistics()
     assert mean.tolist() == [5.0, -1.0, 0.0]
     torch.testing.assert_close(std, torch.full((3,), 2.0))
@@ -81,9 +81,9 @@ def test_the_deviation_has_the_part_of_the_means_and_that_of_the_draws(root: Pat
 
 def test_a_stop_leaves_the_model_as_it_was(root: Path) -> None:
     one, calls = model(), []
-    assert measure(one, images(root), CPU, 4, stopped=lambda: calls.append(0) or len(calls) == 2) == -1
+    assert calibrate(one, images(root), CPU, 4, stopped=lambda: calls.append(0) or len(calls) == 2) == -1
     assert len(calls) == 2
-    assert not measured(one)
+    assert not calibrated(one)
     assert unsound({"ema": one.state_dict()}, dict(one.named_buffers())) == ""  # it can be saved
 
 
@@ -97,7 +97,7 @@ def test_damaged_images_are_left_out_and_counted(tmp_path: Path) -> None:
             shard.seek(place.offset + 20)
             shard.write(bytes(20))
     one = model()
-    assert measure(one, slices, CPU, 2) == 3
+    assert calibrate(one, slices, CPU, 2) == 3
     expected = by_numpy(one, [sample.image for i, sample in enumerate(samples(COUNT)) if i not in damaged])
     for found, wanted in zip(one.latent_statistics(), expected, strict=True):
         np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-6, atol=2e-7)
