@@ -2,22 +2,24 @@
 
     python launch/evaluate.py --run runs/quickstart [key=value …]
     python launch/evaluate.py --run runs/a runs/b … [--iw K] [key=value …]     one table of all runs
-    python launch/evaluate.py --run runs/a --metrics rfid rkid rpr gfid gkid gpr [--count N]
-    python launch/evaluate.py --run runs/a/checkpoints/step-00000500 --out FILE
+    python launch/evaluate.py --run runs/a --metrics psnr ssim lpips rfid gfid kid is pr fd-dinov2 [--count N]
+    python launch/evaluate.py --run runs/a/checkpoints/step-00000500 --out DIR
     python launch/evaluate.py --codec diffusers:FOLDER python:FILE.py:NAME data.root=DATA data.size=64
     python launch/evaluate.py statistics DATA --size S [--split train] [--features NET] --out FILE    for --reference
     torchrun --nproc-per-node 2 -- launch/evaluate.py --run …     without the --, torchrun reads --run as its own option
 
 Writes evaluation.json (the numbers and how they were measured) and reconstructions.png into each run directory. With
---out FILE it writes only the numbers, into that file: like evaluation.json for one run, a list for several. A run's
-evaluation.json is reserved for its newest checkpoint, its own data and its own settings; everything else needs --out.
+--out DIR they go there, for several runs into a folder for each. With --out FILE.json only the numbers are written:
+like evaluation.json for one run, a list for several. A run's evaluation.json is reserved for its newest checkpoint, its
+own data and its own settings; everything else needs --out.
 The perceptual distance that a run was trained with is measured, too. --perceptual FILE measures that of a file which
 launch/weights.py wrote, for all runs. --picture FILE draws the reconstructions of all runs beside one another.
 
---metrics adds comparisons by the features of a network (--features): the Fréchet distance (rfd; rfid with those of
-Inception), the kernel distance (rkid), and precision, recall, density and coverage (rpr) of the reconstructions; the
-same (gfd, gfid, gkid, gpr) and the inception score (gis) of --count images from the prior. What was measured before
-under the same protocol is kept and not measured again.
+--metrics adds comparisons by the features of a network (--features): the Fréchet distance (rfd), the kernel distance
+(rkid or kid), and precision, recall, density and coverage (rpr or pr) of the reconstructions; the same (gfd, gkid, gpr)
+and the inception score (gis or is) of --count images from the prior. rfid and gfid are rfd and gfd by Inception, and
+fd-dinov2 is rfd by DINOv2, whatever --features says. lpips is --perceptual lpips_vgg. psnr and ssim are always
+measured. What was measured before under the same protocol is kept and not measured again.
 
 --codec measures tokenizers that others trained in the same way: a network of diffusers from a local folder, or an
 object with encode and decode (vaescale/interfaces.py) of a Python file, which is run. Only --out writes their numbers.
@@ -59,8 +61,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--nearest", type=Path, metavar="FILE", help="draw the nearest training images of generated and decoded images"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers there, not into the run")
-    parser.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="comparisons to measure, see above")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write evaluation.json and reconstructions.png there, not into the run; FILE.json: only the numbers",
+    )
+    parser.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="what to measure, see above")
     parser.add_argument(
         "--features",
         nargs="+",
@@ -107,6 +114,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -114,11 +122,11 @@ from typing import Any
 import torch
 
 from vaescale import distributed, files, settings, trained
-from vaescale.config import ConfigError, override, typed
+from vaescale.config import FILE, ConfigError, override, typed
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import codecs, nearest, record, reference, tables
 from vaescale.evaluation.compare import Refused
-from vaescale.evaluation.measure import Comparer, Drawing, read_alike, read_net
+from vaescale.evaluation.measure import LPIPS, Comparer, Drawing, read_alike, read_net
 from vaescale.evaluation.record import RECORD
 from vaescale.evaluation.show import compared, reconstructions
 from vaescale.evaluation.subject import Shown, Subject, measured
@@ -128,6 +136,7 @@ from vaescale.monitoring import pictures
 from vaescale.nn.features import Features
 from vaescale.nn.frozen import weights_hash
 
+PICTURE = "reconstructions.png"
 SPLITS = {"train": stream.TrainingOnce, "val": stream.ValidationSlices}
 # Settings that say how the images are read, and change no number.
 SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "max_megapixels")}
@@ -151,6 +160,7 @@ def main(given: argparse.Namespace) -> int:
         configs = [trained.read_config(run, overrides) for run in runs]
         if not given.out:
             check_own(runs, overrides)
+        places = records(given.out, [*given.run, *given.codec])
         data = data_of_codecs(configs, overrides) if given.codec else stream.Config()
         device = distributed.init()
         drawing = Drawing(given.count, given.labels, given.seed, given.temperature)
@@ -159,16 +169,20 @@ def main(given: argparse.Namespace) -> int:
         subjects += [partial(read_codec, text, data, device) for text in given.codec]
         # What can be refused is, before anything is measured.
         net = read_for_nearest(given, configs[0].data if configs else data, device) if given.nearest else None
-        before = record.read([given.out]) if given.out else None  # it is replaced after the first
-        for read in subjects:
+        before = record.read(filter(None, places)) if given.out else None  # a file is replaced after the first
+        for read, place in zip(subjects, places, strict=True):
             subject = read()
             result, shown = measured(subject, comparer, device, given.iw, given.perceptual, before)
             results.append(result)
             drawn[subject.name] = shown
-            wrong += write(subject, results, shown, given.out)
+            together = given.out is not None and place == given.out
+            keep = partial(
+                write, place or subject.record, results if together else [result], None if together else shown
+            )
+            wrong += keep()
             if net:
                 wrong += draw_nearest(subject, result, net, given.nearest, drawing, device)
-                wrong += [one for one in write(subject, results, shown, given.out) if one not in wrong]
+                wrong += [one for one in keep() if one not in wrong]
         if given.picture:
             wrong += draw_together(drawn, given.picture)
     except (ConfigError, DataError, Refused, CheckpointError, distributed.Misplaced) as error:
@@ -179,7 +193,7 @@ def main(given: argparse.Namespace) -> int:
         else:
             print(tables.comparison(results, "markdown" if given.format == "text" else given.format))
         if not wrong and not given.out and len(results) == len(runs) == 1 and given.format == "text":
-            print(f"  picture: {runs[0] / 'reconstructions.png'}")
+            print(f"  picture: {runs[0] / PICTURE}")
         sys.stdout.flush()
     for one in wrong:
         print(f"error: {one}", file=sys.stderr)
@@ -191,6 +205,10 @@ def check(given: argparse.Namespace) -> None:
         raise ConfigError("there is nothing to measure: give --run RUN or --codec KIND:PATH")
     if given.nearest and len(given.run) + len(given.codec) > 1:
         raise ConfigError("--nearest draws the images of one model: give one --run or one --codec")
+    if "lpips" in given.metrics:
+        if given.perceptual not in (None, LPIPS):
+            raise ConfigError("--metrics lpips and --perceptual measure one distance: give one of them")
+        given.perceptual = LPIPS
     if given.iw < 1:
         raise ConfigError(f"--iw {given.iw} must be at least 1")
     if given.count < 1:
@@ -224,21 +242,34 @@ def write_statistics(given: argparse.Namespace) -> int:
     return 0
 
 
-def write(subject: Subject, results: list[dict[str, Any]], shown: Shown, out: Path | None) -> list[str]:
-    """On rank 0. results: those so far, the last one being that of `subject`. Returns what cannot be written."""
-    place = out or subject.record
+def records(out: Path | None, names: list[str]) -> list[Path | None]:
+    """Returns where the results of each run and codec are written: None for its own record, the same file for all, or
+    a record in the folder `out` or its sub-folders. Raises Refused if that would be the record of a run."""
+    if not out or (not out.is_dir() and (out.exists() or out.suffix == ".json")):  # it may also be a pipe
+        return [out] * len(names)
+    if len(names) > 1:
+        short = [Path(name).resolve().name for name in names]
+        folders = [out / re.sub(r"[^\w.-]+", "_", one) for one in (short if len({*short}) == len(short) else names)]
+    else:
+        folders = [out]
+    for folder in folders:
+        if (folder / FILE).exists():
+            raise Refused(f"--out {out} would replace the {RECORD} of the run {folder}: give another folder")
+    return [folder / RECORD for folder in folders]
+
+
+def write(place: Path | None, results: list[dict[str, Any]], shown: Shown | None) -> list[str]:
+    """Writes results into a file, and a picture beside it, on rank 0. Returns what cannot be written."""
     if distributed.rank() or not place:
         return []
     try:
-        if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, results if len(results) > 1 else results[0])
-        elif subject.record:
-            write_json(subject.record, results[-1])
-            place = subject.record.with_name("reconstructions.png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, results if len(results) > 1 else results[0])
+        if shown:
+            place = place.with_name(PICTURE)
             pictures.save(reconstructions(*shown), place)
     except OSError as error:
-        return [f"{place} cannot be written ({error.strerror}): make it writable, or give --out FILE"]
+        return [f"{place} cannot be written ({error.strerror}): make it writable, or give --out DIR"]
     return []
 
 

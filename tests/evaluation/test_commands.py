@@ -53,7 +53,7 @@ def test_the_record_of_a_run_is_its_own(pictures: Path, tmp_path: Path, command:
         code, output = command(evaluate, "--run", *words)
         assert code == 2
         assert f"evaluation.json keeps the run's own numbers and is not overwritten with those of {named}" in output
-        assert "give --out FILE" in output
+        assert "give --out DIR" in output
         assert command(evaluate, "--run", *words, "--out", out)[0] == 0
         assert json.loads(out.read_text())["step"] == (1 if words == (older,) else 2)
         assert (run / "evaluation.json").read_bytes() == record
@@ -61,7 +61,7 @@ def test_the_record_of_a_run_is_its_own(pictures: Path, tmp_path: Path, command:
 
     assert command(evaluate, "--run", run, "--iw", 2)[0] == 0
     code, output = command(evaluate, "--run", run)
-    assert (code, "of --iw 1, because it has the tighter bound of --iw 2: give --out FILE" in output) == (2, True)
+    assert (code, "of --iw 1, because it has the tighter bound of --iw 2: give --out DIR" in output) == (2, True)
     changed = json.loads((run / "evaluation.json").read_text()) | {"fingerprint": "0", "data": "data/then/val"}
     (run / "evaluation.json").write_text(json.dumps(changed))
     code, output = command(evaluate, "--run", run, "--iw", 2)
@@ -199,7 +199,7 @@ def test_generated_images_are_compared_with_a_reference(pictures: Path, tmp_path
     for name in ("gfd_random", "gkid_random", "gis_random", "gcoverage_random"):
         assert again[name] == pytest.approx(first[name], rel=1e-9)
     code, output = command(evaluate, *words[:-1], 19)
-    assert (code, "--count 19, because it has gfd_random of --count 20: give --out FILE" in output) == (2, True)
+    assert (code, "--count 19, because it has gfd_random of --count 20: give --out DIR" in output) == (2, True)
     code, output = command(evaluate, *words, "--reference", file)
     assert (code, "because it has gfd_random of --reference the validation images: give" in output) == (2, True)
     assert json.loads((run / "evaluation.json").read_text()) == first
@@ -279,6 +279,24 @@ def test_a_file_of_several_runs_keeps_the_comparisons_of_each(pictures: Path, tm
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def test_the_results_of_each_run_go_into_a_folder_of_its_own(pictures: Path, tmp_path: Path, command: Command) -> None:
+    runs = [untrained(tmp_path / name, "tiny_vae", pictures) for name in ("a", "b")]
+    out = tmp_path / "out"
+    own = ["--metrics", "psnr", "rfd", "--features", "random", "--out"]
+    assert command(evaluate, "--run", runs[0], *own, out / "one")[0] == 0
+    assert {path.name for path in (out / "one").iterdir()} == {"evaluation.json", "reconstructions.png"}
+    assert command(evaluate, "--run", *runs, *own, out / "all")[0] == 0
+    records = [path / "evaluation.json" for path in sorted((out / "all").iterdir())]
+    assert [json.loads(record.read_text())["run"] for record in records] == list(map(str, runs))
+    assert all(record.with_name("reconstructions.png").exists() for record in records)
+    code, output = command(evaluate, "--run", *runs, *own, out / "all")
+    assert (code, output.count("not measured again")) == (0, 2)
+    assert not any((run / "evaluation.json").exists() for run in runs)
+    for words in ([runs[0], "--out", runs[1]], [*runs, "--out", tmp_path]):
+        code, output = command(evaluate, "--run", *words)
+        assert (code, "would replace the evaluation.json of the run" in output) == (2, True)
+
+
 def test_a_model_without_a_prior_generates_nothing(pictures: Path, tmp_path: Path, command: Command) -> None:
     run = untrained(tmp_path, "tiny", pictures)
     code, output = command(evaluate, "--run", run, "--metrics", "gfd", "--features", "random")
@@ -292,13 +310,16 @@ def test_a_model_without_a_prior_generates_nothing(pictures: Path, tmp_path: Pat
         (["gfd", "--seed", "-1"], "--seed -1 must be at least 0"),
         (["gfd", "--temperature", "nan"], "--temperature nan must be a number"),
         (["fid", "--features", "random"], "--metrics fid is not one of rfd, rkid, rpr, "),
-        (["rfid", "--features", "random"], "is the Fréchet distance of Inception's features, not of random"),
+        (["fd-dinov2", "--features", "random"], "dinov2.safetensors does not exist: fetch dinov2_vitl14_pretrain.pth"),
+        (["lpips"], "lpips_vgg.safetensors does not exist: fetch vgg16-397923af.pth"),
+        (["lpips", "--perceptual", "x"], "--metrics lpips and --perceptual measure one distance"),
         (["rfd", "--features", "vgg"], "--features vgg is not one of "),
     ],
 )
 def test_comparisons_that_cannot_be_measured_are_one_sentence(
-    pictures: Path, tmp_path: Path, command: Command, words: list[str], said: str
+    pictures: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
+    monkeypatch.setenv("VAESCALE_WEIGHTS", str(tmp_path))
     run = untrained(tmp_path, "tiny_vae", pictures)
     code, output = command(evaluate, "--run", run, "--metrics", *words)
     assert code == 2

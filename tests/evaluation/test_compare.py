@@ -11,22 +11,25 @@ LITE = "FD (EfficientNet-Lite0)"
 
 
 def test_names_are_those_of_the_table() -> None:
-    assert chosen(["gpr", "rfd"], ["random"]) == [("r", "fd"), ("g", "pr")]
-    assert chosen(["rfid", "gfid", "rfd"], ["inception"]) == [("r", "fd"), ("g", "fd")]
-    assert {name for _, name in chosen(NAMES, [])} == set(metrics.COMPARISONS)
+    assert chosen(["gpr", "rfd"], ["random"]) == {"random": [("r", "fd"), ("g", "pr")]}
+    assert {name for _, name in chosen(NAMES, ["random"])["random"]} == set(metrics.COMPARISONS)
 
 
-@pytest.mark.parametrize(
-    ("names", "networks", "words"),
-    [
-        (["fid"], ["inception"], "--metrics fid is not one of rfd, rkid, rpr,"),
-        (["rfid"], ["dinov2"], "--metrics rfid is the Fréchet distance of Inception's features, not of dinov2"),
-        (["gfid"], ["inception", "dinov2"], "give --features inception, or --metrics gfd"),
-    ],
-)
-def test_other_names_are_refused(names: list[str], networks: list[str], words: str) -> None:
-    with pytest.raises(Refused, match=words):
-        chosen(names, networks)
+def test_other_names_mean_these_and_may_choose_the_network() -> None:
+    words = ["psnr", "ssim", "lpips", "rfid", "gfid", "kid", "is", "pr", "fd-dinov2"]
+    asked = {"inception": [("r", "fd"), ("r", "kid"), ("r", "pr"), ("g", "fd"), ("g", "is")], "dinov2": [("r", "fd")]}
+    assert chosen(words, ["inception"]) == asked
+    assert chosen(["rfid", "rfd", "kid", "rkid"], ["random"]) == {
+        "random": [("r", "fd"), ("r", "kid")],
+        "inception": [("r", "fd")],
+    }
+    assert chosen(["fd-dinov2", "rfd"], ["dinov2"]) == {"dinov2": [("r", "fd")]}
+    assert chosen(["psnr", "ssim", "lpips"], ["inception"]) == chosen([], ["inception"]) == {}
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(Refused, match=r"--metrics fid is not one of rfd, rkid, rpr,.* psnr, .* fd-dinov2"):
+        chosen(["fid"], ["inception"])
 
 
 def test_only_the_published_inception_is_called_fid() -> None:

@@ -43,7 +43,7 @@ def test_each_side_is_compared_with_its_reference(slices: stream.ValidationSlice
         for number in torch.arange(count).split(5):
             yield Generated(number, number, drawn[number])
 
-    requests = [Request(*one, net.words) for one in chosen(["rfd", "rpr", "gfd"], ["random"])]
+    requests = [Request(*one, net.words) for one in chosen(["rfd", "rpr", "gfd"], ["random"])["random"]]
     known: dict[str, Statistics] = {}
     found = measure(Halves(), slices, CPU, requests, [net], 9, generate, known=known, micro=4)
     expected = compared(requests[:2], gathered(batch.x), gathered(y))

@@ -64,7 +64,7 @@ def test_a_record_of_other_images_or_more_draws_is_kept(tmp_path: Path) -> None:
     check(path, "f", 4, 1)
     with pytest.raises(Refused, match="images other than the a/val"):
         check(path, "g", 3, 4)
-    with pytest.raises(Refused, match="--iw 1, because it has the tighter bound of --iw 4: give --out FILE"):
+    with pytest.raises(Refused, match="--iw 1, because it has the tighter bound of --iw 4: give --out DIR"):
         check(path, "f", 3, 1)
 
 
@@ -91,7 +91,7 @@ def test_generated_numbers_of_a_run_are_replaced_only_by_those_of_more_images(tm
         check_drawn(path, requests, BASE | changed, other)
     check_drawn(tmp_path / "none.json", requests, BASE, other)
     for name, value in {"seed": 1, "temperature": 0.5, "labels": "random", "reference": "x", "count": 49}.items():
-        said = f"--{name} {value}, because it has gfid of --{name} {drawn[name]}: give --out FILE"
+        said = f"--{name} {value}, because it has gfid of --{name} {drawn[name]}: give --out DIR"
         for count in ({}, {"count": 60}) if name != "count" else ({},):
             with pytest.raises(Refused, match=said):
                 check_drawn(path, requests, BASE, {**drawn, name: value, **count})

@@ -284,7 +284,7 @@ def test_numbers_are_printed_before_they_are_written(borne: Path) -> None:
     codes, output = end(borne / "blocked")
     assert codes == [2], output
     assert "PSNR (dB)" in output
-    assert "evaluation.json cannot be written (Is a directory): make it writable, or give --out FILE" in output
+    assert "evaluation.json cannot be written (Is a directory): make it writable, or give --out DIR" in output
     codes, output = end(borne / "out")
     assert codes == [0], output
     assert json.loads((borne / "numbers" / "there.json").read_text())["step"] == STEPS

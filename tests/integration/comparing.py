@@ -39,7 +39,7 @@ def main(data: str, micro: int, out: Path) -> None:
         for part in torch.arange(rank, count, world).split(micro):
             yield Generated(part, part, torch.stack([noise(int(one)) for one in part]))
 
-    requests = [Request(*one, net.words) for one in compare.chosen(compare.NAMES, [])]
+    requests = [Request(*one, net.words) for one in compare.chosen(compare.NAMES, ["random"])["random"]]
     result = measure(Blur(), slices, device, requests, [net], 53, generate, micro=micro)
     known = reference.gather(slices, net, device, micro=micro)
     drawn = ((part.number, part.x) for part in generate(53, distributed.rank(), distributed.world()))

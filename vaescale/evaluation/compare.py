@@ -8,7 +8,7 @@ Each set of images is gone through once for all comparisons and networks.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,19 @@ from .metrics.metric import Comparison, Number
 RECONSTRUCTED, GENERATED = "r", "g"
 # Without that of reconstructions, whose inception score says little.
 NAMES = ["rfd", "rkid", "rpr", "gfd", "gkid", "gis", "gpr"]
-FID = {"rfid": "rfd", "gfid": "gfd"}  # names of Fréchet distances of Inception's features
+# What --metrics accepts besides NAMES: a name of these with its network, "" for those of --features; or None for what
+# `evaluate` measures without features: PSNR and SSIM always, LPIPS if it is given that distance.
+ALIASES: dict[str, tuple[str, str] | None] = {
+    "psnr": None,
+    "ssim": None,
+    "lpips": None,
+    "rfid": ("rfd", "inception"),
+    "gfid": ("gfd", "inception"),
+    "fd-dinov2": ("rfd", "dinov2"),
+    "kid": ("rkid", ""),
+    "is": ("gis", ""),
+    "pr": ("rpr", ""),
+}
 WORDS = "FID"  # the `words` of the published Inception's features
 
 AT_ONCE = 32  # images that wait for the networks, at least
@@ -58,19 +70,23 @@ class Request(NamedTuple):
         return metrics.COMPARISONS[self.name]
 
 
-def chosen(names: Sequence[str], features: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns (side, key of COMPARISONS) of each name on the command line, in the order of NAMES. features: names of
-    networks. Raises Refused."""
+def chosen(names: Sequence[str], networks: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Returns by network the comparisons that names on the command line ask for, as (side, key of COMPARISONS) in the
+    order of NAMES. networks: those of --features. Raises Refused."""
+    known = {name: (name, "") for name in NAMES} | ALIASES
+    asked: dict[str, set[str]] = {network: set() for network in networks}
     for name in names:
-        if name not in NAMES and name not in FID:
-            raise Refused(f"--metrics {name} is not one of {', '.join([*NAMES, *FID])}")
-        if name in FID and list(features) != ["inception"]:
-            raise Refused(
-                f"--metrics {name} is the Fréchet distance of Inception's features, not of {' '.join(features)}: give "
-                f"--features inception, or --metrics {FID[name]}"
-            )
-    plain = {FID.get(name, name) for name in names}
-    return [(name[0], name[1:]) for name in NAMES if name in plain]
+        if name not in known:
+            raise Refused(f"--metrics {name} is not one of {', '.join(known)}")
+        if found := known[name]:
+            plain, own = found
+            for network in [own] if own else networks:
+                asked.setdefault(network, set()).add(plain)
+    return {network: _split(plain) for network, plain in asked.items() if plain}
+
+
+def _split(names: Container[str]) -> list[tuple[str, str]]:
+    return [(name[0], name[1:]) for name in NAMES if name in names]
 
 
 def key_of(side: str, name: str, words: str) -> str:
@@ -89,7 +105,7 @@ def numbers(words: Iterable[str]) -> dict[str, Number]:
     """Returns all numbers that comparisons by these features can have, in reading order. words: of the features."""
     found = {}
     for one in words:
-        for side, name in chosen(NAMES, []):
+        for side, name in _split(NAMES):
             for key, number in metrics.COMPARISONS[name].numbers.items():
                 found[key_of(side, key, one)] = _worded(number, side, one)
     return found

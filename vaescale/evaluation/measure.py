@@ -28,6 +28,7 @@ from .generation import Generated, Labels, generated
 from .sample import AT_ONCE, Unsupported
 
 T = TypeVar("T")
+LPIPS = "lpips_vgg"  # the distance that papers call LPIPS: a key of nn/published.py
 
 
 # (count, rank, world) → this rank's images of the samples 0 … count − 1.
@@ -75,7 +76,7 @@ def measure(
     sides = {side: [request for request in requests if request.side == side] for side in (RECONSTRUCTED, GENERATED)}
     images = Gathering([net for net in nets if net.words not in known], total, blank, used)
     against: dict[str, Gatherer | Statistics] = {**known, **images.by_net}
-    mine = Gathering(nets if sides[RECONSTRUCTED] else [], total, blank, used)
+    mine = Gathering(_of(nets, sides[RECONSTRUCTED]), total, blank, used)
     check(sides[RECONSTRUCTED], mine, against)
 
     def observe(batch: Batch, y: Tensor) -> None:
@@ -84,7 +85,7 @@ def measure(
 
     if sides[GENERATED]:
         assert generate is not None
-        theirs = Gathering(nets, count, blank)
+        theirs = Gathering(_of(nets, sides[GENERATED]), count, blank)
         check(sides[GENERATED], theirs, reference or against)
         try_to(generate)
     found = evaluate(codec, slices, device, watched=watched, observe=observe, stopped=stopped, **options)
@@ -99,6 +100,11 @@ def measure(
             return {}
         found |= compared(sides[GENERATED], reference or known, theirs.result())
     return found
+
+
+def _of(nets: Iterable[Features], requests: Sequence[Request]) -> list[Features]:
+    """The networks that these requests need."""
+    return [net for net in nets if any(request.words == net.words for request in requests)]
 
 
 def _gather(generate: Generate, count: int, theirs: Gathering, watched: bool, stopped: Callable[[], object]) -> bool:
@@ -147,16 +153,16 @@ class Comparer:
         drawing: Drawing = Drawing(),
         reference: Path | None = None,
     ) -> None:
-        """metrics: names of comparisons; names: of networks; drawing: of generated images; reference: a file that they
+        """metrics: of the command line; names: of networks; drawing: of generated images; reference: a file that they
         are compared with instead of the validation images. Raises Refused. Collective."""
         asked = chosen(metrics, names)
-        if reference and not any(side == GENERATED for side, _ in asked):
+        if reference and not any(side == GENERATED for one in asked.values() for side, _ in one):
             raise Refused(
                 f"--reference {reference} is for comparisons of generated images: give one of them, such as --metrics "
                 "gfd, or leave it out"
             )
-        self.nets = [read_net(name) for name in names] if asked else []
-        self.requests = [Request(*one, net.words) for net in self.nets for one in asked]
+        self.nets = [read_net(name) for name in asked]
+        self.requests = [Request(*one, net.words) for net in self.nets for one in asked[net.name]]
         self.known: dict[tuple[object, ...], ByNet] = {}  # of validation images
         self.drawing, self.reference = drawing, reference
 
@@ -182,7 +188,8 @@ class Comparer:
             drawn["training"] = training
         reference: ByNet | None = None
         if self.reference:
-            read = partial(references.read, self.reference, nets, base["size"], base["channels"])
+            theirs = _of(nets, [request for request in self.requests if request.side == GENERATED])
+            read = partial(references.read, self.reference, theirs, base["size"], base["channels"])
             reference, drawn["reference"] = read_alike(str(self.reference), read)
         if own:
             record.check_drawn(own, [one for one in self.requests if one.side == GENERATED], base, drawn)

@@ -120,4 +120,4 @@ def check_drawn(path: Path, requests: Iterable[Request], measured: Protocol, dra
 
 
 def not_own(path: Path, what: str) -> Refused:
-    return Refused(f"{path} keeps the run's own numbers and is not overwritten with those of {what}: give --out FILE")
+    return Refused(f"{path} keeps the run's own numbers and is not overwritten with those of {what}: give --out DIR")

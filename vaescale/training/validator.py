@@ -10,13 +10,11 @@ from ..config import ConfigError
 from ..data import stream
 from ..evaluation.compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen
 from ..evaluation.evaluate import evaluate
-from ..evaluation.measure import Drawing, Generate, generator, measure, read_distance, read_net, try_to
+from ..evaluation.measure import LPIPS, Drawing, Generate, generator, measure, read_distance, read_net, try_to
 from ..interfaces import Codec, Model
 from ..nn.perceptual import Distance
 from ..nn.reconstruction import distance_of
 from ..settings import Config
-
-LPIPS = "lpips_vgg"
 
 
 class Validator:
@@ -46,8 +44,9 @@ class Validator:
         given, total = self.config.evaluation, len(self.slices.samples.index)
         used = min(given.count, total)
         try:
-            self.net = read_net(given.features)
-            self.requests = [Request(*one, self.net.words) for one in chosen(given.metrics, [given.features])]
+            asked = chosen(given.metrics, [given.features])
+            self.nets = [read_net(name) for name in asked]  # one, or none without metrics
+            self.requests = [Request(*one, net.words) for net in self.nets for one in asked[net.name]]
             self._check(averaged, total)
         except Refused as error:
             raise ConfigError(f"every.evaluate={self.config.every.evaluate} is impossible: {error}") from None
@@ -57,13 +56,14 @@ class Validator:
             lpips = f"without LPIPS, because {why}" if why else "with LPIPS"
         of = f"{used} of {total}" if used < total else f"{total}"
         keys = ", ".join(request.key for request in self.requests)
-        parts = [f"evaluation every {self.config.every.evaluate} steps: {keys} on {of} validation images", lpips]
+        compared = f": {keys} on {of} validation images" if keys else ""
+        parts = [f"evaluation every {self.config.every.evaluate} steps{compared}", lpips]
         self.about = "; ".join(filter(None, parts))
 
     def _check(self, averaged: Codec, total: int) -> None:
         """Raises Refused if a comparison is impossible."""
         blank, count = self.slices[range(1)].batch.x, self.config.evaluation.count
-        images, samples = Gathering([self.net], total, blank, count), Gathering([self.net], count, blank)
+        images, samples = Gathering(self.nets, total, blank, count), Gathering(self.nets, count, blank)
         for side, gathering in ((RECONSTRUCTED, images), (GENERATED, samples)):
             check([request for request in self.requests if request.side == side], gathering, images.by_net)
         if any(request.side == GENERATED for request in self.requests):
@@ -81,12 +81,13 @@ class Validator:
             return evaluate(averaged, slices, device, self.micro, stopped=stopped, distance=distance)
         if self.lpips:
             distance = self.lpips.to(device)
-        nets, count = [self.net.to(device)], self.config.evaluation.count
+        nets, count = [net.to(device) for net in self.nets], self.config.evaluation.count
         found = measure(
             averaged, slices, device, self.requests, nets, count, self._generator(averaged), known=self.known,
             used=count, stopped=stopped, micro=self.micro, distance=distance,
         )  # fmt: skip
-        self.net.to("cpu")
+        for net in nets:
+            net.to("cpu")
         if self.lpips:
             self.lpips.to(torch.device("cpu"))
         return found
