@@ -26,7 +26,7 @@ object with encode and decode (vaescale/interfaces.py) of a Python file, which i
 With --run they are measured on the data of the first run.
 
 --nearest FILE draws generated images and reconstructions next to their nearest training images by the same features,
-and says how often a generated image is nearer to one than a held-out image.
+and says how often these are nearer to one than a held-out image.
 
 Each validation image counts exactly once, on any number of ranks. The overrides apply to all runs. Exit code 2: a run
 cannot be measured, or the results cannot be written (they are still printed).
@@ -285,9 +285,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_for_nearest(given: argparse.Namespace, data: stream.Config, device: torch.device) -> Features:
-    """Returns the network of `draw_nearest`. Raises Refused, and DataError if there are no training images.
-    Collective."""
-    index.check_files(*stream.TrainingOnce(data).indexes)
+    """Returns the network of `draw_nearest`. Raises Refused, also for too few training images, and DataError if there
+    are none. Collective."""
+    training = stream.TrainingOnce(data)
+    index.check_files(*training.indexes)
+    nearest.require_enough(training)
     return read_net(given.features[0]).to(device)
 
 

@@ -16,7 +16,7 @@ from tests.test_library import untrained
 from vaescale import distributed
 from vaescale.data import DataError, index
 from vaescale.data.shards import write
-from vaescale.evaluation import nearest
+from vaescale.evaluation import nearest, subject
 
 Command = Callable[..., tuple[int, str]]
 
@@ -224,7 +224,7 @@ def test_the_nearest_training_images_are_drawn(
 ) -> None:
     monkeypatch.setattr(nearest, "QUERIES", 20)
     widths = []
-    for name, words in (("tiny_vae", "nearer to one than a held-out image in"), ("tiny", "has no prior to generate")):
+    for name, words in (("tiny_vae", "is a generated image in "), ("tiny", "has no prior to generate")):
         run, file = untrained(tmp_path / name, name, pictures), tmp_path / f"{name}.png"
         code, output = command(evaluate, "--run", run, "--nearest", file, "--features", "random", "data.workers=0")
         assert (code, words in output) == (0, True), output
@@ -237,6 +237,9 @@ def test_the_nearest_training_images_are_drawn(
     assert 0 <= json.loads((tmp_path / "tiny_vae" / "evaluation.json").read_text())["nearest"]["nearer"] <= 1
     assert command(evaluate, "--run", run, "data.workers=0")[0] == 0
     assert json.loads((run / "evaluation.json").read_text())["nearest"] == found  # a quick evaluation keeps it
+    monkeypatch.setattr(subject, "training_fingerprint", lambda data: "other")
+    assert command(evaluate, "--run", run, "data.workers=0")[0] == 0
+    assert "nearest" not in json.loads((run / "evaluation.json").read_text())
     code, output = command(evaluate, "--run", run, run, "--nearest", file)
     assert (code, "--nearest draws the images of one model" in output) == (2, True)
 

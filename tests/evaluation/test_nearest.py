@@ -12,7 +12,7 @@ from vaescale.data.shards import write
 from vaescale.evaluation import nearest as module
 from vaescale.evaluation.compare import Refused
 from vaescale.evaluation.generation import Generated
-from vaescale.evaluation.nearest import nearest, search, share_nearer
+from vaescale.evaluation.nearest import nearest, require_enough, search, share_nearer
 from vaescale.nn import features
 
 CPU = torch.device("cpu")
@@ -44,7 +44,9 @@ def test_fewer_training_images_than_are_shown_are_refused(tmp_path: Path) -> Non
     training = stream.TrainingOnce(stream.Config(root=str(tmp_path), size=16, workers=0))
     net = features.drawn("random")
     with pytest.raises(Refused, match="train has fewer than the 3 images"):
-        search(net(training[range(2)].batch.x)[0], net, training, CPU)
+        search(net(training[range(2)].batch.x)[0], net, training, CPU)  # as if another one were damaged
+    with pytest.raises(Refused, match="train has fewer than the 3 images"):
+        require_enough(training)
 
 
 def test_copies_are_nearer_than_held_out_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,5 +72,28 @@ def test_copies_are_nearer_than_held_out_images(tmp_path: Path, monkeypatch: pyt
     _, found = nearest(Halves(), data, net, CPU, of(others), False)  # type: ignore[arg-type]
     assert 0.35 < found["nearer"] < 0.65
     alone, found = nearest(Halves(), data, net, CPU, None, False)  # type: ignore[arg-type]
-    assert found == {}
+    assert found.keys() == {"nearer_reconstruction"}
     assert picture.shape[1] > 1.8 * alone.shape[1]
+
+
+class Memory(Halves):
+    """Decodes to a training image, or to the image itself."""
+
+    def __init__(self, known: torch.Tensor | None) -> None:
+        self.known = known
+
+    def encode(self, batch: stream.Batch, temperature: float = 0.0) -> list[torch.Tensor]:
+        return [batch.x / 255 if self.known is None else self.known[batch.sample] / 255]
+
+    def decode(self, latents: list[torch.Tensor], *_: object, **__: object) -> torch.Tensor:
+        return latents[0]
+
+
+def test_reconstructions_of_held_out_images_may_be_copies(tmp_path: Path) -> None:
+    write(tmp_path / "train", samples(40), 20, [])
+    write(tmp_path / "val", samples(40, seed=1), 20, [])
+    data = stream.Config(root=str(tmp_path), size=16, workers=0)
+    known = stream.TrainingOnce(data)[range(40)].batch.x
+    for images, share in ((known, 1.0), (None, 0.5)):
+        _, found = nearest(Memory(images), data, features.drawn("random"), CPU, None, False)  # type: ignore[arg-type]
+        assert found == {"nearer_reconstruction": share}

@@ -70,12 +70,14 @@ def test_a_record_of_other_images_or_more_draws_is_kept(tmp_path: Path) -> None:
 
 def test_other_numbers_are_those_of_the_same_model_and_images() -> None:
     distance = {"lpips_vgg": 0.3, "perceptual": {"kind": "lpips_vgg"}}
-    first = {"measured": BASE, "psnr": 3.0, "nearest": {"nearer": 0.5}, **distance}
-    second = {"measured": BASE, "perceptual": None, "nearest": {"nearer": 0.6}}
-    records = [first, second, 3, {"measured": BASE | {"step": 4}, "nearest": {}}]
-    assert others(records, BASE, perceptual=True) == {"nearest": {"nearer": 0.6}, **distance}
-    assert others(records, BASE, perceptual=False) == {"nearest": {"nearer": 0.6}}
-    assert others(records, BASE | {"weights_hash": "b"}, perceptual=True) == {}
+    shares = [{"nearer": 0.5, "training": "f"}, {"nearer": 0.6, "training": "g"}]
+    first = {"measured": BASE, "psnr": 3.0, "nearest": shares[0], **distance}
+    second = {"measured": BASE, "perceptual": None, "nearest": shares[1]}
+    records = [first, second, 3, {"measured": BASE | {"step": 4}, "nearest": {}}, {"measured": BASE, "nearest": 3}]
+    assert others(records, BASE, True, "g") == others(records, BASE, True, None) == {"nearest": shares[1], **distance}
+    assert others(records, BASE, True, "f") == {"nearest": shares[0], **distance}
+    assert others(records, BASE, False, "h") == {}
+    assert others(records, BASE | {"weights_hash": "b"}, True, "g") == {}
 
 
 def test_generated_numbers_of_a_run_are_replaced_only_by_those_of_more_images(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ test to detect data-copying in generative models", section 3, without its divisi
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ NEIGHBOURS = 3
 MICRO = 32  # images at a time
 HOW = (
     "nearer: share of pairs of a generated and a held-out image of which the generated one is nearer to its nearest "
-    "training image, by features (Meehan et al. 2020, without cells); 0.5 if nothing is copied"
+    "training image, by features (Meehan et al. 2020, without cells); 0.5 if nothing is copied; nearer_reconstruction: "
+    "the same of reconstructions of the held-out images"
 )
 
 
@@ -38,6 +39,19 @@ def share_nearer(ours: Tensor, others: Tensor) -> float:
     below = len(others) - torch.searchsorted(ordered, ours, right=True)
     not_above = len(others) - torch.searchsorted(ordered, ours)
     return float((below + not_above).double().mean()) / (2 * len(others))
+
+
+def require_enough(training: stream.TrainingOnce) -> None:
+    """Raises Refused if there are too few training images."""
+    if len(training.samples.index) < NEIGHBOURS:
+        raise _too_few(training)
+
+
+def _too_few(training: stream.ValidationSlices) -> Refused:
+    return Refused(
+        f"{training.samples.index.folder} has fewer than the {NEIGHBOURS} images that are searched for each image: "
+        "give a data.root with more of them, or leave out --nearest"
+    )
 
 
 def features_of(net: Features, count: int, batches: Iterable[tuple[Tensor, Tensor]], blank: Tensor) -> Tensor:
@@ -65,10 +79,7 @@ def search(
     of_all = distributed.gather(torch.stack([best, numbers]))  # [W, 2, Q, NEIGHBOURS]
     best, numbers = _nearest(*of_all.permute(1, 2, 0, 3).flatten(2))
     if (numbers < 0).any():
-        raise Refused(
-            f"{slices.samples.index.folder} has fewer than the {NEIGHBOURS} images that are searched for each image: "
-            "give a data.root with more of them, or leave out --nearest"
-        )
+        raise _too_few(slices)
     return best, numbers.long()
 
 
@@ -79,8 +90,8 @@ def _nearest(distances: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of(subject: Subject, net: Features, drawing: Drawing, device: torch.device) -> tuple[Picture, dict[str, Any]]:
-    """Returns the picture, and for evaluation.json the share "nearer", if the codec has a prior, with how it was
-    measured. net: on the device. Collective."""
+    """Returns the picture, and for evaluation.json the shares of nearer images with how they were measured. net: on the
+    device. Collective."""
     generate = generator_of(subject, drawing, device)
     watched = distributed.rank() == 0 and sys.stderr.isatty()
     possible: Generate | None = generate
@@ -89,18 +100,19 @@ def of(subject: Subject, net: Features, drawing: Drawing, device: torch.device) 
     except Refused:
         possible = None
     picture, found = nearest(subject.codec, subject.data, net, device, possible, watched)
-    how = {"labels": drawing.labels, "seed": drawing.seed, "temperature": drawing.temperature}
+    how: dict[str, Any] = {"labels": drawing.labels, "seed": drawing.seed, "temperature": drawing.temperature}
+    how["training"] = stream.TrainingOnce(subject.data).samples.index.fingerprint()
     return picture, {**found, "how": HOW, "queries": QUERIES, "features": {"words": net.words, **net.protocol}, **how}
 
 
 def in_words(found: dict[str, Any]) -> str:
     """Describes the second result of `of`."""
-    if "nearer" not in found:
-        return "nearest training images of reconstructions; the codec has no prior to generate images from"
-    return (
-        f"nearest training images; a generated image is nearer to one than a held-out image in {found['nearer']:.1%} "
-        "of pairs (50%: nothing is copied)"
-    )
+    share = f"a reconstruction in {found['nearer_reconstruction']:.1%} (50%: nothing is copied)"
+    if "nearer" in found:
+        share = f"a generated image in {found['nearer']:.1%} of pairs, {share}"
+    else:
+        share += "; the codec has no prior to generate images from"
+    return f"nearest training images; nearer to one than a held-out image is {share}"
 
 
 @torch.no_grad()
@@ -109,21 +121,21 @@ def nearest(
 ) -> tuple[Picture, dict[str, float]]:
     """Returns the picture of generated images (without `generate`, of none) and reconstructions next to their nearest
     training images, and as "nearer" the share of pairs of a generated and a held-out image of which the generated one
-    is nearer to a training image: 0.5 if the model copies nothing, 1 if it only copies. Collective."""
+    is nearer to a training image: 0.5 if the model copies nothing, 1 if it only copies. "nearer_reconstruction" is that
+    of the reconstructions of the held-out images. Raises Refused. Collective."""
     rank, world = distributed.rank(), distributed.world()
     held_out, training = stream.ValidationSlices(data), stream.TrainingOnce(data)
+    require_enough(training)
     total = len(held_out.samples.index)
     chosen = [k * total // min(QUERIES, total) for k in range(min(QUERIES, total))]
     blank = torch.zeros(1, data.channels, data.size, data.size, dtype=torch.uint8, device=device)
-
-    def validation() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in torch.arange(rank, len(chosen), world).split(MICRO):
-            x = stream.chosen_images(held_out, [chosen[k] for k in part.tolist()]).x
-            yield part.to(device), x.to(device)
-
-    shown = stream.fixed_images(held_out).to(device)
-    y, _ = reconstruct(codec, shown)
-    queries = [features_of(net, len(chosen), validation(), blank), net(y)[0].cpu()]
+    of_x, of_y = (Gathering([net], len(chosen), blank) for _ in range(2))
+    for part in torch.arange(rank, len(chosen), world).split(MICRO):
+        batch = stream.chosen_images(held_out, [chosen[k] for k in part.tolist()]).to(device)
+        of_x.add(part.to(device), batch.x)
+        of_y.add(part.to(device), reconstruct(codec, batch)[0])
+    y, _ = reconstruct(codec, stream.fixed_images(held_out).to(device))
+    queries = [*(one.result()[net.words].rows for one in (of_x, of_y)), net(y)[0].cpu()]
     images = {"reconstruction": y}
     if generate:
         drawn = ((batch.number, batch.x) for batch in generate(QUERIES, rank, world))
@@ -131,11 +143,10 @@ def nearest(
         images = {"generated": torch.cat([batch.x for batch in generate(SHOWN, 0, 1)]), **images}
     distances, numbers = search(torch.cat(queries), net, training, device, watched)
     sizes = [len(one) for one in queries]
-    found = {}
-    if generate:
-        of_held_out, _, of_drawn = (part[:, 0] for part in distances.split(sizes))
-        found["nearer"] = share_nearer(of_drawn, of_held_out)
-    places = {"reconstruction": numbers.split(sizes)[1], "generated": numbers.split(sizes)[-1]}
+    of_held_out, of_reconstruction, *_, of_last = (part[:, 0] for part in distances.split(sizes))
+    found = {"nearer": share_nearer(of_last, of_held_out)} if generate else {}
+    found["nearer_reconstruction"] = share_nearer(of_reconstruction, of_held_out)
+    places = {"reconstruction": numbers.split(sizes)[2], "generated": numbers.split(sizes)[-1]}
     blocks = [_block(training, name, x, places[name][: len(x)]) for name, x in images.items()]
     return joined(blocks, axis=1), found
 

@@ -77,14 +77,18 @@ def earlier(records: Iterable[Any], measured: Protocol) -> dict[str, Any]:
     return {**found, "comparisons": comparisons} if comparisons else {}
 
 
-def others(records: Iterable[Any], measured: Protocol, perceptual: bool) -> dict[str, Any]:
-    """Returns the share of nearer images and, if `perceptual`, the perceptual distance with its source that these
-    records hold of the same model and validation images. The last one counts."""
+def others(records: Iterable[Any], measured: Protocol, perceptual: bool, training: str | None) -> dict[str, Any]:
+    """Returns the shares of nearer images and, if `perceptual`, the perceptual distance with its source that these
+    records hold of the same model and validation images. The last one counts. training: the fingerprint of the training
+    images, of which the shares must be; None if there are no training images now."""
     found: dict[str, Any] = {}
     for record in records:
         if isinstance(record, dict) and record.get("measured") == measured:
             names = [*PERCEPTUAL.numbers, "perceptual"] if perceptual and record.get("perceptual") else []
-            found |= {name: record[name] for name in [*names, "nearest"] if name in record}
+            nearest = record.get("nearest")
+            if isinstance(nearest, dict) and training in (None, nearest.get("training")):
+                names.append("nearest")
+            found |= {name: record[name] for name in names if name in record}
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..data import index, stream
+from ..data import DataError, index, stream
 from ..interfaces import Codebooks, Codec
 from ..monitoring import code_statistics
 from ..nn.perceptual import Distance
@@ -95,13 +95,21 @@ def measured(
         "protocol": protocol(),
         "measured": base,
     }
-    result |= distributed.tell(record.others(records, base, perceptual=distance is None))
+    kept = record.others(records, base, distance is None, training_fingerprint(data))
+    result |= distributed.tell(kept)
     return result, Shown(shown.x.cpu(), reconstruction.cpu())
 
 
 def parameters_of(codec: nn.Module) -> int:
     # What a closed form has learned are buffers.
     return sum(p.numel() for p in codec.parameters()) or sum(b.numel() for b in codec.buffers())
+
+
+def training_fingerprint(data: stream.Config) -> str | None:
+    try:
+        return index.Index(Path(data.root) / stream.TrainingOnce.split).fingerprint()
+    except DataError:  # they are not needed here
+        return None
 
 
 def training_labels(subject: Subject, drawing: Drawing) -> index.Index | None:
