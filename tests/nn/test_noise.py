@@ -111,3 +111,45 @@ def test_uniform_is_uniform_and_never_an_end() -> None:
     assert draws.shape == (50_000,)
     assert 0 < draws.min() < draws.max() < 1
     assert stats.kstest(draws.numpy(), "uniform").pvalue > 1e-3
+
+
+def test_dropout_keeps_its_share_independently_over_samples_places_and_keys() -> None:
+    for share in (0.0, 0.1, 0.5):
+        kept = torch.stack(
+            [noise.kept(torch.arange(500), (6, 7), share, seed, key) for seed in (0, 1) for key in (0, 1)]
+        )
+        assert kept.dtype == torch.bool
+        assert kept.shape == (4, 500, 6, 7)
+        assert float(kept.double().mean()) == pytest.approx(1 - share, abs=4.5 * (share * (1 - share) / 84_000) ** 0.5)
+    columns = kept.flatten(2).permute(0, 2, 1).reshape(168, 500).double()
+    correlations = torch.corrcoef(torch.cat([columns[:, 1:], columns[:, :-1]])) - torch.eye(336)
+    assert correlations.abs().max() < 6 / 500**0.5  # 56,280 pairs of independent numbers stay below 5.2 of 1/√n
+
+
+def check_kept(device: str) -> None:
+    """The kernel's choice is that of the operations on a CPU."""
+    from vaescale.nn.noise_triton import kept  # here, because TRITON_INTERPRET is read at its import
+
+    for count in (0, 1, 6, 4099):
+        kernel = kept(torch.from_numpy(SAMPLES).to(device), count, noise._mixed(3, 0, count), 1234 - 2**15).cpu()
+        assert torch.equal(kernel, noise.kept(torch.from_numpy(SAMPLES), (count,), 1234 / 2**16, 3, 0, count))
+
+
+def test_the_kernel_of_dropout_chooses_the_same_in_the_interpreter(start: Start) -> None:
+    interpret(start, "from tests.nn.test_noise import check_kept; check_kept('cpu')")
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [75, 90])
+def test_the_kernel_of_dropout_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from vaescale.nn import noise_triton as kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kinds = {"sample": "*i64", "chosen": "*i1", "state": "i64", "count": "i32", "least": "i32", "block": "constexpr"}
+    assert ".entry _kept" in compile_for(kernel._kept, kinds, {"block": kernel.NUMBERS}, capability).asm["ptx"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_kernel_of_dropout_chooses_the_same_on_a_gpu() -> None:
+    check_kept("cuda")

@@ -42,6 +42,33 @@ def normal(sample: Tensor, size: tuple[int, ...], *keys: int, version: int | Non
     return _normal(sample, math.prod(size), _mixed(*keys)).view(len(sample), *size)
 
 
+def kept(sample: Tensor, size: tuple[int, ...], dropped: float, *keys: int) -> Tensor:
+    """Returns which numbers dropout keeps, bool [B, *size]: all but a share `dropped` of them, rounded to 16 bits.
+
+    Each word gives four numbers, so that the cost is that of torch's own dropout.
+    """
+    count, least = math.prod(size), round(dropped * 2**16) - 2**15
+    return _kept(sample, count, _mixed(*keys), least).view(len(sample), *size)
+
+
+@torch.library.custom_op("vaescale::kept", mutates_args=())
+def _kept(sample: Tensor, count: int, state: int, least: int) -> Tensor:
+    """Returns whether 16 bits of the hash, as int16, are at least `least`: bool [B, count]."""
+    if sample.is_cuda and TRITON:
+        from .noise_triton import kept as kernel
+
+        return kernel(sample, count, state, least)
+    place = torch.arange(-(-count // 4), device=sample.device)
+    words = _mix_in(_mix_in(torch.full_like(sample, state), sample)[:, None], place)
+    return words.view(torch.int16)[:, :count] >= least
+
+
+@_kept.register_fake
+def _(sample: Tensor, count: int, state: int, least: int) -> Tensor:
+    del state, least
+    return torch.empty(len(sample), count, dtype=torch.bool, device=sample.device)
+
+
 @torch.library.custom_op("vaescale::normal", mutates_args=())  # one operation for torch.compile and for profilers
 def _normal(sample: Tensor, count: int, state: int) -> Tensor:
     """Returns fp32 [B, count]. state: the hash of the keys."""

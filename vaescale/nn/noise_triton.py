@@ -1,4 +1,4 @@
-"""Normal numbers in one CUDA kernel: the function of noise.py, one hash for each pair of numbers."""
+"""Normal numbers, and the choice of dropout, in one CUDA kernel each: the functions of noise.py."""
 
 import torch
 import triton
@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 PAIRS = 1024  # per program; not timed on a GPU
+NUMBERS = 1024
 
 
 def normal(sample: Tensor, count: int, state: int) -> Tensor:
@@ -28,6 +29,24 @@ def _normal(sample, numbers, state, count, pairs, block: tl.constexpr):  # type:
     here = numbers + row * count + place
     tl.store(here, radius * tl.cos(angle), mask=place < pairs)
     tl.store(here + pairs, radius * tl.sin(angle), mask=place + pairs < count)
+
+
+def kept(sample: Tensor, count: int, state: int, least: int) -> Tensor:
+    """Returns bool [B, count]: whether 16 bits of the hash, as int16, are at least `least`."""
+    chosen = torch.empty(len(sample), count, dtype=torch.bool, device=sample.device)
+    if chosen.numel():
+        grid = (len(sample), triton.cdiv(count, NUMBERS))
+        _kept[grid](sample.contiguous(), chosen, state, count, least, NUMBERS)
+    return chosen
+
+
+@triton.jit
+def _kept(sample, chosen, state, count, least, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(1).to(tl.int64) * block + tl.arange(0, block)
+    words = _mix_in(_mix_in(state.to(tl.uint64), tl.load(sample + row)), number // 4)  # memory is the limit, not this
+    bits = (words >> ((number % 4) * 16).to(tl.uint64)).to(tl.int16, bitcast=False)
+    tl.store(chosen + row * count + number, bits.to(tl.int32) >= least, mask=number < count)
 
 
 @triton.jit

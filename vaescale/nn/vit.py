@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..ranges import ranged
-from .transformer import Transformer, grid
+from .transformer import Transformer, grid, head_channels
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Config, channels: int, out: int, checkpointing: bool) -> None:
         super().__init__()
         self.factor = config.patch
-        self.dim = _head(config)
+        self.dim = head_channels(config.width, config.heads, "model.network")
         self.patches = nn.Conv2d(channels, config.width, config.patch, stride=config.patch)
         self.transformer = Transformer(config.width, config.depth, config.heads, checkpointing)
         self.out = nn.Linear(config.width, out)
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, dim: int, out: int, checkpointing: bool) -> None:
         super().__init__()
         self.factor = config.patch
-        self.dim = _head(config)
+        self.dim = head_channels(config.width, config.heads, "model.network")
         self.first = nn.Conv2d(dim, config.width, 1)
         self.transformer = Transformer(config.width, config.depth, config.heads, checkpointing)
         self.pixels = nn.Linear(config.width, config.patch**2 * config.head_channels)
@@ -71,12 +71,3 @@ def _mixed(transformer: Transformer, h: Tensor, dim: int) -> Tensor:
 def _maps(x: Tensor, like: Tensor) -> Tensor:
     """[B, h·w, C] → [B, C, h, w] with the height of `like`."""
     return rearrange(x, "b (h w) c -> b c h w", h=like.shape[2])
-
-
-def _head(config: Config) -> int:
-    """Returns the channels of a head: pairs for each of two coordinates. Raises ValueError if they cannot be that."""
-    if config.width % (4 * config.heads):
-        raise ValueError(
-            f"model.network.width={config.width} must be a multiple of 4 times model.network.heads={config.heads}"
-        )
-    return config.width // config.heads
