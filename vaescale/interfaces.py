@@ -7,7 +7,7 @@ nats; only reports to people are in bits.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +160,8 @@ class Sampling:
     # "Classifier-free diffusion guidance"); 1: no guidance, 0: no condition
     guidance: float = 1.0
     steps: int = 12  # of a prior with masked order: passes in which all codes are drawn
+    # of such a prior, which codes are drawn first: those of which it is most certain, or a fixed order, spread evenly
+    positions: Literal["confidence", "halton"] = "confidence"
 
 
 class Known(NamedTuple):
