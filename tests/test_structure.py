@@ -27,7 +27,7 @@ LAYERS = {  # package or file → the others that it may import
     "settings": {"hints", "renamed", "interfaces", "config", "ranges", "models", "nn", "data"},
     "matching": {"config", "settings", "data"},
     "monitoring": {"files", "interfaces"},
-    "evaluation": {"files", "numerics", "interfaces", "distributed", "nn", "data", "monitoring"},
+    "evaluation": {"files", "numerics", "interfaces", "distributed", "nn", "models", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
     "trained": {"files", "interfaces", "distributed", "config", "settings", "models", "nn", "lifecycle"},
     "library": {"interfaces", "numerics", "settings", "data", "monitoring", "evaluation", "trained"},

@@ -202,6 +202,14 @@ class Prior(Protocol):
 
 
 @runtime_checkable
+class WithPrior(Protocol):
+    """A codec whose latents have a trained prior, which other latents are drawn from."""
+
+    @property
+    def prior(self) -> Prior: ...
+
+
+@runtime_checkable
 class Calibrated(Protocol):
     """A model with statistics of the training set that are measured once, at the end of training, with the averaged
     weights: over all training images, each as validation would see it. They are buffers, infinite until then, and

@@ -39,6 +39,24 @@ def check_classes(config: Config, training: Index, validation: Index) -> None:
             )
 
 
+def check_codes(config: Config, index: Index, codec: str | None) -> None:
+    """Raises ConfigError if the index holds codes, and the model reads none, or those of another codec. codec: the hash
+    of the weights of the codec that the model is built on; None: it is built on none."""
+    made = index.codes
+    if made is None or made.tokenizer == codec:
+        return
+    if codec is None:
+        raise ConfigError(
+            f"{index.folder} holds codes, which a model of kind {config.model.kind} does not read: set data.root to "
+            f"pictures, such as those that the codes were made from"
+        )
+    raise ConfigError(
+        f"the codes in {index.folder} were made by another tokenizer (weights {made.tokenizer}) than "
+        f"model.tokenizer={config.model.tokenizer} (weights {codec}): name that one, or make the codes again with "
+        f"`python launch/export.py codes --run {config.model.tokenizer} --out DIR`"
+    )
+
+
 def absent_classes(config: Config, training: Index, validation: Index) -> str:
     """Returns a sentence on the classes without validation samples; "" if there are none, or if the model is not
     label-conditional."""

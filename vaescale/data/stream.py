@@ -319,23 +319,34 @@ def schedule(
                     yield step, rank, worker, samples.name(sample)[1]
 
 
-def validation_loader(slices: ValidationSlices, micro: int, rank: int, world: int, pin: bool) -> Iterable[Decoded]:
-    """Returns batches with each sample exactly once over all ranks. The last batch of a rank may be shorter."""
-    total = len(slices.samples.index)
+def validation_loader(
+    slices: TrainSlices | ValidationSlices, micro: int, rank: int, world: int, pin: bool, total: int | None = None
+) -> Iterable[Decoded]:
+    """Returns batches with each sample exactly once over all ranks, or only the first `total` samples. The last batch
+    of a rank may be shorter."""
+    total = len(slices.samples.index) if total is None else total
     first, last = rank * total // world, (rank + 1) * total // world
     ranges = [range(start, min(start + micro, last)) for start in range(first, last, micro)]
     return _loader(slices, ranges, slices.config, pin)
 
 
 def once(
-    slices: ValidationSlices, micro: int, device: torch.device, title: str, watched: bool, leave: bool = True
+    slices: TrainSlices | ValidationSlices,
+    micro: int,
+    device: torch.device,
+    title: str,
+    watched: bool,
+    leave: bool = True,
+    total: int | None = None,
 ) -> Iterator[Decoded | None]:
     """Yields this rank's batches on the device, with each sample exactly once over all ranks. Yields None where other
     ranks have one more batch, so that all ranks take equally many turns. micro: samples at a time; watched: whether to
-    show a progress bar of this title; leave: whether the bar stays."""
+    show a progress bar of this title; leave: whether the bar stays; total: only the first so many samples, for training
+    those of the endless sequence."""
     rank, world = distributed.rank(), distributed.world()
-    batches = validation_loader(slices, micro, rank, world, device.type == "cuda")
-    turns = range(-(-len(slices.samples.index) // (micro * world)))  # of the rank with the most samples
+    total = len(slices.samples.index) if total is None else total
+    batches = validation_loader(slices, micro, rank, world, device.type == "cuda", total)
+    turns = range(-(-total // (micro * world)))  # of the rank with the most samples
     pairs = zip_longest(turns, batches)
     for _, decoded in tqdm(pairs, title, len(turns), unit="batch", leave=leave, disable=not watched):
         yield decoded and decoded._replace(batch=decoded.batch.to(device))

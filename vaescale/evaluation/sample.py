@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..data import order
-from ..interfaces import Batch, Codec, Condition
+from ..interfaces import Batch, Codec, Condition, Prior, Sampling
+from ..models.generative import generative
 from ..monitoring.pictures import Picture, factor, grid, joined, legible, to_bytes
 from ..nn.noise import mix
 from ..numerics import exact
@@ -30,6 +31,7 @@ ATTRIBUTE_VALUES = (-2, -1, 0, 1, 2)
 TRAVERSED = 10  # latents
 SAMPLES = 16  # per temperature, in a picture
 TEMPERATURES = (0.7, 0.85, 1.0)
+GUIDANCES = (1.0, 2.0, 4.0)
 
 
 class Unsupported(ValueError):
@@ -159,6 +161,19 @@ def at_temperatures(codec: Codec, condition: Condition) -> Picture:
         text = 2 * legible(PER_ROW * factor(images.shape[-1]) * images.shape[-1])
         blocks.append(grid(images, PER_ROW, title=f"samples, temperature {temperature:g}", text=text))
     return joined(blocks, axis=0)
+
+
+@torch.no_grad()
+def guided(prior: Prior, condition: Condition) -> Picture | None:
+    """Draws samples under these conditions with increasing guidance one below the other, from the same random numbers.
+    Returns None if the prior has no condition, so that all are the same."""
+    blocks, images = [], []
+    for guidance in GUIDANCES:
+        codec = generative(prior, Sampling(guidance=guidance))
+        images.append(from_prior(codec, in_turn(condition, SAMPLES), 0))
+        text = 2 * legible(PER_ROW * factor(images[0].shape[-1]) * images[0].shape[-1])
+        blocks.append(grid(images[-1], PER_ROW, title=f"samples, guidance {guidance:g}", text=text))
+    return None if torch.equal(images[0], images[1]) else joined(blocks, axis=0)
 
 
 @torch.no_grad()

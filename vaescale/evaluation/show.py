@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interfaces import Basis, Batch, Bounded, Codebooks, Codec
+from ..interfaces import Basis, Batch, Bounded, Codebooks, Codec, Prior
+from ..models.generative import generative
 from ..monitoring import code_statistics, pictures
 from ..monitoring.pictures import Picture
 from . import sample
@@ -59,6 +60,16 @@ def codebooks(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:
     for (name, average), level, (codes, tiles) in zip(averages.items(), latents, decoded, strict=True):
         yield f"{name}/map", pictures.code_map(shown.x, level, len(average))
         yield f"{name}/decoded", pictures.codebook(tiles, codes, code_statistics.in_use(average))
+
+
+@torch.no_grad()
+def of_prior(prior: Prior, shown: Batch, maps: dict[str, Tensor]) -> Pictures:
+    """Yields samples of a prior, and the bits of each place, fp64 [L, h, w], of "validation" and "training" images and
+    the difference."""
+    yield "val/samples", sample.at_temperatures(generative(prior), shown.condition)
+    if (guided := sample.guided(prior, shown.condition)) is not None:
+        yield "val/guided_samples", guided
+    yield "val/rates", pictures.heat_maps(maps, "validation − training", "bits of the code at each place")
 
 
 def basis(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:

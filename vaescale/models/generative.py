@@ -17,9 +17,9 @@ from ..interfaces import Batch, Bound, Codebooks, Codec, Condition, Known, Pixel
 class Generative(nn.Module):
     """The codec of a prior, with samples from the prior. It is a Codec with Codebooks."""
 
-    def __init__(self, prior: nn.Module, sampling: Sampling) -> None:
+    def __init__(self, prior: Prior, sampling: Sampling) -> None:
         super().__init__()
-        self.model = prior
+        self.model = cast(nn.Module, prior)
         self.sampling = sampling
 
     @property
@@ -73,9 +73,8 @@ class GenerativeWithBound(Generative):
         return Bound(cast(PixelLikelihood, self.codec).distortion(batch, latents), rate, -rate.sum(0))
 
 
-def generative(prior: nn.Module, sampling: Sampling) -> Generative:
+def generative(prior: Prior, sampling: Sampling = Sampling()) -> Generative:
     """Returns the prior's codec with samples from the prior, and with a bound if the codec has a likelihood."""
-    assert isinstance(prior, Prior)
     known = isinstance(prior.codec, PixelLikelihood)
     return (GenerativeWithBound if known else Generative)(prior, sampling)
 

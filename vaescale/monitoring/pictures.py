@@ -20,6 +20,8 @@ PAPER, INK = (250, 250, 248), (40, 40, 40)
 RECONSTRUCTION = "reconstruction"
 TILE = 24  # pixels per side of each code's image
 LEAST = 96  # pixels per side; smaller images are enlarged
+HEAT = torch.tensor([[20, 20, 60], [40, 90, 140], [60, 170, 130], [250, 230, 80]]).double()  # from none to much
+SIGNED = torch.tensor([[40, 80, 200], [245, 245, 245], [200, 50, 40]]).double()  # negative, 0, positive
 ERROR_GAIN = 4  # factor of the absolute error, which would look black without it
 
 
@@ -141,6 +143,34 @@ def bars(values: Sequence[float], title: str) -> Picture:
         if number % math.ceil(2 * text / pitch) == 0:
             draw.text((left, base + 2), str(number), INK, font)
     return np.asarray(sheet)
+
+
+def heat_maps(maps: dict[str, Tensor], difference: str, title: str) -> Picture:
+    """Draws maps [L, h, w], one column each, on one scale from 0 to their largest value, and the difference of the
+    first two in red where it is positive and blue where it is negative. Below each are its mean and its range."""
+    one, other = list(maps.values())[:2]
+    most, far = max(float(max(map_.max() for map_ in maps.values())), 1e-9), max(float((one - other).abs().max()), 1e-9)
+    columns = [*((values / most, HEAT) for values in maps.values()), ((one - other) / (2 * far) + 0.5, SIGNED)]
+    tiles = torch.stack([_heat(values, colours) for values, colours in columns], dim=1)  # [L, columns, 3, h, w]
+    text = legible(len(columns) * max(LEAST, one.shape[-1]))
+    below = [
+        f"{values.mean():.3g} ({values.min():.2g} to {values.max():.2g})"
+        for level in zip(*maps.values(), one - other, strict=True)
+        for values in level
+    ]
+    rows = [f"level {level}" for level in range(len(one))] if len(one) > 1 else []
+    names = [*maps, difference]
+    times = max(1, -(-2 * LEAST // one.shape[-1]))
+    large = tiles.flatten(0, 1).repeat_interleave(times, -2).repeat_interleave(times, -1)
+    return grid(large, len(columns), names, rows, title, below, text)
+
+
+def _heat(values: Tensor, colours: Tensor) -> Tensor:
+    """Values [L, h, w] in 0 … 1 → uint8 [L, 3, h, w], between evenly spaced colours."""
+    place = values.cpu().double().clamp(0, 1) * (len(colours) - 1)
+    low = place.long().clamp(max=len(colours) - 2)
+    mixed = torch.lerp(colours[low], colours[low + 1], (place - low)[..., None])
+    return mixed.round().to(torch.uint8).movedim(-1, 1)
 
 
 def joined(pictures: Sequence[Picture], axis: int) -> Picture:

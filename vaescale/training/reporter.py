@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import config as mechanics
 from .. import distributed
 from ..evaluation import tables
-from ..evaluation.show import show
-from ..interfaces import Batch, Codebooks, Codec, KLWeighted, Model, Tensors, Usage
+from ..evaluation.show import Pictures
+from ..interfaces import Codebooks, KLWeighted, Model, Tensors, Usage
 from ..lifecycle.pace import Pace
 from ..monitoring import alarm, code_statistics, critic, pictures, posterior
 from ..monitoring.board import Board
@@ -157,8 +157,8 @@ class Reporter:
         if self.board:
             self.board.alarm(name, said, name in self.position.alarms, self.position.step)
 
-    def validation(self, measured: dict[str, float], codec: Codec, shown: Callable[[], Batch]) -> None:
-        """Report the results on the validation set, and pictures. shown: returns the fixed images, on the device."""
+    def validation(self, measured: dict[str, float], drawn: Callable[[], Pictures]) -> None:
+        """Report the results on the validation set, and pictures, which `drawn` yields."""
         step = self.position.step
         values = {f"val/{name}": value for name, value in measured.items()}
         self.console.say(f"validation at step {step}:  {tables.line(measured)}")
@@ -166,7 +166,7 @@ class Reporter:
             self._alarm(posterior.NAME, self.posterior.validation(step, int(measured["active_units"])))
         if not self.board:
             return
-        for name, picture in show(codec, shown()):
+        for name, picture in drawn():
             self.board.picture(name, picture, step)
         if rates := [value for name, value in measured.items() if name.startswith("rate/")]:
             title = "bits/dim of each level of latents, coarse to fine"

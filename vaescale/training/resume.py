@@ -46,19 +46,21 @@ def state(position: Position, learner: Learner, order: dict[str, int | str]) -> 
     }
 
 
-def order(config: Config, slices: TrainSlices) -> dict[str, int | str]:
-    """Returns everything that determines which sample is number g."""
+def order(config: Config, slices: TrainSlices, codec: str | None = None) -> dict[str, int | str]:
+    """Returns everything that determines what sample number g is. codec: the hash of the codec that the model is built
+    on, if it is built on one."""
     return {
         "version": slices.order.version,
         "seed": config.seed,
         "data.columns": config.data.columns,
         "data": slices.samples.index.fingerprint(),
+        **({"codec": codec} if codec else {}),
     }
 
 
-def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
+def resume(config: Config, learner: Learner, slices: TrainSlices, codec: str | None = None) -> Position:
     """Loads the newest valid checkpoint of the run directory; else the weights of `init_from`, at step 0 with a fresh
-    optimiser; else starts from scratch. Returns the position. Collective.
+    optimiser; else starts from scratch. Returns the position. codec: as in `order`. Collective.
 
     A resumed run keeps the version of the sample order that it began with. Raises ConfigError if the order would
     change, and CheckpointError if a checkpoint cannot be used.
@@ -74,13 +76,18 @@ def resume(config: Config, learner: Learner, slices: TrainSlices) -> Position:
         raise CheckpointError(f"{found} contains the state of step {state['step']}: rename it to {name}, or remove it")
     begun = {"version": 1, **state["order"]}  # version 1 did not record its number
     slices.follow(begun["version"])
-    for key, value in order(config, slices).items():
+    for key, value in order(config, slices, codec).items():
         if begun.get(key) == value:
             continue
         if key == "data":
             raise ConfigError(
                 f"the training images are not those that {config.run} began with (index {value}, was "
                 f"{begun.get(key)}): restore data.root, or give another run=…"
+            )
+        if key == "codec":
+            raise ConfigError(
+                f"the tokenizer that {config.run} was started with has changed (weights {value}, were "
+                f"{begun.get(key)}): restore it, or give another run=…"
             )
         raise ConfigError(
             f"{config.run} was started with {key}={begun.get(key)} and now has {value}, which would change the order "

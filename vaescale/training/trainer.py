@@ -9,31 +9,33 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .. import distributed, numerics, process
+from .. import distributed, numerics, process, trained
 from ..config import ConfigError
 from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check_files
 from ..data.reader import Reader
-from ..interfaces import Batch, Calibrated, Codec, Model
+from ..interfaces import Batch, Calibrated, Codec, Model, Prior
 from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
 from ..lifecycle.stops import Stop
 from ..lifecycle.watch import STACKS, Watch
 from ..lifecycle.writer import Writer
-from ..matching import absent_classes, check_classes, check_labels
+from ..matching import absent_classes, check_classes, check_codes, check_labels
 from ..monitoring.board import validated
 from ..settings import Config, build, micro_batch, without_bound
 from . import resume
 from .calibration import calibrate, calibrated
 from .guard import Skip, diagnosis, explained, too_many
 from .learner import chosen
+from .prior_validator import PriorValidator
 from .reporter import Reporter
 from .validator import Validator
 
@@ -68,13 +70,15 @@ class Trainer:
         on_rank_0(self.run, self.compare)
 
         torch.manual_seed(config.seed)
-        self.model = self.built()
+        self.model, self.codec = self.built()
+        for index in self.indexes:
+            check_codes(config, index, self.codec)
         samples = len(self.slices.samples.index)
         self.learner = chosen(config)(self.model, config, samples)
-        self.validator = Validator(config, self.learner.averaged, self.validation, self.device, self.micro)
-        self.position = resume.resume(config, self.learner, self.slices)
+        self.validator = self.measuring(self.learner.averaged)
+        self.position = resume.resume(config, self.learner, self.slices, self.codec)
         self.model.noise_version = self.learner.averaged.noise_version = self.position.noise
-        self.order = resume.order(config, self.slices)
+        self.order = resume.order(config, self.slices, self.codec)
         if self.position.validation_due:  # unless an earlier process has done it since the checkpoint
             self.position.validation_due = not distributed.tell(validated(self.run, self.position.step))
         steps = self.learner.planned(config, lambda: samples, self.position.step, self.position.images)
@@ -89,9 +93,10 @@ class Trainer:
             self.writer.check_room(self.learner.size(), config.steps)
             on_rank_0(self.run, self.reporter.open)
 
-    def built(self) -> Model:
-        """Builds the model. If a rank lacks a file that it needs, because rank 0 has checked the settings on another
-        node, all ranks raise Unreadable, which says so on each. Collective."""
+    def built(self) -> tuple[Model, str | None]:
+        """Builds the model. Returns it, and the hash of the codec that it is built on, if it is built on one. If a rank
+        lacks a file that it needs, because rank 0 has checked the settings on another node, all ranks raise Unreadable,
+        which says so on each. Collective."""
         wrong = ""
         try:
             model = build(self.config)
@@ -99,7 +104,14 @@ class Trainer:
             wrong = str(error)
         if distributed.where(bool(wrong)):
             raise checkpoint.Unreadable(wrong or "another rank cannot read a file, see its error")
-        return model.to(self.device)
+        codec = trained.read_base(model, self.config)
+        return model.to(self.device), codec
+
+    def measuring(self, averaged: Model) -> Validator | PriorValidator:
+        """Returns what measures the averaged weights. Collective."""
+        if isinstance(averaged, Prior):
+            return PriorValidator(self.config, averaged, self.slices, self.validation, self.device, self.micro)
+        return Validator(self.config, averaged, self.validation, self.device, self.micro)
 
     def compare(self) -> None:
         """Reads the settings of an earlier process. Raises ConfigError if its weights do not fit today's settings."""
@@ -267,7 +279,7 @@ class Trainer:
         short, one of stops.REASONS; "" if it was not. A validation that was cut short stays pending for the next
         process."""
         averaged = self.learner.averaged
-        if not isinstance(averaged, Codec):
+        if not isinstance(averaged, Codec | Prior):
             self.position.validation_due = False  # nothing to measure
             return ""
 
@@ -279,7 +291,8 @@ class Trainer:
             measured = self.validator.measure(averaged, self.evaluation_due(), stopped)
             if not measured:
                 return stop.said
-            self.reporter.validation(measured, averaged, lambda: stream.fixed_images(self.validation).to(self.device))
+            shown = partial(stream.fixed_images, self.validation)
+            self.reporter.validation(measured, lambda: self.validator.pictures(averaged, shown().to(self.device)))
         self.position.validation_due = False
         return ""
 

@@ -11,7 +11,8 @@ from ..data import stream
 from ..evaluation.compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen
 from ..evaluation.evaluate import evaluate
 from ..evaluation.measure import LPIPS, Drawing, Generate, generator, measure, read_distance, read_net, try_to
-from ..interfaces import Codec, Model
+from ..evaluation.show import Pictures, show
+from ..interfaces import Batch, Codec
 from ..nn.perceptual import Distance
 from ..nn.reconstruction import distance_of
 from ..settings import Config
@@ -25,7 +26,7 @@ class Validator:
     def __init__(
         self,
         config: Config,
-        averaged: Model,
+        averaged: object,
         slices: stream.ValidationSlices,
         device: torch.device,
         micro: int,
@@ -73,7 +74,7 @@ class Validator:
         classes, attributes = getattr(self.config.model, "classes", 0), len(self.config.data.attributes)
         return generator(averaged, Drawing(), [1] * classes, attributes, self.device)
 
-    def measure(self, averaged: Codec, compare: bool, stopped: Callable[[], object]) -> dict[str, Any]:
+    def measure(self, averaged: Any, compare: bool, stopped: Callable[[], object]) -> dict[str, Any]:
         """Returns the numbers of the averaged weights over the validation set; {} if `stopped`, which is called after
         each batch, returned true. compare: whether to compare images by their features, too. Collective."""
         slices, device, distance = self.slices, self.device, _distance(averaged)
@@ -91,6 +92,10 @@ class Validator:
         if self.lpips:
             self.lpips.to(torch.device("cpu"))
         return found
+
+    def pictures(self, averaged: Any, shown: Batch) -> Pictures:
+        """Yields all pictures that the model supports. shown: the fixed images, on the device."""
+        return show(averaged, shown)
 
 
 def _distance(averaged: Codec) -> Distance | None:

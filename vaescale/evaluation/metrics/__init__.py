@@ -9,9 +9,10 @@ from .kernel_distance import KERNEL_DISTANCE
 from .manifold import MANIFOLD
 from .metric import Comparison, Metric
 from .perceptual import PERCEPTUAL
+from .rate import RATE
 from .reconstruction import RECONSTRUCTION
 
-METRICS: list[Metric] = [BITS, RECONSTRUCTION, PERCEPTUAL, ACTIVE_UNITS, CODE_USE]  # in reading order
+METRICS: list[Metric] = [BITS, RATE, RECONSTRUCTION, PERCEPTUAL, ACTIVE_UNITS, CODE_USE]  # in reading order
 # By name, measured on request.
 COMPARISONS: dict[str, Comparison] = {
     "fd": FRECHET,
