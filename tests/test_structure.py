@@ -30,6 +30,10 @@ LAYERS = {  # package or file → the others that it may import
     "evaluation": {"files", "numerics", "interfaces", "distributed", "nn", "models", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
     "trained": {"files", "interfaces", "distributed", "config", "settings", "models", "nn", "lifecycle"},
+    "export": {
+        *("files", "numerics", "interfaces", "distributed", "config", "nn"),
+        *("settings", "data", "monitoring"),
+    },
     "library": {"interfaces", "numerics", "settings", "data", "monitoring", "evaluation", "trained"},
     "training": {*BELOW, "evaluation"},
     "advice": {*BELOW, "training"},

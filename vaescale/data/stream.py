@@ -234,10 +234,14 @@ class ValidationSlices(Dataset[Decoded]):
         self.indexes = {self.samples.index, training}  # whose files are read
         self.attributes = Attributes(self.samples.index, training, config.attributes)
 
-    def __getitem__(self, numbers: range) -> Decoded:
+    def prefetch(self, numbers: range) -> None:
+        """Begins to fetch the shard after that of the last of these samples."""
         if get_worker_info():  # in the training process the prefetching thread could be running during the next fork
             following = self.samples.index.locate(numbers[-1]).shard + 1
             self.samples.store.prefetch(range(following, min(following + 1, len(self.samples.index.shards))))
+
+    def __getitem__(self, numbers: range) -> Decoded:
+        self.prefetch(numbers)
         read, labels, shown, damage = [], [], [], []
         for number in numbers:
             try:
@@ -266,6 +270,9 @@ class TrainingOnce(ValidationSlices):
 
     def _damaged(self, number: int, cause: str) -> Damage:
         return Damage(number, *self.samples.name(number), cause)
+
+
+SPLITS = {TrainingOnce.split: TrainingOnce, ValidationSlices.split: ValidationSlices}
 
 
 def train_loader(

@@ -1,0 +1,148 @@
+"""Write what a trained run makes of its data: codes, for models of codes, and the images of codes.
+
+    python launch/export.py codes --run runs/vqvae_digits --out data/digits_codes [key=value …]
+    python launch/export.py codes --run RUN --out DIR --crops ten         ten crops of each training image
+    python launch/export.py codes --run RUN --out DIR --crops random:4    each training image augmented four times
+    python launch/export.py decode DIR --run RUN --out IMAGES             images from exported codes
+    torchrun --nproc-per-node 8 -- launch/export.py codes --run …         without the --, torchrun reads --run itself
+
+`codes` encodes the images of the run's data (or of data.root=…) with the averaged weights, and writes shards of
+`key.codes.npy`, which training and plain webdataset read, with the classes and attributes of the images. DIR is a
+data.root. Validation images are always encoded as validation sees them.
+
+Any number of ranks writes the same files. An export that was interrupted continues where it stopped. Exit code 2: the
+run has no codes, or something cannot be read or written, or belongs to another export.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vaescale import arguments, process
+
+SPLITS = ["train", "val"]
+
+
+def parse() -> argparse.Namespace:
+    parsers = {"codes": codes_parser, "decode": decode_parser}
+    if sys.argv[1:2] == [] or sys.argv[1] not in parsers:
+        parser = arguments.command(__doc__)
+        parser.add_argument("command", choices=parsers, help="-h after it explains its options")
+        parser.parse_args(sys.argv[1:2])
+    words = sys.argv[2:]
+    # Taken out first, or options of several values would swallow them.
+    overrides = [word for word in words if "=" in word and word[0] != "-" and not Path(word).exists()]
+    given = arguments.parse(parsers[sys.argv[1]](), [word for word in words if word not in overrides])
+    given.command, given.overrides = sys.argv[1], [*overrides, *given.overrides]
+    return given
+
+
+def codes_parser() -> argparse.ArgumentParser:
+    parser = arguments.command("Encode the images of a run's data as codes.")
+    parser.prog = "export.py codes"
+    add_common(parser, "the run that encodes, or a checkpoint of one", 10_000)
+    parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS, help="which images (both)")
+    parser.add_argument(
+        "--crops",
+        default="center",
+        metavar="center|ten|random:V",
+        help="of training images: as validation sees them (default); the centre and the corners of the square, and "
+        "these five flipped; or as training sees them, V times",
+    )
+    return parser
+
+
+def decode_parser() -> argparse.ArgumentParser:
+    parser = arguments.command("Decode exported codes to images: shards of PNG.")
+    parser.prog = "export.py decode"
+    parser.add_argument("codes", type=Path, metavar="DIR", help="folder of the exported codes")
+    add_common(parser, "the run that encoded them, or a checkpoint of it", 1000)
+    parser.add_argument("--split", nargs="+", choices=SPLITS, help="which codes (those that DIR has)")
+    return parser
+
+
+def add_common(parser: argparse.ArgumentParser, run: str, per_shard: int) -> None:
+    parser.add_argument("--run", type=Path, required=True, help=run)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="write train/ and val/ there")
+    parser.add_argument(
+        "--per-shard", type=int, default=per_shard, metavar="N", help=f"samples in a shard ({per_shard})"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed; the environment decides
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the run's")
+
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    process.forgive_output()  # what is written is worth more than the words about it
+    given = parse()
+
+
+import torch
+
+from vaescale import distributed, numerics, trained
+from vaescale.config import ConfigError
+from vaescale.data import DataError, index
+from vaescale.data.codes import views_of
+from vaescale.export import jobs
+from vaescale.export.write import Job, write
+from vaescale.files import printable
+from vaescale.interfaces import Model
+from vaescale.lifecycle.checkpoint import CheckpointError
+from vaescale.settings import Config
+
+
+def main(given: argparse.Namespace) -> int:
+    try:
+        check(given)
+        config = trained.read_config(given.run, given.overrides)
+        device = distributed.init()
+        numerics.choose(tf32=False, deterministic=False)
+        model, _ = trained.read_model(given.run, config, device)
+        for split in given.split:
+            export(given, split, job_of(given, split, model, config, device), device)
+    except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {printable(error.filename or given.out)}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check(given: argparse.Namespace) -> None:
+    if given.per_shard < 1:
+        raise ConfigError(f"--per-shard {given.per_shard} must be at least 1")
+    if given.command == "codes":
+        try:
+            views_of(given.crops)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+    elif not given.split:
+        given.split = [split for split in SPLITS if (given.codes / split / "index.json").exists()]
+        if not given.split:
+            raise DataError(f"{given.codes} holds no codes: give the --out of `export.py codes`")
+
+
+def job_of(given: argparse.Namespace, split: str, model: Model, config: Config, device: torch.device) -> Job:
+    out = given.out / split
+    if given.command == "codes":
+        return jobs.of_codes(model, given.run, config, split, given.crops, out, given.per_shard, device)
+    return jobs.of_pictures(model, given.run, config, split, given.codes, out, given.per_shard)
+
+
+def export(given: argparse.Namespace, split: str, job: Job, device: torch.device) -> None:
+    """Collective."""
+    index.check_files(*job.parts.slices.indexes)
+    if distributed.rank() == 0 and (idle := distributed.world() - len(job.names)) > 0:
+        print(f"{len(job.names)} shards of {split} keep {idle} ranks idle: a lower --per-shard shares the work")
+    made = write(job, device)
+    if distributed.rank() == 0:
+        lost = f", {made.damaged} damaged ones left out" if made.damaged else ""
+        print(f"{printable(job.out)}: {made.samples} samples in {made.shards} shards{lost}", flush=True)
+
+
+if __name__ == "__main__":
+    code = main(given)
+    distributed.leave(code, together=code == 0)
