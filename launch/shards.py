@@ -2,6 +2,7 @@
 
     python launch/shards.py demo data/photos                    the demo photographs, as training and validation shards
     python launch/shards.py digits data/digits                  scikit-learn's handwritten digits, as such shards, too
+    python launch/shards.py emoji PACKAGE data/emoji            the emoji of npm's emoji-datasource-google, too
     python launch/shards.py prepare SRC --out DIR --val 0.1     shards for training and validation from your images
     python launch/shards.py index SRC --out DIR                 an index for webdataset shards that others made
     python launch/shards.py verify DIR                          read everything back
@@ -37,6 +38,9 @@ def parse() -> argparse.Namespace:
     command = commands.add_parser("demo", help="write the demo photographs")
     command.add_argument("root", type=Path)
     command = commands.add_parser("digits", help="write the demo digits")
+    command.add_argument("root", type=Path)
+    command = commands.add_parser("emoji", help="write the demo emoji")
+    command.add_argument("source", type=Path, metavar="PACKAGE", help="npm's emoji-datasource-google: .tgz or folder")
     command.add_argument("root", type=Path)
     add_prepare(commands.add_parser("prepare", help="write shuffled shards of images", parents=[several, checking]))
     add_index(commands.add_parser("index", help="index shards that others made", parents=[several, checking]))
@@ -152,7 +156,7 @@ if __name__ == "__main__":
 import signal
 
 from vaescale import process
-from vaescale.data import DataError, demo, digits, names, places, prepare, shards, stream, tar
+from vaescale.data import DataError, demo, digits, emoji, names, places, prepare, shards, stream, tar
 from vaescale.files import printable
 
 
@@ -185,6 +189,12 @@ def demo_(arguments: argparse.Namespace) -> int:
 def digits_(arguments: argparse.Namespace) -> int:
     for split, count in digits.write_digits(arguments.root).items():
         print(f"{arguments.root / split}: {count} digits of {digits.SIDE} px")
+    return 0
+
+
+def emoji_(arguments: argparse.Namespace) -> int:
+    for split, count in emoji.write_emoji(arguments.source, arguments.root).items():
+        print(f"{arguments.root / split}: {count} emoji of {emoji.SIDE} px")
     return 0
 
 
@@ -279,6 +289,7 @@ def order_(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "demo": demo_,
     "digits": digits_,
+    "emoji": emoji_,
     "prepare": prepare_,
     "index": index_,
     "verify": verify_,
