@@ -1,53 +1,23 @@
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.nn.fidelity import published, torchvision
 from tests.nn.test_features import SOURCE, images
 from vaescale.nn import features, inception
 from vaescale.nn.features import Features
-from vaescale.nn.frozen import random_weights
 
 pytestmark = pytest.mark.unit
 
 
-def published() -> dict[str, Tensor]:
-    """Random weights in the format of the published file: torchvision's names, each batch norm on its own."""
-    state = {"fc.bias": torch.zeros(inception.CLASSES)}
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in random_weights(inception.shapes(), 0).items():
-        layer, _, part = name.rpartition(".")
-        if layer == "fc":
-            state[name] = tensor
-        elif part == "weight":
-            count = len(tensor)
-            state |= {
-                f"{layer}.conv.weight": tensor,
-                f"{layer}.bn.weight": 1 + 0.2 * torch.randn(count, generator=generator),
-                f"{layer}.bn.bias": 0.2 * torch.randn(count, generator=generator),
-                f"{layer}.bn.running_mean": 0.2 * torch.randn(count, generator=generator),
-                f"{layer}.bn.running_var": 0.5 + torch.rand(count, generator=generator),
-                f"{layer}.bn.num_batches_tracked": torch.tensor(1),
-            }
-    return state
-
-
 @pytest.fixture
 def fidelity(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """torch-fidelity's module of the Inception. torchvision, which does not import beside the CPU build of torch, is
-    replaced: the module does not use it, but others of the package import it."""
-    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
-        module = ModuleType(f"torchvision{name}")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    vision: Any = sys.modules
-    vision["torchvision"].transforms = vision["torchvision.transforms"]
-    vision["torchvision.transforms"].functional = vision["torchvision.transforms.functional"]
-    for name in ("CIFAR10", "CIFAR100", "STL10"):
-        setattr(vision["torchvision.datasets"], name, object)
+    """torch-fidelity's module of the Inception."""
+    for name, module in torchvision().items():
+        monkeypatch.setitem(sys.modules, name, module)
     return pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
 
