@@ -1,4 +1,4 @@
-"""One rank that measures a codec and compares its images: `-m tests.integration.comparing DATA MICRO OUT`."""
+"""One rank that measures a codec and compares its images: `-m tests.integration.comparing DATA OUT MICRO…`."""
 
 import json
 import sys
@@ -30,8 +30,15 @@ class Blur:
         return F.interpolate(latents[0], scale_factor=2) / 255
 
 
-def main(data: str, micro: int, out: Path) -> None:
+def main(data: str, out: Path, micros: list[int]) -> None:
+    """Writes OUT.MICRO.json, and OUT.MICRO.RANK with why a damaged image is refused."""
     device = distributed.init()
+    for micro in micros:
+        results(data, micro, out.with_suffix(f".{micro}"), device)
+    distributed.finish()
+
+
+def results(data: str, micro: int, out: Path, device: torch.device) -> None:
     net = features.drawn("random")
     slices = stream.ValidationSlices(stream.Config(root=data, size=16, workers=0))
 
@@ -41,6 +48,8 @@ def main(data: str, micro: int, out: Path) -> None:
 
     requests = [Request(*one, net.words) for one in compare.chosen(compare.NAMES, ["random"])["random"]]
     result = measure(Blur(), slices, device, requests, [net], 53, generate, micro=micro)
+    some = measure(Blur(), slices, device, requests[:3], [net], micro=micro, used=40)  # of 101 images
+    result |= {f"{name} of 40": some[name] for name in some if "random" in name}
     known = reference.gather(slices, net, device, micro=micro)
     drawn = ((part.number, part.x) for part in generate(53, distributed.rank(), distributed.world()))
     rows = features_of(net, 53, drawn, noise(0)[None])
@@ -52,10 +61,9 @@ def main(data: str, micro: int, out: Path) -> None:
     try:
         reference.gather(damaged, net, device, micro=micro)
     except Refused as error:
-        out.with_suffix(f".{distributed.rank()}").write_text(str(error))
+        Path(f"{out}.{distributed.rank()}").write_text(str(error))
     if distributed.rank() == 0:
-        out.write_text(json.dumps(result))
-    distributed.finish()
+        Path(f"{out}.json").write_text(json.dumps(result))
 
 
 def noise(seed: int) -> Tensor:
@@ -63,4 +71,4 @@ def noise(seed: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), list(map(int, sys.argv[3:])))
