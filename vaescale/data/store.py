@@ -6,6 +6,7 @@ import shutil
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ class Store:
         self._root = root
         self._shards = shards
         self._files: dict[int, int] = {}
+        weakref.finalize(self, _close, self._files)
         # The order walks `data.columns` shards at a time, and opening one for each sample takes longer than reading it.
         # So a process keeps all of them open, as far as it may: half of its files are left to others.
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -102,6 +104,11 @@ class Store:
                 )
             self._files[number] = file
         return self._files[number]
+
+
+def _close(files: dict[int, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 class Cache:
