@@ -123,6 +123,12 @@ def test_a_damaged_config_is_reported_and_not_compared(
     assert history.changes(None, load(tmp_path, "data.size=32")) == {}
 
 
+def test_what_a_change_means_is_said(tmp_path: Path) -> None:
+    changed = begun(tmp_path, "steps=24", "evaluation.count=50")
+    said = "steps 12 → 24, evaluation.count 2000 → 50 (Fréchet distances before and after cannot be compared)"
+    assert history.described(changed) == said
+
+
 def test_each_change_is_kept(tmp_path: Path) -> None:
     history.write(load(tmp_path), 0, {})
     before = (tmp_path / "config.yaml").stat()

@@ -105,6 +105,10 @@ def test_a_dry_run_says_the_batch_arithmetic_and_the_memory() -> None:
     assert "10 steps of 24 images" in text
     assert f"{sum(p.numel() for p in settings.build(config).parameters()) / 1e6:.3f} M" in text
     assert "codebook_size: 512" in text
+    assert "evaluation  " not in text
+    more = ["every.evaluate=4", "every.validate=2", "evaluation.metrics=[rkid,gkid]", "evaluation.count=50"]
+    text = dry_run(settings.load(QUICKSTART, ["global_batch=24", "steps=10", *more]), world=4)
+    assert "3 times, each time inception's features of up to 50 reconstructions and as many generated images" in text
 
 
 def test_weights_are_not_counted_as_activations() -> None:

@@ -30,4 +30,11 @@ def dry_run(config: Config, world: int) -> str:
         f"parameters  {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M",
         f"memory      {readable_size(sum(memory.values()))} per rank, estimated: {parts}",
     ]
+    if config.every.evaluate and config.evaluation.metrics:
+        times, given = -(-config.steps // config.every.evaluate), config.evaluation
+        generated = " and as many generated images" if any(name[0] == "g" for name in given.metrics) else ""
+        lines.append(
+            f"evaluation  {times} times, each time {given.features}'s features of up to {given.count} reconstructions"
+            f"{generated}"
+        )
     return "\n".join(lines)

@@ -22,6 +22,8 @@ CRITIC = ("adversarial.width", "adversarial.layers")  # the same, if there was a
 # Not these: where a file lies, and how memory is saved.
 FREE = ("model.reconstruction.perceptual.weights", "model.checkpointing")
 NAMED = 4  # changed settings that an error names
+# What else a change means for the run.
+REMARKS = {"evaluation.count": "Fréchet distances before and after cannot be compared"}
 
 Values = dict[str, Any]
 Changes = dict[str, tuple[Any, Any]]  # setting → (before, now)
@@ -82,7 +84,9 @@ def check_changes(run: Path, before: Values | None, changed: Changes) -> None:
 
 
 def described(changed: Changes) -> str:
-    return ", ".join(f"{key} {_shown(before)} → {_shown(now)}" for key, (before, now) in changed.items())
+    """Returns the changes in words, with what else they mean."""
+    shown = {key: f"{key} {_shown(before)} → {_shown(now)}" for key, (before, now) in changed.items()}
+    return ", ".join(f"{text} ({REMARKS[key]})" if key in REMARKS else text for key, text in shown.items())
 
 
 def write(config: Config, step: int, changed: Changes) -> None:
