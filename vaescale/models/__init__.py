@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..interfaces import Model
 from ..nn.networks import NETWORKS, Kind
-from . import autoencoder, hvae, kl, pca, vae, vdvae, vqvae
+from . import autoencoder, code_prior, hvae, kl, pca, vae, vdvae, vqvae
 
 
 class Family(NamedTuple):
@@ -27,4 +27,5 @@ MODELS = {  # model.kind → its family
     "vdvae": Family(vdvae.Config, vdvae.build),
     "kl": Family(kl.Config, kl.build, networks=NETWORKS),
     "vqvae": Family(vqvae.Config, vqvae.VQVAE, networks=NETWORKS),
+    "code_prior": Family(code_prior.Config, code_prior.build, base="tokenizer"),
 }
