@@ -81,6 +81,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of generated images (0)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of generated images (1)")
+    arguments.add_sampling(parser)
     parser.add_argument(
         "--reference", type=Path, metavar="FILE", help="compare generated images with it (default: validation images)"
     )
@@ -130,11 +131,10 @@ from vaescale.evaluation.measure import LPIPS, Comparer, Drawing, read_alike, re
 from vaescale.evaluation.record import RECORD
 from vaescale.evaluation.show import compared, reconstructions
 from vaescale.evaluation.subject import Shown, Subject, measured
-from vaescale.interfaces import Codec
+from vaescale.interfaces import Sampling
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import pictures
 from vaescale.nn.features import Features
-from vaescale.nn.frozen import weights_hash
 
 PICTURE = "reconstructions.png"
 SPLITS = {"train": stream.TrainingOnce, "val": stream.ValidationSlices}
@@ -160,15 +160,17 @@ def main(given: argparse.Namespace) -> int:
         configs = [trained.read_config(run, overrides) for run in runs]
         if not given.out:
             check_own(runs, overrides)
+        check_draws(runs, configs, given.iw)
         places = records(given.out, [*given.run, *given.codec])
         data = data_of_codecs(configs, overrides) if given.codec else stream.Config()
         device = distributed.init()
+        sampling = Sampling(given.top_k, given.top_p, given.guidance, given.passes, given.positions)
         drawing = Drawing(given.count, given.labels, given.seed, given.temperature)
         comparer = Comparer(given.metrics, given.features, drawing, given.reference)
-        subjects = [partial(read_run, run, config, device) for run, config in zip(runs, configs, strict=True)]
+        subjects = [partial(read_run, run, config, sampling, device) for run, config in zip(runs, configs, strict=True)]
         subjects += [partial(read_codec, text, data, device) for text in given.codec]
         # What can be refused is, before anything is measured.
-        net = read_for_nearest(given, configs[0].data if configs else data, device) if given.nearest else None
+        net = read_for_nearest(given, configs, data, device) if given.nearest else None
         before = record.read(filter(None, places)) if given.out else None  # a file is replaced after the first
         for read, place in zip(subjects, places, strict=True):
             subject = read()
@@ -284,10 +286,12 @@ def write_json(path: Path, value: Any) -> None:
             partial.write_text(text)
 
 
-def read_for_nearest(given: argparse.Namespace, data: stream.Config, device: torch.device) -> Features:
+def read_for_nearest(
+    given: argparse.Namespace, configs: list[settings.Config], data: stream.Config, device: torch.device
+) -> Features:
     """Returns the network of `draw_nearest`. Raises Refused, also for too few training images, and DataError if there
     are none. Collective."""
-    training = stream.TrainingOnce(data)
+    training = stream.TrainingOnce(trained.pictures_of(configs[0]) if configs else data)
     index.check_files(*training.indexes)
     nearest.require_enough(training)
     return read_net(given.features[0]).to(device)
@@ -326,6 +330,13 @@ def draw_together(drawn: dict[str, Shown], out: Path) -> list[str]:
     return []
 
 
+def check_draws(places: list[Path], configs: list[settings.Config], draws: int) -> None:
+    """Raises Refused for several draws of a model whose rate is only estimated from a draw."""
+    for place, config in zip(places, configs, strict=True):
+        if draws > 1 and getattr(config.model, "order", "") == "masked":
+            raise Refused(f"--iw {draws} cannot be used with {place}, whose masked order only estimates a bound")
+
+
 def check_own(places: list[Path], overrides: list[str]) -> None:
     """Raises Refused for what is not the newest checkpoint of a run with its own settings."""
     changed = [one for one in overrides if one.partition("=")[0] not in SAME_NUMBERS]
@@ -341,7 +352,7 @@ def data_of_codecs(configs: list[settings.Config], overrides: list[str]) -> stre
     """Returns the data that codecs of others are measured on, those of the first run if there is one. Raises
     ConfigError."""
     if configs:
-        return configs[0].data
+        return trained.pictures_of(configs[0])
     if not all(any(one.startswith(f"data.{key}=") for one in overrides) for key in ("root", "size")):
         raise ConfigError("--codec without --run needs data.root=… and data.size=…")
     raw: dict[str, Any] = {}
@@ -349,12 +360,12 @@ def data_of_codecs(configs: list[settings.Config], overrides: list[str]) -> stre
     return typed(OnlyData(), raw, "--codec").data
 
 
-def read_run(run: Path, config: settings.Config, device: torch.device) -> Subject:
+def read_run(run: Path, config: settings.Config, sampling: Sampling, device: torch.device) -> Subject:
     """run: may be a checkpoint of one. Collective."""
     model, step = trained.read_model(run, config, device)
-    assert isinstance(model, Codec)
     path = trained.run_of(run) / RECORD
-    return Subject(str(run), model, config.data, config.model.kind, step, config.model, weights_hash(model), path)
+    codec, data = trained.measured_codec(model, config, sampling), trained.pictures_of(config)
+    return Subject(str(run), codec, data, config.model.kind, step, config.model, trained.weights_of(model), path)
 
 
 def read_codec(text: str, data: stream.Config, device: torch.device) -> Subject:

@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
         "--images", type=int, nargs="+", metavar="N", help="validation images to start from, counted from 0"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pictures there, not into the run")
+    arguments.add_sampling(parser)
     parser.add_argument("--board", action="store_true", help="also show the pictures in TensorBoard")
     # Taken out first, or options of several values would swallow them.
     overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]
@@ -55,7 +56,7 @@ from vaescale import distributed, numerics, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation.sample import MODES, Subject, Unsupported
-from vaescale.interfaces import Batch, Codec
+from vaescale.interfaces import Batch, Sampling
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import board, pictures
 
@@ -79,7 +80,7 @@ def main(given: argparse.Namespace) -> int:
 def load(given: argparse.Namespace) -> tuple[Subject, int]:
     """(the model and what it is shown on, the step of its weights)."""
     config = trained.read_config(given.run, given.overrides)
-    slices = stream.ValidationSlices(config.data)
+    slices = stream.ValidationSlices(trained.pictures_of(config))
     index.check_files(*slices.indexes)
     total = len(slices.samples.index)
     if wrong := [number for number in given.images or () if not 0 <= number < total]:
@@ -87,7 +88,7 @@ def load(given: argparse.Namespace) -> tuple[Subject, int]:
     device = distributed.init()
     numerics.choose(tf32=False, deterministic=False)
     model, step = trained.read_model(given.run, config, device)
-    assert isinstance(model, Codec)
+    sampling = Sampling(given.top_k, given.top_p, given.guidance, given.passes, given.positions)
 
     def several() -> Iterator[Batch]:
         loader = stream.validation_loader(slices, BATCH, 0, 1, device.type == "cuda")
@@ -96,7 +97,7 @@ def load(given: argparse.Namespace) -> tuple[Subject, int]:
     shown = stream.chosen_images(slices, given.images) if given.images else stream.fixed_images(slices)
     classes, names = getattr(config.model, "classes", 0), slices.samples.index.classes
     subject = Subject(
-        codec=model,
+        codec=trained.codec_of(model, sampling),
         shown=shown.to(device),
         several=several,
         classes=[names[label] if label < len(names) else str(label) for label in range(classes)],

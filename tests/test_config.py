@@ -20,8 +20,16 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_loads_and_builds(path: Path) -> None:
+def test_every_config_loads_and_builds(path: Path, tmp_path: Path) -> None:
+    """A model that is built on a run finds it: the run of the config of that name."""
     config = settings.load(path, [])
+    if base := MODELS[config.model.kind].base:
+        run = Path(getattr(config.model, base))
+        tokenizer = settings.load(path.with_name(f"{run.name}.yaml"), [])
+        assert tokenizer.run == str(run)
+        (tmp_path / run.name).mkdir()
+        save(tokenizer, tmp_path / run.name / "config.yaml")
+        config = settings.load(path, [f"model.{base}={tmp_path / run.name}"])
     settings.check(config, world=1)
     settings.micro_batch(config, world=8)
 
@@ -112,7 +120,7 @@ def test_weights_in_one_flat_tensor_have_no_layout(zero: int) -> None:
     [
         ("model: {kind: vqvae", "not valid YAML"),
         ("[1, 2]", "must be a mapping"),
-        ("steps: 3", "model.kind is missing or not a name: set it to one of autoencoder, hvae"),
+        ("steps: 3", "model.kind is missing or not a name: set it to one of autoencoder, code_prior, hvae"),
         ("model: {kind: vqvae, _target_: os.system}", "unknown key model._target_"),
         ("model: !!python/object/apply:os.system ['true']", "line 1: tags such as !!python/object/apply:os.system"),
         ("model: {kind: vqvae}\nsteps: !!int 010", "line 2: tags such as !!int are not supported"),

@@ -29,7 +29,7 @@ LAYERS = {  # package or file → the others that it may import
     "monitoring": {"files", "interfaces"},
     "evaluation": {"files", "numerics", "interfaces", "distributed", "nn", "models", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
-    "trained": {"files", "interfaces", "distributed", "config", "settings", "models", "nn", "lifecycle"},
+    "trained": {"files", "interfaces", "distributed", "config", "settings", "models", "nn", "data", "lifecycle"},
     "export": {
         *("files", "numerics", "interfaces", "distributed", "config", "nn"),
         *("settings", "data", "monitoring"),

@@ -7,7 +7,7 @@ Nothing slow is imported here. A command parses its arguments before the seconds
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 NEAR = 0.8  # smallest similarity (share of common letters) between an option and a misspelt one
@@ -33,6 +33,48 @@ def training(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of samples from a prior over codes, see interfaces.Sampling."""
+    group = parser.add_argument_group("samples from a prior over codes")
+    group.add_argument(
+        "--guidance", type=_from(0.0, float), default=1.0, metavar="G", help="classifier-free guidance; 1: none (1)"
+    )
+    group.add_argument(
+        "--top-k", type=_from(0, int), default=0, metavar="K", help="draw only the K most probable codes; 0: all (0)"
+    )
+    group.add_argument(
+        "--top-p", type=_share, default=1.0, metavar="P", help="draw only the most probable codes with this share (1)"
+    )
+    group.add_argument(
+        "--passes", type=_from(1, int), default=12, help="in which a prior with masked order draws all codes (12)"
+    )
+    group.add_argument(
+        "--positions",
+        choices=["confidence", "halton"],
+        default="confidence",
+        help="what a masked prior draws first: the codes it is surest of, or evenly spread ones (confidence)",
+    )
+
+
+def _from(least: float, number: Callable[[str], float]) -> Callable[[str], float]:
+    """Returns the type of an option: a finite number from `least` on."""
+
+    def read(text: str) -> float:
+        value = number(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be a number, {least:g} or more")
+        return value
+
+    return read
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
+    return value
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:

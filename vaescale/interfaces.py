@@ -208,6 +208,9 @@ class WithPrior(Protocol):
     @property
     def prior(self) -> Prior: ...
 
+    @property
+    def sampling(self) -> Sampling: ...
+
 
 @runtime_checkable
 class Calibrated(Protocol):

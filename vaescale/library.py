@@ -37,8 +37,7 @@ def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> "Tr
     place, device = Path(run), torch.device(device)
     config = trained.read_config(place, [])
     model, step = trained.read_model(place, config, device)
-    assert isinstance(model, Codec)
-    return Trained(model, config, step, device)
+    return Trained(trained.codec_of(model), config, step, device)
 
 
 class Trained:

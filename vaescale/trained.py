@@ -1,16 +1,20 @@
 """Reads a trained run: its settings and its averaged weights."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from . import distributed, settings
 from .config import FILE, ConfigError
+from .data import stream
+from .data.index import Index
 from .files import printable
-from .interfaces import Codec, Model, Prior, Sampling
+from .interfaces import Calibrated, Codec, Model, PixelLikelihood, Prior, Sampling
 from .lifecycle import checkpoint
 from .lifecycle import state as states
+from .models.code_prior import uniform
 from .models.generative import generative
 from .nn.frozen import weights_hash
 from .settings import Config
@@ -70,6 +74,40 @@ def codec_of(model: Model, sampling: Sampling = Sampling()) -> Codec:
     codec = generative(model, sampling) if isinstance(model, Prior) else model
     assert isinstance(codec, Codec)
     return codec
+
+
+def measured_codec(model: Model, config: Config, sampling: Sampling = Sampling()) -> Codec:
+    """As `codec_of`, but a calibrated tokenizer has the uniform prior that it was trained with, so that its bits per
+    dimension can be measured."""
+    if isinstance(model, PixelLikelihood) and isinstance(model, Calibrated) and calibrated(model):
+        return generative(uniform(model, settings.shape(config)), sampling)
+    return codec_of(model, sampling)
+
+
+def calibrated(model: Calibrated) -> bool:
+    """Returns whether the statistics of the model have been measured."""
+    return all(bool(each.isfinite().all()) for each in model.calibration().values())
+
+
+def pictures_of(config: Config) -> stream.Config:
+    """Returns the data with pictures: those of the run, or if it was trained on codes, those of its tokenizer. Raises
+    ConfigError, DataError."""
+    if Index(Path(config.data.root) / "val").codes is None:
+        return config.data
+    base = settings.base_of(config)
+    if base is None:
+        raise ConfigError(f"data.root={config.data.root} holds codes, not pictures: give data.root=… with pictures")
+    return replace(base.data, attributes=config.data.attributes)
+
+
+def weights_of(model: Model) -> str:
+    """Returns the hash of the model's weights, and that of the codec it is built on, if it is built on one."""
+    hashes = [weights_hash(model)]
+    if isinstance(model, Prior):
+        codec = model.codec
+        assert isinstance(codec, Model)
+        hashes.append(weights_hash(codec))
+    return " ".join(hashes)
 
 
 def _read_averaged(model: Model, place: Path) -> int:

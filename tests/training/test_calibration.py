@@ -14,7 +14,8 @@ from vaescale.interfaces import LatentStatistics, Shape
 from vaescale.lifecycle.writer import unsound
 from vaescale.models.kl import Config, build
 from vaescale.nn import conv, reconstruction
-from vaescale.training.calibration import calibrate, calibrated
+from vaescale.trained import calibrated
+from vaescale.training.calibration import calibrate
 
 SIZE, COUNT = 16, 11
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data import stream
-from ..interfaces import Batch, Codec
+from ..interfaces import Batch, Codec, WithPrior
 from ..nn import features, perceptual
 from ..nn.features import Features
 from ..nn.perceptual import Distance
@@ -186,6 +186,8 @@ class Comparer:
         drawn = {**asdict(self.drawing), "reference": "the validation images"}
         if training:
             drawn["training"] = training
+        if isinstance(codec, WithPrior):
+            drawn["sampling"] = asdict(codec.sampling)
         reference: ByNet | None = None
         if self.reference:
             theirs = _of(nets, [request for request in self.requests if request.side == GENERATED])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..data import DataError, index, stream
-from ..interfaces import Codebooks, Codec
+from ..interfaces import Codebooks, Codec, WithPrior
 from ..monitoring import code_statistics
 from ..nn.perceptual import Distance
 from . import record, tables
@@ -101,6 +101,9 @@ def measured(
 
 
 def parameters_of(codec: nn.Module) -> int:
+    """Returns how many there are, in a codec and its prior together."""
+    if isinstance(codec, WithPrior) and isinstance(tokenizer := codec.prior.codec, nn.Module):
+        return sum(p.numel() for part in (codec, tokenizer) for p in part.parameters())
     # What a closed form has learned are buffers.
     return sum(p.numel() for p in codec.parameters()) or sum(b.numel() for b in codec.buffers())
 

@@ -4,10 +4,12 @@ METRICS and COMPARISONS define the numbers, their descriptions and their formats
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
+from ..interfaces import Sampling
 from ..nn import features
 from . import compare, metrics
 from .evaluate import IMAGES
@@ -15,6 +17,7 @@ from .metrics.metric import Number
 from .record import OF_RUN
 
 Result = dict[str, Any]
+DEFAULTS = asdict(Sampling())
 
 ABOUT = {  # columns of the comparison before the metrics: key → format
     "run": "",
@@ -119,9 +122,11 @@ def _features(words: str, protocol: dict[str, str]) -> str:
 
 
 def _drawn(protocol: dict[str, Any]) -> str:
+    sampling = {name: value for name, value in protocol.get("sampling", {}).items() if value != DEFAULTS[name]}
+    how = "".join(f", {name.replace('_', '-')} {value}" for name, value in sampling.items())
     return (
         f"{protocol['count']:,} generated images, labels {protocol['labels']}, seed {protocol['seed']}, temperature "
-        f"{protocol['temperature']:g}, against {protocol['reference']}."
+        f"{protocol['temperature']:g}{how}, against {protocol['reference']}."
     )
 
 

@@ -61,6 +61,11 @@ def build(config: Config, shape: Shape, seed: int, codec: Model) -> "CodePrior":
     return CodePrior(config, shape, seed, codec)
 
 
+def uniform(codec: Model, shape: Shape) -> "CodePrior":
+    """Returns the prior that a tokenizer is trained with."""
+    return CodePrior(Config(net="uniform"), shape, 0, codec)
+
+
 class CodePrior(Model):
     """A Prior. Its loss is the mean of −log p of a code in nats: in eval mode that of `rates`, in training with masked
     order the mean over masked codes, while the metrics always estimate the bound.

@@ -10,11 +10,6 @@ from ..interfaces import Batch, Calibrated
 from ..numerics import exact
 
 
-def calibrated(model: Calibrated) -> bool:
-    """Returns whether the statistics are there."""
-    return all(bool(each.isfinite().all()) for each in model.calibration().values())
-
-
 @torch.no_grad()
 @exact()
 def calibrate(

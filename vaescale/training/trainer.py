@@ -32,7 +32,7 @@ from ..matching import absent_classes, check_classes, check_codes, check_labels
 from ..monitoring.board import validated
 from ..settings import Config, build, micro_batch, without_bound
 from . import resume
-from .calibration import calibrate, calibrated
+from .calibration import calibrate
 from .guard import Skip, diagnosis, explained, too_many
 from .learner import chosen
 from .prior_validator import PriorValidator
@@ -126,7 +126,7 @@ class Trainer:
     def uncalibrated(self) -> bool:
         """Returns whether the averaged model has statistics that are not measured yet."""
         averaged = self.learner.averaged
-        return isinstance(averaged, Calibrated) and not calibrated(averaged)
+        return isinstance(averaged, Calibrated) and not trained.calibrated(averaged)
 
     def train(self) -> str:
         """Trains to the end. Returns why the run was stopped early, one of stops.REASONS; "" if it has finished.

@@ -50,6 +50,7 @@ RATE = Metric(
         "bits_per_code": "-log2 of the prior's probability of an image's codes, divided by their number; mean over "
         "images. Random order: of one order an image; masked: an unbiased estimate of the mean over orders (Uria et "
         "al. 2014), from one draw an image",
+        "bits_per_code_train": "the same, of as many training images, only measured in training",
         "code_entropy": "of the code frequencies over all images and places, mean over codebooks: the rate of a prior "
         "for which all places are independent and alike",
     },
