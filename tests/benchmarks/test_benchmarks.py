@@ -84,3 +84,12 @@ def test_evaluation() -> None:
     distances = [float(row[1].split(" ± ")[0]) for row in cells]
     assert distances == sorted(distances, reverse=True)
     assert distances[0] > 50 * distances[-1] > 0
+
+
+def test_export(pictures: Path) -> None:
+    given = [f"data.root={pictures}", "data.size=16", "model.network.width=8", "--rounds", "1", "--images", "40"]
+    rows = [line.split(" | ") for line in run("export.py", *given).splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| wall-clock time", "| CPU time of all processes"]
+    for _, bare, export, ratio, _ in rows:
+        assert float(bare) > 0
+        assert 0.3 < float(ratio) * float(bare) / float(export) < 3

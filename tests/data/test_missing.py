@@ -129,7 +129,7 @@ def test_shards_of_others(here: Path) -> None:
 
 
 def test_only_missing_demo_data_name_the_demo_command(here: Path) -> None:
-    for name, which in (("photos", "demo"), ("digits", "digits")):
+    for name, which in (("photos", "demo"), ("digits", "digits"), ("emoji", "emoji PACKAGE")):
         assert said(Path("data", name)) == f"run {SHARDS} {which} data/{name}` to write the demo data"
         assert said(here / "data" / name) == f"run {SHARDS} {which} {here}/data/{name}` to write the demo data"
         for root in (Path(name), Path("data/mine"), Path("data", name, "more")):

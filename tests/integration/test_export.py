@@ -15,7 +15,7 @@ from launch import export
 from tests.conftest import ROOT, Start, finish, jpeg, ranks
 from vaescale import config as mechanics
 from vaescale import distributed, settings, trained
-from vaescale.data import decode, stream
+from vaescale.data import DataError, decode, stream
 from vaescale.data.index import Index
 from vaescale.data.order import mix
 from vaescale.data.shards import Sample, write
@@ -112,6 +112,20 @@ def test_an_interrupted_export_continues(run: Path, tmp_path: Path, start: Start
     before = contents(out)
     assert call(*words, "--out", out.parent) == 0  # nothing is left to do
     assert contents(out) == before
+
+
+def test_what_is_lost_is_made_again(run: Path, tmp_path: Path) -> None:
+    """A cut shard, and then the index, whose error says how."""
+    words = ["codes", "--run", run, "--split", "train", "--per-shard", "20", "--out", tmp_path]
+    assert call(*words) == 0
+    before, (shard, head) = contents(tmp_path), (tmp_path / "train" / name for name in ("000001.tar", "index.json"))
+    for path in (shard, head):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        if path == head:
+            with pytest.raises(DataError, match=r"damaged.*: run the `launch/export\.py` command that made its shards"):
+                Index(head.parent)
+        assert call(*words) == 0
+        assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("crops", ["center", "ten", "random:3"])

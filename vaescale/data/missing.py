@@ -10,12 +10,16 @@ from pathlib import Path
 from .names import CONVERTIBLE_EXTENSIONS, HEIF, SPLITS, STORED, ending, is_hidden
 
 COMMAND = "python launch/shards.py"
-DEMOS = {"data/photos": "demo", "data/digits": "digits"}  # data.root in the demos' configs → the command that makes it
+# data.root in the demos' configs → the command that makes it
+DEMOS = {"data/photos": "demo", "data/digits": "digits", "data/emoji": "emoji PACKAGE"}
+EXPORT = "export.json"  # says what launch/export.py made the shards of a folder of
 LOOKED = 10_000  # files examined at most: a tree of pictures may be huge and on a slow disk
 SHOWN = 3  # folders named in one sentence
 
 
 def how_to_index(folder: Path) -> str:
+    if (folder / EXPORT).exists():
+        return "run the `launch/export.py` command that made its shards again"
     place = _quoted(folder) if _has_tars(folder) else f"SHARDS --out {_quoted(folder)}"
     return f"run `{COMMAND} index {place}`"
 

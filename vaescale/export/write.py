@@ -22,6 +22,7 @@ from .. import distributed
 from ..data import DataError, shards
 from ..data.codes import Header
 from ..data.index import PARTS, Index, build, describe_shard, part_of
+from ..data.missing import EXPORT as PLAN
 from ..data.parallel import alone, progress
 from ..data.tar import Fields
 from ..data.workers import Loader
@@ -29,7 +30,6 @@ from ..files import atomically, read_json
 from ..interfaces import Batch
 from .parts import Part, Parts
 
-PLAN = "export.json"
 AT_ONCE = 32  # images in a batch, as in an evaluation
 SHOWN = 10  # damaged samples that a rank names
 
