@@ -126,11 +126,11 @@ from vaescale import distributed, files, settings, trained
 from vaescale.config import FILE, ConfigError, override, typed
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import codecs, nearest, record, reference, tables
+from vaescale.evaluation.candidate import Candidate, Shown, measured
 from vaescale.evaluation.compare import Refused
 from vaescale.evaluation.measure import LPIPS, Comparer, Drawing, read_alike, read_net
 from vaescale.evaluation.record import RECORD
-from vaescale.evaluation.show import compared, reconstructions
-from vaescale.evaluation.subject import Shown, Subject, measured
+from vaescale.evaluation.show import reconstructions, side_by_side
 from vaescale.interfaces import Sampling
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import pictures
@@ -167,23 +167,25 @@ def main(given: argparse.Namespace) -> int:
         sampling = Sampling(given.top_k, given.top_p, given.guidance, given.passes, given.positions)
         drawing = Drawing(given.count, given.labels, given.seed, given.temperature)
         comparer = Comparer(given.metrics, given.features, drawing, given.reference)
-        subjects = [partial(read_run, run, config, sampling, device) for run, config in zip(runs, configs, strict=True)]
-        subjects += [partial(read_codec, text, data, device) for text in given.codec]
+        candidates = [
+            partial(read_run, run, config, sampling, device) for run, config in zip(runs, configs, strict=True)
+        ]
+        candidates += [partial(read_codec, text, data, device) for text in given.codec]
         # What can be refused is, before anything is measured.
         net = read_for_nearest(given, configs, data, device) if given.nearest else None
         before = record.read(filter(None, places)) if given.out else None  # a file is replaced after the first
-        for read, place in zip(subjects, places, strict=True):
-            subject = read()
-            result, shown = measured(subject, comparer, device, given.iw, given.perceptual, before)
+        for read, place in zip(candidates, places, strict=True):
+            candidate = read()
+            result, shown = measured(candidate, comparer, device, given.iw, given.perceptual, before)
             results.append(result)
-            drawn[subject.name] = shown
+            drawn[candidate.name] = shown
             together = given.out is not None and place == given.out
             keep = partial(
-                write, place or subject.record, results if together else [result], None if together else shown
+                write, place or candidate.record, results if together else [result], None if together else shown
             )
             wrong += keep()
             if net:
-                wrong += draw_nearest(subject, result, net, given.nearest, drawing, device)
+                wrong += draw_nearest(candidate, result, net, given.nearest, drawing, device)
                 wrong += [one for one in keep() if one not in wrong]
         if given.picture:
             wrong += draw_together(drawn, given.picture)
@@ -298,11 +300,11 @@ def read_for_nearest(
 
 
 def draw_nearest(
-    subject: Subject, result: dict[str, Any], net: Features, out: Path, drawing: Drawing, device: torch.device
+    candidate: Candidate, result: dict[str, Any], net: Features, out: Path, drawing: Drawing, device: torch.device
 ) -> list[str]:
     """Draws the nearest training images, and adds the share of nearer images to `result`. Returns why the picture
     cannot be written. Collective."""
-    picture, result["nearest"] = nearest.of(subject, net, drawing, device)
+    picture, result["nearest"] = nearest.of(candidate, net, drawing, device)
     if distributed.rank():
         return []
     try:
@@ -324,7 +326,7 @@ def draw_together(drawn: dict[str, Shown], out: Path) -> list[str]:
             return [f"{name} shows other images than {next(iter(drawn))}: give runs of the same data and data.size"]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save(compared(x, {name: shown.reconstruction for name, shown in drawn.items()}), out)
+        pictures.save(side_by_side(x, {name: shown.reconstruction for name, shown in drawn.items()}), out)
     except (OSError, ValueError) as error:  # ValueError: a name whose ending is that of no picture
         return [f"{out} cannot be written ({error}): give --picture another file, ending in .png"]
     return []
@@ -360,18 +362,18 @@ def data_of_codecs(configs: list[settings.Config], overrides: list[str]) -> stre
     return typed(OnlyData(), raw, "--codec").data
 
 
-def read_run(run: Path, config: settings.Config, sampling: Sampling, device: torch.device) -> Subject:
+def read_run(run: Path, config: settings.Config, sampling: Sampling, device: torch.device) -> Candidate:
     """run: may be a checkpoint of one. Collective."""
     model, step = trained.read_model(run, config, device)
     path = trained.run_of(run) / RECORD
     codec, data = trained.measured_codec(model, config, sampling), trained.pictures_of(config)
-    return Subject(str(run), codec, data, config.model.kind, step, config.model, trained.weights_of(model), path)
+    return Candidate(str(run), codec, data, config.model.kind, step, config.model, trained.weights_of(model), path)
 
 
-def read_codec(text: str, data: stream.Config, device: torch.device) -> Subject:
+def read_codec(text: str, data: stream.Config, device: torch.device) -> Candidate:
     """Raises Refused. Collective."""
     found = read_alike(text, partial(codecs.read, text, device))
-    return Subject(text, found.codec, data, found.model, None, None, found.weights, None)
+    return Candidate(text, found.codec, data, found.model, None, None, found.weights, None)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tests.test_library import untrained
 from vaescale import distributed
 from vaescale.data import DataError, index
 from vaescale.data.shards import write
-from vaescale.evaluation import nearest, subject
+from vaescale.evaluation import candidate, nearest
 
 Command = Callable[..., tuple[int, str]]
 
@@ -237,7 +237,7 @@ def test_the_nearest_training_images_are_drawn(
     assert 0 <= json.loads((tmp_path / "tiny_vae" / "evaluation.json").read_text())["nearest"]["nearer"] <= 1
     assert command(evaluate, "--run", run, "data.workers=0")[0] == 0
     assert json.loads((run / "evaluation.json").read_text())["nearest"] == found  # a quick evaluation keeps it
-    monkeypatch.setattr(subject, "training_fingerprint", lambda data: "other")
+    monkeypatch.setattr(candidate, "training_fingerprint", lambda data: "other")
     assert command(evaluate, "--run", run, "data.workers=0")[0] == 0
     assert "nearest" not in json.loads((run / "evaluation.json").read_text())
     code, output = command(evaluate, "--run", run, run, "--nearest", file)

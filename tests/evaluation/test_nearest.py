@@ -12,7 +12,7 @@ from vaescale.data.shards import write
 from vaescale.evaluation import nearest as module
 from vaescale.evaluation.compare import Refused
 from vaescale.evaluation.generation import Generated
-from vaescale.evaluation.nearest import nearest, require_enough, search, share_nearer
+from vaescale.evaluation.nearest import compare_with_training, require_enough, search, share_nearer
 from vaescale.nn import features
 
 CPU = torch.device("cpu")
@@ -67,11 +67,11 @@ def test_copies_are_nearer_than_held_out_images(tmp_path: Path, monkeypatch: pyt
         return generate
 
     net = features.drawn("random")
-    picture, found = nearest(Halves(), data, net, CPU, of(copies), False)  # type: ignore[arg-type]
+    picture, found = compare_with_training(Halves(), data, net, CPU, of(copies), False)  # type: ignore[arg-type]
     assert found["nearer"] == 1
-    _, found = nearest(Halves(), data, net, CPU, of(others), False)  # type: ignore[arg-type]
+    _, found = compare_with_training(Halves(), data, net, CPU, of(others), False)  # type: ignore[arg-type]
     assert 0.35 < found["nearer"] < 0.65
-    alone, found = nearest(Halves(), data, net, CPU, None, False)  # type: ignore[arg-type]
+    alone, found = compare_with_training(Halves(), data, net, CPU, None, False)  # type: ignore[arg-type]
     assert found.keys() == {"nearer_reconstruction"}
     assert picture.shape[1] > 1.8 * alone.shape[1]
 
@@ -95,5 +95,5 @@ def test_reconstructions_of_held_out_images_may_be_copies(tmp_path: Path) -> Non
     data = stream.Config(root=str(tmp_path), size=16, workers=0)
     known = stream.TrainingOnce(data)[range(40)].batch.x
     for images, share in ((known, 1.0), (None, 0.5)):
-        _, found = nearest(Memory(images), data, features.drawn("random"), CPU, None, False)  # type: ignore[arg-type]
+        _, found = compare_with_training(Memory(images), data, features.drawn("random"), CPU, None, False)  # type: ignore[arg-type]
         assert found == {"nearer_reconstruction": share}

@@ -39,7 +39,7 @@ ALIASES: dict[str, tuple[str, str] | None] = {
 }
 WORDS = "FID"  # the `words` of the published Inception's features
 
-AT_ONCE = 32  # images that wait for the networks, at least
+ENOUGH = 32  # images that wait for the networks, at least
 
 # Of reconstructions, whose row i is of the same image as that of the reference.
 PAIRED = {"kid": PAIRED_KERNEL_DISTANCE}
@@ -141,7 +141,7 @@ class Gathering:
                 samples, x = place[used], x[used]
             self.waiting.append((samples, x))
             # A network takes as long for one image as for a chunk, and of few images used a batch has only one or two.
-            if sum(len(part) for part, _ in self.waiting) >= AT_ONCE:
+            if sum(len(part) for part, _ in self.waiting) >= ENOUGH:
                 self._flush()
 
     def _flush(self) -> None:

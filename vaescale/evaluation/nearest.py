@@ -16,10 +16,10 @@ from ..data import stream
 from ..interfaces import Codec
 from ..monitoring.pictures import Picture, grid, joined
 from ..nn.features import Features
+from .candidate import Candidate, generator_of
 from .compare import Gathering, Refused
 from .evaluate import reconstruct
 from .measure import Drawing, Generate, try_to
-from .subject import Subject, generator_of
 
 QUERIES = 1000  # images whose nearest training images are searched, of each kind
 SHOWN = 8  # of them in a picture
@@ -89,19 +89,19 @@ def _nearest(distances: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return found, numbers.gather(1, places)
 
 
-def of(subject: Subject, net: Features, drawing: Drawing, device: torch.device) -> tuple[Picture, dict[str, Any]]:
+def of(candidate: Candidate, net: Features, drawing: Drawing, device: torch.device) -> tuple[Picture, dict[str, Any]]:
     """Returns the picture, and for evaluation.json the shares of nearer images with how they were measured. net: on the
     device. Collective."""
-    generate = generator_of(subject, drawing, device)
+    generate = generator_of(candidate, drawing, device)
     watched = distributed.rank() == 0 and sys.stderr.isatty()
     possible: Generate | None = generate
     try:
         try_to(generate)
     except Refused:
         possible = None
-    picture, found = nearest(subject.codec, subject.data, net, device, possible, watched)
+    picture, found = compare_with_training(candidate.codec, candidate.data, net, device, possible, watched)
     how: dict[str, Any] = {"labels": drawing.labels, "seed": drawing.seed, "temperature": drawing.temperature}
-    how["training"] = stream.TrainingOnce(subject.data).samples.index.fingerprint()
+    how["training"] = stream.TrainingOnce(candidate.data).samples.index.fingerprint()
     return picture, {**found, "how": HOW, "queries": QUERIES, "features": {"words": net.words, **net.protocol}, **how}
 
 
@@ -116,7 +116,7 @@ def in_words(found: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def nearest(
+def compare_with_training(
     codec: Codec, data: stream.Config, net: Features, device: torch.device, generate: Generate | None, watched: bool
 ) -> tuple[Picture, dict[str, float]]:
     """Returns the picture of generated images (without `generate`, of none) and reconstructions next to their nearest

@@ -33,7 +33,7 @@ def reconstructions(x: Tensor, y: Tensor) -> Picture:
     return pictures.reconstructions(x, y, _decibels(x, y))
 
 
-def compared(x: Tensor, ys: dict[str, Tensor]) -> Picture:
+def side_by_side(x: Tensor, ys: dict[str, Tensor]) -> Picture:
     """Draws several models' reconstructions, by the models' names, with the PSNR of each image. All uint8
     [B, C, H, W]."""
     return pictures.compared(x, ys, {name: _decibels(x, y) for name, y in ys.items()})

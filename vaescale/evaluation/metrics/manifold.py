@@ -29,7 +29,7 @@ def manifold(reference: Tensor, other: Tensor) -> dict[str, float]:
     if min(len(reference), len(other)) <= DENSITY_K:
         raise ValueError(f"precision, recall, density and coverage need more than {DENSITY_K} images of each side")
     mean = reference.mean(0)
-    near_reference, near_other = nearest(reference, mean), nearest(other, mean)
+    near_reference, near_other = neighbour_distances(reference, mean), neighbour_distances(other, mean)
     precise = torch.zeros(len(other), dtype=torch.bool)
     recalled, covered = (torch.zeros(len(reference), dtype=torch.bool) for _ in range(2))
     around = 0
@@ -49,7 +49,7 @@ def manifold(reference: Tensor, other: Tensor) -> dict[str, float]:
     }
 
 
-def nearest(x: Tensor, mean: Tensor) -> Tensor:
+def neighbour_distances(x: Tensor, mean: Tensor) -> Tensor:
     """Returns the squared distances to the DENSITY_K nearest others of the same set, ascending: fp32 [N, DENSITY_K]."""
     found = []
     for rows in tiles(len(x), ROWS):

@@ -8,7 +8,7 @@ from .metric import Metric, Number, Seen
 
 SIGMA = 1.5
 WINDOW = 11  # pixels per side
-AT_ONCE = 2**20  # subpixels, whose fp64 maps fit into a processor's cache
+SUBPIXELS = 2**20  # subpixels, whose fp64 maps fit into a processor's cache
 C1, C2 = 0.01**2, 0.03**2  # keep the quotients finite
 
 
@@ -28,7 +28,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Returns the structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004, equation 13), fp64 [B]: data range 1,
     Gaussian window 11, σ 1.5, averaged over the places where the window lies wholly inside the image, and over
     channels, as in the authors' code. Sides need at least WINDOW pixels."""
-    images = max(1, AT_ONCE // x[0].numel())
+    images = max(1, SUBPIXELS // x[0].numel())
     return torch.cat([_ssim(*part) for part in zip(x.split(images), y.split(images), strict=True)])
 
 

@@ -21,7 +21,7 @@ from .measure import Comparer, Drawing, Generate, generator, read_distance
 BATCH = 32  # images at a time on one rank
 
 
-class Subject(NamedTuple):
+class Candidate(NamedTuple):
     """A codec to measure."""
 
     name: str
@@ -40,7 +40,7 @@ class Shown(NamedTuple):
 
 
 def measured(
-    subject: Subject,
+    candidate: Candidate,
     comparer: Comparer,
     device: torch.device,
     draws: int = 1,
@@ -48,46 +48,47 @@ def measured(
     earlier: Sequence[Any] | None = None,
 ) -> tuple[dict[str, Any], Shown]:
     """Returns (the content of an evaluation.json, the fixed images and their reconstructions). draws: latents per
-    image; perceptual: a file; earlier: the results in the file that is written, None: the subject's own record is
+    image; perceptual: a file; earlier: the results in the file that is written, None: the candidate's own record is
     written. Raises Refused. Collective."""
-    codec, data = subject.codec, subject.data
-    distance = perceptual_distance(subject, perceptual)
+    codec, data = candidate.codec, candidate.data
+    distance = perceptual_distance(candidate, perceptual)
     slices = stream.ValidationSlices(data)
     index.check_files(*slices.indexes)
     fingerprint = slices.samples.index.fingerprint()
-    own = subject.record if earlier is None else None
+    own = candidate.record if earlier is None else None
     if own:
-        record.check(own, fingerprint, subject.step, draws)
+        record.check(own, fingerprint, candidate.step, draws)
     shown = stream.fixed_images(slices).to(device)
     reconstruction, latents = reconstruct(codec, shown)
     if reconstruction.shape != shown.x.shape:
         sizes = " instead of ".join(" × ".join(map(str, one.shape[1:])) for one in (reconstruction, shown.x))
-        raise Refused(f"{subject.name} returns images of {sizes}: give another data.size or data.channels")
+        raise Refused(f"{candidate.name} returns images of {sizes}: give another data.size or data.channels")
     about = {"images": len(slices.samples.index), "data": fingerprint, "size": data.size, "channels": data.channels}
-    settings = record.hash_of_settings(subject.config, data.attributes)
-    base = {"weights_hash": subject.weights, "settings_hash": settings, "step": subject.step, **about}
-    records = [*record.read([subject.record] if subject.record else []), *(earlier or [])] if subject.weights else []
+    settings = record.hash_of_settings(candidate.config, data.attributes)
+    base = {"weights_hash": candidate.weights, "settings_hash": settings, "step": candidate.step, **about}
+    places = [candidate.record] if candidate.record else []
+    records = [*record.read(places), *(earlier or [])] if candidate.weights else []
     watched = distributed.rank() == 0 and sys.stderr.isatty()
     options = {"micro": BATCH, "draws": draws, "watched": watched, "distance": distance and distance.to(device)}
-    generate = generator_of(subject, comparer.drawing, device)
-    counted = training_labels(subject, comparer.drawing)
+    generate = generator_of(candidate, comparer.drawing, device)
+    counted = training_labels(candidate, comparer.drawing)
     training = counted.fingerprint() if counted else None
     metrics = comparer.measure(codec, slices, device, base, records, generate, own, training, **options)
     usage = codec.usage(clear=False) if isinstance(codec, Codebooks) else {}
-    for name, one in usage.items() if subject.config else ():
+    for name, one in usage.items() if candidate.config else ():
         metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
-    likelihood = getattr(subject.config, "likelihood", None)
+    likelihood = getattr(candidate.config, "likelihood", None)
     result = {
-        "run": subject.name,
-        "model": subject.model,
+        "run": candidate.name,
+        "model": candidate.model,
         "likelihood": likelihood.kind if likelihood else None,
         **({"parameters": parameters_of(codec)} if isinstance(codec, nn.Module) else {}),
         "latents": tables.latents_in_words(latents, [len(one.window) for one in usage.values()]),
         **metrics,
         "perceptual": distance.source if distance else None,
         "draws": draws,
-        "step": subject.step,
-        "weights": "averaged" if subject.config else "as given",
+        "step": candidate.step,
+        "weights": "averaged" if candidate.config else "as given",
         "data": str(Path(data.root) / "val"),
         "fingerprint": fingerprint,
         "size": data.size,
@@ -95,8 +96,7 @@ def measured(
         "protocol": protocol(),
         "measured": base,
     }
-    kept = record.others(records, base, distance is None, training_fingerprint(data))
-    result |= distributed.tell(kept)
+    result |= distributed.tell(record.others(records, base, distance is None, training_fingerprint(data)))
     return result, Shown(shown.x.cpu(), reconstruction.cpu())
 
 
@@ -115,32 +115,32 @@ def training_fingerprint(data: stream.Config) -> str | None:
         return None
 
 
-def training_labels(subject: Subject, drawing: Drawing) -> index.Index | None:
+def training_labels(candidate: Candidate, drawing: Drawing) -> index.Index | None:
     """Returns the index whose labels decide how often each class is generated, if any does."""
-    if getattr(subject.config, "classes", 0) and drawing.labels == "data":
-        return index.Index(Path(subject.data.root) / "train")
+    if getattr(candidate.config, "classes", 0) and drawing.labels == "data":
+        return index.Index(Path(candidate.data.root) / "train")
     return None
 
 
-def generator_of(subject: Subject, drawing: Drawing, device: torch.device) -> Generate:
+def generator_of(candidate: Candidate, drawing: Drawing, device: torch.device) -> Generate:
     """Returns what generates images as `drawing` says."""
-    classes = getattr(subject.config, "classes", 0)
+    classes = getattr(candidate.config, "classes", 0)
     counts = [1] * classes
-    if counted := training_labels(subject, drawing):
+    if counted := training_labels(candidate, drawing):
         labels = counted.records["label"]
         counts = [int((labels == label).sum()) for label in range(classes)]
-    return generator(subject.codec, drawing, counts, len(subject.data.attributes), device)
+    return generator(candidate.codec, drawing, counts, len(candidate.data.attributes), device)
 
 
-def perceptual_distance(subject: Subject, given: str | None) -> Distance | None:
+def perceptual_distance(candidate: Candidate, given: str | None) -> Distance | None:
     """Returns the distance of the file `given`, else the run's own; None without either, or if the latter's file cannot
     be read by all ranks. Raises Refused. Collective."""
-    own = getattr(subject.config, "reconstruction", None)
+    own = getattr(candidate.config, "reconstruction", None)
     path = given or (own.perceptual.weights if own and own.perceptual.weight else "")
     if not path:
         return None
     try:
-        return read_distance(path, subject.data.size)
+        return read_distance(path, candidate.data.size)
     except Refused as error:
         if given:
             raise
