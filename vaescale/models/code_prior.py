@@ -181,8 +181,10 @@ class CodePrior(Model):
     def _rates(self, codes: Tensor, condition: Condition, sample: Tensor, draw: int) -> Tensor:
         """`rates` of codes [B, L, N]."""
         if self.config.net == "uniform":
-            rates = codes.new_tensor([math.log(size) for size in self.sizes], dtype=torch.float32)
-            return rates[:, None].expand(codes.shape)
+            rates = [
+                torch.full_like(codes[:, i], math.log(size), dtype=torch.float32) for i, size in enumerate(self.sizes)
+            ]
+            return torch.stack(rates, dim=1)
         given = self._given(condition, len(codes))
         keys = (self.seed, BOUND, draw)
         if self.config.order == "masked":
