@@ -265,6 +265,11 @@ def check(config: Config, world: int) -> None:
         batch = blank(config, 1)
         if config.adversarial.weight:
             _check_adversarial(config, model, batch)
+        if getattr(config.model, "net", "") == "uniform":
+            raise ConfigError(
+                "model.net=uniform has nothing to train: evaluate the tokenizer itself, whose bits/dim are those with "
+                "a uniform prior"
+            )
         if not isinstance(model, Codec):
             return
         try:

@@ -19,8 +19,8 @@ FILE = "config_history.jsonl"
 # The meaning of the weights depends on them.
 FIXED = ("model", "data.size", "data.channels", "data.attributes")
 CRITIC = ("adversarial.width", "adversarial.layers")  # the same, if there was a critic
-# Not these: where a file lies, and how memory is saved.
-FREE = ("model.reconstruction.perceptual.weights", "model.checkpointing")
+# Not these: where a file or a tokenizer lies, whose weights are compared by their hash, and how memory is saved.
+FREE = ("model.reconstruction.perceptual.weights", "model.tokenizer", "model.checkpointing")
 NAMED = 4  # changed settings that an error names
 # What else a change means for the run.
 REMARKS = {"evaluation.count": "Fréchet distances before and after cannot be compared"}
