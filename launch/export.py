@@ -25,15 +25,16 @@ SPLITS = ["train", "val"]
 
 def parse() -> argparse.Namespace:
     parsers = {"codes": codes_parser, "decode": decode_parser}
-    if sys.argv[1:2] == [] or sys.argv[1] not in parsers:
+    # deepspeed passes --local_rank first; the environment has it, too.
+    command, *words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")] or ["-h"]
+    if command not in parsers:
         parser = arguments.command(__doc__)
         parser.add_argument("command", choices=parsers, help="-h after it explains its options")
-        parser.parse_args(sys.argv[1:2])
-    words = sys.argv[2:]
+        parser.parse_args([command])
     # Taken out first, or options of several values would swallow them.
     overrides = [word for word in words if "=" in word and word[0] != "-" and not Path(word).exists()]
-    given = arguments.parse(parsers[sys.argv[1]](), [word for word in words if word not in overrides])
-    given.command, given.overrides = sys.argv[1], [*overrides, *given.overrides]
+    given = arguments.parse(parsers[command](), [word for word in words if word not in overrides])
+    given.command, given.overrides = command, [*overrides, *given.overrides]
     return given
 
 
@@ -67,7 +68,6 @@ def add_common(parser: argparse.ArgumentParser, run: str, per_shard: int) -> Non
     parser.add_argument(
         "--per-shard", type=int, default=per_shard, metavar="N", help=f"samples in a shard ({per_shard})"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed; the environment decides
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the run's")
 
 
@@ -82,6 +82,7 @@ from vaescale import distributed, numerics, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index
 from vaescale.data.codes import views_of
+from vaescale.data.names import counted
 from vaescale.export import jobs
 from vaescale.export.write import Job, write
 from vaescale.files import printable
@@ -135,12 +136,13 @@ def job_of(given: argparse.Namespace, split: str, model: Model, config: Config, 
 def export(given: argparse.Namespace, split: str, job: Job, device: torch.device) -> None:
     """Collective."""
     index.check_files(*job.parts.slices.indexes)
-    if distributed.rank() == 0 and (idle := distributed.world() - len(job.names)) > 0:
-        print(f"{len(job.names)} shards of {split} keep {idle} ranks idle: a lower --per-shard shares the work")
+    count = counted(len(job.names), "shard")
+    if distributed.rank() == 0 and len(job.names) < distributed.world():
+        print(f"{split} has only {count} for {distributed.world()} ranks: a lower --per-shard shares the work")
     made = write(job, device)
     if distributed.rank() == 0:
         lost = f", {made.damaged} damaged ones left out" if made.damaged else ""
-        print(f"{printable(job.out)}: {made.samples} samples in {made.shards} shards{lost}", flush=True)
+        print(f"{printable(job.out)}: {counted(made.samples, 'sample')} in {count}{lost}", flush=True)
 
 
 if __name__ == "__main__":

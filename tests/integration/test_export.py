@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from launch import export
 from tests.conftest import ROOT, Start, finish, jpeg, ranks
+from tests.integration.conftest import forked, losses, training, written
 from vaescale import config as mechanics
 from vaescale import distributed, settings, trained
 from vaescale.data import DataError, decode, stream
@@ -41,20 +42,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_run(run: Path, data: Path, *given: str, seed: int = 0) -> Path:
-    """Saves a run with random weights, without training it."""
-    config = settings.load(TINY, [f"run={run}", f"data.root={data}", f"seed={seed}", *given])
-    model = settings.build(config)
+    """Saves a run that was not trained: random networks, and codebooks with the spread of features of images, of which
+    images use most codes."""
+    overrides = [f"run={run}", f"data.root={data}", f"seed={seed}", "model.quantizer.depth=2", *given]
+    config = settings.load(TINY, overrides)
+    model = settings.build(config).eval()
+    images = np.stack([decode.validation_image(jpeg(1000 + i), config.data.size) for i in range(24)])
+    with torch.no_grad():
+        rest = model.encoder(torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5).movedim(1, -1).flatten(0, -2)
+        tensors = model.state_dict()
+        generator = torch.Generator().manual_seed(seed)
+        for level in range(2):
+            codebook = rest.mean(0) + rest.std(0) * torch.randn(24, 4, generator=generator)
+            tensors[f"quantizer.parts.{level}.codebook"] = codebook
+            rest = rest - codebook[torch.cdist(rest, codebook).argmin(1)]
     run.mkdir()
     mechanics.save(config, run / mechanics.FILE)
-    tensors = {"ema": model.state_dict()}
-    checkpoint.save(run / "checkpoints", 1, tensors, {"step": 1, "noise": 1}, keep=1)
+    checkpoint.save(run / "checkpoints", 1, {"ema": tensors}, {"step": 1, "noise": 1}, keep=1)
     return run
 
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With two codebooks, one after the other."""
-    return make_run(tmp_path_factory.mktemp("run") / "run", data, "model.quantizer.depth=2")
+    return make_run(tmp_path_factory.mktemp("run") / "run", data)
 
 
 def call(*words: str | Path) -> int:
@@ -114,6 +125,22 @@ def test_an_interrupted_export_continues(run: Path, tmp_path: Path, start: Start
     assert contents(out) == before
 
 
+def test_a_prior_learns_the_same_from_codes_as_from_images(run: Path, data: Path, tmp_path: Path) -> None:
+    """In the same order, because the shards have the same sizes."""
+    assert call("codes", "--run", run, "--out", tmp_path / "codes", "--per-shard", "20") == 0
+    small = {"steps": 12, "global_batch": 12, "optimizer.warmup_steps": 2, "every.report": 1, "every.validate": 3}
+    small |= {"model.width": 16, "model.depth": 1, "model.heads": 2, "model.classes": 3, "every.checkpoint": 12}
+    small |= {"data.channels": 3, "data.augment": False, "data.columns": 8, "data.workers": 0}
+    jobs = []
+    for name, root in (("images", data), ("codes", tmp_path / "codes")):
+        given = {**small, "model.tokenizer": run, "run": tmp_path / name / "run", "data.root": root}
+        jobs.append(training(tmp_path / name, ROOT / "configs" / "prior_digits.yaml", written(given)))
+    forked(tmp_path, jobs)
+    assert losses(tmp_path / "codes" / "run") == pytest.approx(losses(tmp_path / "images" / "run"), abs=1e-6)
+    weights = "run/checkpoints/step-00000012/ema.safetensors"
+    assert (tmp_path / "codes" / weights).read_bytes() == (tmp_path / "images" / weights).read_bytes()
+
+
 def test_what_is_lost_is_made_again(run: Path, tmp_path: Path) -> None:
     """A cut shard, and then the index, whose error says how."""
     words = ["codes", "--run", run, "--split", "train", "--per-shard", "20", "--out", tmp_path]
@@ -145,6 +172,8 @@ def test_codes_are_those_of_each_view(run: Path, data: Path, tmp_path: Path, cro
         assert (found.records["label"] == source.index.records["label"]).all()
         np.testing.assert_array_equal(found.attributes, source.index.attributes)
         samples = read(tmp_path / split)
+        used = [len(np.unique(np.stack([one["codes.npy"][..., level, :, :] for one in samples]))) for level in (0, 1)]
+        assert min(used) > 12  # of 24
         assert [one["__key__"] for one in samples] == [f"{split}/{i:03d}" for i in range(count)]
         for number in (0, 3, count - 1):
             views = expected_views(source.read(number)[0], number, rule)
@@ -193,7 +222,7 @@ def test_decoded_codes_are_the_reconstructions(run: Path, tmp_path: Path, capsys
 def test_all_views_are_decoded(run: Path, tmp_path: Path) -> None:
     for words in (["codes", "--crops", "random:2", "--out", tmp_path / "codes"], ["decode", tmp_path / "codes"]):
         out = [] if words[0] == "codes" else ["--out", tmp_path / "images"]
-        assert call(*words, "--run", run, "--split", "train", *out) == 0
+        assert call("--local_rank=0", *words, "--run", run, "--split", "train", *out) == 0
     keys = [str(one["__key__"]) for one in read(tmp_path / "images" / "train")]
     assert keys == [f"train/{number:03d}-{view}" for number in range(45) for view in range(2)]
 
@@ -209,7 +238,7 @@ def test_damaged_images_are_left_out_and_named(run: Path, tmp_path: Path, capsys
     assert "are damaged, more than data.max_damaged_ratio=0.001 allows" in shown.err
     assert call(*words) == 0
     shown = capsys.readouterr()
-    assert shown.out.endswith("8 samples in 1 shards, 2 damaged ones left out\n")
+    assert shown.out.endswith("8 samples in 1 shard, 2 damaged ones left out\n")
     keys = [str(one["__key__"]) for one in read(tmp_path / "out" / "train")]
     assert keys == ["0_x", "1_x", "2_x", "4_x", "0_x-5", "1_x-6", "2_x-7", "4_x-9"]
 

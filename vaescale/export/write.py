@@ -68,7 +68,6 @@ class Job(NamedTuple):
 
 class Written(NamedTuple):
     samples: int
-    shards: int
     damaged: int  # samples of the source that were left out
 
 
@@ -81,7 +80,7 @@ def write(job: Job, device: torch.device) -> Written:
             on_rank_0(lambda: _finish(job))
         samples = on_rank_0(lambda: sum(shard.samples for shard in Index(job.out).shards))
     per_sample = 1 if job.header else job.views
-    return Written(samples, len(job.names), len(job.source) - samples // per_sample)
+    return Written(samples, len(job.source) - samples // per_sample)
 
 
 def on_rank_0(work: Callable[[], Any]) -> Any:
