@@ -380,9 +380,11 @@ def test_without_noise_the_most_certain_codes_come_first() -> None:
 
 def trained(model: CodePrior, count: int = 6, first: int = 0, step: int = 0, label: int = -1) -> Any:
     codes = torch.arange(count * 4).view(count, 1, 2, 2) % 3
-    return model.train()(batch_of(codes, torch.full((count,), label), first), step)
+    with torch.no_grad():
+        return model.train()(batch_of(codes, torch.full((count,), label), first), step)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("net", ["raster", "random", "masked", "pixelcnn"])
 def test_a_step_depends_on_samples_not_on_the_batch(net: str) -> None:
     """The loss of a batch is the mean of those of its parts, dropout and orders included."""
@@ -397,6 +399,7 @@ def test_a_step_depends_on_samples_not_on_the_batch(net: str) -> None:
     assert float(model(whole, 3).loss) == float(output.loss)
 
 
+@torch.no_grad()
 def test_dropout_is_that_of_the_seed_and_off_in_eval() -> None:
     for net in ("raster", "masked", "pixelcnn"):
         one, other = prior(seed=0, dropout=0.2, **NETS[net]), prior(seed=0, dropout=0.2, **NETS[net])
@@ -443,6 +446,7 @@ def test_orders_are_random_and_become_raster() -> None:
     torch.testing.assert_close(log_p, exact(model, [0, 1, 2, 3], (3,)), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_the_loss_and_metrics_of_masked_training_have_their_expectations() -> None:
     """Of one map: the loss that of m = ⌈N cos(πu/2)⌉ masked codes per expected one, the metric that of the bound."""
     model = prior(order="masked", dropout=0.0)
@@ -465,6 +469,7 @@ def test_the_loss_and_metrics_of_masked_training_have_their_expectations() -> No
     assert float(output.metrics["bits_per_code"]) * math.log(2) == pytest.approx(bound, rel=0.03)
 
 
+@torch.no_grad()
 def test_rates_of_levels_are_reported() -> None:
     model = prior((3, 2))
     codes = torch.randint(2, (5, 2, 2, 2))
@@ -486,6 +491,7 @@ def test_the_uniform_prior_costs_log_k_and_has_no_weights() -> None:
     assert not output.loss.requires_grad
 
 
+@torch.no_grad()
 def test_pictures_are_encoded_by_the_tokenizer() -> None:
     model = prior((3, 4))
     assert isinstance(model, Prior)

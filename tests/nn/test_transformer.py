@@ -160,3 +160,14 @@ def test_recomputed_blocks_drop_the_same() -> None:
         gradients.append(torch.autograd.grad(loss, list(net.parameters())))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_queries_may_have_angles_of_their_own() -> None:
+    """If all of both are turned alike, nothing changes; if queries are turned further, distances are others."""
+    torch.manual_seed(0)
+    net = Transformer(WIDTH, 2, HEADS, qk_norm=True)
+    x, angles = torch.randn(2, 6, WIDTH), grid(2, 3, DIM, torch.device("cpu"))
+    before = net(x, angles)
+    torch.testing.assert_close(net(x, angles, queries=angles), before)
+    torch.testing.assert_close(net(x, angles + 1, queries=angles + 1), before, rtol=0, atol=1e-5)
+    assert (net(x, angles, queries=angles + 1) - before).abs().max() > 1e-3

@@ -271,8 +271,10 @@ def _trunk(config: Config, shape: tuple[int, int]) -> Any:
     if config.net == "pixelcnn":
         return PixelCNN(*shape, config.width, config.depth)
     dim = head_channels(config.width, config.heads, "model")
-    kind = MaskedTransformer if config.order == "masked" else CausalTransformer
-    return kind(*shape, config.width, config.depth, config.heads, dim, config.checkpointing)
+    sizes = (*shape, config.width, config.depth, config.heads, dim, config.checkpointing)
+    return (
+        MaskedTransformer(*sizes) if config.order == "masked" else CausalTransformer(*sizes, config.order == "random")
+    )
 
 
 def _check(config: Config, codec: Model) -> None:

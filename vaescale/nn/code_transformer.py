@@ -32,7 +32,25 @@ class _Trunk(nn.Module):
 
 class CausalTransformer(_Trunk):
     """The inputs are the condition and, in any order, the codes but the last one. Each output knows the place of the
-    code that it is for (Pang et al. 2024, "RandAR"; Yu et al. 2024, "Randomized autoregressive visual generation")."""
+    code that it is for (Pang et al. 2024, "RandAR"; Yu et al. 2024, "Randomized autoregressive visual generation").
+
+    any_order: whether queries have the angles of the outputs' places, so that attention knows where each code lies as
+    seen from the place that it is for, whatever came before it. In the order of rows this is always one place apart.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        length: int,
+        width: int,
+        depth: int,
+        heads: int,
+        dim: int,
+        checkpointing: bool,
+        any_order: bool = False,
+    ) -> None:
+        super().__init__(height, length, width, depth, heads, dim, checkpointing)
+        self.any_order = any_order
 
     def forward(
         self, embedded: Tensor, condition: Tensor, order: Tensor | None = None, dropout: Dropout | None = None
@@ -42,28 +60,31 @@ class CausalTransformer(_Trunk):
         embedded: codes in their order, [B, N, width]; condition: [B, width]; order: the places of the codes, int64
         [B, N]; None: by rows."""
         x = torch.cat([condition[:, None], embedded[:, :-1].to(condition.dtype)], dim=1)
-        targets, angles = self._positions(order)
-        return self.transformer(x + targets, angles, causal=True, dropout=dropout)
+        targets, angles, queries = self._positions(order)
+        return self.transformer(x + targets, angles, causal=True, dropout=dropout, queries=queries)
 
     def reader(self, condition: Tensor, order: Tensor | None = None) -> Callable[[int, Tensor | None], Tensor]:
         """Returns a function that computes h one by one: (i, embedded code i − 1) → h of code i, [B, width]. It must be
         called for i = 0 (without a code), 1, 2, …"""
-        targets, angles = self._positions(order)
+        targets, angles, queries = self._positions(order)
         caches = [Cache(len(self.places)) for _ in self.transformer.blocks]
 
         def read(i: int, last: Tensor | None) -> Tensor:
             x = (condition if last is None else last)[:, None] + targets[..., i : i + 1, :]
-            return self.transformer(x, angles[..., i : i + 1, :], caches=caches)[:, 0]
+            turned = None if queries is None else queries[..., i : i + 1, :]
+            return self.transformer(x, angles[..., i : i + 1, :], caches=caches, queries=turned)[:, 0]
 
         return read
 
-    def _positions(self, order: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the vectors of the outputs' places and the angles of the inputs' places."""
+    def _positions(self, order: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the vectors of the outputs' places, the angles of the inputs' places, which are those of keys, and
+        the angles of queries, if they are others."""
         angles = self._angles()
         if order is None:
-            return self.places, angles[:-1]
+            return self.places, angles[:-1], angles[1:] if self.any_order else None
         inputs = torch.cat([torch.zeros_like(order[:, :1]), order[:, :-1] + 1], dim=1)
-        return nn.functional.embedding(order, self.places), angles[inputs]
+        queries = angles[order + 1] if self.any_order else None
+        return nn.functional.embedding(order, self.places), angles[inputs], queries
 
 
 class MaskedTransformer(_Trunk):

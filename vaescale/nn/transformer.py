@@ -87,13 +87,14 @@ class Block(nn.Module):
         dropout: Dropout | None = None,
         place: int = 0,
         cache: Cache | None = None,
+        turned: Rotation | None = None,
     ) -> Tensor:
-        """place: of the block's dropout, which uses this number and the next one. cache: of the tokens before x, which
-        is then one token."""
+        """rotation: of keys, and of queries unless `turned` is theirs. place: of the block's dropout, which uses this
+        number and the next one. cache: of the tokens before x, which is then one token."""
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k = normalised(q, self.norm_q), normalised(k, self.norm_k)
         if rotation is not None:
-            q, k = rotated(q, rotation), rotated(k, rotation)
+            q, k = rotated(q, turned or rotation), rotated(k, rotation)
         if cache is not None:
             k, v = cache.extended(k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -124,17 +125,19 @@ class Transformer(nn.Module):
         causal: bool = False,
         dropout: Dropout | None = None,
         caches: list[Cache] | None = None,
+        queries: Tensor | None = None,
     ) -> Tensor:
         """angles: None for a network without positions. dropout: of x and of all branches. caches: one of each block,
-        of the tokens before x, which is then one token."""
+        of the tokens before x, which is then one token. queries: their angles, if they are not those of the keys."""
         x = x.to(self.norm.weight.dtype)
         rotation = None if angles is None else turning(angles)
+        turned = None if queries is None else turning(queries)
         if dropout:
             x = dropout(x, 0)
         for number, block in enumerate(self.blocks):
             cache = caches[number] if caches else None
             recompute = self.checkpointing and self.training
-            x = run_block(block, recompute, x, rotation, causal, dropout, 2 * number + 1, cache)
+            x = run_block(block, recompute, x, rotation, causal, dropout, 2 * number + 1, cache, turned)
         return self.norm(x)
 
 
