@@ -9,6 +9,8 @@
     vary           variations of each image, from close to far
     traverse       one latent changed at a time, most active first
     swap           the same latents with every class, and with other attributes
+    complete       the upper half of an image, and lower halves drawn from a prior over codes
+    inpaint        the same with the centre of an image drawn, for priors with random or masked order
 
 Writes sample_MODE.png into the run directory, or into --out FOLDER; the same seed gives the same picture. --run may be
 a checkpoint, RUN/checkpoints/step-…, which needs --out. Exit code 2: the run does not exist, its model does not support
@@ -55,7 +57,8 @@ from itertools import islice
 from vaescale import distributed, numerics, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
-from vaescale.evaluation.sample import MODES, Subject, Unsupported
+from vaescale.evaluation.drawing import Unsupported
+from vaescale.evaluation.sample import MODES, Subject
 from vaescale.interfaces import Batch, Sampling
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import board, pictures

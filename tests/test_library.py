@@ -18,7 +18,7 @@ from vaescale import settings
 from vaescale.config import FILE, ConfigError
 from vaescale.data import stream
 from vaescale.data.shards import Sample, write
-from vaescale.evaluation.sample import from_prior
+from vaescale.evaluation.drawing import from_prior
 from vaescale.interfaces import Condition
 from vaescale.library import Trained
 from vaescale.lifecycle import checkpoint

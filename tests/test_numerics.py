@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vaescale import numerics, settings
+from vaescale.evaluation.drawing import decoded, from_prior
 from vaescale.evaluation.evaluate import reconstruct
-from vaescale.evaluation.sample import decoded, from_prior
 from vaescale.library import Trained
 from vaescale.numerics import PRODUCTS
 

@@ -178,6 +178,11 @@ class Prior(Protocol):
     @property
     def codec(self) -> Codec: ...
 
+    @property
+    def any_order(self) -> bool:
+        """Whether codes that are drawn depend on given codes wherever these are, not only at earlier places."""
+        ...
+
     def codes(self, batch: Batch) -> Tensor:
         """Returns codes int64 [B, L, h, w]: `batch.x`, if it holds codes, else those of its pictures."""
         ...

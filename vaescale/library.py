@@ -22,7 +22,7 @@ from torch import Tensor
 from . import settings, trained
 from .data import stream
 from .data.decode import Pixels, opened_image
-from .evaluation.sample import decoded, from_prior
+from .evaluation.drawing import decoded, from_prior
 from .interfaces import Batch, Codebooks, Codec, Condition
 from .numerics import exact
 

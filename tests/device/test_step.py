@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from tests.device.kernels import Kernels
 from tests.device.pretended import HostCopy, batch_on, moved, on, pretended
 from vaescale import settings
+from vaescale.evaluation.drawing import Unsupported, decoded, from_prior
 from vaescale.evaluation.metrics import METRICS
 from vaescale.evaluation.metrics.metric import Seen
-from vaescale.evaluation.sample import Unsupported, decoded, from_prior
 from vaescale.interfaces import Bounded, Codebooks, Codec, LatentStatistics
 from vaescale.models import MODELS
 from vaescale.nn import features, likelihood, quantize

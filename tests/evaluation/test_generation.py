@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vaescale import settings
+from vaescale.evaluation.drawing import Unsupported
 from vaescale.evaluation.generation import generated, labels_of
-from vaescale.evaluation.sample import Unsupported
 from vaescale.interfaces import Condition, Model
 from vaescale.models.pca import PCA
 

@@ -10,12 +10,12 @@ from vaescale.data import stream
 from vaescale.evaluation import measure as module
 from vaescale.evaluation import reference as references
 from vaescale.evaluation.compare import Gathering, Refused, Request, chosen, compared
+from vaescale.evaluation.drawing import Unsupported
 from vaescale.evaluation.evaluate import evaluate, reconstruct
 from vaescale.evaluation.feature_statistics import Statistics
 from vaescale.evaluation.generation import Generated
 from vaescale.evaluation.measure import Comparer, Drawing, measure
 from vaescale.evaluation.record import read
-from vaescale.evaluation.sample import Unsupported
 from vaescale.nn import features
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from tests.conftest import begin, finish
 from vaescale import trained
 from vaescale.data import stream
 from vaescale.data.digits import write_digits
-from vaescale.evaluation.sample import from_prior
+from vaescale.evaluation.drawing import from_prior
 from vaescale.interfaces import Batch, Condition, Model
 from vaescale.monitoring.pictures import to_bytes
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..interfaces import Codec, Condition
 from ..nn.noise import mix
-from .sample import AT_ONCE, from_prior
+from .drawing import AT_ONCE, from_prior
 
 # equal: i mod classes; random: all classes are equally likely; data: each is as likely as in the training set
 Labels = Literal["equal", "random", "data"]

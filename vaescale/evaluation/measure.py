@@ -22,10 +22,10 @@ from ..nn.perceptual import Distance
 from . import record
 from . import reference as references
 from .compare import GENERATED, RECONSTRUCTED, ByNet, Gathering, Refused, Request, check, chosen, compared
+from .drawing import AT_ONCE, Unsupported
 from .evaluate import evaluate
 from .feature_statistics import Gatherer, Statistics
 from .generation import Generated, Labels, generated
-from .sample import AT_ONCE, Unsupported
 
 T = TypeVar("T")
 LPIPS = "lpips_vgg"  # the distance that papers call LPIPS: a key of nn/published.py

@@ -4,27 +4,25 @@ Standard deviations of latents are those of draws from q(z|x) over validation im
 a prior N(0, I). `vary` and `traverse` use them in place of the prior, which a Codec does not expose.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..data import order
-from ..interfaces import Batch, Codec, Condition, Prior, Sampling
+from ..interfaces import Batch, Codec, Condition, Known, Prior, Sampling, WithPrior
 from ..models.generative import generative
-from ..monitoring.pictures import Picture, factor, grid, joined, legible, to_bytes
+from ..monitoring.pictures import Picture, factor, grid, joined, legible
 from ..nn.noise import mix
-from ..numerics import exact
+from .drawing import Unsupported, decoded, from_prior, in_turn, seeded
 from .latents import moments, sums
 
-AT_ONCE = 64  # images decoded together
 PER_ROW = 8
 WIDEST = 16  # classes, attributes or levels in one picture
 IMAGES = 4  # images that the rows of one picture start from
 VARIATIONS = 3
+REDRAWN = 5  # variations with some codes given
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEVIATIONS = (-3, -2, -1, 0, 1, 2, 3)
 ATTRIBUTE_VALUES = (-2, -1, 0, 1, 2)
@@ -32,10 +30,6 @@ TRAVERSED = 10  # latents
 SAMPLES = 16  # per temperature, in a picture
 TEMPERATURES = (0.7, 0.85, 1.0)
 GUIDANCES = (1.0, 2.0, 4.0)
-
-
-class Unsupported(ValueError):
-    """Raised if this codec has no such pictures; the message says why in one sentence."""
 
 
 class Spread:
@@ -95,8 +89,12 @@ def generate(subject: Subject) -> dict[str, Picture]:
     rows = []
     for temperature in subject.temperatures:
         blocks = []
+        means: Tensor | None = None
         for draw, name in ((False, "mean of p(x|z)"), (True, "one draw from p(x|z)")):
             images = from_prior(subject.codec, condition, subject.seed, temperature, draw)
+            if means is not None and torch.equal(images, means):
+                continue  # the codec has no p(x|z) to draw from
+            means = images
             blocks.append(grid(images, per_row, list(classes.values()), title=f"{name}, temperature {temperature:g}"))
         rows.append(joined(blocks, axis=1))
     return {"generate": joined(rows, axis=0)}
@@ -244,61 +242,32 @@ def swap(subject: Subject) -> dict[str, Picture]:
     return result
 
 
+def complete(subject: Subject) -> dict[str, Picture]:
+    """Draws the lower half of the codes of images from the prior, given the upper half. Raises Unsupported without a
+    prior over codes."""
+    return {"complete": _drawn_again(subject, lambda y, _: y < 0.5, "codes of the upper half given, the others drawn")}
+
+
+def inpaint(subject: Subject) -> dict[str, Picture]:
+    """Draws the central quarter of the codes of images from the prior, given the others. Raises Unsupported without a
+    prior over codes, and if its order is fixed, so that places depend on earlier ones only."""
+    if isinstance(subject.codec, WithPrior) and not subject.codec.prior.any_order:
+        raise Unsupported("the prior draws codes in raster order, so they cannot depend on those below")
+    title = "codes of the central quarter drawn, the others given"
+    return {
+        "inpaint": _drawn_again(subject, lambda y, x: torch.maximum((y - 0.5).abs(), (x - 0.5).abs()) > 0.25, title)
+    }
+
+
 MODES: dict[str, Callable[[Subject], dict[str, Picture]]] = {
     "generate": generate,
     "interpolate": interpolate,
     "vary": vary,
     "traverse": traverse,
     "swap": swap,
+    "complete": complete,
+    "inpaint": inpaint,
 }
-
-
-@torch.no_grad()
-@exact()
-def from_prior(
-    codec: Codec,
-    condition: Condition,
-    seed: int,
-    temperature: float = 1.0,
-    draw: bool = False,
-    given: Sequence[Tensor] = (),
-    first: int = 0,
-) -> Tensor:
-    """Returns samples `first`, `first` + 1, … from the prior, uint8 [B, C, H, W], with B that of the condition. The
-    latents of sample i depend only on (seed, i), whatever is drawn together; those of `draw` are the same. What `draw`
-    adds is the same for the same seed, `first` and B.
-
-    `given` fixes the coarsest levels of latents. Raises Unsupported if there is no prior.
-    """
-    images, device = [], condition.label.device
-    numbers = mix(seed, torch.arange(first, first + len(condition.label), device=device))
-    for start in range(0, len(numbers), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        said = Condition(condition.label[part], condition.attributes[part])
-        kept = [level[part] for level in given]
-        with seeded(int(order.mix(seed, first + start)) >> 1, device):
-            try:
-                images.append(to_bytes(codec.decode(kept, said, temperature, draw, numbers[part])))
-            except ValueError as error:
-                raise Unsupported(str(error)) from None
-    return torch.cat(images)
-
-
-def in_turn(condition: Condition, count: int) -> Condition:
-    """Repeats the conditions of the images in turn, up to `count`."""
-    place = torch.arange(count, device=condition.label.device) % len(condition.label)
-    return Condition(*(tensor[place] for tensor in condition))
-
-
-@exact()
-def decoded(codec: Codec, latents: Sequence[Tensor], condition: Condition) -> Tensor:
-    """Returns the means of p(x|z), uint8 [B, C, H, W]."""
-    images = []
-    for start in range(0, len(condition.label), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        said = Condition(condition.label[part], condition.attributes[part])
-        images.append(to_bytes(codec.decode([level[part] for level in latents], said)))
-    return torch.cat(images)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -311,14 +280,6 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
         return torch.lerp(a, b, share)
     parts = ((1 - share) * angle).sin() * one / lengths[0], (share * angle).sin() * two / lengths[1]
     return (sum(parts) / angle.sin() * torch.lerp(*lengths, share)).to(a.dtype)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's default generators inside the context, and restores their state afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _continuous(subject: Subject, why: str) -> list[Tensor]:
@@ -339,6 +300,29 @@ def _mixed(subject: Subject, z: Tensor, condition: Condition) -> tuple[list[Tens
         y = [decoded(subject.codec, [one.to(z.dtype)], condition) for one in mixed]
         variations.append(torch.stack(y, dim=1))
     return variations, [f"a = {a:g}" for a in STRENGTHS]
+
+
+@torch.no_grad()
+def _drawn_again(subject: Subject, given: Callable[[Tensor, Tensor], Tensor], title: str) -> Picture:
+    """Draws images next to variations in which only the codes at the given places are kept. given: (y, x) of the
+    centres of the places in 0 … 1 → bool."""
+    codec, x = subject.codec, Batch(*(tensor[:IMAGES] for tensor in subject.shown))
+    if not isinstance(codec, WithPrior):
+        raise Unsupported("the model has no prior over codes")
+    codes = torch.stack(codec.encode(x), dim=1)
+    sides = ((torch.arange(side, device=subject.device) + 0.5) / side for side in codes.shape[2:])
+    where = given(*torch.meshgrid(*sides, indexing="ij"))
+    known = Known(codes, where.expand(codes.shape[1:]))
+    shown = where.repeat_interleave(x.x.shape[2] // where.shape[0], 0).repeat_interleave(
+        x.x.shape[3] // where.shape[1], 1
+    )
+    columns = [x.x, torch.where(shown, x.x, 200).to(torch.uint8), decoded(codec, list(codes.unbind(1)), x.condition)]
+    for variation in range(REDRAWN):
+        number = mix(subject.seed, variation, torch.arange(len(x.x), device=subject.device))
+        drawn = codec.prior.draw(x.condition, number, subject.temperatures[0], codec.sampling, known)
+        columns.append(decoded(codec, list(drawn.unbind(1)), x.condition))
+    names = ["input", "given", "all codes", *(f"draw {number}" for number in range(1, REDRAWN + 1))]
+    return grid(torch.stack(columns, dim=1).flatten(0, 1), len(names), names, title=title)
 
 
 def _each_level(subject: Subject, latents: Sequence[Tensor], shares: Sequence[float]) -> Picture:

@@ -11,7 +11,7 @@ from ..interfaces import Basis, Batch, Bounded, Codebooks, Codec, Prior
 from ..models.generative import generative
 from ..monitoring import code_statistics, pictures
 from ..monitoring.pictures import Picture
-from . import sample
+from . import drawing, sample
 from .evaluate import reconstruct
 from .metrics.reconstruction import psnr
 
@@ -45,7 +45,7 @@ def _decibels(x: Tensor, y: Tensor) -> list[str]:
 
 def samples(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:
     del latents
-    with suppress(sample.Unsupported):
+    with suppress(drawing.Unsupported):
         yield "val/samples", sample.at_temperatures(codec, shown.condition)
 
 

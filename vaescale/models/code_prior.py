@@ -103,6 +103,10 @@ class CodePrior(Model):
     def codec(self) -> Codec:
         return self.frozen.model  # type: ignore[return-value]
 
+    @property
+    def any_order(self) -> bool:
+        return not self._raster
+
     @torch.compiler.disable  # at the beginning of `forward`, so that all after it is one graph
     def codes(self, batch: Batch) -> Tensor:
         if batch.x.dtype == torch.int64:
