@@ -103,6 +103,21 @@ def test_ranks_write_the_same_files(run: Path, tmp_path: Path, start: Start) -> 
     assert made == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
+def test_a_rank_that_cannot_write_ends_all(run: Path, tmp_path: Path, start: Start) -> None:
+    """After the shard that the others are at. Its own sentence says why, and theirs which rank it is."""
+    words = ["codes", "--run", str(run), "--split", "train", "--out", str(tmp_path), "--per-shard", "7"]
+    assert call(*words) == 0
+    for name in ("index.json", *(f"00000{number}.tar" for number in range(2, 7))):
+        (tmp_path / "train" / name).unlink()
+    (tmp_path / "train" / "000003.tar").mkdir()
+    first, second = map(finish, ranks(start, 2, ["launch/export.py", *words, "data.workers=0"]))
+    assert first == (2, "error: rank 1 cannot write its shard: see its error\n")
+    assert second[0] == 2
+    assert second[1].startswith(f"error: {tmp_path}/train/")
+    assert second[1].count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "train").glob("*.tar")) == [f"00000{i}.tar" for i in range(4)]
+
+
 def test_an_interrupted_export_continues(run: Path, tmp_path: Path, start: Start) -> None:
     """It is killed after its third shard. The shards that are there are not written again."""
     words = ["codes", "--run", str(run), "--split", "train", "--per-shard", "1"]
