@@ -93,3 +93,11 @@ def test_export(pictures: Path) -> None:
     for _, _, bare, export, ratio, _ in rows:
         assert float(bare) > 0
         assert 0.3 < float(ratio) * float(bare) / float(export) < 3
+
+
+def test_generate() -> None:
+    given = ["--width", "32", "--depth", "1", "--side", "3", "--batch", "2", "--rounds", "1"]
+    rows = [line.split(" | ") for line in run("generate.py", *given).splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows] == ["beside", "LlamaGen's cache", "x-transformers", "no cache", "plain torch"]
+    for row in (rows[1], rows[3], rows[4]):
+        assert all(float(value) >= 0 for value in row[2:5])

@@ -431,7 +431,7 @@ def test_orders_are_random_and_become_raster() -> None:
     model = prior(order="random", anneal_start=10, anneal_steps=100)
     sample = torch.arange(24_000)
     for step, share in ((0, 0.0), (10, 0.0), (60, 0.5), (110, 1.0), (500, 1.0)):
-        order = model._training_order(sample, step)
+        order = model._training_order(sample, model._raster_share(step))
         kinds = torch.unique(order, dim=0, return_counts=True)
         expected = torch.full((24,), (1 - share) / 24, dtype=torch.float64)
         expected[0] += share
@@ -549,3 +549,22 @@ def test_dropout_of_the_trunk_reaches_each_branch() -> None:
     dropout = Dropout(1 - 2**-16, torch.arange(4), (0, 0))
     h = model.trunk(torch.randn(4, 4, 16), model._given(nothing(4), 4), None, dropout)
     assert h.abs().median() < 1e-6
+
+
+@pytest.mark.parametrize("net", ["raster", "random"])
+def test_compiled_it_is_one_graph_for_all_steps(net: str) -> None:
+    model = prior((3, 2), dropout=0.1, **NETS[net], **({"anneal_steps": 9} if net == "random" else {})).train()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    expected = [
+        float(model(batch_of(torch.zeros(4, 2, 2, 2, dtype=torch.int64)), step).loss.detach()) for step in range(4)
+    ]
+    model.compile(backend=backend)
+    for step in range(4):
+        loss = model(batch_of(torch.zeros(4, 2, 2, 2, dtype=torch.int64)), step).loss
+        assert float(loss.detach()) == pytest.approx(expected[step], abs=1e-5)
+    assert len(graphs) == 1

@@ -107,7 +107,6 @@ class CodePrior(Model):
     def any_order(self) -> bool:
         return not self._raster
 
-    @torch.compiler.disable  # at the beginning of `forward`, so that all after it is one graph
     def codes(self, batch: Batch) -> Tensor:
         if batch.x.dtype == torch.int64:
             return batch.x
@@ -116,7 +115,7 @@ class CodePrior(Model):
             return torch.stack(codec.encode(batch), dim=1)
 
     def forward(self, batch: Batch, step: int) -> Output:
-        codes = self.codes(batch).flatten(2)
+        codes, share = self._prepared(batch, step)
         if not self.training or self.config.net == "uniform":
             rates = self._rates(codes, batch.condition, batch.sample, 0)
             return _output(rates.mean(), rates)
@@ -125,11 +124,12 @@ class CodePrior(Model):
             uniform = noise.uniform(batch.sample, (), self.seed, UNCONDITIONAL)
             condition = dropped(condition, uniform < self.config.label_dropout)
         given = self._given(condition, len(codes))
-        share = self.config.dropout
-        dropout = Dropout(share, batch.sample, (self.seed, DROPOUT)) if share else None
+        dropout = None
+        if self.config.dropout:
+            dropout = Dropout(self.config.dropout, batch.sample, (self.seed, DROPOUT))
         if self.config.order == "masked":
             return self._masked_step(codes, given, batch.sample, dropout)
-        rates = self._in_order(codes, given, self._training_order(batch.sample, step), dropout)
+        rates = self._in_order(codes, given, self._training_order(batch.sample, share), dropout)
         return _output(rates.mean(), rates)
 
     def rates(self, codes: Tensor, condition: Condition, sample: Tensor, draw: int = 0) -> Tensor:
@@ -230,17 +230,26 @@ class CodePrior(Model):
             rates = each * (1 / (chance * count)).float()[:, None]
         return _output(each.mean() * (self.places / self.masked_mean), rates)
 
-    def _training_order(self, sample: Tensor, step: int) -> Tensor | None:
+    def _training_order(self, sample: Tensor, share: Tensor | None) -> Tensor | None:
+        """share: of images in raster order."""
         if self.config.order == "raster":
             return None
         order = noise.uniform(sample, (self.places,), self.seed, ORDER).argsort(1)
-        if not self.config.anneal_steps:
+        if share is None:
             return order
-        raster = noise.uniform(sample, (1,), self.seed, RASTER) < self._raster_share(step)
+        raster = noise.uniform(sample, (1,), self.seed, RASTER) < share
         return torch.where(raster, torch.arange(self.places, device=order.device), order)
 
-    @torch.compiler.disable  # Dynamo would compile the graph again for each step; here this splits no graph
-    def _raster_share(self, step: int) -> Tensor:
+    # Dynamo would compile the graph again for each step, and the tokenizer with it. At the beginning of `forward` this
+    # call splits no graph.
+    @torch.compiler.disable
+    def _prepared(self, batch: Batch, step: int) -> tuple[Tensor, Tensor | None]:
+        """Returns the codes, int64 [B, L, N], and the share of images in raster order."""
+        return self.codes(batch).flatten(2), self._raster_share(step)
+
+    def _raster_share(self, step: int) -> Tensor | None:
+        if not self.config.anneal_steps:
+            return None
         share = min(1.0, max(0.0, (step - self.config.anneal_start) / self.config.anneal_steps))
         return torch.full((), share, dtype=torch.float64, device=next(self.parameters()).device)
 

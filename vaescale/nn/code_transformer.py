@@ -34,7 +34,7 @@ class CausalTransformer(_Trunk):
     """The inputs are the condition and, in any order, the codes but the last one. Each output knows the place of the
     code that it is for (Pang et al. 2024, "RandAR"; Yu et al. 2024, "Randomized autoregressive visual generation").
 
-    any_order: whether queries have the angles of the outputs' places, so that attention knows where each code lies as
+    by_target: whether queries have the angles of the outputs' places, so that attention knows where each code lies as
     seen from the place that it is for, whatever came before it. In the order of rows this is always one place apart.
     """
 
@@ -47,10 +47,10 @@ class CausalTransformer(_Trunk):
         heads: int,
         dim: int,
         checkpointing: bool,
-        any_order: bool = False,
+        by_target: bool = False,
     ) -> None:
         super().__init__(height, length, width, depth, heads, dim, checkpointing)
-        self.any_order = any_order
+        self.by_target = by_target
 
     def forward(
         self, embedded: Tensor, condition: Tensor, order: Tensor | None = None, dropout: Dropout | None = None
@@ -81,9 +81,9 @@ class CausalTransformer(_Trunk):
         the angles of queries, if they are others."""
         angles = self._angles()
         if order is None:
-            return self.places, angles[:-1], angles[1:] if self.any_order else None
+            return self.places, angles[:-1], angles[1:] if self.by_target else None
         inputs = torch.cat([torch.zeros_like(order[:, :1]), order[:, :-1] + 1], dim=1)
-        queries = angles[order + 1] if self.any_order else None
+        queries = angles[order + 1] if self.by_target else None
         return nn.functional.embedding(order, self.places), angles[inputs], queries
 
 
