@@ -11,6 +11,7 @@
     swap           the same latents with every class, and with other attributes
     complete       the upper half of an image, and lower halves drawn from a prior over codes
     inpaint        the same with the centre of an image drawn, for priors with random or masked order
+    neighbours     samples of a prior over codes next to the training images with the most equal codes; only on request
 
 Writes sample_MODE.png into the run directory, or into --out FOLDER; the same seed gives the same picture. --run may be
 a checkpoint, RUN/checkpoints/step-…, which needs --out. Exit code 2: the run does not exist, its model does not support
@@ -57,12 +58,15 @@ from itertools import islice
 from vaescale import distributed, numerics, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
+from vaescale.evaluation import sample, sample_codes
 from vaescale.evaluation.drawing import Unsupported
-from vaescale.evaluation.sample import MODES, Subject
+from vaescale.evaluation.sample import Subject
 from vaescale.interfaces import Batch, Sampling
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.monitoring import board, pictures
 
+MODES = {**sample.MODES, **sample_codes.MODES}
+REQUESTED = {**MODES, **sample_codes.SLOW}  # also those that are drawn only on request
 BATCH = 32
 SEEN = 32  # batches from which the spread of the latents is measured
 
@@ -97,12 +101,20 @@ def load(given: argparse.Namespace) -> tuple[Subject, int]:
         loader = stream.validation_loader(slices, BATCH, 0, 1, device.type == "cuda")
         return (decoded.batch.to(device) for decoded in islice(loader, SEEN))
 
+    def training() -> Iterator[Batch]:
+        images = stream.TrainingOnce(config.data)
+        index.check_files(*images.indexes)
+        watched = sys.stderr.isatty()
+        found = stream.once(images, BATCH, device, "neighbours", watched)
+        return (one.batch for one in found if one and len(one.batch.x))
+
     shown = stream.chosen_images(slices, given.images) if given.images else stream.fixed_images(slices)
     classes, names = getattr(config.model, "classes", 0), slices.samples.index.classes
     subject = Subject(
         codec=trained.codec_of(model, sampling),
         shown=shown.to(device),
         several=several,
+        training=training,
         classes=[names[label] if label < len(names) else str(label) for label in range(classes)],
         attributes=config.data.attributes,
         seed=given.seed,
@@ -118,7 +130,7 @@ def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bo
     made: dict[str, pictures.Picture] = {}
     for mode in modes or MODES:
         try:
-            made |= MODES[mode](subject)
+            made |= REQUESTED[mode](subject)
         except Unsupported as error:
             if modes:
                 raise Unsupported(f"{run} cannot {mode}: {error}") from None
@@ -140,8 +152,8 @@ def write(run: Path, subject: Subject, step: int, modes: list[str], on_board: bo
 
 
 def check(given: argparse.Namespace) -> None:
-    if unknown := set(given.modes) - set(MODES):
-        raise ConfigError(f"{min(unknown)} is not one of the modes: {', '.join(MODES)}")
+    if unknown := set(given.modes) - set(REQUESTED):
+        raise ConfigError(f"{min(unknown)} is not one of the modes: {', '.join(REQUESTED)}")
     if given.count < 1:
         raise ConfigError(f"--count {given.count} must be at least 1")
     if not 0 <= given.seed < 2**48:

@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models.codes import prior
 from vaescale.evaluation import drawing, sample
 from vaescale.evaluation.drawing import Unsupported
 from vaescale.evaluation.sample import MODES, Subject
 from vaescale.interfaces import Batch, Condition, Shape
-from vaescale.models.generative import generative
 from vaescale.models.vqvae import VQVAE, Config
 from vaescale.nn import conv, noise
 
@@ -298,7 +296,7 @@ def test_swap_changes_the_condition_and_nothing_else(shown: list[Shown]) -> None
 
 
 @pytest.mark.parametrize("levels", [1, 2])
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("complete", "inpaint")])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_same_seed_gives_the_same_picture_and_leaves_torchs_alone(mode: str, levels: int) -> None:
     state = torch.get_rng_state()
     pictures = []
@@ -348,29 +346,3 @@ def test_an_autoencoder_can_do_the_rest() -> None:
     one = subject(Linear(prior=False))
     for mode in ("interpolate", "vary", "traverse", "swap"):
         assert MODES[mode](one)
-
-
-@pytest.mark.parametrize(("mode", "order"), [("complete", "raster"), ("complete", "masked"), ("inpaint", "random")])
-def test_given_codes_are_kept_and_the_others_drawn(shown: list[Shown], mode: str, order: str) -> None:
-    """Pixels are codes: 4 × 4 with K = 200."""
-    codec = generative(prior((200,), side=4, order=order))
-    x = torch.randint(200, (3, 1, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
-    whole = Batch(x, torch.full((3,), -1), torch.zeros(3, 0), torch.arange(3))
-    MODES[mode](Subject(codec, whole, list))
-    (made,) = shown
-    drawn = made.images.unflatten(0, (3, -1))
-    assert torch.equal(drawn[:, 0], x)
-    assert torch.equal(drawn[:, 2], x)
-    given = torch.ones(4, 4, dtype=torch.bool)
-    given[(slice(2, 4), slice(None)) if mode == "complete" else (slice(1, 3), slice(1, 3))] = False
-    for variation in drawn[:, 3:].unbind(1):
-        assert torch.equal(variation[..., given], x[..., given])
-        assert not torch.equal(variation[..., ~given], x[..., ~given])
-    assert not torch.equal(drawn[:, 3], drawn[:, 4])
-
-
-def test_codes_need_a_prior_to_be_completed_and_one_of_any_order_to_be_inpainted() -> None:
-    with pytest.raises(Unsupported, match="no prior over codes"):
-        MODES["complete"](subject())
-    with pytest.raises(Unsupported, match="in raster order, so they cannot depend on those below"):
-        MODES["inpaint"](subject(generative(prior())))

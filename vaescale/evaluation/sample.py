@@ -11,10 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..interfaces import Batch, Codec, Condition, Known, Prior, Sampling, WithPrior
+from ..interfaces import Batch, Codec, Condition, Prior, Sampling
 from ..models.generative import generative
 from ..monitoring.pictures import Picture, factor, grid, joined, legible
-from ..nn.noise import mix
 from .drawing import Unsupported, decoded, from_prior, in_turn, seeded
 from .latents import moments, sums
 
@@ -22,7 +21,6 @@ PER_ROW = 8
 WIDEST = 16  # classes, attributes or levels in one picture
 IMAGES = 4  # images that the rows of one picture start from
 VARIATIONS = 3
-REDRAWN = 5  # variations with some codes given
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEVIATIONS = (-3, -2, -1, 0, 1, 2, 3)
 ATTRIBUTE_VALUES = (-2, -1, 0, 1, 2)
@@ -57,6 +55,8 @@ class Subject:
     codec: Codec
     shown: Batch  # images to start from, on the device
     several: Callable[[], Iterable[Batch]]  # returns many validation images, on the device
+    # returns all training images, or their codes, on the device
+    training: Callable[[], Iterable[Batch]] = list
     classes: Sequence[str] = ()  # names; empty if the codec has no class input
     attributes: Sequence[str] = ()
     seed: int = 0
@@ -242,31 +242,12 @@ def swap(subject: Subject) -> dict[str, Picture]:
     return result
 
 
-def complete(subject: Subject) -> dict[str, Picture]:
-    """Draws the lower half of the codes of images from the prior, given the upper half. Raises Unsupported without a
-    prior over codes."""
-    return {"complete": _drawn_again(subject, lambda y, _: y < 0.5, "codes of the upper half given, the others drawn")}
-
-
-def inpaint(subject: Subject) -> dict[str, Picture]:
-    """Draws the central quarter of the codes of images from the prior, given the others. Raises Unsupported without a
-    prior over codes, and if its order is fixed, so that places depend on earlier ones only."""
-    if isinstance(subject.codec, WithPrior) and not subject.codec.prior.any_order:
-        raise Unsupported("the prior draws codes in raster order, so they cannot depend on those below")
-    title = "codes of the central quarter drawn, the others given"
-    return {
-        "inpaint": _drawn_again(subject, lambda y, x: torch.maximum((y - 0.5).abs(), (x - 0.5).abs()) > 0.25, title)
-    }
-
-
 MODES: dict[str, Callable[[Subject], dict[str, Picture]]] = {
     "generate": generate,
     "interpolate": interpolate,
     "vary": vary,
     "traverse": traverse,
     "swap": swap,
-    "complete": complete,
-    "inpaint": inpaint,
 }
 
 
@@ -300,29 +281,6 @@ def _mixed(subject: Subject, z: Tensor, condition: Condition) -> tuple[list[Tens
         y = [decoded(subject.codec, [one.to(z.dtype)], condition) for one in mixed]
         variations.append(torch.stack(y, dim=1))
     return variations, [f"a = {a:g}" for a in STRENGTHS]
-
-
-@torch.no_grad()
-def _drawn_again(subject: Subject, given: Callable[[Tensor, Tensor], Tensor], title: str) -> Picture:
-    """Draws images next to variations in which only the codes at the given places are kept. given: (y, x) of the
-    centres of the places in 0 … 1 → bool."""
-    codec, x = subject.codec, Batch(*(tensor[:IMAGES] for tensor in subject.shown))
-    if not isinstance(codec, WithPrior):
-        raise Unsupported("the model has no prior over codes")
-    codes = torch.stack(codec.encode(x), dim=1)
-    sides = ((torch.arange(side, device=subject.device) + 0.5) / side for side in codes.shape[2:])
-    where = given(*torch.meshgrid(*sides, indexing="ij"))
-    known = Known(codes, where.expand(codes.shape[1:]))
-    shown = where.repeat_interleave(x.x.shape[2] // where.shape[0], 0).repeat_interleave(
-        x.x.shape[3] // where.shape[1], 1
-    )
-    columns = [x.x, torch.where(shown, x.x, 200).to(torch.uint8), decoded(codec, list(codes.unbind(1)), x.condition)]
-    for variation in range(REDRAWN):
-        number = mix(subject.seed, variation, torch.arange(len(x.x), device=subject.device))
-        drawn = codec.prior.draw(x.condition, number, subject.temperatures[0], codec.sampling, known)
-        columns.append(decoded(codec, list(drawn.unbind(1)), x.condition))
-    names = ["input", "given", "all codes", *(f"draw {number}" for number in range(1, REDRAWN + 1))]
-    return grid(torch.stack(columns, dim=1).flatten(0, 1), len(names), names, title=title)
 
 
 def _each_level(subject: Subject, latents: Sequence[Tensor], shares: Sequence[float]) -> Picture:
