@@ -43,8 +43,10 @@ class Config:
     depth: int = ranged(8, least=1, most=4096)  # blocks of the transformer, layers of the PixelCNN
     heads: int = ranged(6, least=1, most=2**14)
     level_depth: int = ranged(2, least=1, most=4096)  # blocks of the transformer over several codebooks
-    dropout: float = ranged(0.1, least=0, below=1)  # of the embedded codes and of all branches, in training
-    checkpointing: bool = False  # recompute a block's activations in the backward pass instead of storing them
+    # in training, of the embedded codes and of all branches but those of the transformer over codebooks
+    dropout: float = ranged(0.1, least=0, below=1)
+    # recompute the activations of the transformer's blocks in the backward pass instead of storing them
+    checkpointing: bool = False
     classes: int = ranged(0, least=0, most=2**24)  # labels 0 … classes − 1; 0: the model has no label input
     # share of training images whose whole condition, label and attributes, is dropped
     label_dropout: float = ranged(0.1, least=0, below=1)
