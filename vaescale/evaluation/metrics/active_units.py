@@ -11,8 +11,8 @@ ACTIVE = 0.01  # variance of a posterior mean above which a latent is active
 
 
 def sums(seen: Seen) -> Tensors:
-    """Returns the sums of each level's latents; {} for a codec without a likelihood."""
-    if not isinstance(seen.codec, Bounded):
+    """Returns the sums of each level's latents; {} for a codec without a likelihood, or with codes."""
+    if not isinstance(seen.codec, Bounded) or not all(level.is_floating_point() for level in seen.latents):
         return {}
     return by_level("latents", [latents.sums([level]) for level in seen.latents])
 
