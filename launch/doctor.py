@@ -19,7 +19,6 @@ def parse() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config")
     what.add_argument("--run", type=Path)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return arguments.parse(parser)
 

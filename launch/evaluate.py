@@ -40,8 +40,8 @@ from vaescale import arguments, process
 
 
 def parse() -> argparse.Namespace:
-    if sys.argv[1:2] == ["statistics"]:
-        return parse_statistics(sys.argv[2:])
+    if arguments.words()[:1] == ["statistics"]:
+        return parse_statistics(arguments.words()[1:])
     parser = arguments.command(__doc__)
     parser.add_argument("--run", nargs="+", default=[], metavar="RUN")
     parser.add_argument("--codec", nargs="+", default=[], metavar="KIND:PATH", help="codecs of others, see above")
@@ -89,11 +89,7 @@ def parse() -> argparse.Namespace:
         "--format", choices=["text", "markdown", "latex"], default="text", help="of the table that is printed (text)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    # Taken out first, or options of several values would swallow them.
-    overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]
-    given = arguments.parse(parser, [word for word in sys.argv[1:] if word not in overrides])
-    given.overrides = [*overrides, *given.overrides]
-    return given
+    return arguments.parse_apart(parser)
 
 
 def parse_statistics(words: list[str]) -> argparse.Namespace:

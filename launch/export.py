@@ -25,16 +25,13 @@ SPLITS = ["train", "val"]
 
 def parse() -> argparse.Namespace:
     parsers = {"codes": codes_parser, "decode": decode_parser}
-    # deepspeed passes --local_rank first; the environment has it, too.
-    command, *words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")] or ["-h"]
+    command, *words = arguments.words() or ["-h"]
     if command not in parsers:
         parser = arguments.command(__doc__)
         parser.add_argument("command", choices=parsers, help="-h after it explains its options")
         parser.parse_args([command])
-    # Taken out first, or options of several values would swallow them.
-    overrides = [word for word in words if "=" in word and word[0] != "-" and not Path(word).exists()]
-    given = arguments.parse(parsers[command](), [word for word in words if word not in overrides])
-    given.command, given.overrides = command, [*overrides, *given.overrides]
+    given = arguments.parse_apart(parsers[command](), words)
+    given.command = command
     return given
 
 

@@ -40,11 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pictures there, not into the run")
     arguments.add_sampling(parser)
     parser.add_argument("--board", action="store_true", help="also show the pictures in TensorBoard")
-    # Taken out first, or options of several values would swallow them.
-    overrides = [word for word in sys.argv[1:] if "=" in word and word[0] != "-" and not Path(word).exists()]
-    given = arguments.parse(parser, [word for word in sys.argv[1:] if word not in overrides])
-    given.overrides = [*overrides, *given.overrides]
-    return given
+    return arguments.parse_apart(parser)
 
 
 if __name__ == "__main__":  # before the other imports, which take seconds

@@ -1,7 +1,7 @@
 """The arguments of the commands in launch/, parsed before slow imports."""
 
 import argparse
-import re
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +76,20 @@ def test_other_wrong_words_are_refused(words: str, sentence: str, capsys: pytest
     assert capsys.readouterr().err.endswith(f"x: error: {sentence}\n")
 
 
-def test_the_options_of_a_launcher_are_known() -> None:
-    given = arguments.parse(arguments.training(None), ["--local_rank=1", "--config", "c", "a=1", "--take-over", "b=2"])
-    assert (given.config, given.overrides, given.local_rank, given.take_over) == ("c", ["a=1", "b=2"], 1, True)
-    assert not re.search("local_rank", arguments.training(None).format_help())
+def test_options_and_settings_come_in_any_order() -> None:
+    given = arguments.parse(arguments.training(None), ["--config", "c", "a=1", "--take-over", "b=2"])
+    assert (given.config, given.overrides, given.take_over) == ("c", ["a=1", "b=2"], True)
+
+
+RANKED = ["doctor.py --run a", "evaluate.py --run a", "evaluate.py statistics a --size 8 --out b", "sample.py --run a",
+          "export.py codes --run a --out b", "train.py --config a"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", RANKED)
+def test_the_rank_that_deepspeed_adds_is_no_setting(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes first, before the name of a subcommand."""
+    script, *words = command.split()
+    monkeypatch.setattr(sys, "argv", [script, "--local_rank=1", *words])
+    module = importlib.import_module(f"launch.{script.removesuffix('.py')}")
+    given = module.parse() if hasattr(module, "parse") else arguments.parse(arguments.training(""))
+    assert not any("local_rank" in str(value) for value in vars(given).values())

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 NEAR = 0.8  # smallest similarity (share of common letters) between an option and a misspelt one
 
@@ -29,8 +30,6 @@ def training(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--take-over", action="store_true", help="the training on another host that locked the run directory is gone"
     )
-    # deepspeed passes --local_rank; it is ignored in favour of the environment.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     return parser
 
@@ -77,28 +76,41 @@ def _share(text: str) -> float:
     return value
 
 
-def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses `words` (default: the arguments of this process). The settings are in `overrides`.
+def words() -> list[str]:
+    """Returns the arguments of this process, without the rank that deepspeed adds, which the environment has, too."""
+    return [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+
+
+def parse_apart(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> argparse.Namespace:
+    """As `parse`, for a parser with options of several values, which would swallow the overrides that follow them: all
+    words of the form key=value that are no files are overrides."""
+    given = words() if given is None else given
+    overrides = [word for word in given if "=" in word and word[0] != "-" and not Path(word).exists()]
+    found = parse(parser, [word for word in given if word not in overrides])
+    found.overrides = [*overrides, *found.overrides]
+    return found
+
+
+def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the words `given`, by default the arguments of this process. The settings are in `overrides`.
 
     An unknown option is probably a setting, but the known keys need the slow imports. So `--steps 10` becomes the
     override `--steps=10`, which vaescale.config refuses with a hint at the right key. For other invalid arguments
     argparse exits with code 2.
     """
-    words = list(sys.argv[1:] if words is None else words)
+    left = list(words() if given is None else given)
     options = re.findall(r"--[\w-]+", parser.format_usage())
     settings = []
-    for option in parser.parse_known_intermixed_args(words)[1]:
+    for option in parser.parse_known_intermixed_args(left)[1]:
         name, equals, _ = option.partition("=")
         if not option.startswith("--"):
             continue  # argparse refuses it below
         if near := get_close_matches(name, options, n=1, cutoff=NEAR):
             parser.error(f"unrecognized argument {name}: did you mean {near[0]}?")
-        place = words.index(option)
-        value = (
-            [] if equals else [word for word in words[place + 1 : place + 2] if word[:2] != "--" and "=" not in word]
-        )
+        place = left.index(option)
+        value = [] if equals else [word for word in left[place + 1 : place + 2] if word[:2] != "--" and "=" not in word]
         settings.append(option if equals else f"{option}={''.join(value)}")
-        del words[place : place + 1 + len(value)]
-    arguments = parser.parse_intermixed_args(words)
+        del left[place : place + 1 + len(value)]
+    arguments = parser.parse_intermixed_args(left)
     arguments.overrides = [*getattr(arguments, "overrides", []), *settings]
     return arguments
