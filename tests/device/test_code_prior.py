@@ -8,9 +8,11 @@ import torch
 from tests.device.kernels import Kernels
 from tests.device.pretended import batch_on, moved, on, pretended
 from tests.device.test_step import REFUSED
-from vaescale.interfaces import Batch, Known, Sampling, Shape
+from vaescale.evaluation.metrics.rate import rate_sums
+from vaescale.interfaces import Batch, Bounded, Known, Sampling, Shape
 from vaescale.models import code_prior, vqvae
 from vaescale.models.code_prior import CodePrior
+from vaescale.models.generative import generative
 from vaescale.nn import conv, quantize
 
 IMAGES, SHAPE = 4, Shape(3, 16, 2)
@@ -93,3 +95,17 @@ def test_the_kernels_of_a_step_depend_on_its_depth_alone(name: str) -> None:
         assert kernels.launched["vaescale::kept"] == (1 + (1 if name == "pixelcnn" else 2) * depth)
     assert totals[1] == totals[0] <= MOST[name]
     assert totals[2] - totals[0] <= 175
+
+
+@pytest.mark.parametrize("name", ["raster", "uniform"])
+def test_images_and_bounds_are_computed_on_the_device(name: str) -> None:
+    with pretended() as gpu, torch.no_grad():
+        model = on_gpu(build(2, **NETS.get(name, {"net": name})), gpu).eval()
+        codec, given = generative(model), batch(gpu, pictures())
+        latents = codec.encode(given)
+        for some in (latents, latents[:1], []):
+            assert codec.decode(some, given.condition, sample=given.sample).device.type == gpu.type
+        assert isinstance(codec, Bounded)
+        assert all(part.device.type == gpu.type for part in codec.bound(given))
+        sums = rate_sums(model, model.codes(given), given.condition, given.sample)
+        assert all(part.device.type == gpu.type for part in sums.values())

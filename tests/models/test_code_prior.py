@@ -568,3 +568,8 @@ def test_compiled_it_is_one_graph_for_all_steps(net: str) -> None:
         loss = model(batch_of(torch.zeros(4, 2, 2, 2, dtype=torch.int64)), step).loss
         assert float(loss.detach()) == pytest.approx(expected[step], abs=1e-5)
     assert len(graphs) == 1
+
+
+def test_the_tokenizer_follows_the_prior_to_its_device() -> None:
+    model = prior().to("meta")
+    assert {one.device.type for one in model.codec.parameters()} == {"meta"}  # type: ignore[attr-defined]

@@ -103,7 +103,9 @@ class CodePrior(Model):
 
     @property
     def codec(self) -> Codec:
-        return self.frozen.model  # type: ignore[return-value]
+        """The tokenizer, on the device of the prior; that of the uniform prior stays where it is."""
+        own = next(self.parameters(), None)
+        return self.frozen.model if own is None else self.frozen.on(own.device)  # type: ignore[return-value]
 
     @property
     def any_order(self) -> bool:
