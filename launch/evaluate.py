@@ -136,6 +136,7 @@ PICTURE = "reconstructions.png"
 SPLITS = {"train": stream.TrainingOnce, "val": stream.ValidationSlices}
 # Settings that say how the images are read, and change no number.
 SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "max_megapixels")}
+SAME_NUMBERS.add("model.tokenizer")  # whose weights must be those that the run began with
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,6 @@ def main(given: argparse.Namespace) -> int:
         configs = [trained.read_config(run, overrides) for run in runs]
         if not given.out:
             check_own(runs, overrides)
-        check_draws(runs, configs, given.iw)
         places = records(given.out, [*given.run, *given.codec])
         data = data_of_codecs(configs, overrides) if given.codec else stream.Config()
         device = distributed.init()
@@ -326,13 +326,6 @@ def draw_together(drawn: dict[str, Shown], out: Path) -> list[str]:
     except (OSError, ValueError) as error:  # ValueError: a name whose ending is that of no picture
         return [f"{out} cannot be written ({error}): give --picture another file, ending in .png"]
     return []
-
-
-def check_draws(places: list[Path], configs: list[settings.Config], draws: int) -> None:
-    """Raises Refused for several draws of a model whose rate is only estimated from a draw."""
-    for place, config in zip(places, configs, strict=True):
-        if draws > 1 and getattr(config.model, "order", "") == "masked":
-            raise Refused(f"--iw {draws} cannot be used with {place}, whose masked order only estimates a bound")
 
 
 def check_own(places: list[Path], overrides: list[str]) -> None:

@@ -159,7 +159,7 @@ class Sampling:
     # g: logits are those without the condition + g · (those with it − those without it) (Ho, Salimans 2022,
     # "Classifier-free diffusion guidance"); 1: no guidance, 0: no condition
     guidance: float = 1.0
-    steps: int = 12  # of a prior with masked order: passes in which all codes are drawn
+    passes: int = 12  # of a prior with masked order, in which all codes are drawn
     # of such a prior, which codes are drawn first: those of which it is most certain, or a fixed order, spread evenly
     positions: Literal["confidence", "halton"] = "confidence"
 
@@ -177,6 +177,11 @@ class Prior(Protocol):
 
     @property
     def codec(self) -> Codec: ...
+
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """L, h, w."""
+        ...
 
     @property
     def any_order(self) -> bool:
@@ -234,6 +239,11 @@ class Calibrated(Protocol):
     def calibrate(self, sums: Tensor) -> None:
         """Sets the statistics from the sums over all images, fp64 [S]."""
         ...
+
+
+def calibrated(model: Calibrated) -> bool:
+    """Returns whether the statistics of the model have been measured."""
+    return all(bool(each.isfinite().all()) for each in model.calibration().values())
 
 
 @runtime_checkable

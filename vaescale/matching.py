@@ -1,5 +1,8 @@
 """Checks that the data have what a model was built for."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from .config import ConfigError
@@ -39,11 +42,29 @@ def check_classes(config: Config, training: Index, validation: Index) -> None:
             )
 
 
-def check_codes(config: Config, index: Index, codec: str | None) -> None:
-    """Raises ConfigError if the index holds codes, and the model reads none, or those of another codec. codec: the hash
-    of the weights of the codec that the model is built on; None: it is built on none."""
+def check_tokenizer(run: Path, begun: str, now: str) -> None:
+    """Raises ConfigError if the hash of the tokenizer that the run began with is not that of today's."""
+    if begun != now:
+        raise ConfigError(
+            f"the tokenizer that {run} was started with has changed (weights {now}, were {begun}): restore it, or "
+            f"train a new run"
+        )
+
+
+def check_codes(config: Config, index: Index, codec: str | None, shape: Sequence[int] = ()) -> None:
+    """Raises ConfigError if the index holds codes, and the model reads none, or those of another codec or of images of
+    another size. codec: the hash of the weights of the codec that the model is built on; None: it is built on none;
+    shape: L, h, w of its codes."""
     made = index.codes
-    if made is None or made.tokenizer == codec:
+    if made is None:
+        return
+    if made.tokenizer == codec:
+        if made.shape != list(shape):
+            ours, theirs = (" × ".join(map(str, one)) for one in (shape, made.shape))
+            raise ConfigError(
+                f"an image in {index.folder} has {theirs} codes, but one of data.size={config.data.size} has {ours}: "
+                f"make the codes again from images of this size"
+            )
         return
     if codec is None:
         raise ConfigError(

@@ -11,9 +11,10 @@ from .config import FILE, ConfigError
 from .data import stream
 from .data.index import Index
 from .files import printable
-from .interfaces import Calibrated, Codec, Model, PixelLikelihood, Prior, Sampling
+from .interfaces import Calibrated, Codec, Model, PixelLikelihood, Prior, Sampling, calibrated
 from .lifecycle import checkpoint
 from .lifecycle import state as states
+from .matching import check_tokenizer
 from .models.code_prior import uniform
 from .models.generative import generative
 from .nn.frozen import weights_hash
@@ -51,8 +52,10 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
     """Returns the model with averaged weights, in eval mode on `device`, and the step of the weights. place: a
     checkpoint, or a run directory, whose newest one is read. Raises CheckpointError. Collective."""
     model = settings.build(config, training=False)
-    step = _read_averaged(model, place)
-    read_base(model, config)
+    path, step = _read_averaged(model, place)
+    if codec := read_base(model, config):
+        begun = states.read_checked(path, ["order"])["order"].get("codec")
+        check_tokenizer(run_of(place), str(begun), codec)
     return model.to(device).eval(), step
 
 
@@ -84,20 +87,19 @@ def measured_codec(model: Model, config: Config, sampling: Sampling = Sampling()
     return codec_of(model, sampling)
 
 
-def calibrated(model: Calibrated) -> bool:
-    """Returns whether the statistics of the model have been measured."""
-    return all(bool(each.isfinite().all()) for each in model.calibration().values())
-
-
 def pictures_of(config: Config) -> stream.Config:
-    """Returns the data with pictures: those of the run, or if it was trained on codes, those of its tokenizer. Raises
-    ConfigError, DataError."""
-    if Index(Path(config.data.root) / "val").codes is None:
+    """Returns the data with pictures: those of the run, or if it was trained on codes, those of its tokenizer, which
+    the codes were made from. Raises ConfigError, DataError."""
+    codes = Index(Path(config.data.root) / "val").codes
+    if codes is None:
         return config.data
+    give = "give data.root=… with the pictures that they were made from"
     base = settings.base_of(config)
     if base is None:
-        raise ConfigError(f"data.root={config.data.root} holds codes, not pictures: give data.root=… with pictures")
-    return replace(base.data, attributes=config.data.attributes)
+        raise ConfigError(f"data.root={config.data.root} holds codes: {give}")
+    if Index(Path(base.data.root) / "val").fingerprint() != codes.source:
+        raise ConfigError(f"the codes in {config.data.root} were not made from {base.data.root}: {give}")
+    return replace(config.data, root=base.data.root)
 
 
 def weights_of(model: Model) -> str:
@@ -110,8 +112,8 @@ def weights_of(model: Model) -> str:
     return " ".join(hashes)
 
 
-def _read_averaged(model: Model, place: Path) -> int:
-    """Reads the averaged weights. Returns their step."""
+def _read_averaged(model: Model, place: Path) -> tuple[Path, int]:
+    """Reads the averaged weights. Returns their checkpoint and step."""
     path, remarks = checkpoint.load_averaged(model, place)
     assert path is not None
     if distributed.rank() == 0:
@@ -119,4 +121,4 @@ def _read_averaged(model: Model, place: Path) -> int:
             print(remark, file=sys.stderr)
     state = states.read_checked(path, ["step", "noise"])
     model.noise_version = state["noise"]
-    return int(state["step"])
+    return path, int(state["step"])

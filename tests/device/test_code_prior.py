@@ -12,7 +12,7 @@ from vaescale.evaluation.metrics.rate import rate_sums
 from vaescale.interfaces import Batch, Bounded, Known, Sampling, Shape
 from vaescale.models import code_prior, vqvae
 from vaescale.models.code_prior import CodePrior
-from vaescale.models.generative import generative
+from vaescale.models.generative import GenerativeWithBound
 from vaescale.nn import conv, quantize
 
 IMAGES, SHAPE = 4, Shape(3, 16, 2)
@@ -72,8 +72,8 @@ def test_rates_and_samples_neither_mix_devices_nor_wait(name: str) -> None:
         assert codes.shape == (IMAGES, 2, 4, 4)
         assert model.rates(codes, given.condition, given.sample, 3).device.type == gpu.type
         known = Known(codes, on(torch.zeros(2, 4, 4, dtype=torch.bool), gpu))
-        guided = Sampling(top_k=5, top_p=0.9, guidance=2.0, steps=4)
-        for sampling in (Sampling(), guided, Sampling(steps=3, positions="halton")):
+        guided = Sampling(top_k=5, top_p=0.9, guidance=2.0, passes=4)
+        for sampling in (Sampling(), guided, Sampling(passes=3, positions="halton")):
             drawn = model.draw(given.condition, given.sample, 0.7, sampling, known)
             assert drawn.shape == codes.shape
             assert drawn.device.type == gpu.type
@@ -101,7 +101,7 @@ def test_the_kernels_of_a_step_depend_on_its_depth_alone(name: str) -> None:
 def test_images_and_bounds_are_computed_on_the_device(name: str) -> None:
     with pretended() as gpu, torch.no_grad():
         model = on_gpu(build(2, **NETS.get(name, {"net": name})), gpu).eval()
-        codec, given = generative(model), batch(gpu, pictures())
+        codec, given = GenerativeWithBound(model, Sampling()), batch(gpu, pictures())
         latents = codec.encode(given)
         for some in (latents, latents[:1], []):
             assert codec.decode(some, given.condition, sample=given.sample).device.type == gpu.type

@@ -18,7 +18,7 @@ from tests.integration.test_resume import rewind, same_bits
 from tests.lifecycle.test_checkpoint import forge
 from vaescale.data import stream
 from vaescale.data.shards import write
-from vaescale.trained import calibrated
+from vaescale.interfaces import calibrated
 
 TINY_KL = Path(__file__).parent / "tiny_kl.yaml"
 COUNT = 91  # no multiple of 2 or 3

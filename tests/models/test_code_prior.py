@@ -261,7 +261,7 @@ def test_known_codes_that_come_last_in_raster_order(net: str) -> None:
     where = torch.zeros(1, 2, 2, dtype=torch.bool)
     where[0, 1, 1] = True
     known = Known(torch.full((MANY, 1, 2, 2), 2), where)
-    drawn = model.draw(nothing(MANY), torch.arange(MANY), sampling=Sampling(steps=4, positions="halton"), known=known)
+    drawn = model.draw(nothing(MANY), torch.arange(MANY), sampling=Sampling(passes=4, positions="halton"), known=known)
     assert (drawn[:, 0, 1, 1] == 2).all()
     free = drawn.flatten(2)[:, 0, 0]
     codes = everything((3,), PLACES)
@@ -340,7 +340,7 @@ def test_the_masked_estimate_over_all_masks_is_the_mean_over_all_orders(sizes: t
 
 def test_masked_samples_one_by_one_have_the_probabilities_of_their_order() -> None:
     model = prior(order="masked")
-    drawn = model.draw(nothing(MANY), torch.arange(MANY), sampling=Sampling(steps=PLACES, positions="halton"))
+    drawn = model.draw(nothing(MANY), torch.arange(MANY), sampling=Sampling(passes=PLACES, positions="halton"))
     assert chi_square(frequencies(drawn, (3,)), chain(model, model.halton.tolist())) > 1e-3
 
 
@@ -350,7 +350,7 @@ def test_masked_samples_need_any_number_of_steps(steps: int, positions: Any) -> 
     model = prior((5,), side=4, order="masked")
     passes: list[int] = []
     model.trunk.register_forward_hook(lambda _, inputs, output: passes.append(int(inputs[2].sum())))
-    model.draw(nothing(1), torch.arange(1), sampling=Sampling(steps=steps, positions=positions))
+    model.draw(nothing(1), torch.arange(1), sampling=Sampling(passes=steps, positions=positions))
     left = [math.floor(16 * math.cos(math.pi / 2 * step / steps)) for step in range(steps)]
     for step in range(1, steps):
         left[step] = min(left[step], left[step - 1] - 1)
@@ -359,7 +359,7 @@ def test_masked_samples_need_any_number_of_steps(steps: int, positions: Any) -> 
 
 def test_in_one_step_codes_are_independent() -> None:
     model = prior(order="masked")
-    drawn = model.draw(nothing(MANY), torch.arange(MANY), sampling=Sampling(steps=1))
+    drawn = model.draw(nothing(MANY), torch.arange(MANY), sampling=Sampling(passes=1))
     p = (-conditional(model, torch.ones(PLACES, dtype=torch.bool)).sum(1)).exp()
     assert chi_square(frequencies(drawn, (3,)), p) > 1e-3
 
@@ -368,7 +368,7 @@ def test_without_noise_the_most_certain_codes_come_first() -> None:
     model = prior((5,), side=4, order="masked")
     seen: list[tuple[Tensor, Tensor]] = []
     model.trunk.register_forward_hook(lambda _, inputs, output: seen.append((inputs[2], output)))
-    found = model.draw(nothing(3), torch.arange(3), 0.0, Sampling(steps=4)).flatten(2)
+    found = model.draw(nothing(3), torch.arange(3), 0.0, Sampling(passes=4)).flatten(2)
     p = model.levels.next(seen[0][1], []).softmax(-1).amax(-1)
     for image in range(3):
         visible = ~seen[1][0][image]

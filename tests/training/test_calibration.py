@@ -10,11 +10,10 @@ from tests.conftest import samples
 from vaescale.data import stream
 from vaescale.data.decode import validation_image
 from vaescale.data.shards import write
-from vaescale.interfaces import LatentStatistics, Shape
+from vaescale.interfaces import LatentStatistics, Shape, calibrated
 from vaescale.lifecycle.writer import unsound
 from vaescale.models.kl import Config, build
 from vaescale.nn import conv, reconstruction
-from vaescale.trained import calibrated
 from vaescale.training.calibration import calibrate
 
 SIZE, COUNT = 16, 11

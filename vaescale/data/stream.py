@@ -359,6 +359,12 @@ def once(
         yield decoded and decoded._replace(batch=decoded.batch.to(device))
 
 
+def blank(slices: TrainSlices | ValidationSlices) -> Batch:
+    """Returns a batch of one empty sample without a label, for the shapes of results where a rank has no samples."""
+    none = torch.full((1,), -1)
+    return Batch(slices.reader.blank(1), none, slices.attributes([0]), none)
+
+
 def fixed_images(slices: ValidationSlices) -> Batch:
     """Returns up to SHOWN validation images, always the same ones.
 

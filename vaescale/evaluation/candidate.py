@@ -69,7 +69,8 @@ def measured(
     places = [candidate.record] if candidate.record else []
     records = [*record.read(places), *(earlier or [])] if candidate.weights else []
     watched = distributed.rank() == 0 and sys.stderr.isatty()
-    options = {"micro": BATCH, "draws": draws, "watched": watched, "distance": distance and distance.to(device)}
+    passes = 1 if isinstance(codec, WithPrior) else draws  # codes are not drawn: all draws would be the same
+    options = {"micro": BATCH, "draws": passes, "watched": watched, "distance": distance and distance.to(device)}
     generate = generator_of(candidate, comparer.drawing, device)
     counted = training_labels(candidate, comparer.drawing)
     training = counted.fingerprint() if counted else None

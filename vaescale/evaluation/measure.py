@@ -187,7 +187,7 @@ class Comparer:
         if training:
             drawn["training"] = training
         if isinstance(codec, WithPrior):
-            drawn["sampling"] = asdict(codec.sampling)
+            drawn |= asdict(codec.sampling)
         reference: ByNet | None = None
         if self.reference:
             theirs = _of(nets, [request for request in self.requests if request.side == GENERATED])

@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from .. import files
+from ..models import MODELS
 from ..nn.features import Features
 from .compare import GENERATED, Refused, Request, key_of
 from .metrics.perceptual import PERCEPTUAL
@@ -27,7 +28,10 @@ OF_RUN = ("weights_hash", "settings_hash", "step")  # parts of a protocol that d
 def hash_of_settings(config: Any, attributes: Sequence[str]) -> str:
     """Returns the hash of what decides, besides the weights, what a model computes: its settings, a dataclass or None,
     and the attributes that it is given. 64-bit xxh3 in hexadecimal."""
-    parts = [asdict(config) if config else None, list(attributes)]
+    own = asdict(config) if config else None
+    if own and (base := MODELS[own["kind"]].base if own.get("kind") in MODELS else ""):
+        own.pop(base)  # where a tokenizer lies; its weights have a hash
+    parts = [own, list(attributes)]
     return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
@@ -119,7 +123,7 @@ def check_drawn(path: Path, requests: Iterable[Request], measured: Protocol, dra
         for name in sorted(drawn, key="count".__eq__):
             old, new = before.get(name), drawn[name]
             if old != new and not (name == "count" and (old or 0) < new):
-                words = "training images" if name == "training" else f"--{name}"
+                words = "training images" if name == "training" else "--" + name.replace("_", "-")
                 raise not_own(path, f"{words} {new}, because it has {key} of {words} {old}")
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..interfaces import Batch, Codec, Condition, Prior, Sampling
+from ..interfaces import Batch, Codec, Condition, Prior, Sampling, WithPrior
 from ..models.generative import generative
 from ..monitoring.pictures import Picture, factor, grid, joined, legible
 from .drawing import Unsupported, decoded, from_prior, in_turn, seeded
@@ -86,15 +86,14 @@ def generate(subject: Subject) -> dict[str, Picture]:
     if classes:
         labels = torch.tensor(list(classes), device=subject.device)
         condition = condition._replace(label=labels[torch.arange(subject.count, device=subject.device) % len(labels)])
+    kinds = [(False, "mean of p(x|z)"), (True, "one draw from p(x|z)")]
+    if isinstance(subject.codec, WithPrior):
+        kinds = [(False, "samples")]  # codes are decoded to images, not to a distribution
     rows = []
     for temperature in subject.temperatures:
         blocks = []
-        means: Tensor | None = None
-        for draw, name in ((False, "mean of p(x|z)"), (True, "one draw from p(x|z)")):
+        for draw, name in kinds:
             images = from_prior(subject.codec, condition, subject.seed, temperature, draw)
-            if means is not None and torch.equal(images, means):
-                continue  # the codec has no p(x|z) to draw from
-            means = images
             blocks.append(grid(images, per_row, list(classes.values()), title=f"{name}, temperature {temperature:g}"))
         rows.append(joined(blocks, axis=1))
     return {"generate": joined(rows, axis=0)}
@@ -164,11 +163,14 @@ def at_temperatures(codec: Codec, condition: Condition) -> Picture:
 @torch.no_grad()
 def guided(prior: Prior, condition: Condition) -> Picture | None:
     """Draws samples under these conditions with increasing guidance one below the other, from the same random numbers.
-    Returns None if the prior has no condition, so that all are the same."""
+    Returns None if the prior has no condition, so that all are the same, or cannot be guided."""
     blocks, images = [], []
     for guidance in GUIDANCES:
         codec = generative(prior, Sampling(guidance=guidance))
-        images.append(from_prior(codec, in_turn(condition, SAMPLES), 0))
+        try:
+            images.append(from_prior(codec, in_turn(condition, SAMPLES), 0))
+        except Unsupported:
+            return None
         text = 2 * legible(PER_ROW * factor(images[0].shape[-1]) * images[0].shape[-1])
         blocks.append(grid(images[-1], PER_ROW, title=f"samples, guidance {guidance:g}", text=text))
     return None if torch.equal(images[0], images[1]) else joined(blocks, axis=0)
@@ -216,6 +218,8 @@ def swap(subject: Subject) -> dict[str, Picture]:
     from its mean. Raises Unsupported if the model has no condition or ignores it."""
     if not subject.classes and not subject.attributes:
         raise Unsupported("the model has neither class nor attributes as input, so there is nothing to swap")
+    if isinstance(subject.codec, WithPrior):
+        raise Unsupported("the condition decides which codes are drawn, not how codes are decoded")
     x = subject.shown
     latents = subject.codec.encode(x)
     result = {}

@@ -69,7 +69,7 @@ def of_prior(prior: Prior, shown: Batch, maps: dict[str, Tensor]) -> Pictures:
     yield "val/samples", sample.at_temperatures(generative(prior), shown.condition)
     if (guided := sample.guided(prior, shown.condition)) is not None:
         yield "val/guided_samples", guided
-    yield "val/rates", pictures.heat_maps(maps, "validation - training", "bits of the code at each place")
+    yield "val/code_bits", pictures.heat_maps(maps, "validation - training", "bits of the code at each place")
 
 
 def basis(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:

@@ -122,8 +122,8 @@ def _features(words: str, protocol: dict[str, str]) -> str:
 
 
 def _drawn(protocol: dict[str, Any]) -> str:
-    sampling = {name: value for name, value in protocol.get("sampling", {}).items() if value != DEFAULTS[name]}
-    how = "".join(f", {name.replace('_', '-')} {value}" for name, value in sampling.items())
+    changed = {name: protocol[name] for name, value in DEFAULTS.items() if protocol.get(name, value) != value}
+    how = "".join(f", {name.replace('_', '-')} {value}" for name, value in changed.items())
     return (
         f"{protocol['count']:,} generated images, labels {protocol['labels']}, seed {protocol['seed']}, temperature "
         f"{protocol['temperature']:g}{how}, against {protocol['reference']}."

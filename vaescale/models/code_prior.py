@@ -85,6 +85,8 @@ class CodePrior(Model):
         self.frozen = Frozen(codec)
         self.sizes, self.shape = _codes_of(codec, shape)
         self.places = math.prod(self.shape)
+        if len(self.sizes) > 1:
+            head_channels(config.width, config.heads, "model")  # of the transformer over codebooks
         self.conditioner: Conditioner | None = None
         if config.net == "uniform":
             return
@@ -106,6 +108,10 @@ class CodePrior(Model):
         """The tokenizer, on the device of the prior; that of the uniform prior stays where it is."""
         own = next(self.parameters(), None)
         return self.frozen.model if own is None else self.frozen.on(own.device)  # type: ignore[return-value]
+
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        return len(self.sizes), *self.shape
 
     @property
     def any_order(self) -> bool:
@@ -160,6 +166,8 @@ class CodePrior(Model):
             return torch.where(where, codes, free).unflatten(2, self.shape)
         given = self._given(condition, len(sample))
         if sampling.guidance != 1 and self.conditioner is not None:
+            if not self.config.label_dropout:
+                raise ValueError("guidance needs a prior that was trained with model.label_dropout above 0")
             given = torch.cat([given, self._given(self.conditioner.nothing_said(len(sample)), len(sample))])
         choose = Choice(self.levels, temperature, sampling)
         if self.config.order == "masked":

@@ -11,7 +11,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..interfaces import Batch, Bound, Codebooks, Codec, Condition, Known, PixelLikelihood, Prior, Sampling, Usage
+from ..interfaces import (
+    Batch,
+    Bound,
+    Calibrated,
+    Codebooks,
+    Codec,
+    Condition,
+    Known,
+    PixelLikelihood,
+    Prior,
+    Sampling,
+    Usage,
+    calibrated,
+)
 
 
 class Generative(nn.Module):
@@ -74,8 +87,10 @@ class GenerativeWithBound(Generative):
 
 
 def generative(prior: Prior, sampling: Sampling = Sampling()) -> Generative:
-    """Returns the prior's codec with samples from the prior, and with a bound if the codec has a likelihood."""
-    known = isinstance(prior.codec, PixelLikelihood)
+    """Returns the prior's codec with samples from the prior, and with a bound if the codec has a likelihood that is
+    calibrated."""
+    codec = prior.codec
+    known = isinstance(codec, PixelLikelihood) and isinstance(codec, Calibrated) and calibrated(codec)
     return (GenerativeWithBound if known else Generative)(prior, sampling)
 
 

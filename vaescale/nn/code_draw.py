@@ -88,7 +88,7 @@ def together(
 
     net: (codes, masked bool [B, N]) → h; keys: of the noise of codes and of confidences; first: int64 [N], an order in
     which the places are drawn instead."""
-    steps, size = choose.sampling.steps, tuple(codes.shape[1:])
+    steps, size = choose.sampling.passes, tuple(codes.shape[1:])
     masked = ~where.all(1)
     hidden = left = masked.sum(1, keepdim=True)
     for step in range(1, min(steps, size[1]) + 1):  # each draws one place or more

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
+from ..interfaces import Calibrated
+
 Tensors = dict[str, Tensor]
 
 
@@ -31,9 +33,13 @@ class Frozen:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Returns the hash of all parameters and buffers, 64-bit xxh3 in hexadecimal."""
-    digest = xxhash.xxh3_64()
+    """Returns the hash of all parameters and buffers, 64-bit xxh3 in hexadecimal. Statistics of Calibrated, which are
+    measured later and change nothing else, are left out."""
+    digest, measured = xxhash.xxh3_64(), model.calibration().values() if isinstance(model, Calibrated) else ()
+    later = {name for name, buffer in model.named_buffers() if any(buffer is one for one in measured)}
     for name, tensor in sorted(model.state_dict().items()):
+        if name in later:
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

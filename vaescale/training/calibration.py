@@ -6,7 +6,7 @@ import torch
 
 from .. import distributed
 from ..data import stream
-from ..interfaces import Batch, Calibrated
+from ..interfaces import Calibrated
 from ..numerics import exact
 
 
@@ -27,9 +27,7 @@ def calibrate(
     all ranks, and must return the same on all; if it is true, the model is not changed.
     """
     # A rank without images still needs the number of sums.
-    none = torch.zeros(1, dtype=torch.int64)
-    blank = Batch(images.reader.blank(1), none, images.attributes([0]), none)
-    sums = torch.zeros_like(model.calibration_sums(blank.to(device)))
+    sums = torch.zeros_like(model.calibration_sums(stream.blank(images).to(device)))
     damaged = torch.zeros(1, dtype=torch.float64, device=device)
     for decoded in stream.once(images, micro, device, "calibrate", watched, leave=False):
         if decoded:

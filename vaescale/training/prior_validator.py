@@ -71,7 +71,7 @@ class PriorValidator:
         self, slices: stream.TrainSlices | stream.ValidationSlices, total: int, stopped: Callable[[], object]
     ) -> Tensors:
         """The sums of RATE over the first `total` samples and all ranks; {} if it was stopped."""
-        sums = self._of(slices[range(1)].batch.to(self.device), empty=True)
+        sums = self._of(stream.blank(slices).to(self.device), empty=True)
         for decoded in stream.once(slices, self.micro, self.device, "rates", watched=False, total=total):
             if decoded:
                 for name, part in self._of(decoded.batch).items():

@@ -11,6 +11,7 @@ from ..data.stream import TrainSlices
 from ..lifecycle import checkpoint
 from ..lifecycle import state as states
 from ..lifecycle.checkpoint import CheckpointError
+from ..matching import check_tokenizer
 from ..nn.noise import VERSION
 from ..settings import Config
 from .learner import Learner
@@ -85,10 +86,7 @@ def resume(config: Config, learner: Learner, slices: TrainSlices, codec: str | N
                 f"{begun.get(key)}): restore data.root, or give another run=…"
             )
         if key == "codec":
-            raise ConfigError(
-                f"the tokenizer that {config.run} was started with has changed (weights {value}, were "
-                f"{begun.get(key)}): restore it, or give another run=…"
-            )
+            check_tokenizer(Path(config.run), str(begun.get(key)), str(value))
         raise ConfigError(
             f"{config.run} was started with {key}={begun.get(key)} and now has {value}, which would change the order "
             f"of samples: set it back, or give another run=…"

@@ -21,7 +21,7 @@ from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check_files
 from ..data.reader import Reader
-from ..interfaces import Batch, Calibrated, Codec, Model, Prior
+from ..interfaces import Batch, Calibrated, Codec, Model, Prior, calibrated
 from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
@@ -72,7 +72,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model, self.codec = self.built()
         for index in self.indexes:
-            check_codes(config, index, self.codec)
+            check_codes(config, index, self.codec, getattr(self.model, "code_shape", ()))
         samples = len(self.slices.samples.index)
         self.learner = chosen(config)(self.model, config, samples)
         self.validator = self.measuring(self.learner.averaged)
@@ -126,7 +126,7 @@ class Trainer:
     def uncalibrated(self) -> bool:
         """Returns whether the averaged model has statistics that are not measured yet."""
         averaged = self.learner.averaged
-        return isinstance(averaged, Calibrated) and not trained.calibrated(averaged)
+        return isinstance(averaged, Calibrated) and not calibrated(averaged)
 
     def train(self) -> str:
         """Trains to the end. Returns why the run was stopped early, one of stops.REASONS; "" if it has finished.
