@@ -30,7 +30,7 @@ from vaescale.lifecycle.checkpoint import verify
 from vaescale.lifecycle.writer import Writer
 from vaescale.models import kl
 from vaescale.monitoring.board import Board
-from vaescale.training import reporter, trainer, validator
+from vaescale.training import trainer, validator
 from vaescale.training.descent import Descent
 from vaescale.training.ema import WeightEMA
 from vaescale.training.engine import Engine
@@ -265,14 +265,14 @@ def dawdle(out: Path, seconds: float) -> None:
 
 def draw_slowly(out: Path, seconds: float) -> None:
     """Delay the pictures of the first validation by `seconds`."""
-    whole = reporter.show
+    whole = validator.show
 
     def slowed(*arguments: Any) -> Any:
         time.sleep(seconds)
-        reporter.show = whole
+        validator.show = whole
         return whole(*arguments)
 
-    reporter.show = slowed
+    validator.show = slowed
 
 
 def report_slowly(out: Path, seconds: float) -> None:
