@@ -8,7 +8,8 @@ import pytest
 from tests.conftest import samples
 from vaescale.config import ConfigError
 from vaescale.data import shards
-from vaescale.matching import absent_classes, check_classes
+from vaescale.data.codes import Header
+from vaescale.matching import absent_classes, check_classes, check_codes
 from vaescale.settings import Config
 
 ABC = ["a", "b", "c"]
@@ -54,3 +55,17 @@ def test_classes_without_validation_samples_are_named(tmp_path: Path) -> None:
     assert absent_classes(conditioned, few, two) == "1 of 5 classes are not in the validation data: c4"
     assert absent_classes(plain, one, two) == ""
     assert absent_classes(conditioned, one, one).startswith("5 of 12")
+
+
+def test_codes_must_be_those_of_the_tokenizer_at_the_models_size() -> None:
+    header = Header("a" * 16, [64], [1, 4, 4], "center", 1, "b" * 16)
+    index = SimpleNamespace(codes=header, folder=Path("codes"))
+    prior = Config(model=SimpleNamespace(kind="code_prior", tokenizer="runs/x"))
+    check_codes(prior, index, "a" * 16, (1, 4, 4))  # type: ignore[arg-type]
+    for codec, shape, sentence in (
+        (None, (), "holds codes, which a model of kind code_prior does not read"),
+        ("c" * 16, (1, 4, 4), "another tokenizer .weights a{16}. than model.tokenizer=runs/x .weights c{16}"),
+        ("a" * 16, (1, 8, 8), "an image in codes has 1 × 4 × 4 codes, but one of data.size=128 has 1 × 8 × 8"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            check_codes(prior, index, codec, shape)  # type: ignore[arg-type]

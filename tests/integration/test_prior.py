@@ -21,6 +21,7 @@ from tests.faults.test_checkpoints import End, end, job
 from tests.integration.conftest import TINY, forked, losses, training, written
 from tests.integration.test_resume import rewind, same_bits
 from vaescale import distributed, trained
+from vaescale.config import ConfigError
 from vaescale.data import stream
 from vaescale.interfaces import Batch
 
@@ -135,27 +136,30 @@ def test_a_resumed_prior_has_the_same_bits(runs: Path, resumed: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def refused(runs: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
+def longer(runs: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer, trained for one more step."""
+    folder = tmp_path_factory.mktemp("longer")
+    shutil.copytree(runs / "tokenizer" / "run", folder / "longer" / "run")
+    given = {"run": folder / "longer" / "run", "data.root": pictures, "model.quantizer.depth": 2, "steps": 13}
+    forked(folder, [training(folder / "longer", TINY, written(given))])
+    return folder / "longer" / "run"
+
+
+@pytest.fixture(scope="module")
+def refused(runs: Path, longer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
     """The ends of commands that cannot run."""
     folder = tmp_path_factory.mktemp("refused")
-    shutil.copytree(runs / "tokenizer" / "run", folder / "longer")
-    longer = ["launch/train.py", "--config", str(TINY), f"run={folder / 'longer'}", f"data.root={pictures}"]
-    prior = ["launch/train.py", "--config", str(TINY_PRIOR)]
+    prior, changed = ["launch/train.py", "--config", str(TINY_PRIOR)], f"model.tokenizer={longer}"
     shutil.copytree(runs / "pictures" / "run", folder / "begun")
     commands = {
-        "longer": [*longer, "model.quantizer.depth=2", "steps=13"],
-        "stranger": [
-            *prior, *settings_of(runs, "codes"), f"run={folder / 'a'}", f"model.tokenizer={folder / 'longer'}",
-        ],
-        "changed": [
-            *prior, *settings_of(runs, "pictures"), f"run={folder / 'begun'}",
-            f"model.tokenizer={folder / 'longer'}", "steps=14",
-        ],
+        "stranger": [*prior, *settings_of(runs, "codes"), f"run={folder / 'a'}", changed],
+        "changed": [*prior, *settings_of(runs, "pictures"), f"run={folder / 'begun'}", changed, "steps=14"],
         "no prior": ["launch/train.py", "--config", str(TINY), f"run={folder / 'b'}", f"data.root={runs / 'codes'}"],
         "missing": [*prior, *settings_of(runs, "codes"), f"run={folder / 'c'}", f"model.tokenizer={folder / 'none'}"],
         "uniform": [*prior, *settings_of(runs, "codes"), f"run={folder / 'd'}", "model.net=uniform"],
         "size": [*prior, *settings_of(runs, "pictures"), f"run={folder / 'e'}", "data.size=32"],
-    }  # fmt: skip
+        "heads": [*prior, *settings_of(runs, "pictures"), f"run={folder / 'f'}", "model.net=pixelcnn", "model.heads=5"],
+    }
     forked(folder, [job(folder / name, words) for name, words in commands.items()])
     return {name: end(folder / name) for name in commands}
 
@@ -168,6 +172,7 @@ def refused(runs: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
         ("no prior", "holds codes, which a model of kind vqvae does not read: set data.root to pictures"),
         ("missing", "model.tokenizer=.*none is not a run directory: set it to the run= of a training"),
         ("uniform", "model.net=uniform has nothing to train: evaluate the tokenizer itself"),
+        ("heads", "model.width=24 .* model.heads=5"),
         ("size", "data.size=32 is not that of .*, whose codes are modelled: set data.size=16"),
     ],
 )
@@ -208,6 +213,29 @@ def test_the_bits_are_those_of_the_tokenizer_and_the_prior(runs: Path, tmp_path:
         assert found[name]["rate"] == pytest.approx(float(rates.sum()) / math.log(2) / 11 / 768, rel=1e-5)
         assert found[name]["bits_per_code"] == pytest.approx(float(rates.mean()) / math.log(2), rel=1e-5)
         assert found[name]["bits_per_code"] == pytest.approx(values(runs / name / "run", BITS)[-1], rel=1e-5)
+
+
+def test_a_changed_tokenizer_is_refused(
+    runs: Path, longer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (command, sample):
+        words = ["--run", runs / "pictures" / "run", "--out", tmp_path / "out", f"model.tokenizer={longer}"]
+        assert called(module, "command", *words) == 2
+        assert re.search("the tokenizer that .* was started with has changed", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bits_are_measured_on_the_pictures_of_the_codes(runs: Path, tmp_path: Path) -> None:
+    """Not on others, which the tokenizer may have been trained on."""
+    shutil.copytree(runs / "codes", tmp_path / "codes")
+    config = trained.read_config(runs / "codes" / "run", [f"data.root={tmp_path / 'codes'}"])
+    assert Path(trained.pictures_of(config).root) == Path(trained.read_config(runs / "tokenizer" / "run", []).data.root)
+    index = tmp_path / "codes" / "val" / "index.json"
+    head = json.loads(index.read_text())
+    head["codes"]["source"] = "0" * 16
+    index.write_text(json.dumps(head))
+    with pytest.raises(ConfigError, match=r"were not made from .*: give data.root=… with the pictures"):
+        trained.pictures_of(config)
 
 
 def test_samples_are_drawn(runs: Path, tmp_path: Path) -> None:
