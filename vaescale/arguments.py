@@ -76,15 +76,16 @@ def _share(text: str) -> float:
     return value
 
 
-def words() -> list[str]:
-    """Returns the arguments of this process, without the rank that deepspeed adds, which the environment has, too."""
-    return [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+def words(given: Sequence[str] | None = None) -> list[str]:
+    """Returns the words `given`, by default the arguments of this process, without the rank that deepspeed adds, which
+    the environment has, too."""
+    return [word for word in (sys.argv[1:] if given is None else given) if not word.startswith("--local_rank=")]
 
 
 def parse_apart(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> argparse.Namespace:
     """As `parse`, for a parser with options of several values, which would swallow the overrides that follow them: all
     words of the form key=value that are no files are overrides."""
-    given = words() if given is None else given
+    given = words(given)
     overrides = [word for word in given if "=" in word and word[0] != "-" and not Path(word).exists()]
     found = parse(parser, [word for word in given if word not in overrides])
     found.overrides = [*overrides, *found.overrides]
@@ -98,7 +99,7 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -
     override `--steps=10`, which vaescale.config refuses with a hint at the right key. For other invalid arguments
     argparse exits with code 2.
     """
-    left = list(words() if given is None else given)
+    left = words(given)
     options = re.findall(r"--[\w-]+", parser.format_usage())
     settings = []
     for option in parser.parse_known_intermixed_args(left)[1]:
