@@ -46,6 +46,7 @@ def make_run(run: Path, data: Path, *given: str, seed: int = 0) -> Path:
     images use most codes."""
     overrides = [f"run={run}", f"data.root={data}", f"seed={seed}", "model.quantizer.depth=2", *given]
     config = settings.load(TINY, overrides)
+    torch.manual_seed(seed)  # an unlucky network would use few codes
     model = settings.build(config).eval()
     images = np.stack([decode.validation_image(jpeg(1000 + i), config.data.size) for i in range(24)])
     with torch.no_grad():

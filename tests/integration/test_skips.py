@@ -65,7 +65,8 @@ def skipped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fault_on_one_rank_reaches_nothing_on_any(skipped: Path, case: Case) -> None:
     for name in ("model", "ema", "optimizer"):
         for key, value in load_file(saved(skipped / case.name) / f"{name}.safetensors").items():
-            assert value.double().isfinite().all(), key
+            # the error is measured for the averaged weights only
+            assert value.double().isfinite().all() or (name, key) == ("model", "error_std"), key
     ranks = [(skipped / case.name / f"rank-{rank}.safetensors").read_bytes() for rank in (0, 1)]
     assert ranks[0] == ranks[1]
 
