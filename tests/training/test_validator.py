@@ -42,10 +42,10 @@ def test_images_are_compared_on_request_only_and_nothing_is_drawn(
     about = "evaluation every 2 steps: rfd_random, rkid_random, gfd_random on 7 of 11 validation images; with LPIPS"
     assert validator.about == about
     torch.manual_seed(3)
-    plain = validator.measure(model, False, lambda: False)
+    plain = validator.measure(False, lambda: False)
     drawn = torch.get_rng_state()  # a DataLoader draws a number that nothing uses
     torch.manual_seed(3)
-    found = validator.measure(model, True, lambda: False)
+    found = validator.measure(True, lambda: False)
     assert torch.equal(torch.get_rng_state(), drawn)
 
     slices = validator.slices
@@ -65,7 +65,7 @@ def test_images_are_compared_on_request_only_and_nothing_is_drawn(
 
     seen: list[int] = []
     monkeypatch.setattr(Gathering, "add", lambda self, samples, x: seen.append(len(self.nets)))
-    validator.measure(model, True, lambda: True)
+    validator.measure(True, lambda: True)
     assert seen[0] == 0  # the features of the validation images are known
 
 
@@ -73,11 +73,11 @@ def test_images_are_compared_on_request_only_and_nothing_is_drawn(
 def test_what_is_stopped_has_no_result_and_can_be_repeated(pictures: Path, tmp_path: Path, batches: int) -> None:
     """Three batches of reconstructions are followed by one of generated images."""
     config, model = read(tmp_path, "tiny_vae", pictures, "evaluation.metrics=[rkid,gkid]")
-    whole = built(config, model).measure(model, True, lambda: False)
+    whole = built(config, model).measure(True, lambda: False)
     validator = built(config, model)
     left = iter([False] * (batches - 1) + [True])
-    assert validator.measure(model, True, lambda: next(left)) == {}
-    assert validator.measure(model, True, lambda: False) == whole
+    assert validator.measure(True, lambda: next(left)) == {}
+    assert validator.measure(True, lambda: False) == whole
 
 
 @pytest.mark.parametrize(

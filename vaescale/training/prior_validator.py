@@ -43,9 +43,8 @@ class PriorValidator:
         self.comparing = Validator(config, self.codec, slices, device, micro)
         self.about = self.comparing.about
 
-    def measure(self, averaged: Model, compare: bool, stopped: Callable[[], object]) -> dict[str, float]:
-        """Returns the rates of `averaged`, as Validator.measure returns its numbers. Collective."""
-        del averaged  # the prior itself
+    def measure(self, compare: bool, stopped: Callable[[], object]) -> dict[str, float]:
+        """Returns the rates of the codes, as Validator.measure returns its numbers. Collective."""
         index, trained = self.slices.samples.index, self.training.samples.index
         count = min(len(index), len(trained))
         validation = self._sums(self.slices, len(index), stopped)
@@ -56,13 +55,12 @@ class PriorValidator:
         found = RATE.result(validation, len(index))
         found["bits_per_code_train"] = RATE.result(training, count)["bits_per_code"]
         if compare:
-            compared = self.comparing.measure(self.codec, True, stopped)
+            compared = self.comparing.measure(True, stopped)
             return found | compared if compared else {}
         return found
 
-    def pictures(self, averaged: Model, shown: Batch) -> Pictures:
+    def pictures(self, shown: Batch) -> Pictures:
         """Yields samples, and the maps of the last validation."""
-        del averaged
         return of_prior(self.prior, shown, self.maps)
 
     @torch.no_grad()

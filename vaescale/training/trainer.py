@@ -278,8 +278,7 @@ class Trainer:
         """Evaluates the averaged weights on the validation set, and draws the fixed images. Returns why it was cut
         short, one of stops.REASONS; "" if it was not. A validation that was cut short stays pending for the next
         process."""
-        averaged = self.learner.averaged
-        if not isinstance(averaged, Codec | Prior):
+        if not isinstance(self.learner.averaged, Codec | Prior):
             self.position.validation_due = False  # nothing to measure
             return ""
 
@@ -288,11 +287,11 @@ class Trainer:
             return stop.agreed("batch")
 
         with watch.doing("validation"):
-            measured = self.validator.measure(averaged, self.evaluation_due(), stopped)
+            measured = self.validator.measure(self.evaluation_due(), stopped)
             if not measured:
                 return stop.said
             shown = partial(stream.fixed_images, self.validation)
-            self.reporter.validation(measured, lambda: self.validator.pictures(averaged, shown().to(self.device)))
+            self.reporter.validation(measured, lambda: self.validator.pictures(shown().to(self.device)))
         self.position.validation_due = False
         return ""
 

@@ -26,7 +26,7 @@ class Validator:
     def __init__(
         self,
         config: Config,
-        averaged: object,
+        averaged: Any,
         slices: stream.ValidationSlices,
         device: torch.device,
         micro: int,
@@ -34,25 +34,26 @@ class Validator:
         """Reads the weights of the networks that every.evaluate needs. micro: images at a time. Raises ConfigError, on
         all ranks, if one cannot be read or a comparison is impossible. Collective."""
         self.config, self.slices, self.device, self.micro = config, slices, device, micro
+        self.averaged = averaged
         self.requests: list[Request] = []
         self.known: ByNet = {}  # of the validation images, which do not change
         self.lpips: Distance | None = None
         self.about = ""  # a sentence on what is measured at every.evaluate, for the log
         if config.every.evaluate and isinstance(averaged, Codec):
-            self._prepare(averaged)
+            self._prepare()
 
-    def _prepare(self, averaged: Codec) -> None:
+    def _prepare(self) -> None:
         given, total = self.config.evaluation, len(self.slices.samples.index)
         used = min(given.count, total)
         try:
             asked = chosen(given.metrics, [given.features])
             self.nets = [read_net(name) for name in asked]  # one, or none without metrics
             self.requests = [Request(*one, net.words) for net in self.nets for one in asked[net.name]]
-            self._check(averaged, total)
+            self._check(total)
         except Refused as error:
             raise ConfigError(f"every.evaluate={self.config.every.evaluate} is impossible: {error}") from None
         lpips = ""
-        if _distance(averaged) is None:  # else the run's own distance is measured at every validation
+        if _distance(self.averaged) is None:  # else the run's own distance is measured at every validation
             self.lpips, why = read_lpips(self.config.data.size)
             lpips = f"without LPIPS, because {why}" if why else "with LPIPS"
         of = f"{used} of {total}" if used < total else f"{total}"
@@ -61,30 +62,30 @@ class Validator:
         parts = [f"evaluation every {self.config.every.evaluate} steps{compared}", lpips]
         self.about = "; ".join(filter(None, parts))
 
-    def _check(self, averaged: Codec, total: int) -> None:
+    def _check(self, total: int) -> None:
         """Raises Refused if a comparison is impossible."""
         blank, count = self.slices[range(1)].batch.x, self.config.evaluation.count
         images, samples = Gathering(self.nets, total, blank, count), Gathering(self.nets, count, blank)
         for side, gathering in ((RECONSTRUCTED, images), (GENERATED, samples)):
             check([request for request in self.requests if request.side == side], gathering, images.by_net)
         if any(request.side == GENERATED for request in self.requests):
-            try_to(self._generator(averaged))
+            try_to(self._generator())
 
-    def _generator(self, averaged: Codec) -> Generate:
+    def _generator(self) -> Generate:
         classes, attributes = getattr(self.config.model, "classes", 0), len(self.config.data.attributes)
-        return generator(averaged, Drawing(), [1] * classes, attributes, self.device)
+        return generator(self.averaged, Drawing(), [1] * classes, attributes, self.device)
 
-    def measure(self, averaged: Any, compare: bool, stopped: Callable[[], object]) -> dict[str, Any]:
+    def measure(self, compare: bool, stopped: Callable[[], object]) -> dict[str, Any]:
         """Returns the numbers of the averaged weights over the validation set; {} if `stopped`, which is called after
         each batch, returned true. compare: whether to compare images by their features, too. Collective."""
-        slices, device, distance = self.slices, self.device, _distance(averaged)
+        slices, device, distance = self.slices, self.device, _distance(self.averaged)
         if not compare:
-            return evaluate(averaged, slices, device, self.micro, stopped=stopped, distance=distance)
+            return evaluate(self.averaged, slices, device, self.micro, stopped=stopped, distance=distance)
         if self.lpips:
             distance = self.lpips.to(device)
         nets, count = [net.to(device) for net in self.nets], self.config.evaluation.count
         found = measure(
-            averaged, slices, device, self.requests, nets, count, self._generator(averaged), known=self.known,
+            self.averaged, slices, device, self.requests, nets, count, self._generator(), known=self.known,
             used=count, stopped=stopped, micro=self.micro, distance=distance,
         )  # fmt: skip
         for net in nets:
@@ -93,9 +94,9 @@ class Validator:
             self.lpips.to(torch.device("cpu"))
         return found
 
-    def pictures(self, averaged: Any, shown: Batch) -> Pictures:
+    def pictures(self, shown: Batch) -> Pictures:
         """Yields all pictures that the model supports. shown: the fixed images, on the device."""
-        return show(averaged, shown)
+        return show(self.averaged, shown)
 
 
 def _distance(averaged: Codec) -> Distance | None:
