@@ -26,6 +26,8 @@ class Optimizer:
     lr: float = ranged(3e-4, above=0)
     betas: tuple[float, float] = ranged((0.9, 0.99), least=0, below=1)
     weight_decay: float = ranged(0.0, least=0)
+    # whether it includes parameters of one dimension: biases and the scales of norms
+    decay_vectors: bool = True
     grad_clip: float = ranged(1.0, least=0)  # largest global gradient norm; 0: no clipping
     warmup_steps: int = ranged(100, least=0)  # steps
     final_lr_ratio: float = ranged(0.05, least=0, most=1)  # learning rate at the last step, as a share of lr

@@ -17,7 +17,7 @@ from scipy.stats import norm
 from launch import evaluate as command
 from launch import export, sample
 from tests.conftest import ROOT
-from tests.faults.test_checkpoints import End, end, job
+from tests.faults.test_checkpoints import POINTS, End, end, job
 from tests.integration.conftest import TINY, forked, losses, training, written
 from tests.integration.test_resume import rewind, same_bits
 from vaescale import distributed, trained
@@ -42,7 +42,8 @@ CASES = {  # name → ranks, settings
     "pixelcnn": (1, {"model.net": "pixelcnn"}),
     "pixelcnn_two": (2, {"model.net": "pixelcnn"}),
 }
-RESUMED = ("codes", "two", "zero2", "masked", "random", "pixelcnn")
+RESUMED = ("codes", "two", "zero1", "zero2", "masked", "random", "pixelcnn")
+KILLED = ("pictures", "zero1")  # while the checkpoint of step 8 is written
 
 
 def called(module: object, name: str, *words: object) -> int:
@@ -82,6 +83,11 @@ def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resumed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resumed")
     jobs = []
+    for name in KILLED:
+        out, world = folder / f"{name} killed", CASES[name][0]
+        words = ["launch/train.py", "--config", str(TINY_PRIOR), *settings_of(runs, name), f"run={out / 'run'}"]
+        jobs.append(job(out, words, ["die", 0, POINTS[1], 8], world=world, killed=True))
+        jobs.append(job(out / "again", words, world=world))
     for name in RESUMED:
         (folder / name).mkdir()
         rewind(runs / name / "run", folder / name / "run")
@@ -133,6 +139,16 @@ def test_half_precision_has_the_same_bits_per_dim(runs: Path) -> None:
 def test_a_resumed_prior_has_the_same_bits(runs: Path, resumed: Path) -> None:
     for name in RESUMED:
         same_bits(resumed / name / "run", runs / name / "run")
+
+
+def test_a_killed_prior_goes_on_to_the_same_bits(runs: Path, resumed: Path) -> None:
+    for name in KILLED:
+        out, world = resumed / f"{name} killed", CASES[name][0]
+        assert end(out).codes == [None] * world
+        codes, output = end(out / "again")
+        assert codes == [0] * world, output
+        assert "resumes at step 4:" in output
+        same_bits(out / "run", runs / name / "run")
 
 
 @pytest.fixture(scope="module")

@@ -64,17 +64,32 @@ def test_fp16_weights_without_hardware_are_one_sentence(group: None, monkeypatch
         deepspeed_config("fp16", 1, 1.0, 1, 1, {})
 
 
-def test_one_step_is_that_of_plain_torch(group: None) -> None:
+def groups(net: nn.Module, vectors: bool) -> list[dict[str, Any]]:
+    """Returns AdamW's groups with a weight decay of 0.1, by the names of the parameters."""
+    if vectors:
+        return [{"params": list(net.parameters()), "weight_decay": 0.1}]
+    matrices = {name for name, p in net.named_parameters() if len(p.shape) >= 2}
+    assert 0 < len(matrices) < len(list(net.parameters()))
+    return [
+        {"params": [p for name, p in net.named_parameters() if (name in matrices) == decays], "weight_decay": decay}
+        for decays, decay in ((True, 0.1), (False, 0.0))
+    ]
+
+
+@pytest.mark.parametrize("vectors", [True, False])
+def test_one_step_is_that_of_plain_torch(group: None, vectors: bool) -> None:
     """Ten steps against a hand-written loop with AdamW and clipping."""
-    config = load("optimizer.grad_clip=0.5", "optimizer.weight_decay=0.1")
+    config = load("optimizer.grad_clip=0.5", "optimizer.weight_decay=0.1", f"optimizer.decay_vectors={vectors}")
     torch.manual_seed(0)
     ours, plain = settings.build(config), settings.build(config)
     plain.load_state_dict(ours.state_dict())
     learner = Descent(ours, config)
-    adam = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    adam = torch.optim.AdamW(groups(plain, vectors), betas=(0.9, 0.99), fused=True)
     for step in range(10):
         norm = learner.step([batch()], step)["gradient_norm"]
-        lr = adam.param_groups[0]["lr"] = learning_rate(config.optimizer, step, config.steps)
+        lr = learning_rate(config.optimizer, step, config.steps)
+        for parameters in adam.param_groups:
+            parameters["lr"] = lr
         plain(batch(), step).loss.backward()
         expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         adam.step()
@@ -85,12 +100,15 @@ def test_one_step_is_that_of_plain_torch(group: None) -> None:
         torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
 
 
+@pytest.mark.parametrize("vectors", [True, False])
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_two_engines_share_a_step_a_verdict_and_a_checkpoint(group: None, tmp_path: Path, zero: int) -> None:
+def test_two_engines_share_a_step_a_verdict_and_a_checkpoint(
+    group: None, tmp_path: Path, zero: int, vectors: bool
+) -> None:
     """Compares a generator and a critic, on two micro-batches per step, with plain torch, up to rounding. In the
     generator's pass the critic is called without its engine and frozen. In the third step the critic's gradient is not
     finite: neither network moves."""
-    optimizer = settings.Optimizer(lr=1e-2, grad_clip=0.5, weight_decay=0.1)
+    optimizer = settings.Optimizer(lr=1e-2, grad_clip=0.5, weight_decay=0.1, decay_vectors=vectors)
 
     def nets() -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
@@ -115,8 +133,7 @@ def test_two_engines_share_a_step_a_verdict_and_a_checkpoint(group: None, tmp_pa
     }
     plain = dict(zip(engines, nets(), strict=True))
     adams = {
-        name: torch.optim.AdamW(net.parameters(), 1e-2, optimizer.betas, weight_decay=0.1, fused=True)
-        for name, net in plain.items()
+        name: torch.optim.AdamW(groups(net, vectors), 1e-2, optimizer.betas, fused=True) for name, net in plain.items()
     }
     no = torch.tensor(False)
     for step, micros in enumerate(data):
@@ -367,6 +384,8 @@ def test_half_weights_are_averaged_as_their_masters(group: None, monkeypatch: py
         "optimizer.lr=1e-5",
         "optimizer.warmup_steps=0",
         "ema_decay=0.9",
+        "optimizer.weight_decay=0.1",
+        "optimizer.decay_vectors=false",  # two groups, hence two shards
     )
     torch.manual_seed(0)
     model = settings.build(config)

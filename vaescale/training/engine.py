@@ -82,7 +82,7 @@ class Engine:
         self.parameters = dict(module.named_parameters())
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad and p.numel()}
         self.optimizer = torch.optim.AdamW(
-            module.parameters(), optimizer.lr, optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
+            parameter_groups(list(self.trained.values()), optimizer), optimizer.lr, optimizer.betas, fused=True
         )
         self.precision = PRECISIONS[precision]
         settings = deepspeed_config(precision, zero, optimizer.grad_clip, micro, accumulation, passed or {})
@@ -219,7 +219,7 @@ class Engine:
         if not self.sharded:
             return on_host(self.parameters | self._buffers())
         frozen = on_host({name: p for name, p in self.parameters.items() if name not in self.trained})
-        masters = zip(self.trained, self.shards.on_host(self._shard()), strict=False)
+        masters = zip(self.trained, self.shards.on_host(self._shards()), strict=False)
         return {**{name: p.float() for name, p in frozen.items()}, **dict(masters), **on_host(self._buffers())}
 
     def saved(self, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -233,13 +233,13 @@ class Engine:
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         self.module.load_state_dict(weights)
         if self.sharded:
-            self.shards.scatter([weights[name] for name in self.trained], self._shard())
+            self.shards.scatter([weights[name] for name in self.trained], self._shards())
 
     def masters(self) -> Masters | None:
         """Returns the fp32 masters; None if the model's own weights are fp32."""
         if not self.sharded or all(parameter.dtype == torch.float32 for parameter in self.parameters.values()):
             return None
-        return Masters(self.shards, self._shard(), [name in self.trained for name in self.parameters])
+        return Masters(self.shards, self._shards(), [name in self.trained for name in self.parameters])
 
     def moments(self) -> dict[str, Tensor]:
         """Returns copies of AdamW's moments in fp32, by "name/exp_avg" and "name/exp_avg_sq", in rank 0's host memory;
@@ -249,7 +249,7 @@ class Engine:
         moments: dict[str, Tensor] = {}
         for key in MOMENTS:
             if self.sharded:
-                full = self.shards.on_host(self.optimizer.state[self._shard()][key])
+                full = self.shards.on_host(self._sharded_moments(key))
                 moments |= {f"{name}/{key}": value for name, value in zip(self.trained, full, strict=False)}
             else:
                 moments |= on_host({f"{name}/{key}": self._moment(p, key) for name, p in self.trained.items()})
@@ -258,7 +258,7 @@ class Engine:
     def load_moments(self, moments: dict[str, Tensor], steps: int) -> None:
         if not steps:
             return
-        for tensor in [self._shard()] if self.sharded else self.trained.values():
+        for tensor in self._shards() if self.sharded else self.trained.values():
             state = self.optimizer.state[tensor]
             state["step"] = torch.tensor(float(steps), device=tensor.device)
             for key in MOMENTS:
@@ -266,7 +266,7 @@ class Engine:
         for key in MOMENTS:
             full = [moments[f"{name}/{key}"] for name in self.trained]
             if self.sharded:
-                self.shards.scatter(full, self.optimizer.state[self._shard()][key])
+                self.shards.scatter(full, self._sharded_moments(key))
                 continue
             for parameter, value in zip(self.trained.values(), full, strict=True):
                 self.optimizer.state[parameter][key].copy_(value)
@@ -306,14 +306,27 @@ class Engine:
         kept = self.module.state_dict()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
-    def _shard(self) -> Tensor:
-        """Returns this rank's shard of the fp32 masters, flat, which replaces the parameters in the optimiser."""
-        return self.optimizer.param_groups[0]["params"][0]
+    def _shards(self) -> list[Tensor]:
+        """Returns this rank's shard of the fp32 masters of each parameter group, flat, which replaces the parameters in
+        the optimiser."""
+        return [group["params"][0] for group in self.optimizer.param_groups]
+
+    def _sharded_moments(self, key: str) -> list[Tensor]:
+        return [self.optimizer.state[shard][key] for shard in self._shards()]
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         """A parameter that has never had a gradient has no state yet."""
         state = self.optimizer.state.get(parameter)
         return state[key] if state else torch.zeros_like(parameter)
+
+
+def parameter_groups(parameters: list[nn.Parameter], optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Returns the parameters in groups of AdamW with one weight decay each."""
+    if optimizer.decay_vectors or not optimizer.weight_decay:
+        return [{"params": parameters, "weight_decay": optimizer.weight_decay}]
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
+    groups = [(matrices, optimizer.weight_decay), (vectors, 0.0)]
+    return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
 
 
 def deepspeed_config(
