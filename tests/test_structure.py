@@ -45,6 +45,7 @@ LAYERS = {  # package or file → the others that it may import
         *("files", "numerics", "interfaces", "distributed", "config", "nn"),
         *("settings", "data", "monitoring"),
     },
+    "formats": {*("files", "interfaces", "distributed", "config", "nn", "models", "settings", "trained", "lifecycle")},
     "library": {"interfaces", "numerics", "settings", "data", "monitoring", "evaluation", "trained"},
     "training": {*BELOW, "evaluation"},
     "advice": {*BELOW, "training"},
