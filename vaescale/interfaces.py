@@ -282,6 +282,15 @@ class Reconstructor(Protocol):
 
 
 @runtime_checkable
+class SeparateDecoder(Protocol):
+    """A codec whose decoder can be trained alone, because it shares no parameters with what latents depend on."""
+
+    def freeze_encoder(self) -> None:
+        """Freezes all that latents depend on, codebooks included: no later step changes the latents of an image."""
+        ...
+
+
+@runtime_checkable
 class Basis(Protocol):
     """A codec with a linear decoder."""
 

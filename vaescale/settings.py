@@ -12,7 +12,7 @@ from . import config as mechanics
 from .config import ConfigError
 from .data import places, stream
 from .hints import either, known_keys
-from .interfaces import Batch, Codec, Model, Reconstructor, Shape
+from .interfaces import Batch, Codec, Model, Reconstructor, SeparateDecoder, Shape
 from .models import MODELS
 from .nn import critic
 from .ranges import ranged, require
@@ -84,6 +84,8 @@ class Config:
     keep_every: int = ranged(0, least=0)  # also keep the checkpoints of every multiple of this step for ever; 0: none
     # A run directory or a checkpoint whose weights a new run starts from, at step 0 with a fresh optimiser.
     init_from: str = ""
+    # decoder: encoder and codebooks stay as they are in init_from, so that its latents keep their meaning
+    train: Literal["all", "decoder"] = "all"
     data: stream.Config = field(default_factory=stream.Config)
     optimizer: Optimizer = field(default_factory=Optimizer)
     adversarial: critic.Config = field(default_factory=critic.Config)
@@ -209,9 +211,17 @@ def build(config: Config, training: bool = True) -> Model:
         model = config.model
         if not training and hasattr(model, "reconstruction"):
             model = replace(model, reconstruction=model.reconstruction.without_files())
-        return MODELS[config.model.kind].build(model, shape(config), config.seed, *codec)
+        built = MODELS[config.model.kind].build(model, shape(config), config.seed, *codec)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if training and config.train == "decoder":
+        if not isinstance(built, SeparateDecoder):
+            raise ConfigError(
+                f"train=decoder cannot be used with model.kind={config.model.kind}, whose decoder cannot be trained "
+                f"alone: set train=all"
+            )
+        built.freeze_encoder()
+    return built
 
 
 def base_run(config: Config) -> Path | None:
@@ -350,6 +360,8 @@ def _require(config: Config) -> None:
         )
     if config.optimizer.spike and config.optimizer.spike <= 1:
         raise ConfigError(f"optimizer.spike={config.optimizer.spike} must be above 1, or 0 for no limit")
+    if config.train == "decoder" and not config.init_from:
+        raise ConfigError("train=decoder needs a trained encoder: set init_from to a run, or set train=all")
     adversarial = config.adversarial
     if adversarial.weight and config.precision == "fp16":
         raise ConfigError(

@@ -107,6 +107,28 @@ def test_usage_counts_each_codebook(kind: str) -> None:
         assert not usage.age[column].any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_quantiser_counts_and_does_not_learn(kind: str) -> None:
+    """In steps with and without a reset of dead codes; one that learns changes in them."""
+    quantizer = trained(KINDS[kind])
+    quantizer.freeze()
+    quantizer.usages(clear=True)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items() if ".tally." not in f".{name}"}
+    seen = []
+    for step in range(6, 12):
+        for part in (2 * torch.randn(2, 250, DIM)).unbind():
+            out = quantizer(part)
+            seen.append(out.codes.view(250, -1))
+            assert not out.z.requires_grad
+            assert not out.loss.requires_grad
+        quantizer.update(step, lr=0.1)
+    after = quantizer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for size, column, usage in zip(quantizer.sizes, torch.cat(seen).T, quantizer.usages(clear=False), strict=True):
+        assert usage.window.tolist() == np.bincount(column.numpy(), minlength=size).tolist()
+        assert (usage.steps, usage.resets) == (6, 0)
+
+
 def test_cosine_is_the_largest_cosine() -> None:
     quantizer = trained(KINDS["cosine"])
     assert isinstance(quantizer, VectorQuantizer)

@@ -16,8 +16,8 @@ from ..files import printable
 from ..settings import Config
 
 FILE = "config_history.jsonl"
-# The meaning of the weights depends on them.
-FIXED = ("model", "data.size", "data.channels", "data.attributes")
+# The meaning of the weights depends on them; of `train`, which weights change and have an optimiser state.
+FIXED = ("model", "data.size", "data.channels", "data.attributes", "train")
 CRITIC = ("adversarial.width", "adversarial.layers")  # the same, if there was a critic
 # Not these: where a file or a tokenizer lies, whose weights are compared by their hash, and how memory is saved.
 FREE = ("model.reconstruction.perceptual.weights", "model.tokenizer", "model.checkpointing")

@@ -108,6 +108,9 @@ class Spatial(Latent):
         _, (level,) = self.net.infer(x, embedded, lambda _, q: q.mean)
         return level.q.mean, level.q.log_std.exp()
 
+    def freeze_encoder(self) -> None:
+        self.net.encoder.requires_grad_(False)
+
     @property
     def last_layer(self) -> nn.Module:
         """The convolution that computes the likelihood's input, or the reconstruction."""

@@ -116,6 +116,10 @@ class VQVAE(Model):
     def update(self, step: int, lr: float) -> None:
         self.quantizer.update(step, lr)
 
+    def freeze_encoder(self) -> None:
+        self.encoder.requires_grad_(False)
+        self.quantizer.freeze()
+
     def usage(self, clear: bool) -> dict[str, Usage]:
         return dict(zip(self.codebooks, self.quantizer.usages(clear), strict=True))
 

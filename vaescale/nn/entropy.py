@@ -35,6 +35,14 @@ def entropies(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, 
     return sure, varied
 
 
+def patterns(no: Tensor, yes: Tensor) -> Tensor:
+    """Log-probabilities [N, B] that each of B bits is 0 or 1 → probabilities [N, 2^B] of all bit patterns."""
+    total = no.new_zeros(len(no), 1)
+    for bit in range(no.shape[1]):
+        total = torch.cat([total + no[:, bit, None], total + yes[:, bit, None]], dim=1)
+    return total.exp()
+
+
 class _Entropies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from .. import distributed
 from ..interfaces import Quantized
 from ..ranges import ranged, require
 from .codebook import EMA, Adam, Tally
-from .entropy import entropies
+from .entropy import entropies, patterns
 from .nearest import nearest
 from .quantizer import Grouped, Projected, Quantizer, Residual, pass_through
 
@@ -120,7 +120,7 @@ class VectorQuantizer(Quantizer):
             rows = z.reshape(-1, self.config.dim)
             codes = nearest(rows.detach(), self.codebook)
             if self.training:
-                self._note(rows.detach(), codes)
+                self._note(codes, rows.detach())
             e = F.embedding(codes, self.codebook).view_as(z)
             commitment = F.mse_loss(z, e)
             loss = self.config.beta * commitment
@@ -139,7 +139,9 @@ class VectorQuantizer(Quantizer):
 
     def gather(self, step: int) -> list[Tensor]:
         """Returns the sum of each code's rows [K, D] and their number [K], exact in fp32 below 2**24 rows per step. In
-        steps that initialise or reset, candidates [K, D] follow."""
+        steps that initialise or reset, candidates [K, D] follow. If frozen, returns their number only."""
+        if self.frozen:
+            return super().gather(step)
         self.collect()
         draws = self._draws(step)
         candidates = []
@@ -157,6 +159,8 @@ class VectorQuantizer(Quantizer):
         return [*total, *candidates]
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
+        if self.frozen:
+            return super().learn(totals, step, lr)
         sums, counts = next(totals), next(totals)
         # A step with a NaN counts as a step without rows.
         sane = sums.isfinite().all()
@@ -201,7 +205,9 @@ class VectorQuantizer(Quantizer):
 
     def collect(self) -> None:
         """Sums noted rows. At most two micro-batches are held, except in a step that draws rows."""
-        for rows, codes in self._noted():
+        if self.frozen:
+            return super().collect()
+        for codes, rows in self._noted():
             self._seen.append((rows, codes))
             if len(self._seen) > 1 and not self._keep:
                 self._add()
@@ -381,17 +387,9 @@ class LFQ(Quantizer):
         yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
         sure = -(yes.exp() * yes + no.exp() * no).sum(1).mean()
         half = self.config.dim // 2
-        low, high = (_product(no[:, part], yes[:, part]) for part in (slice(None, half), slice(half, None)))
+        low, high = (patterns(no[:, part], yes[:, part]) for part in (slice(None, half), slice(half, None)))
         mean = high.t() @ low / len(z)
         return sure, torch.special.entr(mean.clamp(min=1e-30)).sum()
 
     def lookup(self, codes: Tensor) -> Tensor:
         return (codes[..., None] // self.radix % 2) * 2.0 - 1
-
-
-def _product(no: Tensor, yes: Tensor) -> Tensor:
-    """Log-probabilities [N, B] that each of B bits is 0 or 1 → probabilities [N, 2^B] of all bit patterns."""
-    total = no.new_zeros(len(no), 1)
-    for bit in range(no.shape[1]):
-        total = torch.cat([total + no[:, bit, None], total + yes[:, bit, None]], dim=1)
-    return total.exp()

@@ -31,6 +31,7 @@ class Quantizer(nn.Module, ABC):
     sizes: tuple[int, ...]  # K of each codebook, coarse to fine
     tally: Tally  # only in quantisers with a single codebook
     ready: bool | Tensor = True  # whether its inputs are meaningful yet, so that it may be initialised from them
+    frozen: bool = False  # its uses are counted, but it does not learn
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Quantizer(nn.Module, ABC):
     def collect(self) -> None:
         """Adds up what the forward passes since the last call have noted. A model calls it after each forward pass, to
         free memory, and outside of what is compiled."""
-        for (codes,) in self._noted():
+        for codes, *_ in self._noted():
             self.tally.add(codes)
 
     def learn(self, totals: Iterator[Tensor], step: int, lr: float) -> None:
@@ -68,6 +69,13 @@ class Quantizer(nn.Module, ABC):
     def usages(self, clear: bool) -> list[Usage]:
         """Returns the usage of each codebook; `clear` starts a new window."""
         return [self.tally.usage(clear)]
+
+    def freeze(self) -> None:
+        """Keeps all codes as they are from now on. Their uses are still counted."""
+        self.requires_grad_(False)
+        for part in self.modules():
+            if isinstance(part, Quantizer):
+                part.frozen = True
 
     def placed(self) -> bool | Tensor:
         """Returns whether the codes are initialised or need no initialisation; bool []."""

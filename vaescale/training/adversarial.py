@@ -75,7 +75,7 @@ class Adversarial:
     def memory(model: Model, config: Config, world: int) -> dict[str, float]:
         judge = build_critic(config)
         assert judge is not None
-        state = state_bytes(sum(p.numel() for p in judge.parameters()), config, world)
+        state = state_bytes(judge, config, world)
         pair = torch.zeros(2, config.data.channels, config.data.size, config.data.size)
         held = kept_bytes(lambda: judge(pair), judge.parameters()) // (1 if config.precision == "fp32" else 2)
         return Descent.memory(model, config, world) | {

@@ -81,9 +81,8 @@ class Descent:
 
     @staticmethod
     def memory(model: Model, config: Config, world: int) -> dict[str, float]:
-        parameters = sum(p.numel() for p in model.parameters())
         buffers = sum(b.nbytes for b in model.buffers())
-        return state_bytes(parameters, config, world) | {
+        return state_bytes(model, config, world) | {
             # of the model and of its averaged copy, which share a perceptual distance
             "buffers": 2 * buffers + sum(tensor.nbytes for tensor in trunk(model)),
             "activations": activation_bytes(model, config) * micro_batch(config, world),
@@ -194,6 +193,8 @@ class Descent:
     def begin(self, read: Read) -> None:
         wanted = self.averaged.state_dict()  # a model and its average have the same tensors
         weights, averages = read("model", wanted), read("ema", wanted)
+        if self.config.train == "decoder":  # of the averaged encoder: latents that others use come from it
+            weights |= {name: averages[name] for name in self.engine.parameters}
         self.engine.load_weights(weights)
         self._average(averages)
 
@@ -210,8 +211,11 @@ class Descent:
         return 4 * (weights + moments) + buffers + averages
 
     def summary(self) -> str:
-        weights = sum(p.numel() for p in self.model.parameters())
-        return f"{weights / 1e6:.2f} M parameters, {self.config.precision}, ZeRO {self.config.zero_stage}"
+        parameters = list(self.model.parameters())
+        weights = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        share = f" ({trained / 1e6:.2f} M trained)" if trained < weights else ""
+        return f"{weights / 1e6:.2f} M parameters{share}, {self.config.precision}, ZeRO {self.config.zero_stage}"
 
 
 def channels_last(*modules: nn.Module) -> None:
@@ -247,19 +251,22 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
     return optimizer.lr * warm * cosine
 
 
-def state_bytes(parameters: int, config: Config, world: int) -> dict[str, float]:
-    """Returns bytes on one rank of the fp32 weights, gradients, AdamW's two moments and the averaged weights.
+def state_bytes(module: nn.Module, config: Config, world: int) -> dict[str, float]:
+    """Returns bytes on one rank of the fp32 weights, gradients, AdamW's two moments and the averaged weights. Frozen
+    parameters have only weights and averages.
 
     ZeRO 1 divides the moments by the world size, ZeRO 2 the gradients too, and both add a sharded fp32 master copy. The
     fp16 engine halves weights and gradients.
     """
+    parameters = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     shards = world if config.zero_stage else 1
     width = 2 if config.precision == "fp16" and config.zero_stage else 4
     return {
         "weights": width * parameters,
-        "gradients": width * parameters / (world if config.zero_stage == 2 else 1),
-        "moments": 8 * parameters / shards,
-        "masters": 4 * parameters / shards if config.zero_stage else 0,
+        "gradients": width * trained / (world if config.zero_stage == 2 else 1),
+        "moments": 8 * trained / shards,
+        "masters": 4 * trained / shards if config.zero_stage else 0,
         "EMA": 4 * parameters,
     }
 

@@ -11,16 +11,18 @@ from .gather import Masters
 
 
 class WeightEMA:
-    """A second model whose parameters are exponential moving averages in fp32, and whose buffers are copies.
+    """A second model whose parameters are exponential moving averages in fp32, and whose buffers are copies. Frozen
+    parameters are neither averaged nor copied.
 
     Codebooks are copied, not averaged: they are averages already, and a reset code must change at once. Statistics of
     the latents are measured for the averages alone; a further step copies the model's, which say "not measured".
     """
 
     def __init__(self, model: Model, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).eval()
         self.decay = decay
-        self._averages: list[Tensor] = list(self.model.parameters())
+        self._averages: list[Tensor] = _trained(self.model)
+        self.model.requires_grad_(False)
         self._buffers = joined(self.model)
         self._masters: Masters | None = None
 
@@ -40,7 +42,7 @@ class WeightEMA:
         differences take as much memory as the gradients, which have been freed by now.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        weights = self._masters.parts if self._masters else [p.detach().float() for p in model.parameters()]
+        weights = self._masters.parts if self._masters else [p.detach().float() for p in _trained(model)]
         # A lerp with a weight on the device would launch one kernel per parameter.
         differences = torch._foreach_sub(weights, self._averages)
         torch._foreach_mul_(differences, weight * (1 - skipped))
@@ -52,3 +54,7 @@ class WeightEMA:
         """Gathers the averages of all ranks into `model`. Called before `model` is read. Collective."""
         if self._masters:
             self._masters.gather(self._averages, self.model.parameters())
+
+
+def _trained(model: Model) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
