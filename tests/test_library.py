@@ -1,6 +1,7 @@
 """vaescale.load compared with the validation pipeline, on checkpoints of untrained models."""
 
 import io
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ from PIL import Image
 import vaescale
 from tests.conftest import ROOT, jpeg
 from vaescale import config as mechanics
-from vaescale import settings
+from vaescale import settings, trained
 from vaescale.config import FILE, ConfigError
 from vaescale.data import stream
 from vaescale.data.shards import Sample, write
 from vaescale.evaluation.drawing import from_prior
-from vaescale.interfaces import Condition
+from vaescale.evaluation.evaluate import evaluate
+from vaescale.interfaces import Condition, Sampling
 from vaescale.library import Trained
 from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle.checkpoint import CheckpointError
@@ -47,7 +49,8 @@ def untrained(run: Path, name: str, pictures: Path, *overrides: str) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        state = {"step": step, "version": 2}
+        order = {"data": "0123456789abcdef", "codec": trained.read_base(model, config)}
+        state = {"step": step, "version": 2, "order": {key: value for key, value in order.items() if value}}
         checkpoint.save(run / "checkpoints", step, {"ema": model.state_dict()}, state, keep=2)
     return run
 
@@ -177,6 +180,13 @@ def test_labels_and_latents_are_checked(runs: dict[str, Path]) -> None:
         lambda: quantised.decode([codes[0] + 24]): "codes are from 0 to 23: found",
         lambda: quantised.sample(2): "has no prior of its own",
         lambda: vae.sample(0): "at least 1",
+        lambda: vae.sample(1, guidance=2): "guidance, top_k, .* are for priors over codes, not for a model of kind vae",
+        lambda: vae.sample(1, temperature=-1.0): "temperature=-1.0 must be a number, 0 or more",
+        lambda: vae.sample(1, top_p=0.0): "top_p=0.0 must be above 0",
+        lambda: vae.sample(1, positions="centre"): "positions=centre must be one of confidence, halton",
+        lambda: vae.codes(x): "a model of kind vae has no codes",
+        lambda: vae.bits(x, draws=0): "draws must be at least 1, not 0",
+        lambda: quantised.bits(x): "bits/dim of a tokenizer need its error, which is measured when its training ends",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()
@@ -193,6 +203,66 @@ def test_samples_are_those_of_the_prior(runs: dict[str, Path]) -> None:
     levels = vaescale.load(runs["tiny_hvae"])
     coarse = levels.encode(np.zeros((2, 16, 16, 3), np.uint8))[:1]
     assert levels.decode(coarse).shape == (2, 16, 16, levels.config.data.channels)
+
+
+def test_samples_of_a_prior_over_codes(runs: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    """Guidance and the other ways to draw are those of the command line; a prior has the codes of its tokenizer."""
+    model = vaescale.load(untrained(tmp_path / "prior", "tiny_prior", pictures, f"model.tokenizer={runs['tiny']}"))
+    guided = model.sample(3, label=[0, 1, 2], seed=5, guidance=3, top_k=7)
+    condition = Condition(torch.tensor([0, 1, 2]), torch.zeros(3, 0))
+    wanted = from_prior(trained.codec_of(model.model, Sampling(guidance=3, top_k=7)), condition, 5)
+    assert np.array_equal(guided, wanted.permute(0, 2, 3, 1).numpy())
+    assert not np.array_equal(guided, model.sample(3, label=[0, 1, 2], seed=5, top_k=7))
+    x = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    assert torch.equal(model.codes(x), vaescale.load(runs["tiny"]).codes(x))
+    with pytest.raises(ValueError, match="bits/dim of a tokenizer need its error"):
+        model.bits(x)
+
+
+def test_codes_are_those_that_exports_hold(runs: dict[str, Path]) -> None:
+    model = vaescale.load(runs["tiny"])
+    x = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    codes = model.codes(x)
+    assert codes.dtype == torch.int64
+    assert codes.shape == (3, 1, 4, 4)
+    assert np.array_equal(model.decode(codes.unbind(1)), model.decode(model.encode(x)))
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_bits_are_those_of_evaluation(model: Trained, pictures: Path, tmp_path: Path, draws: int) -> None:
+    """The mean over the validation images. Of a tokenizer they are those with the uniform prior, without draws."""
+    model = vaescale.load(trained.run_of(Path(model.config.run)))
+    quantised = model.config.model.kind == "vqvae"
+    if quantised:
+        model.model.error_std.fill_(0.2)
+    codec, slices = trained.measured_codec(model.model, model.config), stream.ValidationSlices(model.config.data)
+    found = evaluate(codec, slices, model.device, micro=4, draws=1 if quantised else draws)
+    paths = [tmp_path / f"{number}.jpg" for number in range(11)]
+    for path, data in zip(paths, stored(pictures), strict=True):
+        path.write_bytes(data)
+    batch = slices[range(11)].batch
+    label = batch.label if getattr(model.config.model, "classes", 0) else None
+    bits = model.bits(paths, label, draws=draws)
+    assert bits.dtype == np.float64
+    assert bits.shape == (11,)
+    assert bits.mean() == pytest.approx(found["bits_per_dim" if quantised or draws == 1 else "bits_per_dim_iw"])
+    some = model.bits(paths[:2], None if label is None else label[:2], draws=draws)
+    assert some == pytest.approx(bits[:2])  # whatever is measured together
+
+
+def test_bits_of_a_tokenizer_by_hand(runs: dict[str, Path]) -> None:
+    """log2 K bits a code, and the probability of a pixel's bin under a Gaussian, in float64."""
+    model = vaescale.load(runs["tiny"])
+    model.model.error_std.fill_(0.2)
+    x = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    pixels = torch.from_numpy(x).permute(0, 3, 1, 2).double()
+    with torch.no_grad():
+        mean = model.codec.decode(model.encode(x)).double()
+    low = torch.where(pixels == 0, -torch.inf, ((pixels - 0.5) / 255 - mean) / 0.2)
+    high = torch.where(pixels == 255, torch.inf, ((pixels + 0.5) / 255 - mean) / 0.2)
+    share = torch.special.ndtr(high) - torch.special.ndtr(low)
+    wanted = (16 * math.log2(24) - share.log2().sum((1, 2, 3))) / 768
+    assert model.bits(x) == pytest.approx(wanted.numpy(), rel=1e-5)
 
 
 def test_a_run_and_its_checkpoints(runs: dict[str, Path]) -> None:
@@ -219,6 +289,27 @@ def test_a_damaged_checkpoint_is_refused(runs: dict[str, Path], tmp_path: Path) 
         (step / file.name).write_bytes(file.read_bytes()[: -1 if file.suffix == ".safetensors" else None])
     with pytest.raises(CheckpointError, match=r"ema.safetensors has \d+ bytes instead of"):
         vaescale.load(step)
+
+
+ALONE = """
+import sys
+import vaescale
+model = vaescale.load(sys.argv[1])
+import numpy as np, psutil, torch
+images = np.zeros((2, 16, 16, 3), np.uint8)
+assert model.decode(model.encode(images)).shape == (2, 16, 16, 3)
+assert "deepspeed" not in sys.modules
+assert not torch.distributed.is_initialized()
+assert not psutil.Process().net_connections()
+"""
+
+
+def test_loading_starts_nothing(runs: dict[str, Path]) -> None:
+    """No DeepSpeed, no process group and no socket, hence no port, in a fresh process; nor Dynamo before a model is
+    used, whose import takes seconds."""
+    subprocess.run([sys.executable, "-c", ALONE, str(runs["tiny"])], cwd=ROOT, check=True)
+    code = "import sys, vaescale; vaescale.load(sys.argv[1]); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(runs["tiny"])], cwd=ROOT, check=True)
 
 
 def test_the_package_is_imported_at_once() -> None:

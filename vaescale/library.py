@@ -5,13 +5,16 @@ import vaescale
 model = vaescale.load("runs/vae_digits")
 latents = model.encode(PIL.Image.open("seven.png"))
 pictures = model.decode(latents)            # uint8 [1, size, size, channels]
+
+It starts no process group, opens no port and does not import DeepSpeed.
 """
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -23,7 +26,8 @@ from . import settings, trained
 from .data import stream
 from .data.decode import Pixels, opened_image
 from .evaluation.drawing import decoded, from_prior
-from .interfaces import Batch, Codebooks, Codec, Condition
+from .evaluation.metrics.bits import bits
+from .interfaces import Batch, Bounded, Codebooks, Condition, Model, PixelLikelihood, Prior, Sampling, WithPrior
 from .numerics import exact
 
 AT_ONCE = 32  # pictures per forward pass, as in launch/evaluate.py
@@ -31,25 +35,28 @@ CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 Picture = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str]
 Label = int | ArrayLike | Tensor | None
+T = TypeVar("T")
 
 
 def load(run: str | os.PathLike[str], device: str | torch.device = "cpu") -> "Trained":
     place, device = Path(run), torch.device(device)
     config = trained.read_config(place, [])
     model, step = trained.read_model(place, config, device)
-    return Trained(trained.codec_of(model), config, step, device)
+    return Trained(model, config, step, device)
 
 
 class Trained:
-    """A trained model. `codec` is the model itself, for anything not offered here; `step` is the step of its weights.
+    """A trained model. `codec` is the model itself, or a prior over codes together with its tokenizer, for anything
+    not offered here; `step` is the step of its weights.
 
     Labels are for models with model.classes: one integer for all pictures, or one for each; -1 or None: not given.
     Attributes are for models with data.attributes: float [A] or [B, A], standardised over the training set; NaN or
     None: not given.
     """
 
-    def __init__(self, codec: Codec, config: settings.Config, step: int, device: torch.device) -> None:
-        self.codec, self.config, self.step, self.device = codec, config, step, device
+    def __init__(self, model: Model, config: settings.Config, step: int, device: torch.device) -> None:
+        self.model, self.config, self.step, self.device = model, config, step, device
+        self.codec = trained.codec_of(model)
         self.reader = stream.pictures(config.data)
 
     @torch.no_grad()
@@ -70,18 +77,46 @@ class Trained:
         several times that size, given as a PIL image, may differ by a few grey levels, because the data pipeline
         decodes it at a reduced size. Its path gives the pipeline's pixels.
         """
-        images = list(self._squares(pictures))
-        if not images:
-            raise ValueError("there are no images to encode")
-        condition = self._condition(label, attributes, len(images))
-        parts = []
-        for start in range(0, len(images), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            x = self.reader.stack(images[part])
-            numbers = torch.arange(start, start + len(x))
-            batch = Batch(x, condition.label[part], condition.attributes[part], numbers)
-            parts.append(self.codec.encode(batch.to(self.device)))
+        parts = self._each(self.codec.encode, pictures, label, attributes)
         return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    def codes(
+        self, pictures: Picture | Sequence[Picture], label: Label = None, attributes: ArrayLike | Tensor | None = None
+    ) -> Tensor:
+        """Returns the codes of pictures, such as `encode` takes, in one tensor, int64 [B, L, h, w] of L codebooks, as
+        priors and exported files hold them. `decode(codes.unbind(1))` decodes them. Raises ValueError if the latents of
+        this model are no codes."""
+        if not isinstance(self.codec, Codebooks):
+            raise ValueError(f"a model of kind {self.config.model.kind} has no codes: use encode, which returns floats")
+        return torch.stack(self.encode(pictures, label, attributes), dim=1)
+
+    @torch.no_grad()
+    @exact()
+    def bits(
+        self,
+        pictures: Picture | Sequence[Picture],
+        label: Label = None,
+        attributes: ArrayLike | Tensor | None = None,
+        draws: int = 1,
+    ) -> NDArray[np.float64]:
+        """Returns the bound on −log2 p(x) of each picture, as preprocessed, in bits per dimension (subpixel of the
+        8-bit image): fp64 [B], as launch/evaluate.py measures it. A tokenizer has the uniform prior over its codes.
+
+        draws: latents drawn from q(z|x) for each picture. With several it is the importance-weighted bound, which is
+        tighter; codes are not drawn. The noise depends only on the numbers of the picture, from 0, and of the draw.
+
+        Raises ValueError if the model has no such bound.
+        """
+        if draws < 1:
+            raise ValueError(f"the number of draws must be at least 1, not {draws}")
+        codec = trained.measured_codec(self.model, self.config)
+        if not isinstance(codec, Bounded):
+            raise ValueError(self._without_bits())
+        if isinstance(codec, WithPrior):
+            draws = 1
+        parts = self._each(lambda batch: bits(codec, batch, draws), pictures, label, attributes)
+        name = "bits_per_dim_iw" if draws > 1 else "bits_per_dim"
+        return torch.cat([part[name] for part in parts]).cpu().numpy()
 
     @torch.no_grad()
     def decode(
@@ -105,13 +140,61 @@ class Trained:
         attributes: ArrayLike | Tensor | None = None,
         seed: int = 0,
         temperature: float = 1.0,
+        guidance: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        passes: int = 12,
+        positions: Literal["confidence", "halton"] = "confidence",
     ) -> NDArray[np.uint8]:
         """Returns pictures of latents drawn from the prior: uint8 [count, size, size, C], the means of p(x|z). The same
-        seed gives the same pictures: picture i depends only on (seed, i). Raises ValueError if there is no prior."""
+        seed gives the same pictures: picture i depends only on (seed, i).
+
+        guidance and what follows it say how codes are drawn, see interfaces.Sampling; they are for priors over codes.
+        Raises ValueError if there is no prior, or for what it cannot do."""
         if count < 1:
             raise ValueError(f"the number of samples must be at least 1, not {count}")
+        sampling = Sampling(top_k, top_p, guidance, passes, positions)
+        _check_sampling(sampling, temperature)
+        if sampling != Sampling() and not isinstance(self.model, Prior):
+            raise ValueError(
+                f"guidance, top_k, top_p, passes and positions are for priors over codes, not for a model of kind "
+                f"{self.config.model.kind}"
+            )
         condition = self._condition(label, attributes, count)
-        return _channels_last(from_prior(self.codec, condition, seed, temperature))
+        return _channels_last(from_prior(trained.codec_of(self.model, sampling), condition, seed, temperature))
+
+    def _each(
+        self,
+        apply: Callable[[Batch], T],
+        pictures: Picture | Sequence[Picture],
+        label: Label,
+        attributes: ArrayLike | Tensor | None,
+    ) -> list[T]:
+        """Applies a function to AT_ONCE pictures at a time, numbered from 0."""
+        images = list(self._squares(pictures))
+        if not images:
+            raise ValueError("there are no images to encode")
+        condition = self._condition(label, attributes, len(images))
+        results = []
+        for start in range(0, len(images), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            x = self.reader.stack(images[part])
+            numbers = torch.arange(start, start + len(x))
+            batch = Batch(x, condition.label[part], condition.attributes[part], numbers)
+            results.append(apply(batch.to(self.device)))
+        return results
+
+    def _without_bits(self) -> str:
+        """Returns a sentence on why there is no bound."""
+        if reason := settings.without_bound(self.config):
+            return reason
+        codec = self.model.codec if isinstance(self.model, Prior) else self.model
+        if isinstance(codec, PixelLikelihood):
+            return (
+                "the bits/dim of a tokenizer need its error, which is measured when its training ends: run the "
+                "training to its end"
+            )
+        return f"a model of kind {self.config.model.kind} has no likelihood, hence no bits/dim"
 
     def _squares(self, pictures: Any) -> Iterator[Pixels]:
         """Yields each picture as uint8 [size, size, 3]."""
@@ -183,6 +266,19 @@ class Trained:
                         f"codes are from 0 to {len(usage.window) - 1}: found {level.min()} to {level.max()}"
                     )
         return [level.to(self.device, other.dtype) for level, other in zip(given, wanted, strict=False)]
+
+
+def _check_sampling(sampling: Sampling, temperature: float) -> None:
+    """Raises ValueError for values that the command line refuses, too."""
+    for name, value in {"temperature": temperature, "guidance": sampling.guidance, "top_k": sampling.top_k}.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be a number, 0 or more")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p={sampling.top_p} must be above 0 and at most 1")
+    if sampling.passes < 1:
+        raise ValueError(f"passes={sampling.passes} must be at least 1")
+    if sampling.positions not in (known := get_args(get_type_hints(Sampling)["positions"])):
+        raise ValueError(f"positions={sampling.positions} must be one of {', '.join(known)}")
 
 
 def _pixels(pictures: NDArray[Any] | Tensor) -> NDArray[np.uint8]:

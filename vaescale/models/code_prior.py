@@ -254,7 +254,7 @@ class CodePrior(Model):
 
     # Dynamo would compile the graph again for each step, and the tokenizer with it. At the beginning of `forward` this
     # call splits no graph.
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports Dynamo at once, which takes seconds
     def _prepared(self, batch: Batch, step: int) -> tuple[Tensor, Tensor | None]:
         """Returns the codes, int64 [B, L, N], and the share of images in raster order."""
         return self.codes(batch).flatten(2), self._raster_share(step)

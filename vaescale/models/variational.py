@@ -186,11 +186,11 @@ class Latent(Model):
 
     # Dynamo specialises code to the integers and to the lengths of lists that it sees, and would compile it again in
     # later steps. At the beginning and the end of `forward` these calls split no graph.
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports Dynamo at once, which takes seconds
     def _beta(self, step: int) -> Tensor:
         return torch.full((), self.beta(step), device=self.rates.device)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports Dynamo at once, which takes seconds
     def _note(self, rates: Tensor) -> None:
         self._pending.append(rates)
 

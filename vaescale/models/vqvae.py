@@ -70,7 +70,7 @@ class VQVAE(Model):
         """Returns the part of the loss that compares the reconstruction with x, uint8, both [B, C, H, W]: a scalar."""
         return self.reconstruction(reconstruction, x)[0]
 
-    @torch.compiler.disable  # at the end of `forward`, so that all before it is one graph
+    @torch._disable_dynamo  # at the end of `forward`, so that all before it is one graph
     def _collect(self) -> None:
         self.quantizer.collect()
 
