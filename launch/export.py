@@ -1,17 +1,26 @@
-"""Write what a trained run makes of its data: codes, for models of codes, and the images of codes.
+"""Write what a trained run makes of its data, codes and their images, or its weights for another library.
 
     python launch/export.py codes --run runs/vqvae_digits --out data/digits_codes [key=value …]
     python launch/export.py codes --run RUN --out DIR --crops ten         ten crops of each training image
     python launch/export.py codes --run RUN --out DIR --crops random:4    each training image augmented four times
     python launch/export.py decode DIR --run RUN --out IMAGES             images from exported codes
     torchrun --nproc-per-node 8 -- launch/export.py codes --run …         without the --, torchrun reads --run itself
+    python launch/export.py diffusers RUN DIR                             a VQModel or an AutoencoderKL
+    python launch/export.py taming RUN FILE.safetensors                   for taming-transformers, latent diffusion
+    python launch/export.py llamagen RUN FILE.safetensors                 a tokenizer of LlamaGen
 
 `codes` encodes the images of the run's data (or of data.root=…) with the averaged weights, and writes shards of
 `key.codes.npy`, which training and plain webdataset read, with the classes and attributes of the images. DIR is a
 data.root. Validation images are always encoded as validation sees them.
 
-Any number of ranks writes the same files. An export that was interrupted continues where it stopped. Exit code 2: the
-run has no codes, or something cannot be read or written, or belongs to another export.
+Any number of ranks writes the same files. An export of codes that was interrupted continues where it stopped.
+
+The other commands write the averaged weights of a vqvae or kl run with model.network.kind=vqgan, see
+vaescale/formats/README.md, and a critic's next to them. They write all files or none, and replace only an earlier
+export.
+
+Exit code 2: the run has no codes, its model does not fit the other library, or something cannot be read or written, or
+belongs to another export.
 """
 
 import argparse
@@ -21,10 +30,11 @@ from pathlib import Path
 from vaescale import arguments, process
 
 SPLITS = ["train", "val"]
+LIBRARIES = ("diffusers", "taming", "llamagen")
 
 
 def parse() -> argparse.Namespace:
-    parsers = {"codes": codes_parser, "decode": decode_parser}
+    parsers = {"codes": codes_parser, "decode": decode_parser, **dict.fromkeys(LIBRARIES, library_parser)}
     command, *words = arguments.words() or ["-h"]
     if command not in parsers:
         parser = arguments.command(__doc__)
@@ -59,6 +69,14 @@ def decode_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def library_parser() -> argparse.ArgumentParser:
+    parser = arguments.command("Write the averaged weights of a run for another library.")
+    parser.prog = "export.py diffusers|taming|llamagen"
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run, or a checkpoint of one")
+    parser.add_argument("out", type=Path, metavar="OUT", help="diffusers: a folder; taming, llamagen: FILE.safetensors")
+    return parser
+
+
 def add_common(parser: argparse.ArgumentParser, run: str, per_shard: int) -> None:
     parser.add_argument("--run", type=Path, required=True, help=run)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="write train/ and val/ there")
@@ -82,7 +100,7 @@ from vaescale.data.codes import views_of
 from vaescale.data.names import counted
 from vaescale.export import jobs
 from vaescale.export.write import Job, write
-from vaescale.files import printable
+from vaescale.files import printable, readable_size
 from vaescale.interfaces import Model
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.settings import Config
@@ -90,13 +108,7 @@ from vaescale.settings import Config
 
 def main(given: argparse.Namespace) -> int:
     try:
-        check(given)
-        config = trained.read_config(given.run, given.overrides)
-        device = distributed.init()
-        numerics.choose(tf32=False, deterministic=False)
-        model, _ = trained.read_model(given.run, config, device)
-        for split in given.split:
-            export(given, split, job_of(given, split, model, config, device), device)
+        (export_weights if given.command in LIBRARIES else export_shards)(given)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,6 +119,32 @@ def main(given: argparse.Namespace) -> int:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def export_weights(given: argparse.Namespace) -> None:
+    from vaescale.formats.export import export_diffusers, export_file
+
+    if given.overrides:
+        raise ConfigError(f"{given.overrides[0]}: an export of weights takes no settings, it has those of the run")
+    if distributed.place().world > 1:
+        raise ConfigError("weights are exported by one process: start the command with python")
+    if given.command == "diffusers":
+        files = export_diffusers(given.run, given.out)
+    else:
+        files = export_file(given.run, given.out, given.command)
+    for file in files:
+        print(f"{printable(file)}: {readable_size(file.stat().st_size)}")
+
+
+def export_shards(given: argparse.Namespace) -> None:
+    """Collective."""
+    check(given)
+    config = trained.read_config(given.run, given.overrides)
+    device = distributed.init()
+    numerics.choose(tf32=False, deterministic=False)
+    model, _ = trained.read_model(given.run, config, device)
+    for split in given.split:
+        export(given, split, job_of(given, split, model, config, device), device)
 
 
 def check(given: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """LlamaGen's tokenizer, a VQGAN whose codes and encoder outputs have length 1: one file with a state dict.
 
 Sun et al. 2024, "Autoregressive model beats diffusion: Llama for scalable image generation", section 2.1. Its metadata
-holds `config`, the arguments of the network.
+holds as `network` the arguments of the network.
 """
 
 from collections.abc import Mapping

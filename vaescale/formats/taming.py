@@ -1,6 +1,6 @@
 """taming-transformers' VQGAN, and the first stages of latent diffusion: one file with a state dict.
 
-Its metadata holds `config`, the part of their YAML file that builds the network.
+Its metadata holds as `network` the part of their YAML file that builds the network.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,66 @@
+"""What an exported safetensors file says about itself."""
+
+import json
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from .. import files
+from ..config import to_yaml
+from ..lifecycle.checkpoint import read_state
+from ..settings import Config
+from ..trained import run_of
+
+EVALUATION = "evaluation.json"  # in the run directory, of launch/evaluate.py
+MARK = "vaescale"  # in the metadata of every exported file
+
+
+def metadata(place: Path, checkpoint: Path, config: Config, library: str, **more: str) -> dict[str, str]:
+    """Returns the metadata of a file of exported weights: texts, as safetensors wants them.
+
+    `format` is always "pt", which libraries ask for. `library` is whose names the tensors have. `vaescale` is the
+    version; `step` and `settings` (YAML) are those of the run; `data` is the fingerprint of its training images. If
+    the run was evaluated at this step, `evaluation` is its evaluation.json, with the protocol.
+
+    place: the run directory or one of its checkpoints; checkpoint: where the weights are from; more: further entries.
+    Raises CheckpointError.
+    """
+    state = read_state(checkpoint)
+    found = {
+        "format": "pt",
+        MARK: _version(),
+        "library": library,
+        "step": str(state["step"]),
+        "settings": to_yaml(config),
+        "data": str(state.get("order", {}).get("data", "")),
+    }
+    if evaluated := evaluation(place, state["step"]):
+        found["evaluation"] = json.dumps(evaluated)
+    return {**found, **more}
+
+
+def evaluation(place: Path, step: int) -> dict[str, Any] | None:
+    """Returns the evaluation.json of a run if it is of this step. place: as above."""
+    try:
+        found = files.read_json(run_of(place) / EVALUATION, lenient=True)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("step") == step else None
+
+
+def is_export(path: Path) -> bool:
+    """Returns whether a file was exported here."""
+    try:
+        with safe_open(path, "pt") as file:
+            return MARK in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _version() -> str:
+    try:
+        return packages.version("vaescale")
+    except packages.PackageNotFoundError:
+        return "not installed"
