@@ -82,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of generated images (0)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of generated images (1)")
     arguments.add_sampling(parser)
+    arguments.add_plugin(parser)
     parser.add_argument(
         "--reference", type=Path, metavar="FILE", help="compare generated images with it (default: validation images)"
     )
@@ -102,6 +103,7 @@ def parse_statistics(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="write them there")
     parser.add_argument("--channels", type=int, choices=[1, 3], default=3, help="1: grey (3)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images, per rank (2)")
+    arguments.add_plugin(parser)
     return parser.parse_args(words)
 
 
@@ -118,7 +120,7 @@ from typing import Any
 
 import torch
 
-from vaescale import distributed, files, settings, trained
+from vaescale import distributed, files, plugins, settings, trained
 from vaescale.config import FILE, ConfigError, override, typed
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import codecs, nearest, record, reference, tables
@@ -152,6 +154,7 @@ def main(given: argparse.Namespace) -> int:
     drawn: dict[str, Shown] = {}
     wrong: list[str] = []
     try:
+        plugins.load(given.plugin)
         check(given)
         # All of them are read before hours are spent on the first.
         configs = [trained.read_config(run, overrides) for run in runs]
@@ -222,6 +225,7 @@ def check(given: argparse.Namespace) -> None:
 def write_statistics(given: argparse.Namespace) -> int:
     """Gathers and writes the statistics of a data set's features."""
     try:
+        plugins.load(given.plugin)
         config = stream.Config(root=given.data, size=given.size, channels=given.channels, workers=given.workers)
         slices = SPLITS[given.split](config)
         index.check_files(*slices.indexes)

@@ -74,6 +74,7 @@ def library_parser() -> argparse.ArgumentParser:
     parser.prog = "export.py diffusers|taming|llamagen"
     parser.add_argument("run", type=Path, metavar="RUN", help="the run, or a checkpoint of one")
     parser.add_argument("out", type=Path, metavar="OUT", help="diffusers: a folder; taming, llamagen: FILE.safetensors")
+    arguments.add_plugin(parser)
     return parser
 
 
@@ -83,6 +84,7 @@ def add_common(parser: argparse.ArgumentParser, run: str, per_shard: int) -> Non
     parser.add_argument(
         "--per-shard", type=int, default=per_shard, metavar="N", help=f"samples in a shard ({per_shard})"
     )
+    arguments.add_plugin(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the run's")
 
 
@@ -93,7 +95,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import torch
 
-from vaescale import distributed, numerics, trained
+from vaescale import distributed, numerics, plugins, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index
 from vaescale.data.codes import views_of
@@ -108,6 +110,7 @@ from vaescale.settings import Config
 
 def main(given: argparse.Namespace) -> int:
     try:
+        plugins.load(given.plugin)
         (export_weights if given.command in LIBRARIES else export_shards)(given)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
         print(f"error: {error}", file=sys.stderr)

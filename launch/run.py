@@ -45,7 +45,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vaescale import settings
+from vaescale import plugins, settings
 from vaescale.config import ConfigError
 from vaescale.lifecycle.lock import held
 from vaescale.lifecycle.status import FAILED, PREEMPTED, RUNNING, Diverged, Status
@@ -168,6 +168,7 @@ def run_directory(command: list[str]) -> Path:
     if not any(word.startswith("--config") for word in words):
         raise ConfigError("write launch/run.py LAUNCHER … launch/train.py --config C [key=value …]")
     train = arguments.parse(arguments.training(None), words)
+    plugins.load(train.plugin)
     return Path(settings.load(train.config, [one for one in train.overrides if "=" in one]).run)
 
 

@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pictures there, not into the run")
     arguments.add_sampling(parser)
+    arguments.add_plugin(parser)
     parser.add_argument("--board", action="store_true", help="also show the pictures in TensorBoard")
     return arguments.parse_apart(parser)
 
@@ -51,7 +52,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 
-from vaescale import distributed, numerics, trained
+from vaescale import distributed, numerics, plugins, trained
 from vaescale.config import ConfigError
 from vaescale.data import DataError, index, stream
 from vaescale.evaluation import sample, sample_codes
@@ -69,6 +70,7 @@ SEEN = 32  # batches from which the spread of the latents is measured
 
 def main(given: argparse.Namespace) -> int:
     try:
+        plugins.load(given.plugin)
         check(given)
         run = trained.run_of(given.run)
         if run != given.run and not given.out:

@@ -28,7 +28,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 import traceback
 from pathlib import Path
 
-from vaescale import distributed, settings
+from vaescale import distributed, plugins, settings
 from vaescale.config import ConfigError
 from vaescale.data import DataError
 from vaescale.lifecycle.checkpoint import CheckpointError, Unreadable
@@ -42,6 +42,7 @@ FORESEEN = (ConfigError, DataError, CheckpointError, Diverged, distributed.Unjoi
 def main(given: argparse.Namespace) -> int:
     try:
         rank, local_rank, world = distributed.place()  # first of all: whatever else is wrong is said by rank
+        plugins.load(given.plugin)
         config = settings.load(given.config, given.overrides)
         mistake = wrong(config, rank, world)
         # Imported only now, so that a typo is answered before DeepSpeed's import or a process group cost time.

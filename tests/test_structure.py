@@ -20,6 +20,7 @@ LAYERS = {  # package or file → the others that it may import
     "numerics": set(),
     "renamed": set(),
     "config": {"files", "hints", "ranges"},
+    "plugins": {"config"},
     "nn": {"files", "interfaces", "distributed", "numerics", "ranges"},
     "models": {"interfaces", "distributed", "ranges", "nn"},
     "weights": {"files", "nn"},
@@ -27,7 +28,7 @@ LAYERS = {  # package or file → the others that it may import
     "settings": {"hints", "renamed", "interfaces", "config", "ranges", "models", "nn", "data"},
     "matching": {"config", "settings", "data"},
     "monitoring": {"files", "interfaces"},
-    "evaluation": {"files", "numerics", "interfaces", "distributed", "nn", "models", "data", "monitoring"},
+    "evaluation": {"plugins", "files", "numerics", "interfaces", "distributed", "nn", "models", "data", "monitoring"},
     "lifecycle": {"files", "interfaces", "distributed", "process", "config", "settings", "data", "monitoring"},
     "trained": {
         "files",

@@ -30,8 +30,20 @@ def training(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--take-over", action="store_true", help="the training on another host that locked the run directory is gone"
     )
+    add_plugin(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     return parser
+
+
+def add_plugin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="first run this Python file, which adds a model, a metric or features: vaescale/models/README.md",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

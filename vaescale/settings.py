@@ -132,7 +132,10 @@ def _schema(raw: Any, path: str | Path) -> Config:
     if kind is None:
         raise ConfigError(f"{path}: model.kind is missing or not a name: set it to one of {', '.join(sorted(MODELS))}")
     if kind not in MODELS:
-        raise ConfigError(f"{path}: model.kind={kind} is not one of the models: {', '.join(sorted(MODELS))}")
+        raise ConfigError(
+            f"{path}: model.kind={kind} is not one of the models: {', '.join(sorted(MODELS))}; one that a plug-in adds "
+            f"needs --plugin FILE.py, or in Python that its file is imported"
+        )
     model, networks = MODELS[kind].config(), MODELS[kind].networks
     network = mechanics.as_written(raw, "model.network.kind") if networks else None
     if network is None:

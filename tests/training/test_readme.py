@@ -1,16 +1,15 @@
 """Trains the model from the page on adding a model, like any other model."""
 
 import copy
-import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from vaescale import models, settings
+from vaescale import models, plugins, settings
 from vaescale.interfaces import Batch, Codec
-from vaescale.models import Family
 from vaescale.training.descent import Descent
 
 PAGE = Path(models.__file__).parent / "README.md"
@@ -21,10 +20,9 @@ def test_the_model_of_the_page_trains(group: None, tmp_path: Path, monkeypatch: 
     assert code
     file = tmp_path / "patches.py"
     file.write_text(code[1])
-    spec = importlib.util.spec_from_file_location("patches", file)
-    patches = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(patches)
-    monkeypatch.setitem(models.MODELS, "patches", Family(patches.Config, patches.Patches))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(models.MODELS, "patches", None)  # restored at the end
+    plugins.load([file])
 
     (tmp_path / "c.yaml").write_text(
         "model: {kind: patches}\ndata: {size: 16}\nprecision: fp32\noptimizer: {lr: 1e-2}\n"

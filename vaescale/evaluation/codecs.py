@@ -3,15 +3,13 @@
 Reading a network of diffusers runs no code of its folder, and uses no network. Reading a Python file runs it.
 """
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import files
+from .. import files, plugins
 from ..interfaces import Batch, Codec, Condition, Usage
 from ..nn.frozen import weights_hash
 from .compare import Refused
@@ -153,18 +151,11 @@ def _diffusers(folder: Path) -> Any:
 
 
 def _python(file: Path, name: str) -> Codec:
-    """Runs a file as a module, which may import the files beside it, and returns its object `name`; of a class, an
-    instance. Raises Refused."""
-    if not file.is_file() or file.suffix != ".py":
-        raise Refused(f"--codec python:{file}:{name}: {file} is not a Python file")
-    spec = importlib.util.spec_from_file_location(f"codec_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # as dataclasses need it
-    sys.path.insert(0, str(file.parent.resolve()))
-    spec.loader.exec_module(module)
-    found = getattr(module, name, None)
+    """Runs a file and returns its object `name`; of a class, an instance. Raises Refused."""
+    try:
+        found = getattr(plugins.run(file), name, None)
+    except FileNotFoundError as error:
+        raise Refused(f"--codec python:{file}:{name}: {error}") from None
     codec = found() if isinstance(found, type) else found
     if not isinstance(codec, Codec):
         raise Refused(
