@@ -101,7 +101,7 @@ def test_a_run_computes_what_the_network_of_others_does(
     assert (config.data.root, config.data.size, config.data.channels) == ("images", 32, 3)
     assert isinstance(model, Calibrated)
     assert not calibrated(model)
-    assert remarks[-1].startswith("not known: the ")
+    assert remarks[-1].startswith("what the file lacks (")
     found = checkpoint.newest(tmp_path / "new" / "run" / "checkpoints").path
     assert found is not None
     origin = json.loads((found / "state.json").read_text())["order"]

@@ -60,6 +60,12 @@ def test_another_order_is_refused(pictures: Path, tmp_path: Path, changed: dict[
         resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
 
 
+def test_an_imported_run_is_not_gone_on_with(pictures: Path, tmp_path: Path) -> None:
+    slices, config = begun(pictures, tmp_path, {"imported": "taming"})
+    with pytest.raises(ConfigError, match=r"was imported, not trained, .*: give another run=… with init_from="):
+        resume.resume(config, Kept(), slices)  # type: ignore[arg-type]
+
+
 def begun(pictures: Path, run: Path, version: dict[str, Any]) -> tuple[TrainSlices, Any]:
     """Returns (slices, config), and writes a checkpoint of them to `run`, with `version` added to its order."""
     data = Config(root=str(pictures), size=16, columns=8, workers=0)

@@ -76,7 +76,7 @@ def measured(
     training = counted.fingerprint() if counted else None
     metrics = comparer.measure(codec, slices, device, base, records, generate, own, training, **options)
     usage = codec.usage(clear=False) if isinstance(codec, Codebooks) else {}
-    for name, one in usage.items() if candidate.config else ():
+    for name, one in usage.items() if candidate.config and candidate.step else ():  # step 0: it was imported
         metrics[f"{name}/usage_ever" if len(usage) > 1 else "usage_ever"] = float(code_statistics.used(one.ever))
     likelihood = getattr(candidate.config, "likelihood", None)
     result = {

@@ -104,8 +104,8 @@ def _tensors(weights: Tensors, config: settings.Config) -> tuple[Tensors, list[s
     model.load_state_dict(tensors)
     if not isinstance(model, Calibrated) or calibrated(model):
         return tensors, []
-    unknown = " and ".join(f"the {name}" if not name.startswith("their") else name for name in model.calibration())
-    return tensors, [f"not known: {unknown}; they are measured at the end of a training with init_from={config.run}"]
+    lacking = ", ".join(model.calibration())
+    return tensors, [f"what the file lacks ({lacking}) is measured when a training with init_from={config.run} ends"]
 
 
 def _diffusers(source: Path) -> Found:
