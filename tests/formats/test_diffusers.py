@@ -10,8 +10,11 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from tests.formats.references import images, model_of, perturb, put
+from tests.nn.test_vqgan import KL as STABLE_DIFFUSION
+from tests.nn.test_vqgan import VQGAN, arguments
 from vaescale.config import ConfigError
 from vaescale.formats.diffusers import from_diffusers, to_diffusers
+from vaescale.formats.keys import Net, inferred, rows
 from vaescale.interfaces import Codec
 from vaescale.settings import shape
 
@@ -41,9 +44,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def theirs_of(cls: Any, arguments: dict[str, Any], trained: bool) -> Any:
+def theirs_of(cls: Any, given: dict[str, Any], trained: bool) -> Any:
     torch.manual_seed(0)
-    net = cls(**arguments).eval().requires_grad_(False)
+    net = cls(**given).eval().requires_grad_(False)
     if trained:
         perturb(net)
     if cls is VQModel:  # codes as far apart as what is quantised, so that many are used
@@ -71,11 +74,11 @@ def compare(ours: Codec, net: Any) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
-@pytest.mark.parametrize(("cls", "arguments"), [(VQModel, VQ), (AutoencoderKL, KL)])
+@pytest.mark.parametrize(("cls", "given"), [(VQModel, VQ), (AutoencoderKL, KL)])
 def test_with_their_weights_codes_latents_and_images_are_theirs(
-    cls: Any, arguments: dict[str, Any], trained: bool, tmp_path: Path
+    cls: Any, given: dict[str, Any], trained: bool, tmp_path: Path
 ) -> None:
-    net = theirs_of(cls, arguments, trained)
+    net = theirs_of(cls, given, trained)
     section, weights = from_diffusers(net.state_dict(), json.loads(net.to_json_string()))
     config, ours = model_of(section, tmp_path)
     compare(put(ours, weights), net)
@@ -88,6 +91,21 @@ def test_with_their_weights_codes_latents_and_images_are_theirs(
     assert {name: written[name] for name in written.keys() - free} == {
         name: own[name] for name in written.keys() - free
     }
+
+
+@pytest.mark.parametrize(
+    ("cls", "net", "more"),
+    [
+        (AutoencoderKL, Net(STABLE_DIFFUSION, 3, 4), {}),
+        (VQModel, Net(VQGAN, 3, 8, 16384), {"num_vq_embeddings": 16384, "vq_embed_dim": 8}),
+    ],
+)
+def test_the_tables_name_the_weights_of_published_sizes(cls: Any, net: Net, more: dict[str, int]) -> None:
+    with torch.device("meta"):
+        theirs = cls(**arguments(net.network, net.dim), **more).state_dict()
+    named = {row.theirs: row.their_shape for row in rows(net, "diffusers")}
+    assert named == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    assert inferred(theirs, "diffusers") == net
 
 
 @pytest.mark.parametrize("name", MODELS)

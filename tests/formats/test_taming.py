@@ -91,6 +91,7 @@ def test_with_our_weights_theirs_compute_what_ours_do_and_the_weights_come_back(
     assert arguments["target"].endswith("VQModel" if codes else "AutoencoderKL")
     parameters = arguments["params"]
     assert (parameters["embed_dim"], parameters.get("n_embed", 0)) == (dim, codes)
+    assert parameters["lossconfig"] == {"target": "torch.nn.Identity"}
     assert parameters["ddconfig"] == {
         **{"ch": channels, "ch_mult": multipliers, "num_res_blocks": blocks, "z_channels": z, "double_z": not codes},
         **{"resolution": 32, "attn_resolutions": [32 >> level for level in attention], "dropout": 0.0},

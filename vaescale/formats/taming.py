@@ -1,6 +1,6 @@
 """taming-transformers' VQGAN, and the first stages of latent diffusion: one file with a state dict.
 
-Its metadata holds as `network` the part of their YAML file that builds the network.
+Its metadata holds as `network` the part of their YAML file that builds the network, without its losses.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ def to_taming(model: Any, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[
     network = net.network
     config = {
         "embed_dim": net.dim,
+        "lossconfig": {"target": "torch.nn.Identity"},
         "ddconfig": {
             "double_z": not net.codes,
             "z_channels": network.z_channels or net.dim,
