@@ -305,6 +305,8 @@ class Model(nn.Module, ABC):
     implements. Callers test for a protocol, never for a class."""
 
     noise_version: int | None = None  # of nn.noise.normal, as the run began with it; None: the newest
+    # The hash of the codec whose encoder this model has, if its decoder alone was trained; None: it has its own.
+    latents_of: str | None = None
 
     @abstractmethod
     def forward(self, batch: Batch, step: int) -> Output: ...

@@ -17,7 +17,7 @@ from .lifecycle import state as states
 from .matching import check_tokenizer
 from .models.code_prior import uniform
 from .models.generative import generative
-from .nn.frozen import weights_hash
+from .nn.frozen import latents_hash, weights_hash
 from .settings import Config
 
 
@@ -60,8 +60,8 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
 
 
 def read_base(model: Model, config: Config) -> str | None:
-    """Reads the averaged weights of the codec that the model is built on, if it is built on one. Returns their hash, or
-    None. Raises ConfigError, CheckpointError. Collective."""
+    """Reads the averaged weights of the codec that the model is built on, if it is built on one. Returns the hash of
+    its latents, or None. Raises ConfigError, CheckpointError. Collective."""
     run = settings.base_run(config)
     if run is None:
         return None
@@ -69,7 +69,7 @@ def read_base(model: Model, config: Config) -> str | None:
     codec = model.codec
     assert isinstance(codec, Model)
     _read_averaged(codec, run)
-    return weights_hash(codec)
+    return latents_hash(codec)
 
 
 def codec_of(model: Model, sampling: Sampling = Sampling()) -> Codec:
@@ -119,6 +119,6 @@ def _read_averaged(model: Model, place: Path) -> tuple[Path, int]:
     if distributed.rank() == 0:
         for remark in remarks:
             print(remark, file=sys.stderr)
-    state = states.read_checked(path, ["step", "noise"])
-    model.noise_version = state["noise"]
+    state = states.read_checked(path, ["step", "noise", "latents"])
+    model.noise_version, model.latents_of = state["noise"], state["latents"]
     return path, int(state["step"])

@@ -10,12 +10,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tests.integration.conftest import STEPS, TINY, Case, forked, overrides, training, written
+from tests.integration.test_export import call
 from tests.integration.test_resume import rewind, same_bits
 from vaescale import trained as runs
+from vaescale.config import ConfigError
 from vaescale.data import stream
 from vaescale.interfaces import Calibrated, Codec, Model, calibrated
 
-TINY_KL = TINY.with_name("tiny_kl.yaml")
+TINY_KL, PRIOR = TINY.with_name("tiny_kl.yaml"), TINY.with_name("tiny_prior.yaml")
 CASES = [Case(1), Case(2, "bf16"), Case(2, zero=1), Case(2, "fp16", 2)]
 CRITIC = Case(2, zero=1, accumulation=2)
 AGAIN = Case(2, zero=2, accumulation=3)
@@ -88,6 +90,33 @@ def test_only_the_decoder_has_an_optimizer_state(tuned: Path, name: str) -> None
         moments = {key.partition("/")[0] for key in file.keys()}  # noqa: SIM118 (it is no dict)
     assert moments
     assert all(key.removeprefix("net.").startswith(("decoder.", "likelihood.")) for key in moments)
+
+
+def test_old_codes_and_priors_take_the_new_decoder(tuned: Path, pictures: Path, tmp_path: Path) -> None:
+    """And one that was trained on that decoder's run again, but no other codec."""
+    base, once, codes = tuned / "base" / "run", tuned / Case(1).name / "run", tmp_path / "codes"
+    given = {"data.root": pictures, "steps": 2}
+    jobs = [training(tmp_path / "other", TINY, written({**given, "run": tmp_path / "other" / "run"}))]
+    given |= {"init_from": once, "train": "decoder", "run": tmp_path / "twice" / "run"}
+    jobs.append(training(tmp_path / "twice", TINY, written(given)))
+    given = {"run": tmp_path / "prior" / "run", "data.root": pictures, "model.tokenizer": base, "steps": 2}
+    jobs.append(training(tmp_path / "prior", PRIOR, written(given)))
+    forked(tmp_path, jobs)
+    assert call("codes", "--run", base, "--out", codes, "--split", "val", "data.workers=0") == 0
+    twice, other = tmp_path / "twice" / "run", tmp_path / "other" / "run"
+    for number, run in enumerate((once, twice)):
+        out = tmp_path / f"images-{number}"
+        assert call("decode", codes, "--run", run, "--out", out, "data.workers=0") == 0
+        config = runs.read_config(tmp_path / "prior" / "run", [f"model.tokenizer={run}"])
+        prior, _ = runs.read_model(tmp_path / "prior" / "run", config, torch.device("cpu"))
+        decoder = runs.read_model(run, runs.read_config(run, []), torch.device("cpu"))[0].state_dict()
+        assert all(torch.equal(value, decoder[name]) for name, value in prior.codec.state_dict().items())  # type: ignore[operator, union-attr]
+    shards = [next((tmp_path / f"images-{number}" / "val").glob("*.tar")).read_bytes() for number in range(2)]
+    assert shards[0] != shards[1]
+    assert call("decode", codes, "--run", other, "--out", tmp_path / "none", "data.workers=0") == 2
+    config = runs.read_config(tmp_path / "prior" / "run", [f"model.tokenizer={other}"])
+    with pytest.raises(ConfigError, match=r"the tokenizer that .* was started with has changed"):
+        runs.read_model(tmp_path / "prior" / "run", config, torch.device("cpu"))
 
 
 def test_a_critic_begins_anew(tuned: Path) -> None:

@@ -27,8 +27,9 @@ OLD: dict[str, Any] = {
     "order": {"seed": 0, "data.columns": 8, "data": "ba054536"},
 }
 SINCE = {"batch": 12, "step": 0, "images": 0}
-NO_CRITIC = {"critic_optimizer_steps": None}
+ABSENT = {"critic_optimizer_steps": None, "latents": None}  # of a run without a critic and with its own encoder
 NEW = {**OLD, "version": 3, "noise": 2, "validation_due": True, "since": SINCE, "critic_optimizer_steps": 1}
+NEW["latents"] = "0123456789abcdef"
 
 
 def write(run: Path, values: Any) -> Path:
@@ -37,7 +38,7 @@ def write(run: Path, values: Any) -> Path:
 
 def test_a_state_of_version_1_is_read_with_its_defaults(tmp_path: Path) -> None:
     found = state.read_checked(write(tmp_path, OLD), state.KEYS)
-    assert found == {**OLD, "version": 1, "noise": 1, "validation_due": False, "since": None, **NO_CRITIC}
+    assert found == {**OLD, "version": 1, "noise": 1, "validation_due": False, "since": None, **ABSENT}
 
 
 def test_a_current_state_is_read_unchanged(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_a_current_state_is_read_unchanged(tmp_path: Path) -> None:
     second = {**OLD, "version": 2, "owed": True, "since": SINCE}
     assert state.read_checked(write(tmp_path / "2", second), state.KEYS) == {
         **NEW,
-        **NO_CRITIC,
+        **ABSENT,
         "version": 2,
         "noise": 1,
     }
@@ -76,6 +77,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "a scale in words": ({"scaler": {"cur_scale": "big"}}, "scaler is"),
     "skipped": ({"skipped": ["spike"]}, "skipped is"),
     "a norm without a name": ({"gradient_norms": {"judge": 1.0}}, "gradient_norms is"),
+    "latents": ({"latents": "x" * 16}, "latents is x{16} instead of a hash of 16 digits, or null"),
     "a negative variance": ({"gradient_norms": {"variance": -1.0}}, "gradient_norms is"),
     "the order": ({"order": [0]}, "order is"),
     "a later version": ({"version": 4}, r"by a later version of vaescale \(state 4; this one reads 1 to 3\)"),

@@ -30,7 +30,7 @@ HASH = re.compile("[0-9a-f]{16}")
 class Header(NamedTuple):
     """How the codes of an index were made."""
 
-    tokenizer: str  # hash of the tokenizer's weights (nn.frozen.weights_hash)
+    tokenizer: str  # hash of the tokenizer (nn.frozen.latents_hash)
     sizes: list[int]  # K of each codebook, coarse to fine
     shape: list[int]  # L, h, w
     crops: str  # what `views_of` accepts

@@ -18,7 +18,7 @@ from ..data.reader import Reader
 from ..data.stream import SPLITS
 from ..interfaces import Batch, Codebooks, Codec
 from ..monitoring.pictures import to_bytes
-from ..nn.frozen import weights_hash
+from ..nn.frozen import latents_hash, weights_hash
 from ..numerics import exact, repeatable
 from .parts import Parts, Views, centre, draws, ten
 from .write import AT_ONCE, Job
@@ -44,7 +44,7 @@ def of_codes(
         raise DataError(f"{source.folder} already holds codes: give data.root=… of images")
     rule = crops if split == "train" else "center"
     views = codes.views_of(rule)
-    header = Header(weights_hash(codec), *_sizes(codec, run, config, device), rule, views, source.fingerprint())
+    header = Header(latents_hash(codec), *_sizes(codec, run, config, device), rule, views, source.fingerprint())
     plan = {"exported": "codes", **header._asdict(), "attributes": source.attribute_names, "per_shard": per_shard}
     plan |= {"data.size": config.data.size, "data.channels": config.data.channels}
     if rule.startswith("random"):
@@ -69,7 +69,7 @@ def of_pictures(
     """Returns the job that decodes one split of the codes in `root` into `out`. Raises DataError if they are those of
     another tokenizer."""
     slices = SPLITS[split](replace(config.data, root=str(root)))
-    source, own = slices.samples.index, weights_hash(codec)
+    source, own = slices.samples.index, latents_hash(codec)
     if not source.codes or not isinstance(slices.reader, Codes):
         raise DataError(f"{source.folder} holds no codes: give the --out of `export.py codes`")
     if source.codes.tokenizer != own:
@@ -77,7 +77,12 @@ def of_pictures(
             f"{source.folder} holds codes of another tokenizer ({source.codes.tokenizer}) than {run} ({own}): give "
             f"the --run that they were made with"
         )
-    plan = {"exported": "images", "tokenizer": own, "source": source.fingerprint(), "per_shard": per_shard}
+    plan = {
+        "exported": "images",
+        "tokenizer": weights_hash(codec),
+        "source": source.fingerprint(),
+        "per_shard": per_shard,
+    }
     reader = slices.reader
     return Job(
         out,

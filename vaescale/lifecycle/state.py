@@ -3,6 +3,7 @@
 A key that older versions did not write has a default here, so that a run begun with an older version can continue.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,10 @@ def order(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(part, int | str) for part in value.values())
 
 
+def digest(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None)
+
+
 KEYS = {
     "version": Key(whole, "a whole number", 1),
     "step": Key(whole, "a whole number, 0 or more"),
@@ -77,6 +82,7 @@ KEYS = {
     "alarms": Key(names, "a list of names", []),
     "validation_due": Key(lambda value: isinstance(value, bool), "true or false", False),
     "noise": Key(lambda value: whole(value) and value > 0, "a whole number, 1 or more", 1),
+    "latents": Key(digest, "a hash of 16 digits, or null", None),
     "order": Key(order, "numbers and words by name"),
     # Keys of Descent. Those of an engine other than the model's have its name in front, as in critic_scaler.
     "optimizer_steps": Key(whole, "a whole number, 0 or more"),

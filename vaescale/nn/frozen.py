@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-from ..interfaces import Calibrated
+from ..interfaces import Calibrated, Model
 
 Tensors = dict[str, Tensor]
 
@@ -43,6 +43,12 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def latents_hash(codec: Model) -> str:
+    """Returns the hash by which latents are known to be those of a codec: that of its weights. Codecs that differ only
+    in a decoder that was trained alone have the same."""
+    return codec.latents_of or weights_hash(codec)
 
 
 class Net(NamedTuple):

@@ -12,6 +12,7 @@ from ..lifecycle import checkpoint
 from ..lifecycle import state as states
 from ..lifecycle.checkpoint import CheckpointError
 from ..matching import check_tokenizer
+from ..nn.frozen import latents_hash
 from ..nn.noise import VERSION
 from ..settings import Config
 from .learner import Learner
@@ -29,6 +30,7 @@ class Position:
     validation_due: bool = False  # this step's validation is pending: a stop cut it short
     noise: int = VERSION  # version of the noise of the run's models
     since: dict[str, int] | None = None  # the current batch size, and the step and images at which it began
+    latents: str | None = None  # with train=decoder: the hash of the codec whose latents the model has
 
     def advance(self, batch: int) -> None:
         """Counts one step of `batch` images."""
@@ -68,9 +70,7 @@ def resume(config: Config, learner: Learner, slices: TrainSlices, codec: str | N
     """
     found = find(Path(config.run))
     if found is None:
-        if config.init_from:
-            begin(config, learner)
-        return Position()
+        return Position(latents=begin(config, learner) if config.init_from else None)
     parts = [part.name for part in fields(Position)]
     state = states.read_checked(found, ["version", *parts, "order", *learner.state()])
     if found.name != (name := f"step-{state['step']:08d}"):
@@ -100,7 +100,8 @@ def resume(config: Config, learner: Learner, slices: TrainSlices, codec: str | N
     return Position(**{part: state[part] for part in parts})
 
 
-def begin(config: Config, learner: Learner) -> None:
+def begin(config: Config, learner: Learner) -> str | None:
+    """Loads the weights of `init_from`. Returns the hash of the codec whose latents the model keeps, if it does."""
     found = find(Path(config.init_from))
     if found is None:
         raise CheckpointError(
@@ -110,6 +111,10 @@ def begin(config: Config, learner: Learner) -> None:
     learner.begin(partial(checkpoint.read_fitting, found))
     if distributed.rank() == 0:
         print(f"{config.run} starts from the weights of {found}", flush=True)
+    if config.train != "decoder":
+        return None
+    learner.averaged.latents_of = states.read_checked(found, ["latents"])["latents"]
+    return latents_hash(learner.averaged)
 
 
 def find(place: Path) -> Path | None:
