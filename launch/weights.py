@@ -29,6 +29,7 @@ cannot be imported or converted.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from vaescale import arguments
 
@@ -52,6 +53,11 @@ def import_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, help="the file, or the folder of diffusers with its config.json")
     parser.add_argument("--run", type=Path, required=True, metavar="OUT", help="the new run directory")
     parser.add_argument("--data", metavar="ROOT", help="the run's data.root: images to evaluate it on")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure the statistics that the file lacks on the training images of ROOT",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run, as data.size=256")
     return parser
 
@@ -73,13 +79,20 @@ def list_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":  # before the other imports, which take seconds
     given = parse()
 
+import torch
+
 from vaescale.config import ConfigError
+from vaescale.data import DataError, stream
 from vaescale.files import printable
 from vaescale.formats.imported import import_run
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.nn.perceptual import KINDS
 from vaescale.nn.published import FILES, folder
+from vaescale.settings import Config
+from vaescale.training.calibration import calibrate
 from vaescale.weights import WeightsError, convert, found
+
+BATCH = 32  # images that are measured at a time
 
 
 def main(given: argparse.Namespace) -> int:
@@ -91,7 +104,7 @@ def main(given: argparse.Namespace) -> int:
             bring_in(given)
         else:
             write(given)
-    except (WeightsError, ConfigError, CheckpointError) as error:
+    except (WeightsError, ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -102,12 +115,23 @@ def main(given: argparse.Namespace) -> int:
 
 def bring_in(given: argparse.Namespace) -> None:
     data = [f"data.root={given.data}"] if given.data else []
-    remarks = import_run(given.library, given.source, given.run, [*data, *given.overrides])
+    measure = measured if given.measure else None
+    remarks = import_run(given.library, given.source, given.run, [*data, *given.overrides], measure)
     for remark in remarks:
         print(remark)
     print(
         f"{given.run}: evaluate it with `python launch/evaluate.py --run {given.run}{'' if data else ' data.root=…'}`"
     )
+
+
+def measured(model: Any, config: Config) -> None:
+    """Measures the statistics of a model over the training images, as at the end of a training."""
+    images = stream.TrainingOnce(config.data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    damaged = calibrate(model.to(device), images, device, BATCH, watched=sys.stderr.isatty())
+    model.cpu()
+    left_out = f", {damaged} damaged ones left out" if damaged else ""
+    print(f"measured on {len(images.samples.index)} training images{left_out}: {', '.join(model.calibration())}")
 
 
 def write(given: argparse.Namespace) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from launch import weights as command
 from tests.formats.references import LLAMAGEN, TAMING, Tokenizer, images, perturb
 from vaescale import trained
 from vaescale.config import ConfigError
+from vaescale.data import stream
 from vaescale.formats.imported import LIBRARIES, import_run
 from vaescale.formats.read import PICKLED, read
 from vaescale.interfaces import Calibrated, Codebooks, Codec, LatentStatistics, calibrated
@@ -139,6 +140,39 @@ def test_a_folder_of_diffusers(kind: str, name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(latents, theirs.latent_dist.mean, rtol=0, atol=1e-4)
             decoded = net.decode(latents).sample
         torch.testing.assert_close(ours.decode([latents]), (decoded + 1) / 2, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("library", ["taming", "ldm"])
+def test_what_a_file_lacks_is_measured_if_asked_for(
+    library: str,
+    states: dict[str, dict[str, Tensor]],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over the training images, for the averages alone: a training that goes on from the run changes it."""
+    torch.save(states[library], tmp_path / "x.pt")
+    words = ["--run", tmp_path / "run", "--data", pictures, "data.size=16", "data.workers=0", "--measure"]
+    assert called(monkeypatch, "import", library, tmp_path / "x.pt", *words) == 0
+    config = trained.read_config(tmp_path / "run", [])
+    model: Any = trained.read_model(tmp_path / "run", config, torch.device("cpu"))[0]
+    batch = stream.TrainingOnce(config.data)[range(90)].batch
+    x = batch.x.double() / 255
+    with torch.no_grad():
+        if library == "taming":
+            errors = (model.decode(model.encode(batch)).double() - x).square().mean((0, 2, 3)).sqrt()
+            torch.testing.assert_close(model.error_std.double(), errors, rtol=1e-5, atol=0)
+        else:
+            mean, std = (part.double() for part in model.posterior(batch))
+            torch.testing.assert_close(model.latent_mean.double(), mean.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+            deviation = (std.square() + (mean - mean.mean((0, 2, 3), keepdim=True)).square()).mean((0, 2, 3)).sqrt()
+            torch.testing.assert_close(model.latent_std.double(), deviation, rtol=1e-5, atol=0)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000000" / "model.safetensors")
+    assert all(saved[name].isinf().all() for name in checkpoint.LATER if name in saved)
+    words[1] = tmp_path / "other"
+    words[3] = tmp_path / "nowhere"
+    assert called(monkeypatch, "import", library, tmp_path / "x.pt", *words) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_file_of_diffusers_without_its_config(tmp_path: Path) -> None:
@@ -325,6 +359,11 @@ def test_codes_are_in_use(learning: str, states: dict[str, dict[str, Tensor]], t
     assert not usage.resets
 
 
+def called(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, words)])
+    return command.main(command.parse())
+
+
 def test_the_command(
     states: dict[str, dict[str, Tensor]],
     tmp_path: Path,
@@ -332,14 +371,11 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.save(states["taming"], tmp_path / "x.pt")
-    words = ["import", "taming", str(tmp_path / "x.pt"), "data.size=32", "--run", str(tmp_path / "run")]
-
-    def run(*more: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["weights.py", *words, *more])
-        return command.main(command.parse())
-
-    assert run("--data", "images") == 0
-    assert f"--run {tmp_path}/run`" in capsys.readouterr().out
+    words = ["import", "taming", tmp_path / "x.pt", "data.size=32", "--run", tmp_path / "run"]
+    assert called(monkeypatch, *words, "--data", "images") == 0
+    said = capsys.readouterr().out
+    assert f"(root mean square error of the channels) is measured when a training with init_from={tmp_path}/run" in said
+    assert f"--run {tmp_path}/run`" in said
     assert trained.read_config(tmp_path / "run", []).data.root == "images"
-    assert run() == 2
+    assert called(monkeypatch, *words) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/run exists: give a --run that does not\n"

@@ -13,7 +13,7 @@ from .. import config as mechanics
 from .. import settings
 from ..config import ConfigError
 from ..files import file_hash, printable, read_json
-from ..interfaces import Calibrated, Tensors, calibrated
+from ..interfaces import Calibrated, Model, Tensors, calibrated
 from ..lifecycle import checkpoint
 from ..lifecycle import state as states
 from ..nn.noise import VERSION
@@ -28,6 +28,9 @@ NAMED = 3  # tensors that an error names
 CODEBOOK = {"learning": "gradient", "reset_every": 0}
 
 
+Measure = Callable[[Any, settings.Config], None]  # model, settings
+
+
 class Found(NamedTuple):
     """What a file holds."""
 
@@ -38,12 +41,15 @@ class Found(NamedTuple):
     remarks: list[str]  # sentences: what of the file was used
 
 
-def import_run(library: str, source: Path, run: Path, overrides: Sequence[str] = ()) -> list[str]:
+def import_run(
+    library: str, source: Path, run: Path, overrides: Sequence[str] = (), measure: Measure | None = None
+) -> list[str]:
     """Makes the run directory of a file, or of a folder of diffusers. library: a key of LIBRARIES; overrides: settings,
-    `key=value`. Returns remarks, one sentence each: what was left out of the file, and what the run lacks.
+    `key=value`; measure: sets the statistics that the file lacks. Returns remarks, one sentence each: what was left out
+    of the file, and what the run lacks.
 
     The run has one checkpoint, of step 0, in which the weights are both the model's and their averages. Raises
-    ConfigError, CheckpointError and OSError; there is no run directory then.
+    ConfigError, CheckpointError and OSError, and what `measure` raises; there is no run directory then.
     """
     if run.exists():
         raise ConfigError(f"{run} exists: give a --run that does not")
@@ -53,22 +59,21 @@ def import_run(library: str, source: Path, run: Path, overrides: Sequence[str] =
     try:
         partial.mkdir(parents=True)
         config = _settings(found, run, partial / mechanics.FILE, overrides)
-        tensors, lacking = _tensors(found.weights, config)
-        origin = {states.IMPORTED: library, "file": found.file.name, "sha256": file_hash(found.file, sha256)}
-        state = {
-            "version": states.VERSION,
-            "step": 0,
-            "images": 0,
-            "noise": VERSION,
-            "order": origin,
-            "optimizer_steps": 0,
-        }
-        checkpoint.save(partial / "checkpoints", 0, {"model": tensors, "ema": tensors}, state, keep=1)
+        model = _model(found.weights, config)
+        lacking = [] if not isinstance(model, Calibrated) or calibrated(model) else list(model.calibration())
+        if lacking and measure:
+            measure(model, config)
+        _save(
+            model, partial, {states.IMPORTED: library, "file": found.file.name, "sha256": file_hash(found.file, sha256)}
+        )
         partial.rename(run)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return [*found.remarks, *lacking]
+    if not lacking or measure:
+        return found.remarks
+    when = f"when a training with init_from={run} ends, or by --measure"
+    return [*found.remarks, f"what the file lacks ({', '.join(lacking)}) is measured {when}"]
 
 
 def _settings(found: Found, run: Path, file: Path, overrides: Sequence[str]) -> settings.Config:
@@ -85,15 +90,13 @@ def _settings(found: Found, run: Path, file: Path, overrides: Sequence[str]) -> 
     return config
 
 
-def _tensors(weights: Tensors, config: settings.Config) -> tuple[Tensors, list[str]]:
-    """Returns all tensors of the model, and remarks on what is not known of it. Raises ConfigError if settings of the
-    model do not fit the weights."""
-    model = settings.build(config, training=False)
+def _model(weights: Tensors, config: settings.Config) -> Model:
+    """Returns the model with these weights. Raises ConfigError if settings of the model do not fit them."""
+    model = settings.build(config, training=False).eval()
     tensors = model.state_dict()
     wrong = [name for name in weights if name not in tensors or tensors[name].shape != weights[name].shape]
-    wrong += [
-        name for name, _ in model.named_parameters() if name not in weights and not name.startswith("likelihood.")
-    ]
+    given = (*weights, "likelihood.")
+    wrong += [name for name, _ in model.named_parameters() if not name.startswith(given)]
     if wrong:
         raise ConfigError(f"the settings of model do not fit {wrong[0]}: leave out those that follow from the weights")
     tensors |= weights
@@ -102,10 +105,17 @@ def _tensors(weights: Tensors, config: settings.Config) -> tuple[Tensors, list[s
         if "quantizer.learner.sums" in tensors:
             tensors["quantizer.learner.sums"] = weights["quantizer.codebook"].clone()
     model.load_state_dict(tensors)
-    if not isinstance(model, Calibrated) or calibrated(model):
-        return tensors, []
-    lacking = ", ".join(model.calibration())
-    return tensors, [f"what the file lacks ({lacking}) is measured when a training with init_from={config.run} ends"]
+    return model
+
+
+def _save(model: Model, run: Path, origin: dict[str, str]) -> None:
+    averages = model.state_dict()
+    tensors = {  # statistics are those of the averages: of a training that goes on from here they are not known
+        name: torch.full_like(tensor, torch.inf) if name in checkpoint.LATER else tensor
+        for name, tensor in averages.items()
+    }
+    state = {"version": states.VERSION, "step": 0, "images": 0, "noise": VERSION, "order": origin, "optimizer_steps": 0}
+    checkpoint.save(run / "checkpoints", 0, {"model": tensors, "ema": averages}, state, keep=1)
 
 
 def _diffusers(source: Path) -> Found:
