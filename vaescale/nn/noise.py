@@ -30,6 +30,13 @@ def uniform(sample: Tensor, size: tuple[int, ...], *keys: int) -> Tensor:
     return (_shifted(words, 11).double().add_(0.5).mul_(2.0**-53)).view(len(sample), *size)
 
 
+def spread(sample: Tensor, *keys: int) -> Tensor:
+    """Returns uniform numbers in (0, 1), fp64 [B], of which those of consecutive sample numbers are spread evenly:
+    multiples of the golden ratio, modulo 1, from a place that the keys decide."""
+    words = sample * _signed(_GAMMA) + _mixed(*keys)  # _GAMMA is 2^64 divided by the golden ratio
+    return _shifted(words, 11).double().add_(0.5).mul_(2.0**-53)
+
+
 def normal(sample: Tensor, size: tuple[int, ...], *keys: int, version: int | None = None) -> Tensor:
     """Returns numbers from N(0, 1), fp32 [B, *size], for sample numbers int64 [B].
 

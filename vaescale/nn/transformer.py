@@ -91,18 +91,31 @@ class Block(nn.Module):
     ) -> Tensor:
         """rotation: of keys, and of queries unless `turned` is theirs. place: of the block's dropout, which uses this
         number and the next one. cache: of the tokens before x, which is then one token."""
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        branch = self.attention(self.norm1(x), rotation, causal, cache, turned)
+        x = x + (dropout(branch, place) if dropout else branch)
+        branch = self.mlp(self.norm2(x))
+        return x + (dropout(branch, place + 1) if dropout else branch)
+
+    def attention(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        causal: bool = False,
+        cache: Cache | None = None,
+        turned: Rotation | None = None,
+    ) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k = normalised(q, self.norm_q), normalised(k, self.norm_k)
         if rotation is not None:
             q, k = rotated(q, turned or rotation), rotated(k, rotation)
         if cache is not None:
             k, v = cache.extended(k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        branch = self.mix(rearrange(mixed, "b h n d -> b n (h d)"))
-        x = x + (dropout(branch, place) if dropout else branch)
-        gate, value = self.gate(self.norm2(x)).chunk(2, dim=-1)
-        branch = self.out(F.silu(gate) * value)
-        return x + (dropout(branch, place + 1) if dropout else branch)
+        return self.mix(rearrange(mixed, "b h n d -> b n (h d)"))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, value = self.gate(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
 
 
 class Transformer(nn.Module):
@@ -113,10 +126,7 @@ class Transformer(nn.Module):
         self.checkpointing = checkpointing
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
         self.norm = nn.RMSNorm(width, EPSILON)
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:  # the last layers start smaller, so that the variance of x does not grow with depth
-                last = name.endswith(("mix.weight", "out.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * depth) if last else 0.02)
+        initialise_(self.blocks)
 
     def forward(
         self,
@@ -139,6 +149,15 @@ class Transformer(nn.Module):
             recompute = self.checkpointing and self.training
             x = run_block(block, recompute, x, rotation, causal, dropout, 2 * number + 1, cache, turned)
         return self.norm(x)
+
+
+def initialise_(blocks: nn.ModuleList) -> None:
+    """Draws the weights of linear layers. Those that end a branch start smaller, so that the variance of x does not
+    grow with depth."""
+    for name, weight in blocks.named_parameters():
+        if weight.ndim == 2:
+            last = name.endswith(("mix.weight", "out.weight"))
+            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(blocks)) if last else 0.02)
 
 
 def normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
