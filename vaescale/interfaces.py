@@ -59,7 +59,8 @@ class Bound(NamedTuple):
 
     distortion: Tensor  # fp32 [B]: −log p(x|z)
     rate: Tensor  # fp32 [L, B]: KL(q‖p) of each level, coarse to fine, in closed form if it has one
-    log_ratio: Tensor  # fp32 [B]: log p(z) − log q(z|x) of the draw, over all levels
+    # fp32 [B]: log p(z) − log q(z|x) of the draw, over all levels; None: the rate only estimates what it is on average
+    log_ratio: Tensor | None
 
 
 T = TypeVar("T")
@@ -143,16 +144,35 @@ class Codebooks(Protocol):
 
 @runtime_checkable
 class PixelLikelihood(Protocol):
-    """A codec with the probability p(x|z) of images, but no prior of its own: with one, it has a bound on p(x)."""
+    """A codec with the probability p(x|z) of images: with any prior of its latents, it has a bound on p(x)."""
 
     def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
         """Returns −log p(x|z) of the 8-bit images in nats, fp32 [B]; infinite until it is measured."""
         ...
 
 
+@runtime_checkable
+class Posterior(Protocol):
+    """A codec with one level of continuous latents, z ~ q(z|x) = N(mean, diag std²)."""
+
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns mean and std, fp32 [B, D] or [B, D, h, w] each."""
+        ...
+
+
+@runtime_checkable
+class OnCodec(Protocol):
+    """A model that may be built on the frozen codec of another run."""
+
+    @property
+    def codec(self) -> Any:
+        """The codec; None if there is none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How codes are drawn from a prior. The defaults draw from its distribution."""
+    """How samples are drawn from a prior; all but `guidance` is for codes. The defaults draw from its distribution."""
 
     top_k: int = 0  # only the k most probable codes are drawn; 0: all
     top_p: float = 1.0  # only the most probable codes that together have this probability
@@ -208,6 +228,24 @@ class Prior(Protocol):
     ) -> Tensor:
         """Draws codes int64 [B, L, h, w]. Those of an image depend only on its condition and its number in `sample`,
         int64 [B], up to rounding. The logits are divided by the temperature; at 0 the most probable codes are taken."""
+        ...
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """A codec whose samples depend on Sampling."""
+
+    sampling: Sampling
+
+
+@runtime_checkable
+class Diffused(Protocol):
+    """Such a codec that is a diffusion: its samples have no temperature, and no likelihood follows them."""
+
+    sampling: Sampling
+
+    def with_sampling(self, sampling: Sampling) -> Codec:
+        """Returns the same codec with other samples."""
         ...
 
 

@@ -9,12 +9,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from . import config as mechanics
-from . import hub
 from .config import ConfigError
 from .data import places, stream
 from .hints import either, known_keys
 from .interfaces import Batch, Codec, Model, Reconstructor, SeparateDecoder, Shape
-from .models import MODELS
+from .models import MODELS, PIXELS
 from .nn import critic
 from .ranges import ranged, require
 from .renamed import RENAMED, VERSION, rename
@@ -111,7 +110,8 @@ OWNED = {
 
 
 def load(path: str | Path, overrides: list[str]) -> Config:
-    """Reads a config file with overrides. Raises ConfigError for unknown keys and values that cannot work."""
+    """Reads a config file with overrides. Raises ConfigError, one sentence, for unknown keys and values that cannot
+    work."""
     raw = mechanics.read_yaml(path)
     if "version" in raw:  # a run's config.yaml
         rename(raw)
@@ -230,12 +230,12 @@ def build(config: Config, training: bool = True) -> Model:
 def base_run(config: Config) -> Path | None:
     """Returns the run whose codec the model is built on, if it is built on one. Raises ConfigError if it is missing."""
     name = MODELS[config.model.kind].base if config.model.kind in MODELS else ""
-    if not name:
+    place = getattr(config.model, name, PIXELS)
+    if place == PIXELS:
         return None
-    place = getattr(config.model, name)
-    if not place or not hub.settings_of(Path(place)).exists():
+    if not place or not (Path(place) / mechanics.FILE).exists():
         what = f"model.{name}={place} is not a run directory" if place else f"model.{name} is missing"
-        raise ConfigError(f"{what}: set it to the run= of a training whose model has codes, such as a VQ-VAE")
+        raise ConfigError(f"{what}: set it to the run= of a training whose latents are to be modelled")
     return Path(place)
 
 
@@ -245,12 +245,12 @@ def base_of(config: Config) -> Config | None:
     run = base_run(config)
     if run is None:
         return None
-    base, _ = load_saved(hub.settings_of(run), [])
+    base, _ = load_saved(run / mechanics.FILE, [])
     for name in ("size", "channels"):
         ours, its = getattr(config.data, name), getattr(base.data, name)
         if ours != its:
             raise ConfigError(
-                f"data.{name}={ours} is not that of {run}, whose codes are modelled: set data.{name}={its}"
+                f"data.{name}={ours} is not that of {run}, whose latents are modelled: set data.{name}={its}"
             )
     return base
 

@@ -6,16 +6,27 @@ from pathlib import Path
 
 import torch
 
-from . import distributed, hub, settings
+from . import distributed, settings
 from .config import FILE, ConfigError
 from .data import stream
 from .data.index import Index
 from .files import printable
-from .interfaces import Calibrated, Codec, Model, PixelLikelihood, Prior, Sampling, calibrated
+from .interfaces import (
+    Calibrated,
+    Codebooks,
+    Codec,
+    Diffused,
+    LatentStatistics,
+    Model,
+    OnCodec,
+    PixelLikelihood,
+    Prior,
+    Sampling,
+    calibrated,
+)
 from .lifecycle import checkpoint
 from .lifecycle import state as states
 from .matching import check_tokenizer
-from .models import MODELS
 from .models.code_prior import uniform
 from .models.generative import generative
 from .nn.frozen import latents_hash, weights_hash
@@ -23,9 +34,9 @@ from .settings import Config
 
 
 def run_of(place: Path) -> Path:
-    """Returns the run directory of `place`, which is a run directory or a checkpoint of one, RUN/checkpoints/step-…. A
-    folder of the hub (hub.py) stands for both. Raises ConfigError for anything else."""
-    if (place / FILE).exists() or ((place / hub.CONFIG).exists() and (place / checkpoint.MANIFEST).exists()):
+    """Returns the run directory of `place`, which is a run directory or a checkpoint of one, RUN/checkpoints/step-….
+    Raises ConfigError for anything else."""
+    if (place / FILE).exists():
         return place
     folder = place.resolve().parent
     if folder.name != "checkpoints" or not (folder.parent / FILE).exists():
@@ -40,12 +51,10 @@ def run_of(place: Path) -> Path:
 
 
 def read_config(place: Path, overrides: list[str]) -> Config:
-    """Returns the settings of a run, with overrides. place: as in `run_of`. Raises ConfigError."""
-    path = hub.settings_of(run_of(place))
+    """Returns the settings of a run, with overrides. place: a run directory or a checkpoint of one. Raises
+    ConfigError."""
+    path = run_of(place) / FILE
     config, unknown = settings.load_saved(path, overrides)
-    base = MODELS[config.model.kind].base
-    if path.name == hub.CONFIG and base and getattr(config.model, base) == hub.TOKENIZER:
-        config = replace(config, model=replace(config.model, **{base: str(path.parent / hub.TOKENIZER)}))
     if unknown and distributed.place().rank == 0:
         print(f"{path} has settings that this version does not know: {printable(', '.join(unknown))}", file=sys.stderr)
     return config
@@ -68,15 +77,19 @@ def read_base(model: Model, config: Config) -> str | None:
     run = settings.base_run(config)
     if run is None:
         return None
-    assert isinstance(model, Prior)
+    assert isinstance(model, OnCodec)
     codec = model.codec
     assert isinstance(codec, Model)
     _read_averaged(codec, run)
+    if isinstance(codec, LatentStatistics) and isinstance(codec, Calibrated) and not calibrated(codec):
+        raise ConfigError(f"the latents of {run} have not been measured: finish its training, which does so at its end")
     return latents_hash(codec)
 
 
 def codec_of(model: Model, sampling: Sampling = Sampling()) -> Codec:
     """Returns what encodes and decodes images: the model itself, or if it is a prior, its codec with it."""
+    if isinstance(model, Diffused):
+        return model.with_sampling(sampling)
     codec = generative(model, sampling) if isinstance(model, Prior) else model
     assert isinstance(codec, Codec)
     return codec
@@ -85,7 +98,8 @@ def codec_of(model: Model, sampling: Sampling = Sampling()) -> Codec:
 def measured_codec(model: Model, config: Config, sampling: Sampling = Sampling()) -> Codec:
     """As `codec_of`, but a calibrated tokenizer has the uniform prior that it was trained with, so that its bits per
     dimension can be measured."""
-    if isinstance(model, PixelLikelihood) and isinstance(model, Calibrated) and calibrated(model):
+    tokenizer = isinstance(model, Codebooks) and isinstance(model, PixelLikelihood)
+    if tokenizer and isinstance(model, Calibrated) and calibrated(model):
         return generative(uniform(model, settings.shape(config)), sampling)
     return codec_of(model, sampling)
 
@@ -108,9 +122,7 @@ def pictures_of(config: Config) -> stream.Config:
 def weights_of(model: Model) -> str:
     """Returns the hash of the model's weights, and that of the codec it is built on, if it is built on one."""
     hashes = [weights_hash(model)]
-    if isinstance(model, Prior):
-        codec = model.codec
-        assert isinstance(codec, Model)
+    if isinstance(model, OnCodec) and isinstance(codec := model.codec, Model):
         hashes.append(weights_hash(codec))
     return " ".join(hashes)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..data import DataError, index, stream
-from ..interfaces import Codebooks, Codec, WithPrior
+from ..interfaces import Codebooks, Codec, OnCodec, WithPrior
 from ..monitoring import code_statistics
 from ..nn.perceptual import Distance
 from . import record, tables
@@ -103,8 +103,8 @@ def measured(
 
 def parameters_of(codec: nn.Module) -> int:
     """Returns how many there are, in a codec and its prior together."""
-    if isinstance(codec, WithPrior) and isinstance(tokenizer := codec.prior.codec, nn.Module):
-        return sum(p.numel() for part in (codec, tokenizer) for p in part.parameters())
+    if isinstance(codec, OnCodec) and isinstance(base := codec.codec, nn.Module):
+        return sum(p.numel() for part in (codec, base) for p in part.parameters())
     # What a closed form has learned are buffers.
     return sum(p.numel() for p in codec.parameters()) or sum(b.numel() for b in codec.buffers())
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data import stream
-from ..interfaces import Batch, Codec, WithPrior
+from ..interfaces import Batch, Codec, Sampled
 from ..nn import features, perceptual
 from ..nn.features import Features
 from ..nn.perceptual import Distance
@@ -186,7 +186,7 @@ class Comparer:
         drawn = {**asdict(self.drawing), "reference": "the validation images"}
         if training:
             drawn["training"] = training
-        if isinstance(codec, WithPrior):
+        if isinstance(codec, Sampled):
             drawn |= asdict(codec.sampling)
         reference: ByNet | None = None
         if self.reference:

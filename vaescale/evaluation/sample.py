@@ -11,8 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..interfaces import Batch, Codec, Condition, Prior, Sampling, WithPrior
-from ..models.generative import generative
+from ..interfaces import Batch, Codec, Condition, Diffused, Sampled, Sampling
 from ..monitoring.pictures import Picture, factor, grid, joined, legible
 from .drawing import Unsupported, decoded, from_prior, in_turn, seeded
 from .latents import moments, sums
@@ -87,8 +86,8 @@ def generate(subject: Subject) -> dict[str, Picture]:
         labels = torch.tensor(list(classes), device=subject.device)
         condition = condition._replace(label=labels[torch.arange(subject.count, device=subject.device) % len(labels)])
     kinds = [(False, "mean of p(x|z)"), (True, "one draw from p(x|z)")]
-    if isinstance(subject.codec, WithPrior):
-        kinds = [(False, "samples")]  # codes are decoded to images, not to a distribution
+    if isinstance(subject.codec, Sampled):
+        kinds = [(False, "samples")]  # what is drawn from a prior is decoded to images, not to a distribution
     rows = []
     for temperature in subject.temperatures:
         blocks = []
@@ -152,23 +151,23 @@ def at_temperatures(codec: Codec, condition: Condition) -> Picture:
     """Draws samples from the prior under these conditions, at increasing temperatures one below the other, from the
     same noise. Raises Unsupported if there is no prior."""
     blocks = []
-    for temperature in TEMPERATURES:
+    for temperature in [1.0] if isinstance(codec, Diffused) else TEMPERATURES:
         images = from_prior(codec, in_turn(condition, SAMPLES), 0, temperature)
         # The blocks are almost as high as wide.
         text = 2 * legible(PER_ROW * factor(images.shape[-1]) * images.shape[-1])
-        blocks.append(grid(images, PER_ROW, title=f"samples, temperature {temperature:g}", text=text))
+        title = "samples" if isinstance(codec, Diffused) else f"samples, temperature {temperature:g}"
+        blocks.append(grid(images, PER_ROW, title=title, text=text))
     return joined(blocks, axis=0)
 
 
 @torch.no_grad()
-def guided(prior: Prior, condition: Condition) -> Picture | None:
+def guided(drawn: Callable[[Sampling], Codec], condition: Condition) -> Picture | None:
     """Draws samples under these conditions with increasing guidance one below the other, from the same random numbers.
-    Returns None if the prior has no condition, so that all are the same, or cannot be guided."""
+    Returns None if there is no condition, so that all are the same, or no guidance. drawn: the codec by its samples."""
     blocks, images = [], []
     for guidance in GUIDANCES:
-        codec = generative(prior, Sampling(guidance=guidance))
         try:
-            images.append(from_prior(codec, in_turn(condition, SAMPLES), 0))
+            images.append(from_prior(drawn(Sampling(guidance=guidance)), in_turn(condition, SAMPLES), 0))
         except Unsupported:
             return None
         text = 2 * legible(PER_ROW * factor(images[0].shape[-1]) * images[0].shape[-1])
@@ -218,8 +217,8 @@ def swap(subject: Subject) -> dict[str, Picture]:
     from its mean. Raises Unsupported if the model has no condition or ignores it."""
     if not subject.classes and not subject.attributes:
         raise Unsupported("the model has neither class nor attributes as input, so there is nothing to swap")
-    if isinstance(subject.codec, WithPrior):
-        raise Unsupported("the condition decides which codes are drawn, not how codes are decoded")
+    if isinstance(subject.codec, Sampled):
+        raise Unsupported("the condition decides which latents are drawn, not how they are decoded")
     x = subject.shown
     latents = subject.codec.encode(x)
     result = {}
@@ -269,6 +268,8 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 def _continuous(subject: Subject, why: str) -> list[Tensor]:
     latents = subject.codec.encode(subject.shown)
+    if latents[0].shape == subject.shown.x.shape:
+        raise Unsupported("the latents of this model are the images themselves")
     if not all(level.is_floating_point() for level in latents):
         raise Unsupported(f"the latents of this model are discrete codes, which {why}")
     return latents

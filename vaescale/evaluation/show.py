@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..interfaces import Basis, Batch, Bounded, Codebooks, Codec, Prior
+from ..interfaces import Basis, Batch, Bounded, Codebooks, Codec, Diffused, Prior
 from ..models.generative import generative
 from ..monitoring import code_statistics, pictures
 from ..monitoring.pictures import Picture
@@ -49,6 +50,12 @@ def samples(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:
         yield "val/samples", sample.at_temperatures(codec, shown.condition)
 
 
+def guided_samples(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:
+    del latents
+    if (found := sample.guided(codec.with_sampling, shown.condition)) is not None:
+        yield "val/guided_samples", found
+
+
 def progressive(codec: Codec, shown: Batch, latents: list[Tensor]) -> Pictures:
     if len(latents) > 1:
         yield "val/progressive", sample.progressive(codec, shown)
@@ -67,7 +74,7 @@ def of_prior(prior: Prior, shown: Batch, maps: dict[str, Tensor]) -> Pictures:
     """Yields samples of a prior, and the bits of each place, fp64 [L, h, w], of "validation" and "training" images and
     the difference."""
     yield "val/samples", sample.at_temperatures(generative(prior), shown.condition)
-    if (guided := sample.guided(prior, shown.condition)) is not None:
+    if (guided := sample.guided(partial(generative, prior), shown.condition)) is not None:
         yield "val/guided_samples", guided
     yield "val/code_bits", pictures.heat_maps(maps, "validation - training", "bits of the code at each place")
 
@@ -81,6 +88,7 @@ def basis(codec: Any, shown: Batch, latents: list[Tensor]) -> Pictures:
 
 PICTURES: list[tuple[type, Callable[[Any, Batch, list[Tensor]], Pictures]]] = [
     (Codec, samples),
+    (Diffused, guided_samples),
     (Bounded, progressive),
     (Codebooks, codebooks),
     (Basis, basis),

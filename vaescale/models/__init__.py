@@ -7,7 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 from ..interfaces import Model
 from ..nn.networks import NETWORKS, Kind
-from . import autoencoder, code_prior, hvae, kl, pca, vae, vdvae, vqvae
+from . import autoencoder, code_prior, diffusion, hvae, kl, pca, vae, vdvae, vqvae
+
+PIXELS = diffusion.PIXELS
 
 
 class Family(NamedTuple):
@@ -16,7 +18,8 @@ class Family(NamedTuple):
     learner: Literal["descent", "closed_form"] = "descent"  # a key of training.learner.LEARNERS
     # model.network.kind → its networks, if model.network is of several classes
     networks: Mapping[str, Kind] = MappingProxyType({})
-    base: str = ""  # the setting of `config` that names a run, whose frozen codec the model is built on
+    # the setting of `config` that names a run, whose frozen codec the model is built on; the name PIXELS is no run
+    base: str = ""
 
 
 MODELS = {  # model.kind → its family
@@ -28,4 +31,5 @@ MODELS = {  # model.kind → its family
     "kl": Family(kl.Config, kl.build, networks=NETWORKS),
     "vqvae": Family(vqvae.Config, vqvae.VQVAE, networks=NETWORKS),
     "code_prior": Family(code_prior.Config, code_prior.build, base="tokenizer"),
+    "diffusion": Family(diffusion.Config, diffusion.build, base="over"),
 }

@@ -102,12 +102,6 @@ class Spatial(Latent):
         self.latent_mean.copy_(first)
         self.latent_std.copy_((second - first.square()).clamp(min=0).sqrt())
 
-    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the standard deviation of q(z|x), fp32 [B, D, H/f, W/f] each."""
-        x, embedded = self._given(batch, batch.condition)
-        _, (level,) = self.net.infer(x, embedded, lambda _, q: q.mean)
-        return level.q.mean, level.q.log_std.exp()
-
     def freeze_encoder(self) -> None:
         self.net.encoder.requires_grad_(False)
 

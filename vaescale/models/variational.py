@@ -140,6 +140,13 @@ class Latent(Model):
             self._note(mean)
         return Output(loss, metrics, reconstruction)
 
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the standard deviation of q(z|x) of a model with one level, fp32 [B, D] or [B, D, h, w]
+        each."""
+        x, embedded = self._given(batch, batch.condition)
+        _, (level,) = self.net.infer(x, embedded, lambda _, q: q.mean)
+        return level.q.mean, level.q.log_std.exp()
+
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """Returns each level's means of q(z|x), fp32 [B, D] or [B, D, h, w], or with a temperature draws around them
         from torch's default generator. Each level is conditioned on the values chosen at the levels before it."""
@@ -252,6 +259,12 @@ class Variational(Latent):
             torch.stack([level.rates().sum(1) for level in levels]),
             torch.stack([level.log_ratio() for level in levels]).sum(0),
         )
+
+    def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
+        """Returns −log p(x|z) in nats, fp32 [B]."""
+        embedded = self._embedded(batch.condition, len(batch.x))
+        h = self.net.generate(embedded, len(batch.x), lambda level, _: latents[level])
+        return -self.likelihood.log_prob(self.net.output(h, embedded), batch.x)
 
     def kl_settings(self) -> Config:
         return self.config

@@ -71,8 +71,9 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model, self.codec = self.built()
+        codes = (self.codec, self.model.code_shape) if isinstance(self.model, Prior) else (None, ())
         for index in self.indexes:
-            check_codes(config, index, self.codec, getattr(self.model, "code_shape", ()))
+            check_codes(config, index, *codes)
         samples = len(self.slices.samples.index)
         self.learner = chosen(config)(self.model, config, samples)
         self.validator = self.measuring(self.learner.averaged)

@@ -15,14 +15,17 @@ def bits(codec: Bounded, batch: Batch, draws: int) -> Tensors:
     KL in closed form, and equation 8, −log p(x) ≤ −log 1/k Σ_i p(x|z_i) p(z_i) / q(z_i|x).
     """
     distortion = torch.zeros(len(batch.x), dtype=torch.float64, device=batch.x.device)
-    rate, log_weights = distortion, torch.full_like(distortion, -math.inf)
+    rate, log_weights, weighted = distortion, torch.full_like(distortion, -math.inf), True
     for draw in range(draws):
         bound = codec.bound(batch, draw)
         distortion = distortion + bound.distortion.double() / draws
         rate = rate + bound.rate.double() / draws  # depends on the draw except at the coarsest level
-        log_weights = torch.logaddexp(log_weights, bound.log_ratio.double() - bound.distortion.double())
+        if bound.log_ratio is None:
+            weighted = False
+        else:
+            log_weights = torch.logaddexp(log_weights, bound.log_ratio.double() - bound.distortion.double())
     values = {"bits_per_dim": distortion + rate.sum(0)}
-    if draws > 1:
+    if draws > 1 and weighted:
         values["bits_per_dim_iw"] = math.log(draws) - log_weights
     values |= {"rate": rate.sum(0), "distortion": distortion}
     if len(rate) > 1:

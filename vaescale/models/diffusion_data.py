@@ -1,0 +1,127 @@
+"""What a diffusion is over: the pixels of images, or the latents of a frozen model.
+
+Data x are fp32 [B, D, h, w], of a variance of about 1; vectors of latents have h = w = 1.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..interfaces import (
+    Batch,
+    Codec,
+    Condition,
+    LatentStatistics,
+    Model,
+    PixelLikelihood,
+    Posterior,
+    Shape,
+)
+from ..nn import diffusion, noise
+from ..nn.frozen import Frozen
+from ..nn.likelihood import gaussian_log_prob
+
+
+class Pixels:
+    """x = pixels in [−1, 1]; an image is its own latent. p(image|z_0) is a discretised Gaussian around z_0 / α_0."""
+
+    bounded = True  # whether there is a likelihood p(image|…)
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = (shape.channels, shape.size, shape.size)
+
+    def drawn(self, batch: Batch, *keys: int) -> tuple[Tensor, Tensor]:
+        """Returns x ~ q(x|image), and −H(q) in nats, fp32 [B]. The noise of an image depends only on the keys and its
+        sample number."""
+        del keys
+        return self.encode(batch, 0.0)[0], torch.zeros(len(batch.x), device=batch.x.device)
+
+    def distortion(self, batch: Batch, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+        """Returns −log p(image|…) in nats, fp32 [B]. noise, γ []: those of z_0."""
+        std = (gamma / 2).exp().float() / 2  # σ_0 / α_0, of pixels in [0, 1]
+        return -gaussian_log_prob((x + 1) / 2 + std * noise, std, batch.x)
+
+    def rest(self, negentropy: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+        """Returns what the last step, from z_0 to x, adds to the rate: nats, fp32 [B]."""
+        del noise, gamma
+        return negentropy
+
+    def codec(self, device: torch.device) -> None:
+        """Returns the model whose latents are x, on the device; None: there is none."""
+        del device
+
+    def encode(self, batch: Batch, temperature: float) -> list[Tensor]:
+        del temperature
+        return [batch.x / 127.5 - 1]
+
+    def decode(self, latents: list[Tensor], condition: Condition | None) -> Tensor:
+        del condition
+        return (latents[0] + 1) / 2
+
+    def latents(self, x: Tensor) -> list[Tensor]:
+        """Returns the latents of x, as `encode` returns them."""
+        return [x]
+
+
+class Latents:
+    """x = the latents of a frozen model, less their mean and divided by their standard deviation if the model has
+    measured them.
+
+    fixed: whether x is the mean of q, and the image is decoded from z_0 / α_0 instead of from x."""
+
+    def __init__(self, codec: Model, shape: Shape, fixed: bool) -> None:
+        """Raises ValueError for a model without one level of continuous latents."""
+        self.frozen = Frozen(codec)
+        self.fixed = fixed
+        self.bounded = isinstance(codec, PixelLikelihood)
+        device = next(codec.parameters()).device
+        x = torch.zeros(1, shape.channels, shape.size, shape.size, dtype=torch.uint8, device=device)
+        label = torch.full((1,), -1, device=device)
+        blank = Batch(x, label, torch.full((1, shape.attributes), torch.nan, device=device), label)
+        with torch.no_grad():
+            found = cast(Codec, codec).encode(blank)
+        if len(found) != 1 or not isinstance(codec, Posterior):
+            raise ValueError("model.over must be the run of a model with one level of continuous latents, a vae or kl")
+        self.own = tuple(found[0].shape[1:])
+        self.shape = (*self.own, 1, 1)[:3]
+
+    def codec(self, device: torch.device) -> Any:
+        return self.frozen.on(device)
+
+    def drawn(self, batch: Batch, *keys: int) -> tuple[Tensor, Tensor]:
+        codec = self.codec(batch.x.device)
+        with torch.no_grad(), torch.autocast(batch.x.device.type, enabled=False):
+            mean, std = codec.posterior(batch)
+            if self.fixed:
+                return self._standard(mean), torch.zeros(len(mean), device=mean.device)
+            z = mean + std * noise.normal(batch.sample, self.own, *keys)
+            return self._standard(z), -diffusion.entropy((std / self._scales(codec)[1]).log())
+
+    def distortion(self, batch: Batch, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+        decoded = x + (gamma / 2).exp().float() * noise if self.fixed else x
+        return self.codec(x.device).distortion(batch, self.latents(decoded))
+
+    def rest(self, negentropy: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+        return negentropy if self.fixed else negentropy + diffusion.density(noise, gamma)
+
+    def encode(self, batch: Batch, temperature: float) -> list[Tensor]:
+        return self.codec(batch.x.device).encode(batch, temperature)
+
+    def decode(self, latents: list[Tensor], condition: Condition | None) -> Tensor:
+        return self.codec(latents[0].device).decode(latents, condition)
+
+    def latents(self, x: Tensor) -> list[Tensor]:
+        mean, std = self._scales(self.codec(x.device))
+        return [x.view(-1, *self.own) * std + mean]
+
+    def _standard(self, z: Tensor) -> Tensor:
+        mean, std = self._scales(self.codec(z.device))
+        return ((z - mean) / std).view(-1, *self.shape)
+
+    def _scales(self, codec: Any) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """The mean and standard deviation of each channel: of N(0, I) for a model that measures none."""
+        if not isinstance(codec, LatentStatistics):
+            return 0.0, 1.0
+        mean, std = codec.latent_statistics()
+        return mean[:, None, None], std[:, None, None]
