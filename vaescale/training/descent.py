@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..config import ConfigError
-from ..interfaces import Batch, Model, Tensors
+from ..interfaces import Batch, LatentStatistics, Model, Tensors
 from ..lifecycle.checkpoint import Read
 from ..nn.reconstruction import distance_of
 from ..numerics import TRITON
@@ -194,7 +194,8 @@ class Descent:
         wanted = self.averaged.state_dict()  # a model and its average have the same tensors
         weights, averages = read("model", wanted), read("ema", wanted)
         if self.config.train == "decoder":  # of the averaged encoder: latents that others use come from it
-            weights |= {name: averages[name] for name in self.engine.parameters}
+            kept = wanted if isinstance(self.model, LatentStatistics) else self.engine.parameters
+            weights |= {name: averages[name] for name in kept}
         self.engine.load_weights(weights)
         self._average(averages)
 

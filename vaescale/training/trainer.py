@@ -21,7 +21,7 @@ from ..data import DataError, stream
 from ..data.decode import CAUSES
 from ..data.index import check_files
 from ..data.reader import Reader
-from ..interfaces import Batch, Calibrated, Codec, Model, Prior, calibrated
+from ..interfaces import Batch, Calibrated, Codec, LatentStatistics, Model, Prior, calibrated
 from ..lifecycle import checkpoint, history, topology
 from ..lifecycle.lock import Lock, on_rank_0
 from ..lifecycle.status import FINISHED, PREEMPTED, Diverged, Status
@@ -302,6 +302,8 @@ class Trainer:
         averaged = self.learner.averaged
         if not isinstance(averaged, Calibrated):
             return ""
+        if self.config.train == "decoder" and isinstance(averaged, LatentStatistics) and calibrated(averaged):
+            return ""  # those of init_from, by which the latents are normalised for others
 
         def stopped() -> str:
             watch.progress()
