@@ -8,6 +8,7 @@
     python launch/export.py diffusers RUN DIR                             a VQModel or an AutoencoderKL
     python launch/export.py taming RUN FILE.safetensors                   for taming-transformers, latent diffusion
     python launch/export.py llamagen RUN FILE.safetensors                 a tokenizer of LlamaGen
+    python launch/export.py hub RUN DIR --license mit --push NAME/MODEL   for the Hugging Face Hub and vaescale.load
 
 `codes` encodes the images of the run's data (or of data.root=…) with the averaged weights, and writes shards of
 `key.codes.npy`, which training and plain webdataset read, with the classes and attributes of the images. DIR is a
@@ -15,9 +16,9 @@ data.root. Validation images are always encoded as validation sees them.
 
 Any number of ranks writes the same files. An export of codes that was interrupted continues where it stopped.
 
-The other commands write the averaged weights of a vqvae or kl run with model.network.kind=vqgan, see
-vaescale/formats/README.md, and a critic's next to them. They write all files or none, and replace only an earlier
-export.
+The other commands write the averaged weights, see vaescale/formats/README.md, and a critic's next to them; for other
+libraries those of a vqvae or kl run with model.network.kind=vqgan. They write all files or none, and replace only an
+earlier export.
 
 Exit code 2: the run has no codes, its model does not fit the other library, or something cannot be read or written, or
 belongs to another export.
@@ -35,6 +36,7 @@ LIBRARIES = ("diffusers", "taming", "llamagen")
 
 def parse() -> argparse.Namespace:
     parsers = {"codes": codes_parser, "decode": decode_parser, **dict.fromkeys(LIBRARIES, library_parser)}
+    parsers["hub"] = hub_parser
     command, *words = arguments.words() or ["-h"]
     if command not in parsers:
         parser = arguments.command(__doc__)
@@ -72,10 +74,23 @@ def decode_parser() -> argparse.ArgumentParser:
 def library_parser() -> argparse.ArgumentParser:
     parser = arguments.command("Write the averaged weights of a run for another library.")
     parser.prog = "export.py diffusers|taming|llamagen"
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run, or a checkpoint of one")
-    parser.add_argument("out", type=Path, metavar="OUT", help="diffusers: a folder; taming, llamagen: FILE.safetensors")
-    arguments.add_plugin(parser)
+    add_weights(parser, "diffusers: a folder; taming, llamagen: FILE.safetensors")
     return parser
+
+
+def hub_parser() -> argparse.ArgumentParser:
+    parser = arguments.command("Write a folder with the averaged weights of a run, its settings and a model card.")
+    parser.prog = "export.py hub"
+    add_weights(parser, "the folder")
+    parser.add_argument("--license", default="unknown", metavar="ID", help="in the card, such as apache-2.0 (unknown)")
+    parser.add_argument("--push", metavar="NAME/MODEL", help="then upload it to this repository of the Hub")
+    return parser
+
+
+def add_weights(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run, or a checkpoint of one")
+    parser.add_argument("out", type=Path, metavar="OUT", help=out)
+    arguments.add_plugin(parser)
 
 
 def add_common(parser: argparse.ArgumentParser, run: str, per_shard: int) -> None:
@@ -103,6 +118,8 @@ from vaescale.data.names import counted
 from vaescale.export import jobs
 from vaescale.export.write import Job, write
 from vaescale.files import printable, readable_size
+from vaescale.formats import hub
+from vaescale.formats.export import export_diffusers, export_file
 from vaescale.interfaces import Model
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.settings import Config
@@ -111,7 +128,7 @@ from vaescale.settings import Config
 def main(given: argparse.Namespace) -> int:
     try:
         plugins.load(given.plugin)
-        (export_weights if given.command in LIBRARIES else export_shards)(given)
+        (export_shards if given.command in ("codes", "decode") else export_weights)(given)
     except (ConfigError, DataError, CheckpointError, distributed.Misplaced) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,18 +142,25 @@ def main(given: argparse.Namespace) -> int:
 
 
 def export_weights(given: argparse.Namespace) -> None:
-    from vaescale.formats.export import export_diffusers, export_file
-
     if given.overrides:
         raise ConfigError(f"{given.overrides[0]}: an export of weights takes no settings, it has those of the run")
     if distributed.place().world > 1:
         raise ConfigError("weights are exported by one process: start the command with python")
-    if given.command == "diffusers":
-        files = export_diffusers(given.run, given.out)
-    else:
-        files = export_file(given.run, given.out, given.command)
-    for file in files:
+    for file in written(given):
         print(f"{printable(file)}: {readable_size(file.stat().st_size)}")
+    if given.command == "hub" and given.push:
+        print(hub.push(given.out, given.push))
+
+
+def written(given: argparse.Namespace) -> list[Path]:
+    """Writes the export. Returns its files."""
+    if given.command == "diffusers":
+        return export_diffusers(given.run, given.out)
+    if given.command == "hub":
+        if given.push:
+            hub.require_push()
+        return hub.export_hub(given.run, given.out, given.license)
+    return export_file(given.run, given.out, given.command)
 
 
 def export_shards(given: argparse.Namespace) -> None:

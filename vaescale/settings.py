@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from . import config as mechanics
+from . import hub
 from .config import ConfigError
 from .data import places, stream
 from .hints import either, known_keys
@@ -110,8 +111,7 @@ OWNED = {
 
 
 def load(path: str | Path, overrides: list[str]) -> Config:
-    """Reads a config file with overrides. Raises ConfigError, one sentence, for unknown keys and values that cannot
-    work."""
+    """Reads a config file with overrides. Raises ConfigError for unknown keys and values that cannot work."""
     raw = mechanics.read_yaml(path)
     if "version" in raw:  # a run's config.yaml
         rename(raw)
@@ -233,7 +233,7 @@ def base_run(config: Config) -> Path | None:
     place = getattr(config.model, name, PIXELS)
     if place == PIXELS:
         return None
-    if not place or not (Path(place) / mechanics.FILE).exists():
+    if not place or not hub.settings_of(Path(place)).exists():
         what = f"model.{name}={place} is not a run directory" if place else f"model.{name} is missing"
         raise ConfigError(f"{what}: set it to the run= of a training whose latents are to be modelled")
     return Path(place)
@@ -245,7 +245,7 @@ def base_of(config: Config) -> Config | None:
     run = base_run(config)
     if run is None:
         return None
-    base, _ = load_saved(run / mechanics.FILE, [])
+    base, _ = load_saved(hub.settings_of(run), [])
     for name in ("size", "channels"):
         ours, its = getattr(config.data, name), getattr(base.data, name)
         if ours != its:

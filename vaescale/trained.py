@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import distributed, settings
+from . import distributed, hub, settings
 from .config import FILE, ConfigError
 from .data import stream
 from .data.index import Index
@@ -27,6 +27,7 @@ from .interfaces import (
 from .lifecycle import checkpoint
 from .lifecycle import state as states
 from .matching import check_tokenizer
+from .models import MODELS
 from .models.code_prior import uniform
 from .models.generative import generative
 from .nn.frozen import latents_hash, weights_hash
@@ -34,9 +35,9 @@ from .settings import Config
 
 
 def run_of(place: Path) -> Path:
-    """Returns the run directory of `place`, which is a run directory or a checkpoint of one, RUN/checkpoints/step-….
-    Raises ConfigError for anything else."""
-    if (place / FILE).exists():
+    """Returns the run directory of `place`, which is a run directory or a checkpoint of one, RUN/checkpoints/step-…. A
+    folder of the hub (hub.py) stands for both. Raises ConfigError for anything else."""
+    if (place / FILE).exists() or ((place / hub.CONFIG).exists() and (place / checkpoint.MANIFEST).exists()):
         return place
     folder = place.resolve().parent
     if folder.name != "checkpoints" or not (folder.parent / FILE).exists():
@@ -51,10 +52,12 @@ def run_of(place: Path) -> Path:
 
 
 def read_config(place: Path, overrides: list[str]) -> Config:
-    """Returns the settings of a run, with overrides. place: a run directory or a checkpoint of one. Raises
-    ConfigError."""
-    path = run_of(place) / FILE
+    """Returns the settings of a run, with overrides. place: as in `run_of`. Raises ConfigError."""
+    path = hub.settings_of(run_of(place))
     config, unknown = settings.load_saved(path, overrides)
+    base = MODELS[config.model.kind].base
+    if path.name == hub.CONFIG and base and getattr(config.model, base) == hub.TOKENIZER:
+        config = replace(config, model=replace(config.model, **{base: str(path.parent / hub.TOKENIZER)}))
     if unknown and distributed.place().rank == 0:
         print(f"{path} has settings that this version does not know: {printable(', '.join(unknown))}", file=sys.stderr)
     return config

@@ -60,6 +60,12 @@ def listing(result: Result) -> str:
     return "\n".join([*lines, *(f"  {line}" for line in protocol_lines([result])[1:])])
 
 
+def measured(result: Result) -> dict[str, str]:
+    """Returns the names of a result's numbers with their words. Those of one codebook or level among several, and
+    those without words, are left out."""
+    return {name: number.words.format(**result) for name, number in _numbers([result]) if name in result}
+
+
 def comparison(results: Sequence[Result], form: str = "markdown") -> str:
     """Returns tables with one row per run, and under each the protocol of its numbers. form: markdown or latex.
 

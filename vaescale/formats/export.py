@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -71,11 +71,15 @@ def averaged(run: Path) -> Averaged:
     assert found.path is not None
     for remark in found.remarks:
         print(remark, file=sys.stderr)
-    judge = settings.build_critic(config)
-    critic: dict[str, Any] = {}
-    if judge and (found.path / CRITIC).exists():
-        critic = checkpoint.read_fitting(found.path, "critic", judge.state_dict())
-    return Averaged(config, model.state_dict(), critic, found.path)
+    return Averaged(config, model.state_dict(), critic_of(config, found.path), found.path)
+
+
+def critic_of(config: Config, place: Path) -> dict[str, Tensor]:
+    """Returns the state dict of the critic in a checkpoint; {}: there is none."""
+    critic = settings.build_critic(config)
+    if critic is None or not (place / CRITIC).exists():
+        return {}
+    return checkpoint.read_fitting(place, "critic", critic.state_dict())
 
 
 def save_critic(read: Averaged, run: Path, path: Path) -> None:

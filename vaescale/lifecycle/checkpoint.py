@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import distributed
+from .. import distributed, hub
 from ..files import file_hash, parse_json, printable, read_bytes, read_json
 from ..interfaces import Tensors
 
@@ -43,11 +43,7 @@ NAMED = 3  # tensors that an error names
 FILE = re.compile(r"[a-z_]+\.(json|safetensors)")  # file names that a checkpoint may contain
 LEFTOVER = re.compile(r"\.(partial|gone)-step-\d{8,}")  # folders that an interrupted save may leave behind
 FORMER = ("levels", "radix")  # buffers that older versions saved, although they follow from the settings
-LATER = (
-    "latent_mean",
-    "latent_std",
-    "error_std",
-)  # buffers that older versions did not save: their first values are used
+LATER = ("latent_mean", "latent_std", "error_std")  # that older versions did not save: their first values are used
 DTYPES = {  # as safetensors names them, in the order in which it stores them
     torch.int64: "I64",
     torch.float64: "F64",
@@ -278,7 +274,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    path = checkpoint / f"{name}.safetensors"
+    path = hub.tensors_of(checkpoint, name)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -288,7 +284,7 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 def read_fitting(checkpoint: Path, name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of file `name`. Raises CheckpointError, before reading data, unless names, shapes and types
     are those of `wanted`, whose values those of LATER keep if the file does not have them."""
-    path = checkpoint / f"{name}.safetensors"
+    path = hub.tensors_of(checkpoint, name)
     owner, decisive = ("critic", CRITIC) if name.startswith("critic") else ("model", "the settings of model and data")
     try:
         with safe_open(path, "pt") as file:
