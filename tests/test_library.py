@@ -4,6 +4,7 @@ import io
 import math
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,30 @@ def test_a_damaged_checkpoint_is_refused(runs: dict[str, Path], tmp_path: Path) 
         (step / file.name).write_bytes(file.read_bytes()[: -1 if file.suffix == ".safetensors" else None])
     with pytest.raises(CheckpointError, match=r"ema.safetensors has \d+ bytes instead of"):
         vaescale.load(step)
+
+
+def test_the_lines_of_the_front_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an untrained run of the quickstart, with the error measured as at the end of a training."""
+    section = (ROOT / "README.md").read_text().partition("## Python\n")[2].partition("\n## ")[0]
+    lines = textwrap.dedent(section).strip().splitlines()
+    assert len(lines) == 5
+    run = tmp_path / "runs" / "quickstart"
+    run.mkdir(parents=True)
+    config = settings.load(ROOT / "configs" / "quickstart.yaml", [f"run={run}"])
+    (run / FILE).write_text(mechanics.to_yaml(config))
+    weights = settings.build(config).state_dict()
+    weights["error_std"].fill_(0.1)
+    checkpoint.save(run / "checkpoints", 1, {"ema": weights}, {"step": 1, "version": 2}, keep=1)
+    (tmp_path / "picture.jpg").write_bytes(jpeg(0, 200, 150))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)
+    (latents,) = names["latents"]
+    assert (latents.dtype, latents.shape) == (torch.int64, (1, 32, 32))
+    assert (names["images"].dtype, names["images"].shape) == (np.uint8, (1, 128, 128, 3))
+    assert torch.equal(names["codes"], latents[:, None])
+    assert names["bits"].shape == (1,)
+    assert 0 < names["bits"][0] < 20
 
 
 ALONE = """

@@ -10,7 +10,6 @@ from torch import nn
 
 from .. import files, settings, trained
 from ..config import ConfigError
-from ..data import stream
 from ..hub import CONFIG, TOKENIZER
 from ..interfaces import Model, Prior
 from ..lifecycle import checkpoint
@@ -97,7 +96,7 @@ def _public(config: Config) -> Config:
     model = config.model
     if base := MODELS[model.kind].base:
         model = replace(model, **{base: TOKENIZER})
-    default = stream.Config()
+    default = type(config.data)()
     data = replace(config.data, root=default.root, cache=default.cache)
     return replace(config, model=model, data=data, run=Config(model).run, init_from="")
 
