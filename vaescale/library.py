@@ -27,7 +27,18 @@ from .data import stream
 from .data.decode import Pixels, opened_image
 from .evaluation.drawing import decoded, from_prior
 from .evaluation.metrics.bits import bits
-from .interfaces import Batch, Bounded, Codebooks, Condition, Model, PixelLikelihood, Prior, Sampling, WithPrior
+from .interfaces import (
+    Batch,
+    Bounded,
+    Codebooks,
+    Condition,
+    Model,
+    PixelLikelihood,
+    Prior,
+    Sampled,
+    Sampling,
+    WithPrior,
+)
 from .numerics import exact
 
 AT_ONCE = 32  # pictures per forward pass, as in launch/evaluate.py
@@ -115,7 +126,7 @@ class Trained:
         if isinstance(codec, WithPrior):
             draws = 1
         parts = self._each(lambda batch: bits(codec, batch, draws), pictures, label, attributes)
-        name = "bits_per_dim_iw" if draws > 1 else "bits_per_dim"
+        name = "bits_per_dim_iw" if "bits_per_dim_iw" in parts[0] else "bits_per_dim"
         return torch.cat([part[name] for part in parts]).cpu().numpy()
 
     @torch.no_grad()
@@ -149,16 +160,17 @@ class Trained:
         """Returns pictures of latents drawn from the prior: uint8 [count, size, size, C], the means of p(x|z). The same
         seed gives the same pictures: picture i depends only on (seed, i).
 
-        guidance and what follows it say how codes are drawn, see interfaces.Sampling; they are for priors over codes.
+        guidance and what follows it say how codes are drawn, see interfaces.Sampling; they are for priors over codes,
+        and guidance for diffusions.
         Raises ValueError if there is no prior, or for what it cannot do."""
         if count < 1:
             raise ValueError(f"the number of samples must be at least 1, not {count}")
         sampling = Sampling(top_k, top_p, guidance, passes, positions)
         _check_sampling(sampling, temperature)
-        if sampling != Sampling() and not isinstance(self.model, Prior):
+        if sampling != Sampling() and not isinstance(self.codec, Sampled):
             raise ValueError(
-                f"guidance, top_k, top_p, passes and positions are for priors over codes, not for a model of kind "
-                f"{self.config.model.kind}"
+                f"guidance, top_k, top_p, passes and positions are for priors over codes, and guidance for diffusions, "
+                f"not for a model of kind {self.config.model.kind}"
             )
         condition = self._condition(label, attributes, count)
         return _channels_last(from_prior(trained.codec_of(self.model, sampling), condition, seed, temperature))

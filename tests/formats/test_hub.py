@@ -46,13 +46,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
     found = {}
-    for name in ("tiny", "tiny_vae", "tiny_prior"):
+    for name in ("tiny", "tiny_vae", "tiny_prior", "tiny_diffusion"):
         base = [f"model.tokenizer={found['tiny']}"] if name == "tiny_prior" else []
         found[name] = untrained(tmp_path_factory.mktemp("runs") / name, name, pictures, *base)
     return found
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_vae", "tiny_prior"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_vae", "tiny_prior", "tiny_diffusion"])
 def test_the_folder_is_the_run(runs: dict[str, Path], tmp_path: Path, command: Command, name: str) -> None:
     """Wherever it lies; it names no other place, and a prior brings its tokenizer along."""
     first, out = tmp_path / "first", tmp_path / "out"

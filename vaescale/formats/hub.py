@@ -11,7 +11,7 @@ from torch import nn
 from .. import files, settings, trained
 from ..config import ConfigError
 from ..hub import CONFIG, TOKENIZER
-from ..interfaces import Model, Prior
+from ..interfaces import Model, OnCodec
 from ..lifecycle import checkpoint
 from ..lifecycle import state as states
 from ..models import MODELS
@@ -27,9 +27,8 @@ NAMES = frozenset((*FILES, CARD, TOKENIZER))
 
 
 def export_hub(run: Path, out: Path, licence: str) -> list[Path]:
-    """Writes the averaged weights of a run, its settings and a model card; for a prior over codes those of its
-    tokenizer, too. run: a run directory or a checkpoint. Returns the files. Raises ConfigError, CheckpointError,
-    OSError."""
+    """Writes the averaged weights of a run, its settings and a model card; for a prior those of its codec, too. run: a
+    run directory or a checkpoint. Returns the files. Raises ConfigError, CheckpointError, OSError."""
     out = out.resolve()
     write.require_free(out, WEIGHTS, NAMES)
     place = checkpoint.agreed(run).path or run  # a training may go on meanwhile
@@ -38,7 +37,8 @@ def export_hub(run: Path, out: Path, licence: str) -> list[Path]:
     base = settings.base_run(config)
     with write.folder(out) as partial:
         _write(partial, place, config, model)
-        if base and isinstance(model, Prior):
+        if base:
+            assert isinstance(model, OnCodec)
             assert isinstance(model.codec, Model)
             (partial / TOKENIZER).mkdir()
             tokenizer = checkpoint.agreed(base).path or base
@@ -94,8 +94,8 @@ def _write(folder: Path, place: Path, config: Config, model: nn.Module) -> None:
 def _public(config: Config) -> Config:
     """Returns the settings without the places of this machine."""
     model = config.model
-    if base := MODELS[model.kind].base:
-        model = replace(model, **{base: TOKENIZER})
+    if settings.base_run(config):
+        model = replace(model, **{MODELS[model.kind].base: TOKENIZER})
     default = type(config.data)()
     data = replace(config.data, root=default.root, cache=default.cache)
     return replace(config, model=model, data=data, run=Config(model).run, init_from="")

@@ -245,7 +245,7 @@ class Diffusion(Model):
         return self.net(read.to(dtype), vector, dropout).float()
 
     # Dynamo would compile the other model with this one. At the beginning of `forward` this call splits no graph.
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports Dynamo at once, which takes seconds
     def _drawn(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.data.drawn(batch, self.seed, LATENT)
 
