@@ -8,6 +8,8 @@
     python launch/export.py diffusers RUN DIR                             a VQModel or an AutoencoderKL
     python launch/export.py taming RUN FILE.safetensors                   for taming-transformers, latent diffusion
     python launch/export.py llamagen RUN FILE.safetensors                 a tokenizer of LlamaGen
+    python launch/export.py onnx RUN DIR                                  encoder.onnx and decoder.onnx
+    python launch/export.py torch RUN DIR                                 encoder.pt2 and decoder.pt2 of torch.export
     python launch/export.py hub RUN DIR --license mit --push NAME/MODEL   for the Hugging Face Hub and vaescale.load
 
 `codes` encodes the images of the run's data (or of data.root=…) with the averaged weights, and writes shards of
@@ -31,12 +33,13 @@ from pathlib import Path
 from vaescale import arguments, process
 
 SPLITS = ["train", "val"]
+PROGRAMS = ("onnx", "torch")
 LIBRARIES = ("diffusers", "taming", "llamagen")
 
 
 def parse() -> argparse.Namespace:
     parsers = {"codes": codes_parser, "decode": decode_parser, **dict.fromkeys(LIBRARIES, library_parser)}
-    parsers["hub"] = hub_parser
+    parsers |= {"hub": hub_parser, **dict.fromkeys(PROGRAMS, program_parser)}
     command, *words = arguments.words() or ["-h"]
     if command not in parsers:
         parser = arguments.command(__doc__)
@@ -87,6 +90,13 @@ def hub_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def program_parser() -> argparse.ArgumentParser:
+    parser = arguments.command("Write encoder and decoder of a run as programs that need no vaescale.")
+    parser.prog = "export.py onnx|torch"
+    add_weights(parser, "the folder")
+    return parser
+
+
 def add_weights(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run, or a checkpoint of one")
     parser.add_argument("out", type=Path, metavar="OUT", help=out)
@@ -120,6 +130,7 @@ from vaescale.export.write import Job, write
 from vaescale.files import printable, readable_size
 from vaescale.formats import hub
 from vaescale.formats.export import export_diffusers, export_file
+from vaescale.formats.program import export_program
 from vaescale.interfaces import Model
 from vaescale.lifecycle.checkpoint import CheckpointError
 from vaescale.settings import Config
@@ -160,6 +171,8 @@ def written(given: argparse.Namespace) -> list[Path]:
         if given.push:
             hub.require_push()
         return hub.export_hub(given.run, given.out, given.license)
+    if given.command in PROGRAMS:
+        return export_program(given.run, given.out, given.command)
     return export_file(given.run, given.out, given.command)
 
 

@@ -181,7 +181,7 @@ def test_labels_and_latents_are_checked(runs: dict[str, Path]) -> None:
         lambda: quantised.decode([codes[0] + 24]): "codes are from 0 to 23: found",
         lambda: quantised.sample(2): "has no prior of its own",
         lambda: vae.sample(0): "at least 1",
-        lambda: vae.sample(1, guidance=2): "guidance, top_k, .* are for priors over codes, .*not for a model of kind vae",
+        lambda: vae.sample(1, guidance=2): "guidance, top_k, .* are for priors over codes, .*, not for .* kind vae",
         lambda: vae.sample(1, temperature=-1.0): "temperature=-1.0 must be a number, 0 or more",
         lambda: vae.sample(1, top_p=0.0): "top_p=0.0 must be above 0",
         lambda: vae.sample(1, positions="centre"): "positions=centre must be one of confidence, halton",

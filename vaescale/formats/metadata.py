@@ -51,11 +51,13 @@ def evaluation(place: Path, step: int) -> dict[str, Any] | None:
 
 
 def is_export(path: Path) -> bool:
-    """Returns whether a file was exported here."""
+    """Returns whether a file was exported here. path: of safetensors, or a JSON file with the metadata of others."""
     try:
+        if path.suffix == ".json":
+            return MARK in files.read_json(path)
         with safe_open(path, "pt") as file:
             return MARK in (file.metadata() or {})
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, TypeError, SafetensorError):
         return False
 
 
