@@ -85,7 +85,10 @@ def read_base(model: Model, config: Config) -> str | None:
     assert isinstance(codec, Model)
     _read_averaged(codec, run)
     if isinstance(codec, LatentStatistics) and isinstance(codec, Calibrated) and not calibrated(codec):
-        raise ConfigError(f"the latents of {run} have not been measured: finish its training, which does so at its end")
+        raise ConfigError(
+            f"the latents of {run} have not been measured: finish its training, which does so at its end, or if its "
+            f"weights were imported, import them with --measure"
+        )
     return latents_hash(codec)
 
 
