@@ -1,7 +1,9 @@
 """Checks that the data have what a model was built for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +12,12 @@ from .data.index import Index
 from .settings import Config
 
 SHOWN = 5  # classes named in one line
+# settings that decide what latents mean, with those below each
+LATENTS = (
+    *("data.size", "data.channels", "model.kind", "model.network", "model.latent_dim"),
+    *(f"model.quantizer.{name}" for name in ("kind", "codebook_size", "dim", "codebook_dim", "levels")),
+    *(f"model.quantizer.{name}" for name in ("groups", "depth", "metric")),
+)
 
 
 def check_labels(config: Config, index: Index) -> None:
@@ -49,6 +57,28 @@ def check_tokenizer(run: Path, begun: str, now: str) -> None:
             f"the tokenizer that {run} was started with has changed (weights {now}, were {begun}): restore it, or "
             f"train a new run"
         )
+
+
+def check_encoder(config: Config, begun: Config, place: Path) -> None:
+    """Raises ConfigError if a setting of a training of the decoder alone would give its latents another meaning than
+    those of the run that it starts from. begun: the settings of that run; place: where it is, for the message."""
+    wanted, given = (_flat(asdict(one)) for one in (begun, config))
+    for name in LATENTS:
+        for key in sorted({key for key in wanted | given if key == name or key.startswith(f"{name}.")}):
+            ours, its = given.get(key), wanted.get(key)
+            if ours != its:
+                raise ConfigError(
+                    f"{key}={ours} is not that of {place}, {its}, so that train=decoder would change the meaning of "
+                    f"its latents: set {key}={its}, or set train=all"
+                )
+
+
+def _flat(section: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Returns the settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= _flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {f"{where}{name}": value}
+    return found
 
 
 def check_codes(config: Config, index: Index, codec: str | None, shape: Sequence[int] = ()) -> None:

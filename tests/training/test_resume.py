@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -5,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from vaescale import config as mechanics
+from vaescale import settings
 from vaescale.config import ConfigError
 from vaescale.data import DataError
 from vaescale.data.stream import Config, TrainSlices
@@ -74,3 +77,45 @@ def begun(pictures: Path, run: Path, version: dict[str, Any]) -> tuple[TrainSlic
     state = {"step": 2, "images": 32, "damaged": {}, "alarms": [], "validation_due": False, "order": order}
     checkpoint.save(run / "checkpoints", 2, {"model": {"weight": torch.ones(1)}}, state, keep=1)
     return slices, SimpleNamespace(run=str(run), init_from="", seed=7, data=data)
+
+
+BASE = {"kind": "vqvae", "network": {"kind": "conv", "width": 16}, "quantizer": {"codebook_size": 16, "dim": 4}}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("model.quantizer.metric=cosine", r"model\.quantizer\.metric=cosine is not that of .*step-\d+, euclidean"),
+        ("model.quantizer.codebook_size=32", r"model\.quantizer\.codebook_size=32 is not that of .*, 16, so"),
+        ("model.network.width=32", r"model\.network\.width=32 .*: set model\.network\.width=16, or set train=all"),
+        ("model.network.residual_blocks=1", r"model\.network\.residual_blocks=1 is not that"),
+        ("data.size=32", r"data\.size=32 is not that"),
+        ("data.channels=1", r"data\.channels=1 is not that"),
+        ("model.kind=kl", r"model\.kind=kl is not that of .*, vqvae, so"),
+        ("model.quantizer.beta=0.5", ""),
+    ],
+)
+def test_a_decoder_alone_needs_the_settings_of_its_latents(tmp_path: Path, given: str, named: str) -> None:
+    """Also where weights of the same shapes would be read without a word. Other settings are free."""
+    run = tmp_path / "run"
+    run.mkdir()
+    section: dict[str, Any] = {"model": BASE, "data": {"size": 16}, "version": settings.VERSION}
+    (run / mechanics.FILE).write_text(json.dumps(section))
+    checkpoint.save(run / "checkpoints", 2, {}, {"step": 2}, keep=1)
+    if given == "model.kind=kl":
+        section["model"] = {"kind": "kl"}
+    other = tmp_path / "other.yaml"
+    other.write_text(json.dumps(section))
+    overrides = [] if given == "model.kind=kl" else [given]
+    config = settings.load(other, [f"init_from={run}", "train=decoder", *overrides])
+    read: list[str] = []
+    averaged = torch.nn.Linear(1, 1)
+    averaged.latents_of = None  # type: ignore[assignment]
+    learner = SimpleNamespace(begin=lambda _: read.append("weights"), averaged=averaged)
+    if named:
+        with pytest.raises(ConfigError, match=named):
+            resume.begin(config, learner)  # type: ignore[arg-type]
+        assert not read
+    else:
+        resume.begin(config, learner)  # type: ignore[arg-type]
+        assert read

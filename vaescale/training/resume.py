@@ -5,13 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import distributed
+from .. import distributed, trained
 from ..config import ConfigError
 from ..data.stream import TrainSlices
 from ..lifecycle import checkpoint
 from ..lifecycle import state as states
 from ..lifecycle.checkpoint import CheckpointError
-from ..matching import check_tokenizer
+from ..matching import check_encoder, check_tokenizer
 from ..nn.frozen import latents_hash
 from ..nn.noise import VERSION
 from ..settings import Config
@@ -101,13 +101,16 @@ def resume(config: Config, learner: Learner, slices: TrainSlices, codec: str | N
 
 
 def begin(config: Config, learner: Learner) -> str | None:
-    """Loads the weights of `init_from`. Returns the hash of the codec whose latents the model keeps, if it does."""
+    """Loads the weights of `init_from`. Returns the hash of the codec whose latents the model keeps, if it does. Raises
+    CheckpointError, and ConfigError if settings would change these latents."""
     found = find(Path(config.init_from))
     if found is None:
         raise CheckpointError(
             f"init_from={config.init_from} is neither a checkpoint nor a run directory with one: give the path of "
             f"either"
         )
+    if config.train == "decoder":
+        check_encoder(config, trained.read_config(found, []), found)
     learner.begin(partial(checkpoint.read_fitting, found))
     if distributed.rank() == 0:
         print(f"{config.run} starts from the weights of {found}", flush=True)
