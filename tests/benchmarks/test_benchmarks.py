@@ -101,3 +101,11 @@ def test_generate() -> None:
     assert [row[1] for row in rows] == ["beside", "LlamaGen's cache", "x-transformers", "no cache", "plain torch"]
     for row in (rows[1], rows[3], rows[4]):
         assert all(float(value) >= 0 for value in row[2:5])
+
+
+def test_diffusion() -> None:
+    given = ["--width", "32", "--depth", "1", "--size", "8", "--batch", "2", "--rounds", "1"]
+    printed = run("diffusion.py", *given)
+    (row,) = [line.split(" | ") for line in printed.splitlines() if line.startswith("| training step")]
+    assert 0.2 < float(row[3]) < 5
+    assert "images/s" in printed
