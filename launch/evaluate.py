@@ -138,7 +138,7 @@ PICTURE = "reconstructions.png"
 SPLITS = {"train": stream.TrainingOnce, "val": stream.ValidationSlices}
 # Settings that say how the images are read, and change no number.
 SAME_NUMBERS = {f"data.{key}" for key in ("workers", "prefetch", "decoder", "cache", "cache_gib", "max_megapixels")}
-SAME_NUMBERS.add("model.tokenizer")  # whose weights must be those that the run began with
+SAME_NUMBERS |= {"model.tokenizer", "model.over"}  # whose weights must be those that the run began with
 
 
 @dataclass(frozen=True)

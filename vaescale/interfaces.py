@@ -59,7 +59,7 @@ class Bound(NamedTuple):
 
     distortion: Tensor  # fp32 [B]: −log p(x|z)
     rate: Tensor  # fp32 [L, B]: KL(q‖p) of each level, coarse to fine, in closed form if it has one
-    # fp32 [B]: log p(z) − log q(z|x) of the draw, over all levels; None: the rate only estimates what it is on average
+    # fp32 [B]: log p(z) − log q(z|x) of the draw, over all levels; None: the rate is a random estimate, without weights
     log_ratio: Tensor | None
 
 
@@ -240,12 +240,16 @@ class Sampled(Protocol):
 
 @runtime_checkable
 class Diffused(Protocol):
-    """Such a codec that is a diffusion: its samples have no temperature, and no likelihood follows them."""
+    """Such a codec that is a diffusion: its samples have no temperature."""
 
     sampling: Sampling
 
     def with_sampling(self, sampling: Sampling) -> Codec:
-        """Returns the same codec with other samples."""
+        """Returns the same codec with other samples. Raises ValueError for what it does not have."""
+        ...
+
+    def sampling_protocol(self) -> dict[str, Any]:
+        """Returns how samples are drawn, by name."""
         ...
 
 

@@ -95,7 +95,10 @@ def read_base(model: Model, config: Config) -> str | None:
 def codec_of(model: Model, sampling: Sampling = Sampling()) -> Codec:
     """Returns what encodes and decodes images: the model itself, or if it is a prior, its codec with it."""
     if isinstance(model, Diffused):
-        return model.with_sampling(sampling)
+        try:
+            return model.with_sampling(sampling)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     codec = generative(model, sampling) if isinstance(model, Prior) else model
     assert isinstance(codec, Codec)
     return codec

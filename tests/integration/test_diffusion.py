@@ -140,7 +140,8 @@ def test_evaluation_and_validation_agree(runs: Path, tmp_path: Path) -> None:
         assert found[name]["bits_per_dim"] == pytest.approx(found[name]["rate"] + found[name]["distortion"], rel=1e-6)
     parts = [value for name, value in found["pixels"].items() if name.startswith("rate/")]
     assert sum(parts) == pytest.approx(found["pixels"]["rate"], rel=1e-6)
-    assert len(parts) == 5
+    assert len(parts) == 4
+    assert "psnr" not in found["pixels"]  # an image is its own latent
 
 
 def test_many_draws_are_averaged(runs: Path, tmp_path: Path) -> None:
@@ -167,10 +168,12 @@ def test_samples_are_drawn(runs: Path, tmp_path: Path) -> None:
         assert (tmp_path / name / "sample_generate.png").exists()
 
 
-def test_a_temperature_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_means_nothing_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--run", runs / "pixels" / "run", "generate", "--temperature", "0.7", "--out", tmp_path]
     assert called(sample, "sample", *words) == 2
     assert "a diffusion has no temperature 0.7: leave it at 1" in capsys.readouterr().err
+    assert called(sample, "sample", *words[:3], "--top-k", 3, "--out", tmp_path) == 2
+    assert "are for priors over codes, not for a diffusion" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

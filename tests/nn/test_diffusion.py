@@ -10,7 +10,7 @@ from scipy.integrate import quad, solve_ivp
 from torch import Tensor
 
 from vaescale.nn import diffusion, gaussian
-from vaescale.nn.diffusion import Clean
+from vaescale.nn.diffusion import Prediction
 
 LOW, HIGH = -13.3, 5.0
 S = 0.3
@@ -20,11 +20,11 @@ def sigmoid(gamma: float) -> float:
     return 1 / (1 + math.exp(-gamma))
 
 
-def best(z: Tensor, gamma: Tensor) -> Clean:
+def best(z: Tensor, gamma: Tensor) -> Prediction:
     """E[x|z] and E[ε|z] of x ~ N(0, S²)."""
     a, b = diffusion.alpha(gamma, z), diffusion.sigma(gamma, z)
     total = (a * S) ** 2 + b**2
-    return Clean(a * S**2 / total * z, b / total * z)
+    return Prediction(a * S**2 / total * z, b / total * z)
 
 
 def fp64(*values: float) -> Tensor:
@@ -98,8 +98,8 @@ def test_a_step_costs_the_kl_between_its_two_distributions() -> None:
     x, noise, wrong = torch.randn(3, 5, 2, 3, 3, generator=draw, dtype=torch.float64)
     gamma, below = fp64(*np.linspace(-12, 5, 5)), fp64(*np.linspace(-12.5, 2, 5))
     z = diffusion.noised(x, noise, gamma)
-    predicted = diffusion.clean(z, wrong, gamma).x
-    kl = gaussian.kl(diffusion.above(z, x, gamma, below), diffusion.above(z, predicted, gamma, below))
+    predicted = diffusion.from_noise(z, wrong, gamma).x
+    kl = gaussian.kl(diffusion.less_noisy(z, x, gamma, below), diffusion.less_noisy(z, predicted, gamma, below))
     for i in range(5):
         found = diffusion.step_kl(noise[i : i + 1], wrong[i : i + 1], (gamma - below)[i])
         assert float(found) == pytest.approx(float(kl[i].sum()), rel=1e-9)
@@ -117,8 +117,8 @@ def test_the_levels_are_one_markov_chain() -> None:
     """z_t ~ q(z_t|x) followed by z_s ~ q(z_s|z_t, x) has the distribution q(z_s|x): mean and variance."""
     x, zero = torch.full((1, 1, 1, 1), 0.7, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     gamma, below = fp64(1.5), fp64(-2.0)
-    means = [float(diffusion.above(diffusion.noised(x, e, gamma), x, gamma, below).mean) for e in (zero, zero + 1)]
-    std = float(diffusion.above(zero, x, gamma, below).log_std.exp())
+    means = [float(diffusion.less_noisy(diffusion.noised(x, e, gamma), x, gamma, below).mean) for e in (zero, zero + 1)]
+    std = float(diffusion.less_noisy(zero, x, gamma, below).log_std.exp())
     assert means[0] == pytest.approx(0.7 * math.sqrt(sigmoid(2.0)))
     assert (means[1] - means[0]) ** 2 + std**2 == pytest.approx(sigmoid(-2.0))
 
@@ -127,7 +127,7 @@ def test_predictions_of_noise_and_velocity_say_the_same() -> None:
     x, noise = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64)
     gamma = fp64(-10.0, 0.0, 8.0)
     z = diffusion.noised(x, noise, gamma)
-    for found in (diffusion.clean(z, noise, gamma), diffusion.moved(z, noise - x, gamma)):
+    for found in (diffusion.from_noise(z, noise, gamma), diffusion.from_velocity(z, noise - x, gamma)):
         torch.testing.assert_close(found.x, x, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found.noise, noise, rtol=1e-9, atol=1e-9)
     place, share = diffusion.flow(z, gamma)
@@ -135,28 +135,36 @@ def test_predictions_of_noise_and_velocity_say_the_same() -> None:
     torch.testing.assert_close(share.flatten(), torch.sigmoid(gamma / 2))
 
 
-def drawn(steps: int, sampler: str, straight: bool, count: int = 40000) -> Tensor:
-    draw = torch.Generator().manual_seed(1)
-    gammas = diffusion.grid(*fp64(LOW, HIGH), steps, straight)
-    noise = [torch.randn(count, 1, 1, 1, generator=draw, dtype=torch.float64) for _ in range(steps + 1)]
-    return diffusion.sampled(best, noise.__getitem__, gammas, sampler).flatten()  # type: ignore[arg-type]
-
-
-def test_ancestral_samples_have_the_variance_of_the_data() -> None:
-    """Of a linear prediction samples are normal, so only the variance is to be checked: within 4 standard errors, and
-    the error of T levels, which is computed exactly."""
-    steps = 200
+def test_ancestral_samples_have_the_covariance_of_the_data() -> None:
+    """Of two correlated channels. Of a linear prediction samples are normal, so their covariance says all: within 4
+    standard errors of the exact one of T levels, which is near that of the data."""
+    steps, count = 200, 40000
+    data = torch.tensor([[0.09, 0.05], [0.05, 0.04]], dtype=torch.float64)
     gammas = diffusion.grid(*fp64(LOW, HIGH), steps, False)
-    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    variance = 1.0
+
+    def linear(gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """E[x|z] = M z."""
+        signal, noise = torch.sigmoid(-gamma), torch.sigmoid(gamma)
+        total = signal * data + noise * torch.eye(2)
+        return signal.sqrt() * data @ torch.linalg.inv(total), noise
+
+    def predict(z: Tensor, gamma: Tensor) -> Prediction:
+        x = torch.einsum("ij, bjhw -> bihw", linear(gamma[0])[0], z)
+        return Prediction(x, (z - diffusion.alpha(gamma, z) * x) / diffusion.sigma(gamma, z))
+
+    exact = torch.eye(2, dtype=torch.float64)
+    unit = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1)
     for gamma, below in zip(gammas[:-1, None], gammas[1:, None], strict=True):
-        step = diffusion.above(one, best(one, gamma).x, gamma, below)
-        variance = variance * float(step.mean) ** 2 + float(step.log_std.exp()) ** 2
-    exact = variance / sigmoid(-LOW)
-    assert exact == pytest.approx(S**2, rel=0.1)
-    found = drawn(steps, "ancestral", False)
-    assert float(found.var()) == pytest.approx(exact, rel=4 * math.sqrt(2 / len(found)))
-    assert abs(float(found.mean())) < 4 * S / math.sqrt(len(found))
+        step = diffusion.less_noisy(unit, predict(unit, gamma).x, gamma, below)
+        linear_map = step.mean.view(2, 2).T
+        exact = linear_map @ exact @ linear_map.T + torch.eye(2) * float(step.log_std[0, 0].exp()) ** 2
+    exact = exact / sigmoid(-LOW)
+    torch.testing.assert_close(exact, data, rtol=0.1, atol=0)
+    draw = torch.Generator().manual_seed(1)
+    noise = [torch.randn(count, 2, 1, 1, generator=draw, dtype=torch.float64) for _ in range(steps + 1)]
+    found = torch.cov(diffusion.sampled(predict, noise.__getitem__, gammas, "ancestral").flatten(1).T)
+    errors = ((exact.square() + torch.outer(exact.diag(), exact.diag())) / count).sqrt()
+    assert ((found - exact).abs() < 4 * errors).all()
 
 
 @pytest.mark.parametrize("straight", [False, True])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data import stream
-from ..interfaces import Batch, Codec, Sampled
+from ..interfaces import Batch, Codec, Diffused, WithPrior
 from ..nn import features, perceptual
 from ..nn.features import Features
 from ..nn.perceptual import Distance
@@ -186,7 +186,9 @@ class Comparer:
         drawn = {**asdict(self.drawing), "reference": "the validation images"}
         if training:
             drawn["training"] = training
-        if isinstance(codec, Sampled):
+        if isinstance(codec, Diffused):
+            drawn |= codec.sampling_protocol()
+        elif isinstance(codec, WithPrior):
             drawn |= asdict(codec.sampling)
         reference: ByNet | None = None
         if self.reference:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..evaluation import tables
 from ..evaluation.candidate import parameters_of
-from ..interfaces import Bounded, Codebooks, Codec, WithPrior
+from ..interfaces import Bounded, Codebooks, Codec, Sampled
 from ..settings import Config
 
 USE = """\
@@ -26,7 +26,7 @@ def card(config: Config, codec: Codec, step: int, licence: str, evaluation: dict
     if evaluation:
         about["model-index"] = [{"name": name, "results": [_result(evaluation)]}]
     example = USE.format(size=data.size, channels=data.channels)
-    if isinstance(codec, WithPrior) or (isinstance(codec, Bounded) and not isinstance(codec, Codebooks)):
+    if isinstance(codec, Sampled) or (isinstance(codec, Bounded) and not isinstance(codec, Codebooks)):
         example += "\nsamples = model.sample(16, seed=0)           # from the prior"
     count = parameters_of(codec) if isinstance(codec, nn.Module) else 0
     return f"""\

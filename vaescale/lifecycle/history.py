@@ -20,7 +20,15 @@ FILE = "config_history.jsonl"
 FIXED = ("model", "data.size", "data.channels", "data.attributes", "train")
 CRITIC = ("adversarial.width", "adversarial.layers")  # the same, if there was a critic
 # Not these: where a file or a tokenizer lies, whose weights are compared by their hash, and how memory is saved.
-FREE = ("model.reconstruction.perceptual.weights", "model.tokenizer", "model.over", "model.checkpointing")
+FREE = (
+    "model.reconstruction.perceptual.weights",
+    "model.tokenizer",
+    "model.over",
+    "model.checkpointing",
+    "model.sampler",
+    "model.sample_steps",
+    "model.levels",
+)
 NAMED = 4  # changed settings that an error names
 # What else a change means for the run.
 REMARKS = {"evaluation.count": "Fréchet distances before and after cannot be compared"}

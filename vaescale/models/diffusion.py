@@ -26,16 +26,16 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..interfaces import Batch, Bound, Codec, Condition, Model, Output, Sampling, Shape, by_level
+from ..interfaces import Batch, Bound, Codec, Condition, Model, Output, PixelLikelihood, Sampling, Shape, by_level
 from ..nn import diffusion, noise
 from ..nn.condition import Conditioner, dropped
-from ..nn.diffusion import Clean
+from ..nn.diffusion import Prediction
 from ..nn.dit import DiT
 from ..nn.transformer import Dropout
 from ..nn.unet import UNet
@@ -45,6 +45,7 @@ from .diffusion_data import Latents, Pixels
 PIXELS = "pixels"
 WAVES = (7, 8)  # n of the sines and cosines of 2^n π x that a network sees next to pixels in [−1, 1] (VDM, appendix C)
 SIZE = 256  # of the waves of γ
+SILVER = math.sqrt(2) - 1  # multiples of it, modulo 1, are spread evenly
 # noise keys, one per purpose
 UNCONDITIONAL, DROPOUT, LATENT, TIME, NOISE, LAST, BOUND, DRAW = range(8)
 
@@ -67,20 +68,18 @@ class Config:
     label_dropout: float = ranged(0.1, least=0, below=1)
     timesteps: int = ranged(0, least=0, most=2**20)  # T, the levels of the bound; 0: infinitely many
     gamma_min: float = ranged(-13.3, least=-20, most=20)  # γ of z_0
-    gamma_max: float = ranged(5.0, least=-20, most=20)  # γ of z_1
+    gamma_max: float = ranged(5.0, least=-20, most=20)  # γ of z_1; of a flow, whose samples start at pure noise, 14
     learned_ends: bool = False  # learn both, from these values on
     levels: int = ranged(8, least=1, most=1024)  # parts by γ in which the rate is reported, besides that of z_1
     # over latents: the logarithm of the signal-to-noise ratio of z_0, −gamma_min then; 0: the latents' own noise
     encoder_noise: float = ranged(0.0, least=0, most=20)
     sampler: Literal["ancestral", "ddim", "heun"] = "ddim"
-    sample_steps: int = ranged(50, least=1, most=2**20)
+    sample_steps: int = ranged(50, least=1, most=2**20)  # ancestral with `timesteps`: as many as these
 
 
 class Diffusion(Model):
     """The loss is the bound in nats per dimension of x, without what does not depend on the network; or the squared
     error of the velocity."""
-
-    ends: Tensor  # fp32 [2]: the lowest and the highest γ
 
     def __init__(self, config: Config, shape: Shape, seed: int, codec: Model | None) -> None:
         super().__init__()
@@ -90,13 +89,9 @@ class Diffusion(Model):
         self.seed = seed
         self.sampling = Sampling()
         self.subpixels = shape.channels * shape.size**2
-        self.data = Pixels(shape) if codec is None else Latents(codec, shape, config.encoder_noise > 0)
-        lowest = -config.encoder_noise if config.encoder_noise else config.gamma_min
-        ends = torch.tensor([lowest, config.gamma_max])
-        if config.learned_ends:
-            self.ends = nn.Parameter(ends)
-        else:
-            self.register_buffer("ends", ends, persistent=False)
+        fixed = config.encoder_noise > 0
+        self.data = Pixels(shape) if codec is None else Latents(codec, shape, config.classes, fixed)
+        self.moved = nn.Parameter(torch.zeros(2)) if config.learned_ends else None  # see `ends`
         channels, height, _ = self.data.shape
         self.conditioner: Conditioner | None = None
         if config.classes or shape.attributes:
@@ -109,13 +104,38 @@ class Diffusion(Model):
     @property
     def codec(self) -> Codec | None:
         """The model whose latents these are, on the device of the network; None over pixels."""
-        return self.data.codec(self.ends.device)
+        return self.data.codec(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Returns the lowest and the highest γ, fp64 [] each. They are learned as a shift of the lowest one and the
+        logarithm of a factor of the range between them, so that weight decay pulls towards the configured ones."""
+        config = self.config
+        lowest = -config.encoder_noise if config.encoder_noise else config.gamma_min
+        low, width = torch.full((), lowest, dtype=torch.float64, device=self.device), config.gamma_max - lowest
+        if self.moved is None:
+            return low, low + width
+        shift, factor = self.moved.double()
+        return low + shift, low + shift + width * factor.exp()
 
     def with_sampling(self, sampling: Sampling) -> "Diffusion":
-        """Returns a model with the same weights that draws samples with this guidance."""
+        """Returns a model with the same weights that draws samples with this guidance. Raises ValueError for settings
+        of priors over codes, and for guidance of a model that has none."""
+        if sampling != Sampling(guidance=sampling.guidance):
+            raise ValueError("top_k, top_p, passes and positions are for priors over codes, not for a diffusion")
+        if sampling.guidance != 1 and self.conditioner is None:
+            raise ValueError("guidance needs a model with model.classes or data.attributes")
+        if sampling.guidance != 1 and not self.config.label_dropout:
+            raise ValueError("guidance needs a model that was trained with model.label_dropout above 0")
         other = copy.copy(self)
         other.sampling = sampling
         return other
+
+    def sampling_protocol(self) -> dict[str, Any]:
+        return {"guidance": self.sampling.guidance, "sampler": self.config.sampler, "sample_steps": self._steps}
 
     def forward(self, batch: Batch, step: int) -> Output:
         del step
@@ -130,12 +150,13 @@ class Diffusion(Model):
         if self.config.weighting == "flow":
             return self._flow_step(x, given, batch.sample, dropout)
         keys = (self.seed,)
-        rates = self._rates(x, negentropy, given, batch.sample, keys, dropout)
+        time = noise.spread(batch.sample, self.seed, TIME)
+        rates = self._rates(x, negentropy, given, batch.sample, time, keys, dropout)
         rate = rates.mean(1)
         metrics = {"rate": rate.sum().detach(), **by_level("rate", self._bits(rate.detach()).unbind())}
         nats = rate.sum()
         if self.config.over == PIXELS:  # else it does not depend on this network
-            distortion = self.data.distortion(batch, x, self._last(batch.sample, keys), self.ends[0]).mean()
+            distortion = self.data.distortion(batch, x, self._last(batch.sample, keys), self.ends()[0]).mean()
             nats = nats + distortion
             metrics |= {"distortion": distortion.detach(), "bits_per_dim": self._bits(nats.detach())}
         return Output(nats / x[0].numel(), metrics, None)
@@ -171,23 +192,20 @@ class Diffusion(Model):
         given, guidance = self._given(condition, len(sample)), self.sampling.guidance
         predict = partial(self._predict, given=given)
         if guidance != 1 and self.conditioner is not None:
-            if not self.config.label_dropout:
-                raise ValueError("guidance needs a model that was trained with model.label_dropout above 0")
             nothing = self._given(self.conditioner.nothing_said(len(sample)), len(sample))
             predict = partial(self._guided, torch.cat([given, nothing]))
 
         def draw(number: int) -> Tensor:
             return noise.normal(sample, self.data.shape, DRAW, number)
 
-        lowest, highest = self.ends.double()
-        gammas = diffusion.grid(lowest, highest, self.config.sample_steps, self.config.weighting == "flow")
+        gammas = diffusion.grid(*self.ends(), self._steps, self.config.weighting == "flow")
         return diffusion.sampled(predict, draw, gammas, self.config.sampler)
 
-    def _guided(self, both: Tensor, z: Tensor, gamma: Tensor) -> Clean:
+    def _guided(self, both: Tensor, z: Tensor, gamma: Tensor) -> Prediction:
         """both: with the condition and without it, [2 B, width]."""
         found = self._predict(torch.cat([z, z]), torch.cat([gamma, gamma]), both)
         pairs = [part.chunk(2) for part in found]
-        return Clean(*(torch.lerp(without, with_it, self.sampling.guidance) for with_it, without in pairs))
+        return Prediction(*(torch.lerp(without, with_it, self.sampling.guidance) for with_it, without in pairs))
 
     def _flow_step(self, x: Tensor, given: Tensor, sample: Tensor, dropout: Dropout | None) -> Output:
         """The squared error of the velocity at logit-normal places of the path (Esser et al. 2024, section 3.1)."""
@@ -203,15 +221,21 @@ class Diffusion(Model):
         negentropy: Tensor,
         given: Tensor,
         sample: Tensor,
+        time: Tensor,
         keys: tuple[int, ...],
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """Returns the rate in nats by parts, fp32 [parts, B]: of z_1, of the steps in parts by γ, of the last step."""
-        lowest, highest = self.ends.double()
+        """Returns the rate in nats by parts, fp32 [parts, B]: of z_1, of the steps in parts by γ, and over latents of
+        the last step. time: fp64 [B] in (0, 1); the costs there stand for all steps."""
+        lowest, highest = self.ends()
         steps, parts = self.config.timesteps, self.config.levels
-        time = noise.spread(sample, *keys, TIME)
         if steps:
-            time = (time * steps).ceil() / steps
+            number = (time * steps).ceil()
+            parts = min(parts, steps)
+            part = (steps - number.long()) * parts // steps
+            time = number / steps
+        else:
+            part = ((1 - time) * parts).long().clamp(max=parts - 1)
         gamma = lowest + (highest - lowest) * time
         own = noise.normal(sample, self.data.shape, *keys, NOISE)
         predicted = self._predict(diffusion.noised(x, own, gamma), gamma, given, dropout).noise
@@ -219,20 +243,22 @@ class Diffusion(Model):
             cost = steps * diffusion.step_kl(own, predicted, (highest - lowest) / steps)
         else:
             cost = (highest - lowest).float() / 2 * (own - predicted).square().flatten(1).sum(1)
-        part = ((1 - time) * parts).long().clamp(max=parts - 1)
         levels = torch.where(part == torch.arange(parts, device=x.device)[:, None], cost, 0)
-        rest = self.data.rest(negentropy, self._last(sample, keys), lowest)
-        return torch.cat([diffusion.prior_kl(x, highest)[None], levels, rest[None]])
+        first = diffusion.prior_kl(x, highest)[None]
+        if not self.data.continuous:
+            return torch.cat([first, levels])
+        rest = negentropy + diffusion.density(self._last(sample, keys), lowest)
+        return torch.cat([first, levels, rest[None]])
 
     def _last(self, sample: Tensor, keys: tuple[int, ...]) -> Tensor:
         """The noise of z_0."""
         return noise.normal(sample, self.data.shape, *keys, LAST)
 
-    def _predict(self, z: Tensor, gamma: Tensor, given: Tensor, dropout: Dropout | None = None) -> Clean:
+    def _predict(self, z: Tensor, gamma: Tensor, given: Tensor, dropout: Dropout | None = None) -> Prediction:
         output = self._output(z, gamma, given, dropout)
         if self.config.weighting == "flow":
-            return diffusion.moved(z, output, gamma)
-        return diffusion.clean(z, z + output, gamma)  # where there is almost only noise, z is it
+            return diffusion.from_velocity(z, output, gamma)
+        return diffusion.from_noise(z, z + output, gamma)  # where there is almost only noise, z is it
 
     def _output(self, z: Tensor, gamma: Tensor, given: Tensor, dropout: Dropout | None) -> Tensor:
         """What the network returns, fp32 in the shape of z."""
@@ -252,13 +278,19 @@ class Diffusion(Model):
     def _given(self, condition: Condition, images: int) -> Tensor:
         """The condition as the network reads it, [B, width]."""
         if self.conditioner is None:
-            return torch.zeros(images, self.config.width, dtype=self.dtype, device=self.ends.device)
+            return torch.zeros(images, self.config.width, dtype=self.dtype, device=self.device)
         return self.projected(self.conditioner(condition).to(self.dtype))
 
     @property
     def dtype(self) -> torch.dtype:
         """The data type of the weights: half precision under DeepSpeed's fp16 engine."""
         return next(self.embedding.parameters()).dtype
+
+    @property
+    def _steps(self) -> int:
+        """Of the sampler."""
+        ancestral = self.config.sampler == "ancestral"
+        return (self.config.timesteps if ancestral else 0) or self.config.sample_steps
 
     def _bits(self, nats: Tensor) -> Tensor:
         """Nats per image → bits per subpixel."""
@@ -269,18 +301,21 @@ class WithBound(Diffusion):
     """A diffusion over pixels, or over the latents of a model with a likelihood."""
 
     def bound(self, batch: Batch, draw: int = 0) -> Bound:
-        """Returns the bound, whose rate is an unbiased estimate: from one of its steps for each image."""
+        """Returns the bound, whose rate is an estimate from one of its steps for each image. The steps spread evenly
+        over consecutive images and over consecutive draws of an image."""
         keys = (self.seed, BOUND, draw)
         x, negentropy = self.data.drawn(batch, *keys, LATENT)
-        rate = self._rates(x, negentropy, self._given(batch.condition, len(x)), batch.sample, keys)
+        time = (noise.spread(batch.sample, self.seed, BOUND, TIME) + draw * SILVER) % 1
+        time = time.clamp(min=2.0**-53)  # 0 is no step
+        rate = self._rates(x, negentropy, self._given(batch.condition, len(x)), batch.sample, time, keys)
         last = self._last(batch.sample, keys)
-        return Bound(self.data.distortion(batch, x, last, self.ends[0]), rate, None)
+        return Bound(self.data.distortion(batch, x, last, self.ends()[0]), rate, None)
 
 
 def build(config: Config, shape: Shape, seed: int, codec: Model | None = None) -> Diffusion:
     """Builds the model; codec: that of the run `over`, whose weights may be loaded later. Raises ValueError for
     settings that do not fit one another or the codec."""
-    bounded = codec is None or Latents(codec, shape, False).bounded
+    bounded = codec is None or isinstance(codec, PixelLikelihood)
     return (WithBound if bounded else Diffusion)(config, shape, seed, codec)
 
 

@@ -3,7 +3,7 @@
 Data x are fp32 [B, D, h, w], of a variance of about 1; vectors of latents have h = w = 1.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..interfaces import (
     Condition,
     LatentStatistics,
     Model,
-    PixelLikelihood,
     Posterior,
     Shape,
 )
@@ -22,11 +21,13 @@ from ..nn import diffusion, noise
 from ..nn.frozen import Frozen
 from ..nn.likelihood import gaussian_log_prob
 
+UNFIT = "model.over must be the run of a model with one level of continuous latents, a vae or kl"
+
 
 class Pixels:
     """x = pixels in [−1, 1]; an image is its own latent. p(image|z_0) is a discretised Gaussian around z_0 / α_0."""
 
-    bounded = True  # whether there is a likelihood p(image|…)
+    continuous = False  # whether the bound is that of a density of x, not of z_0
 
     def __init__(self, shape: Shape) -> None:
         self.shape = (shape.channels, shape.size, shape.size)
@@ -41,11 +42,6 @@ class Pixels:
         """Returns −log p(image|…) in nats, fp32 [B]. noise, γ []: those of z_0."""
         std = (gamma / 2).exp().float() / 2  # σ_0 / α_0, of pixels in [0, 1]
         return -gaussian_log_prob((x + 1) / 2 + std * noise, std, batch.x)
-
-    def rest(self, negentropy: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-        """Returns what the last step, from z_0 to x, adds to the rate: nats, fp32 [B]."""
-        del noise, gamma
-        return negentropy
 
     def codec(self, device: torch.device) -> None:
         """Returns the model whose latents are x, on the device; None: there is none."""
@@ -70,19 +66,27 @@ class Latents:
 
     fixed: whether x is the mean of q, and the image is decoded from z_0 / α_0 instead of from x."""
 
-    def __init__(self, codec: Model, shape: Shape, fixed: bool) -> None:
-        """Raises ValueError for a model without one level of continuous latents."""
+    def __init__(self, codec: Model, shape: Shape, classes: int, fixed: bool) -> None:
+        """classes: of the diffusion. Raises ValueError for a model without one level of continuous latents, or with
+        another condition."""
+        if not (isinstance(codec, Posterior) and isinstance(codec, Codec)):
+            raise ValueError(UNFIT)
+        own = getattr(codec, "conditioner", None)
+        if own and (own.classes not in (0, classes) or own.attributes not in (0, shape.attributes)):
+            raise ValueError(
+                f"the model of model.over has {own.classes} classes and {own.attributes} attributes as its condition: "
+                f"give this one the same model.classes and data.attributes"
+            )
         self.frozen = Frozen(codec)
         self.fixed = fixed
-        self.bounded = isinstance(codec, PixelLikelihood)
+        self.continuous = not fixed
         device = next(codec.parameters()).device
         x = torch.zeros(1, shape.channels, shape.size, shape.size, dtype=torch.uint8, device=device)
         label = torch.full((1,), -1, device=device)
-        blank = Batch(x, label, torch.full((1, shape.attributes), torch.nan, device=device), label)
         with torch.no_grad():
-            found = cast(Codec, codec).encode(blank)
-        if len(found) != 1 or not isinstance(codec, Posterior):
-            raise ValueError("model.over must be the run of a model with one level of continuous latents, a vae or kl")
+            found = codec.encode(Batch(x, label, torch.full((1, shape.attributes), torch.nan, device=device), label))
+        if len(found) != 1:
+            raise ValueError(UNFIT)
         self.own = tuple(found[0].shape[1:])
         self.shape = (*self.own, 1, 1)[:3]
 
@@ -101,9 +105,6 @@ class Latents:
     def distortion(self, batch: Batch, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
         decoded = x + (gamma / 2).exp().float() * noise if self.fixed else x
         return self.codec(x.device).distortion(batch, self.latents(decoded))
-
-    def rest(self, negentropy: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-        return negentropy if self.fixed else negentropy + diffusion.density(noise, gamma)
 
     def encode(self, batch: Batch, temperature: float) -> list[Tensor]:
         return self.codec(batch.x.device).encode(batch, temperature)

@@ -14,7 +14,7 @@ class Conditioner(nn.Module):
 
     def __init__(self, classes: int, embedding: int, attributes: int) -> None:
         super().__init__()
-        self.classes = classes
+        self.classes, self.attributes = classes, attributes
         self.dim = (embedding if classes else 0) + attributes
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
         self.unknown = nn.Parameter(torch.zeros(attributes)) if attributes else None

@@ -24,14 +24,14 @@ LARGEST = 20.0  # |γ| beyond which a network sees no difference
 PACE = 50.0  # the highest frequency that a network sees of γ
 
 
-class Clean(NamedTuple):
+class Prediction(NamedTuple):
     """What a network says of z: z = α x + σ ε."""
 
     x: Tensor
     noise: Tensor
 
 
-Predict = Callable[[Tensor, Tensor], Clean]  # (z, γ) → x and ε
+Predict = Callable[[Tensor, Tensor], Prediction]  # (z, γ) → x and ε
 Noise = Callable[[int], Tensor]  # (number of the draw) → N(0, I) in the shape of z
 Sampler = Literal["ancestral", "ddim", "heun"]
 
@@ -51,15 +51,15 @@ def noised(x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
     return alpha(gamma, x) * x + sigma(gamma, x) * noise
 
 
-def clean(z: Tensor, noise: Tensor, gamma: Tensor) -> Clean:
+def from_noise(z: Tensor, noise: Tensor, gamma: Tensor) -> Prediction:
     """From a prediction of the noise."""
-    return Clean((z - sigma(gamma, z) * noise) / alpha(gamma, z), noise)
+    return Prediction((z - sigma(gamma, z) * noise) / alpha(gamma, z), noise)
 
 
-def moved(z: Tensor, velocity: Tensor, gamma: Tensor) -> Clean:
+def from_velocity(z: Tensor, velocity: Tensor, gamma: Tensor) -> Prediction:
     """From a prediction of the velocity ε − x."""
     scaled, share = flow(z, gamma)
-    return Clean(scaled - share * velocity, scaled + (1 - share) * velocity)
+    return Prediction(scaled - share * velocity, scaled + (1 - share) * velocity)
 
 
 def flow(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def entropy(log_std: Tensor) -> Tensor:
     return (log_std + (1 + math.log(2 * math.pi)) / 2).flatten(1).sum(1)
 
 
-def above(z: Tensor, x: Tensor, gamma: Tensor, below: Tensor) -> Normal:
+def less_noisy(z: Tensor, x: Tensor, gamma: Tensor, below: Tensor) -> Normal:
     """Returns q(z_s|z_t, x) for γ_s = `below`, the distribution of a less noisy z (VDM, appendix A.4); with a
     prediction of x it is p(z_s|z_t)."""
     c = -torch.expm1(below - gamma)[:, None, None, None].to(z.dtype)
@@ -125,7 +125,7 @@ def sampled(predict: Predict, noise: Noise, gammas: Tensor, sampler: Sampler) ->
         gamma, below = (one.expand(len(z)) for one in gammas[number : number + 2])
         found = predict(z, gamma)
         if sampler == "ancestral":
-            z = above(z, found.x, gamma, below).draw(noise(number + 1))
+            z = less_noisy(z, found.x, gamma, below).draw(noise(number + 1))
             continue
         ahead = alpha(below, z) * found.x + sigma(below, z) * found.noise
         if sampler == "heun":

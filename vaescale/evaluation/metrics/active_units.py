@@ -11,8 +11,12 @@ ACTIVE = 0.01  # variance of a posterior mean above which a latent is active
 
 
 def sums(seen: Seen) -> Tensors:
-    """Returns the sums of each level's latents; {} for a codec without a likelihood, or with codes."""
-    if not isinstance(seen.codec, Bounded) or not all(level.is_floating_point() for level in seen.latents):
+    """Returns the sums of each level's latents; {} for a codec without a likelihood, with codes, or over pixels."""
+    if (
+        seen.trivial
+        or not isinstance(seen.codec, Bounded)
+        or not all(level.is_floating_point() for level in seen.latents)
+    ):
         return {}
     return by_level("latents", [latents.sums([level]) for level in seen.latents])
 

@@ -46,7 +46,8 @@ BITS = Metric(
             "bits/dim, IW-{draws}",
             ".4f",
             "bits/dim, IW-{draws}",
-            absent="not measured; --iw K draws K latents per image for this bound, which is tighter than the ELBO",
+            absent="not measured; --iw K draws K latents per image for this bound, which is tighter than the ELBO "
+            "(a diffusion has none: there K draws make the ELBO's estimate better)",
         ),
         "rate": Number("rate (bits/dim)", ".4f", "rate"),
         "distortion": Number("distortion (bits/dim)", ".4f", "distortion"),
@@ -57,7 +58,8 @@ BITS = Metric(
         "bits_per_dim_iw": "the same for the importance-weighted bound of all draws, Burda et al. 2016, equation 8",
         "dequantisation": "a density is that of the image plus uniform noise in bins of 1/255, with its log averaged "
         "over the bins in closed form; a Bernoulli is of the image binarised at 127.5 and compares only with such",
-        "draws": "latents drawn from q(z|x) for each image; the numbers of sample and draw determine their noise",
+        "draws": "latents drawn from q(z|x) for each image, of a diffusion at one noise level; the numbers of sample "
+        "and draw determine level and noise",
         "rate": "KL(q(z|x) || p(z)) in bits per subpixel, over all levels; rate/levelN: of one level, coarse to fine",
         "distortion": "-log2 p(x|z) in bits per subpixel, mean over draws",
     },

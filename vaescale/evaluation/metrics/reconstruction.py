@@ -58,6 +58,8 @@ def band(side: int, device: torch.device) -> Tensor:
 
 
 def sums(seen: Seen) -> Tensors:
+    if seen.trivial:
+        return {}
     x, y = seen.batch.x, seen.reconstruction
     found = {"mse": mse(x, y).sum(), "psnr": psnr(x, y).sum()}
     return {**found, "ssim": ssim(x, y).sum()} if x.shape[-1] >= WINDOW else found
@@ -67,7 +69,12 @@ RECONSTRUCTION = Metric(
     numbers={
         "mse": Number("MSE", ".6f", "MSE", logged=False),
         "psnr": Number("PSNR (dB)", ".2f", "PSNR"),
-        "ssim": Number("SSIM", ".4f", "SSIM", absent="not measured: its window is wider than the images"),
+        "ssim": Number(
+            "SSIM",
+            ".4f",
+            "SSIM",
+            absent="not measured: its window is wider than the images, or they are their own latents",
+        ),
     },
     protocol={
         "rounding": "reconstructions rounded to 8 bits before mse, psnr and ssim",
