@@ -39,8 +39,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, 
     return {name: untrained(tmp_path_factory.mktemp(name), name, pictures) for name in NAMES}
 
 
-def untrained(run: Path, name: str, pictures: Path, *overrides: str) -> Path:
-    """A run directory with checkpoints of steps 1 and 2."""
+def untrained(run: Path, name: str, pictures: Path, *overrides: str, latents: str | None = None) -> Path:
+    """A run directory with checkpoints of steps 1 and 2. latents: of a decoder that was trained alone, the hash."""
     run.mkdir(exist_ok=True)
     config = settings.load(TINY / f"{name}.yaml", [f"run={run}", f"data.root={pictures}", *overrides])
     (run / FILE).write_text(mechanics.to_yaml(config))
@@ -52,6 +52,7 @@ def untrained(run: Path, name: str, pictures: Path, *overrides: str) -> Path:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         order = {"data": "0123456789abcdef", "codec": trained.read_base(model, config)}
         state = {"step": step, "version": 2, "order": {key: value for key, value in order.items() if value}}
+        state |= {"latents": latents} if latents else {}
         checkpoint.save(run / "checkpoints", step, {"ema": model.state_dict()}, state, keep=2)
     return run
 

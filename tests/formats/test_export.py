@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,28 @@ def test_the_file_of_the_other_libraries_is_a_whole_state_dict(library: str, tmp
 
 def test_the_metadata_says_what_the_weights_are(tmp_path: Path, call: Call) -> None:
     make_run(tmp_path / "run", VQ, critic=True)
+    saved = settings.load(
+        tmp_path / "run" / "config.yaml",
+        [
+            *(f"data.root={tmp_path}/images", f"init_from={tmp_path}/base", f"data.cache={tmp_path}/cache"),
+            f"model.reconstruction.perceptual.weights={tmp_path}/vgg16.safetensors",
+            f"deepspeed={{zero_optimization: {{offload_optimizer: {{nvme_path: {tmp_path}}}}}}}",
+        ],
+    )
+    mechanics.save(saved, tmp_path / "run" / "config.yaml")
+    evaluation = {"step": 7, "run": f"{tmp_path}/run", "data": f"{tmp_path}/images/val", "psnr": 30.5}
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps(evaluation))
     assert call("diffusers", tmp_path / "run", tmp_path / "out")[0] == 0
     found = metadata_of(tmp_path / "out" / WEIGHTS)
     assert found.pop("vaescale") == packages.version("vaescale")
-    assert json.loads(found.pop("evaluation")) == {"step": 7, "psnr": 30.5, "protocol": {"crop": "center"}}
+    assert json.loads(found.pop("evaluation")) == {"step": 7, "run": "run", "data": "images", "psnr": 30.5}
+    assert not [path for path in (tmp_path / "out").iterdir() if str(tmp_path).encode() in path.read_bytes()]
     (tmp_path / "again.yaml").write_text(found.pop("settings"))
     again = settings.load(tmp_path / "again.yaml", [])
-    assert again == settings.load(tmp_path / "run" / "config.yaml", [])
+    names = ["run=run", "data.root=images", "init_from=base", "data.cache=~/.cache/vaescale"]
+    names.append("model.reconstruction.perceptual.weights=vgg16.safetensors")
+    plain = settings.load(tmp_path / "run" / "config.yaml", names)
+    assert again == replace(plain, deepspeed={})
     assert found == {"format": "pt", "library": "diffusers", "step": "7", "data": "f1n9e2"}
     # The critic is there, too, with our names and what builds it.
     critic = settings.build_critic(again)

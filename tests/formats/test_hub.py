@@ -23,6 +23,8 @@ from vaescale.config import FILE, ConfigError
 from vaescale.hub import CONFIG
 from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle.checkpoint import CheckpointError
+from vaescale.matching import check_encoder
+from vaescale.nn.frozen import latents_hash
 from vaescale.training import resume
 
 Command = Callable[..., tuple[int, str]]
@@ -79,6 +81,27 @@ def test_the_folder_is_the_run(runs: dict[str, Path], tmp_path: Path, command: C
     assert (about["library"], about["step"], about["data"]) == ("vaescale", "2", "0123456789abcdef")
 
 
+def test_a_decoder_trained_alone_keeps_its_latents(
+    runs: dict[str, Path], pictures: Path, tmp_path: Path, command: Command
+) -> None:
+    """So a prior over them loads with it, from a folder, too."""
+    given, latents = [f"init_from={runs['tiny']}", "train=decoder"], "0123456789abcdef"
+    decoder = untrained(tmp_path / "decoder", "tiny", pictures, *given, latents=latents)
+    prior = untrained(tmp_path / "prior", "tiny_prior", pictures, f"model.tokenizer={decoder}")
+    for run in (decoder, prior):
+        out = tmp_path / f"{run.name}-hub"
+        code, output = command(export, "hub", run, out)
+        assert code == 0, output
+        assert vaescale.load(out).step == 2
+        for file in out.rglob("*.json"):
+            assert str(tmp_path) not in file.read_text(), file
+    for folder in (tmp_path / "decoder-hub", tmp_path / "prior-hub" / "tokenizer"):
+        model, _ = trained.read_model(folder, trained.read_config(folder, []), torch.device("cpu"))
+        assert latents_hash(model) == latents
+    config = settings.load(decoder / FILE, [f"init_from={tmp_path}/decoder-hub"])
+    check_encoder(config, trained.read_config(tmp_path / "decoder-hub", []), decoder)
+
+
 def test_its_evaluation_is_that_of_the_run(runs: dict[str, Path], tmp_path: Path, command: Command) -> None:
     """The card has it in the form that the Hub reads, with the protocol. Measuring the folder gives the same."""
     given = ["data.workers=0", "--metrics", "rfd", "rkid", "--features", "random"]
@@ -122,10 +145,10 @@ def test_a_card_without_an_evaluation_says_so(runs: dict[str, Path], tmp_path: P
 
 def test_a_training_starts_from_it_with_its_critic(tmp_path: Path, command: Command) -> None:
     model = make_run(tmp_path / "run", VQ, critic=True)
-    (tmp_path / "run" / "evaluation.json").unlink()
     out = tmp_path / "out"
     code, output = command(export, "hub", tmp_path / "run", out)
     assert code == 0, output
+    assert "have not been evaluated" in (out / "README.md").read_text()  # evaluation.json lacks the images
     assert (out / "critic.safetensors").exists()
     assert checkpoint.verify(out) == []
     read: dict[str, dict[str, torch.Tensor]] = {}

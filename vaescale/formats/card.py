@@ -11,6 +11,7 @@ from ..evaluation.candidate import parameters_of
 from ..interfaces import Bounded, Codebooks, Codec, Sampled
 from ..settings import Config
 
+NEEDED = {"data", "images", "size", "channels", "fingerprint", "protocol"}  # in evaluation.json
 USE = """\
 import vaescale
 model = vaescale.load("FOLDER")              # this folder, after a download

@@ -1,7 +1,7 @@
 """Writes a folder for the Hugging Face Hub. `vaescale.load` and the commands read it like a run (vaescale/hub.py)."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from ..hub import CONFIG, TOKENIZER
 from ..interfaces import Model, OnCodec
 from ..lifecycle import checkpoint
 from ..lifecycle import state as states
-from ..models import MODELS
 from ..settings import Config
 from . import write
-from .card import card
+from .card import NEEDED, card
 from .export import CRITIC, critic_of
-from .metadata import evaluation, metadata
+from .metadata import evaluation, metadata, public
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 FILES = (CONFIG, WEIGHTS, CRITIC, checkpoint.STATE, checkpoint.MANIFEST)  # read by vaescale
@@ -43,7 +42,7 @@ def export_hub(run: Path, out: Path, licence: str) -> list[Path]:
             (partial / TOKENIZER).mkdir()
             tokenizer = checkpoint.agreed(base).path or base
             _write(partial / TOKENIZER, tokenizer, trained.read_config(tokenizer, []), model.codec)
-        found = _evaluation(place, config, step)
+        found = _evaluation(place, step)
         (partial / CARD).write_text(card(config, trained.codec_of(model), step, licence, found))
     return sorted(path for path in out.rglob("*") if path.is_file())
 
@@ -76,35 +75,22 @@ def require_push() -> None:
 
 def _write(folder: Path, place: Path, config: Config, model: nn.Module) -> None:
     """Writes all but the card. place: the checkpoint."""
-    public = _public(config)
-    about = metadata(place, place, public, "vaescale")
-    if found := _evaluation(place, config, int(about["step"])):
-        about["evaluation"] = json.dumps(found)
+    about = metadata(place, place, config, "vaescale")
     write.save(model.state_dict(), folder / WEIGHTS, about)
     if critic := critic_of(config, place):
         write.save(critic, folder / CRITIC, about)
-    state = states.read_checked(place, ["step", "noise", "order"])
+    state = states.read_checked(place, ["step", "noise", "order", "latents"])
     _write_json(folder / checkpoint.STATE, {"version": states.VERSION, **state})
-    _write_json(folder / CONFIG, asdict(public))
+    _write_json(folder / CONFIG, asdict(public(config)))
     written = [folder / name for name in FILES if (folder / name).exists()]
     sizes = {file.name: {"bytes": file.stat().st_size, "xxh3": files.file_hash(file)} for file in written}
     _write_json(folder / checkpoint.MANIFEST, sizes)
 
 
-def _public(config: Config) -> Config:
-    """Returns the settings without the places of this machine."""
-    model = config.model
-    if settings.base_run(config):
-        model = replace(model, **{MODELS[model.kind].base: TOKENIZER})
-    default = type(config.data)()
-    data = replace(config.data, root=default.root, cache=default.cache)
-    return replace(config, model=model, data=data, run=Config(model).run, init_from="")
-
-
-def _evaluation(place: Path, config: Config, step: int) -> dict[str, Any] | None:
-    """Returns the content of evaluation.json without the places of this machine."""
+def _evaluation(place: Path, step: int) -> dict[str, Any] | None:
+    """Returns the content of evaluation.json if it has all that a card says."""
     found = evaluation(place, step)
-    return found and found | {"run": Path(config.run).name, "data": Path(found["data"]).parent.name}
+    return found if found and found.keys() >= NEEDED else None
 
 
 def _write_json(path: Path, value: Any) -> None:
