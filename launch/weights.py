@@ -108,7 +108,8 @@ def main(given: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {printable(error.filename or given.run)}: {error.strerror}", file=sys.stderr)
+        place = given.run if given.command == "import" else given.out or folder()
+        print(f"error: {printable(error.filename or place)}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

@@ -198,6 +198,46 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, call: Call, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_weights_and_critic_are_replaced_together(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or neither, whichever cannot be written; so is a folder."""
+    make_run(tmp_path / "run", VQ, critic=True)
+    words = ("taming", tmp_path / "run", tmp_path / "x.safetensors")
+    assert call(*words)[0] == 0
+    assert call("diffusers", tmp_path / "run", tmp_path / "out")[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    make_run(tmp_path / "other", VQ, critic=True)
+    left, save_file = [0], write.save_file
+
+    def full(*given: Any) -> None:
+        if not left[0]:
+            raise OSError(28, "No space left on device", "x")
+        left[0] -= 1
+        save_file(*given)
+
+    monkeypatch.setattr(write, "save_file", full)
+    for left[0] in (0, 1):
+        assert call(words[0], tmp_path / "other", words[2])[0] == 2
+        assert call("taming", tmp_path / "other", tmp_path / "new.safetensors")[0] == 2
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == ".out.partial":
+            raise OSError(5, "Input/output error", str(target))
+        return rename(self, target)
+
+    left[0] = 9
+    monkeypatch.setattr(Path, "rename", failing)
+    assert call("diffusers", tmp_path / "other", tmp_path / "out")[0] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run",
+        "other",
+        "out",
+        "x.safetensors",
+        "x.critic.safetensors",
+    }
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_what_cannot_be_exported_is_one_sentence(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "residual", {**VQ, "quantizer": {"codebook_size": 8, "dim": 4, "depth": 2}})
     make_run(tmp_path / "run", VQ)

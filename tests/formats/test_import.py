@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -287,14 +288,20 @@ def test_foreign_objects_are_stripped_as_the_sentence_says(
 ) -> None:
     """The arguments that a training saves with its weights."""
     monkeypatch.chdir(tmp_path)
-    for name, new, key in (("last.ckpt", "last.pt", "state_dict"), ("vq.pt", "vq_weights.pt", "model")):
-        torch.save({key: states["llamagen"], "args": argparse.Namespace(lr=1.0)}, tmp_path / name)
+    old, weights = {"x": torch.ones(1)}, states["llamagen"]
+    for name, new, key, content in (
+        ("last.ckpt", "last.pt", "state_dict", {"state_dict": weights}),
+        ("vq.pt", "vq_weights.pt", "model", {"model": weights}),
+        ("it's $HOME.pth", "it's $HOME.pt", "ema", {"model": old, "ema": weights}),
+        ("flat.ckpt", "flat.pt", "flat", weights),
+    ):
+        torch.save({**content, "args": argparse.Namespace(lr=1.0)}, tmp_path / name)
         with pytest.raises(ConfigError, match=r"holds argparse\.Namespace besides tensors") as caught:
             import_run("llamagen", tmp_path / name, tmp_path / "run")
-        code = re.search(r'python -c "(.*)"` where it was made, and give (\S+)$', str(caught.value))
+        code = re.search(r"`(python -c .*)` where it was made, and give (.+)$", str(caught.value))
         assert code is not None
-        exec(code[1])
-        assert code[2] == new
+        exec(shlex.split(code[1])[2], {})
+        assert code[2] == str(tmp_path / new)
         model, _ = imported("llamagen", tmp_path / new, tmp_path / key, "data.size=32")
         same(model, "llamagen", net_of("llamagen"))
 
@@ -340,6 +347,45 @@ def test_settings_that_do_not_fit_leave_no_run(
     with pytest.raises(ConfigError, match=words):
         import_run("taming", tmp_path / "x.pt", tmp_path / "run", ["data.size=32", override])
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize("override", ["run=elsewhere", "init_from=other", "train=decoder"])
+def test_an_import_is_no_training(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{override} is not a setting of an import"):
+        import_run("taming", tmp_path / "x.pt", tmp_path / "run", [override])
+
+
+ODD: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "nan": (lambda one: one.fill_(torch.nan), "has values that are not finite in fp32"),
+    "large": (lambda one: one.double().fill_(1e300), "has values that are not finite in fp32"),
+    "complex": (lambda one: one.to(torch.complex64), "is of type complex64"),
+    "integer": (lambda one: one.to(torch.int8), "is of type int8"),
+    "sparse": (lambda one: one.to_sparse(), "is sparse"),
+    "quantised": (lambda one: torch.quantize_per_tensor(one, 0.1, 0, torch.qint8), "is quantised"),
+    "meta": (lambda one: one.to("meta"), "has no values"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")  # of torch, on quantised tensors
+def test_tensors_that_are_no_weights_are_named(kind: str, states: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    made, words = ODD[kind]
+    name = "encoder.conv_in.bias"
+    torch.save({**states["taming"], name: made(states["taming"][name].clone())}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=rf"^{name} {words}"):
+        import_run("taming", tmp_path / "x.pt", tmp_path / "run", ["data.size=32"])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "convert", full)
+    assert called(monkeypatch, "convert", tmp_path / "x.pth", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/out: No space left on device\n"
 
 
 @pytest.mark.parametrize("learning", ["gradient", "ema"])

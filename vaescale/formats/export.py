@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .. import settings, trained
 from ..config import ConfigError
+from ..files import atomically
 from ..lifecycle import checkpoint
 from ..settings import Config
 from . import ours, write
@@ -55,9 +57,13 @@ def export_file(run: Path, out: Path, library: str) -> list[Path]:
     convert = to_taming if library == "taming" else to_llamagen
     tensors, config = convert(read.config.model, settings.shape(read.config), read.tensors)
     about = metadata(run, read.checkpoint, read.config, library, network=json.dumps(config))
-    critic.unlink(missing_ok=True)  # of an earlier export
-    save_critic(read, run, critic)
-    write.save(tensors, out, about)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as both:  # neither file is replaced before both are written
+        if read.critic:
+            save_critic(read, run, both.enter_context(atomically(critic)))
+        write.save(tensors, both.enter_context(atomically(out)), about)
+    if not read.critic:
+        critic.unlink(missing_ok=True)  # of an earlier export
     return [out, *([critic] if read.critic else [])]
 
 

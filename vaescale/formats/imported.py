@@ -51,6 +51,8 @@ def import_run(
     The run has one checkpoint, of step 0, in which the weights are both the model's and their averages. Raises
     ConfigError, CheckpointError and OSError, and what `measure` raises; there is no run directory then.
     """
+    if own := [one for one in overrides if one.partition("=")[0].strip() in ("run", "init_from", "train")]:
+        raise ConfigError(f"{own[0]} is not a setting of an import, which trains nothing: give the run by --run")
     if run.exists():
         raise ConfigError(f"{run} exists: give a --run that does not")
     found = LIBRARIES[library](source)

@@ -35,7 +35,8 @@ ENDS = {  # ours         diffusers                taming                LlamaGen
     "decoder.last":    ("decoder.conv_out",      "decoder.conv_out",   "decoder.conv_out"),
 }
 # Blocks: encoder.blocks.N and decoder.blocks.N here; there, these names after "encoder." or "decoder.". {b} is the
-# block's number at its resolution, {r} the resolution's number from the image on, {u} from the latents on.
+# block's number at its resolution, {r} the resolution's number from the image on, {u} from the latents on: of three
+# resolutions, the full one is {r} = 0 and {u} = 2.
 BLOCKS = {  #            diffusers                          taming                 LlamaGen
     "encoder.residual":  ("down_blocks.{r}.resnets.{b}",    "down.{r}.block.{b}",  "conv_blocks.{r}.res.{b}"),
     "encoder.attention": ("down_blocks.{r}.attentions.{b}", "down.{r}.attn.{b}",   "conv_blocks.{r}.attn.{b}"),
@@ -116,8 +117,22 @@ def to_theirs(tensors: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, T
 
 
 def to_ours(tensors: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
-    """As `to_theirs`, in the other direction."""
+    """As `to_theirs`, in the other direction. Raises ConfigError for values that are no weights, too."""
+    for row in rows:
+        if row.theirs in tensors and (wrong := _wrong(tensors[row.theirs])):
+            raise ConfigError(f"{row.theirs} {wrong}: give weights that are finite floats, in dense tensors")
     return _renamed(tensors, {row.theirs: (row.their_shape, row.ours, row.shape) for row in rows}, "here")
+
+
+def _wrong(tensor: Tensor) -> str:
+    """Returns a clause if the tensor has no values of weights, else ""."""
+    if tensor.is_meta:
+        return "has no values (it is on the device meta)"
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        return "is quantised" if tensor.is_quantized else f"is sparse ({tensor.layout})"
+    if not tensor.is_floating_point():
+        return f"is of type {str(tensor.dtype).removeprefix('torch.')}"
+    return "" if tensor.isfinite().all() else "has values that are not finite in fp32"
 
 
 def inferred(tensors: Mapping[str, Tensor], library: Library) -> Net:

@@ -1,6 +1,8 @@
 """Reads weights that others have saved: tensors by name, and nothing in the file can run code."""
 
+import json
 import re
+import shlex
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,11 +63,16 @@ def _unpickled(path: Path) -> Any:
 
 
 def _stripping(path: Path, foreign: str) -> str:
-    new = path.with_suffix(".pt").name if path.suffix != ".pt" else f"{path.stem}_weights.pt"
+    new = path.with_suffix(".pt") if path.suffix != ".pt" else path.with_name(f"{path.stem}_weights.pt")
+    old, out, inside = (json.dumps(one) for one in (str(path), str(new), INSIDE))  # as Python writes them, too
+    code = (
+        f'import torch; f = torch.load({old}, "cpu", weights_only=False); '
+        f"f = next((f[k] for k in {inside} if isinstance(f.get(k), dict)), f); "
+        f"torch.save({{k: v for k, v in f.items() if isinstance(v, torch.Tensor)}}, {out})"
+    )
     return (
         f"{path} holds {foreign} besides tensors, which could run code here: if you trust the file, run `python -c "
-        f"\"import torch; f = torch.load('{path.name}', 'cpu', weights_only=False); "
-        f"torch.save(f.get('state_dict', f.get('model')), '{new}')\"` where it was made, and give {new}"
+        f"{shlex.quote(code)}` where it was made, and give {new}"
     )
 
 

@@ -38,7 +38,12 @@ def folder(out: Path) -> Iterator[Path]:
         yield partial
         if out.exists():
             out.rename(former)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except BaseException:
+            if former.exists():
+                former.rename(out)
+            raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
