@@ -82,7 +82,7 @@ def plain_step(given: argparse.Namespace, device: torch.device) -> Work:
     averaged = copy.deepcopy(model)
     one = config.optimizer
     adam = torch.optim.AdamW(model.parameters(), one.lr, one.betas, weight_decay=one.weight_decay, fused=True)
-    lowest, highest = model.ends.double()
+    lowest, highest = model.ends()
 
     def work() -> None:
         x = batch.x / 127.5 - 1
