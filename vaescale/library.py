@@ -81,7 +81,7 @@ class Trained:
         pictures: one picture, or a list of any mixture and sizes. A picture is a PIL image, the path of a file, or
         pixels in a numpy array or tensor: [H, W], [H, W, C], [C, H, W], or several of one size, [B, H, W, C] or
         [B, C, H, W]; C is 1, 3 or 4. If the shape is ambiguous, channels are last in an array and first in a tensor.
-        Pixels are uint8, or floats in [0, 1]. Raises ValueError for anything else.
+        Pixels are uint8, or floats in [0, 1], which are rounded to 8 bits. Raises ValueError for anything else.
 
         Each picture is preprocessed like a validation image: turned upright, composited onto white if transparent,
         cropped to the largest centred square, resized to data.size (bicubic), grey if data.channels=1. Only a JPEG of

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -20,6 +20,7 @@ from tests.formats.test_export import VQ, make_run
 from tests.test_library import untrained
 from vaescale import distributed, settings, trained
 from vaescale.config import FILE, ConfigError
+from vaescale.formats import hub
 from vaescale.hub import CONFIG
 from vaescale.lifecycle import checkpoint
 from vaescale.lifecycle.checkpoint import CheckpointError
@@ -218,7 +219,7 @@ class Hub:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    hub = Hub()
+    kept = Hub()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -226,7 +227,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             address = f"http://127.0.0.1:{served.server_port}/me/model"
             answer: dict[str, object] = {}
             if self.path == "/api/repos/create":
-                hub.created = json.loads(body)
+                kept.created = json.loads(body)
                 answer = {"url": address}
             elif self.path.endswith("/preupload/main"):
                 paths = [file["path"] for file in json.loads(body)["files"]]
@@ -234,9 +235,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             elif "/commit/main" in self.path:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
-                        hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                        kept.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 answer = {"commitUrl": f"{address}/commit/1", "commitOid": "1"}
-            self.send_response(403 if hub.refuse else 200)
+            self.send_response(403 if kept.refuse else 200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
@@ -245,11 +246,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             pass
 
     served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=served.serve_forever)
+    thread = threading.Thread(target=served.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{served.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    yield hub
+    yield kept
     served.shutdown()
     thread.join()
     served.server_close()
@@ -270,6 +271,13 @@ def test_the_folder_is_uploaded(runs: dict[str, Path], tmp_path: Path, command: 
     code, output = command(export, "hub", runs["tiny"], out, "--push", "not a name")
     assert code == 2
     assert "cannot be uploaded to not a name" in output
+
+
+def test_without_a_network_the_folder_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with pytest.raises(ConfigError, match=r"is written, but the Hub cannot be reached: run the command again when"):
+        hub.push(tmp_path, "me/model")
 
 
 def test_an_upload_needs_the_package_before_anything_is_written(
