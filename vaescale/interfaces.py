@@ -244,6 +244,11 @@ class Diffused(Protocol):
 
     sampling: Sampling
 
+    @property
+    def codec(self) -> Any:
+        """The codec over whose latents it is; None over pixels."""
+        ...
+
     def with_sampling(self, sampling: Sampling) -> Codec:
         """Returns the same codec with other samples. Raises ValueError for what it does not have."""
         ...
@@ -251,6 +256,11 @@ class Diffused(Protocol):
     def sampling_protocol(self) -> dict[str, Any]:
         """Returns how samples are drawn, by name."""
         ...
+
+
+def over_pixels(codec: Codec) -> bool:
+    """Returns whether the latents are the images themselves, so that reconstructions say nothing."""
+    return isinstance(codec, Diffused) and codec.codec is None
 
 
 @runtime_checkable

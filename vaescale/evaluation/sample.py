@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..interfaces import Batch, Codec, Condition, Diffused, Sampled, Sampling
+from ..interfaces import Batch, Codec, Condition, Diffused, Sampled, Sampling, over_pixels
 from ..monitoring.pictures import Picture, factor, grid, joined, legible
 from .drawing import Unsupported, decoded, from_prior, in_turn, seeded
 from .latents import moments, sums
@@ -268,7 +268,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 def _continuous(subject: Subject, why: str) -> list[Tensor]:
     latents = subject.codec.encode(subject.shown)
-    if latents[0].shape == subject.shown.x.shape:
+    if over_pixels(subject.codec):
         raise Unsupported("the latents of this model are the images themselves")
     if not all(level.is_floating_point() for level in latents):
         raise Unsupported(f"the latents of this model are discrete codes, which {why}")

@@ -3,7 +3,7 @@ autoencoders", section 5.2."""
 
 import torch
 
-from ...interfaces import Bounded, Tensors, by_level
+from ...interfaces import Bounded, Tensors, by_level, over_pixels
 from .. import latents
 from .metric import Metric, Number, Seen
 
@@ -13,7 +13,7 @@ ACTIVE = 0.01  # variance of a posterior mean above which a latent is active
 def sums(seen: Seen) -> Tensors:
     """Returns the sums of each level's latents; {} for a codec without a likelihood, with codes, or over pixels."""
     if (
-        seen.trivial
+        over_pixels(seen.codec)
         or not isinstance(seen.codec, Bounded)
         or not all(level.is_floating_point() for level in seen.latents)
     ):

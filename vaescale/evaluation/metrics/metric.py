@@ -21,11 +21,6 @@ class Seen(NamedTuple):
     draws: int  # latents per image, for metrics that draw any
     distance: Distance | None = None  # the perceptual distance to measure
 
-    @property
-    def trivial(self) -> bool:
-        """Whether the latents are the images themselves, so that reconstructions say nothing."""
-        return self.latents[0].shape == self.batch.x.shape
-
 
 class Number(NamedTuple):
     """How a number is displayed."""
