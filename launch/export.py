@@ -40,14 +40,7 @@ LIBRARIES = ("diffusers", "taming", "llamagen")
 def parse() -> argparse.Namespace:
     parsers = {"codes": codes_parser, "decode": decode_parser, **dict.fromkeys(LIBRARIES, library_parser)}
     parsers |= {"hub": hub_parser, **dict.fromkeys(PROGRAMS, program_parser)}
-    command, *words = arguments.words() or ["-h"]
-    if command not in parsers:
-        parser = arguments.command(__doc__)
-        parser.add_argument("command", choices=parsers, help="-h after it explains its options")
-        parser.parse_args([command])
-    given = arguments.parse_apart(parsers[command](), words)
-    given.command = command
-    return given
+    return arguments.parse_command(__doc__, parsers, arguments.parse_apart)
 
 
 def codes_parser() -> argparse.ArgumentParser:

@@ -36,14 +36,7 @@ from vaescale import arguments
 
 def parse() -> argparse.Namespace:
     parsers = {"import": import_parser, "convert": convert_parser, "list": list_parser}
-    command, *words = arguments.words() or ["-h"]
-    if command not in parsers:
-        parser = arguments.command(__doc__)
-        parser.add_argument("command", choices=parsers, help="-h after it explains its options")
-        parser.parse_args([command])
-    given = arguments.parse(parsers[command](), words)
-    given.command = command
-    return given
+    return arguments.parse_command(__doc__, parsers, arguments.parse)
 
 
 def import_parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ Nothing slow is imported here. A command parses its arguments before the seconds
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -101,6 +101,23 @@ def parse_apart(parser: argparse.ArgumentParser, given: Sequence[str] | None = N
     overrides = [word for word in given if "=" in word and word[0] != "-" and not Path(word).exists()]
     found = parse(parser, [word for word in given if word not in overrides])
     found.overrides = [*overrides, *found.overrides]
+    return found
+
+
+def parse_command(
+    description: str | None,
+    parsers: Mapping[str, Callable[[], argparse.ArgumentParser]],
+    parse: Callable[[argparse.ArgumentParser, Sequence[str]], argparse.Namespace],
+) -> argparse.Namespace:
+    """Parses the arguments of this process, of which the first one names the command. parsers: by command, which is
+    `command` in the result; parse: one of these functions."""
+    name, *left = words() or ["-h"]
+    if name not in parsers:
+        parser = command(description)
+        parser.add_argument("command", choices=parsers, help="-h after it explains its options")
+        parser.parse_args([name])
+    found = parse(parsers[name](), left)
+    found.command = name
     return found
 
 

@@ -57,15 +57,15 @@ def push(out: Path, repository: str) -> str:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         return str(api.upload_folder(folder_path=out, repo_id=repository, commit_message="Upload from vaescale"))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        if not isinstance(error, (HfHubHTTPError, HFValidationError)):
-            raise ConfigError(
-                f"{out} is written, but the Hub cannot be reached: run the command again when there is a network"
-            ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
         reason = files.printable((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
         raise ConfigError(
             f"{out} is written, but cannot be uploaded to {repository} ({reason}): log in with `hf auth login`, and "
             f"run the command again"
+        ) from None
+    except OSError:
+        raise ConfigError(
+            f"{out} is written, but the Hub cannot be reached: run the command again when there is a network"
         ) from None
 
 

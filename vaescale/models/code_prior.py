@@ -23,7 +23,7 @@ from ..nn.code_levels import SCALE, Levels
 from ..nn.code_order import cosine_count, halton, ranks
 from ..nn.code_transformer import CausalTransformer, MaskedTransformer
 from ..nn.condition import Conditioner, dropped
-from ..nn.frozen import Frozen
+from ..nn.frozen import Frozen, blank_latents
 from ..nn.pixelcnn import PixelCNN
 from ..nn.transformer import Dropout, head_channels
 from ..ranges import ranged, require
@@ -319,12 +319,7 @@ def _codes_of(codec: Model, shape: Shape) -> tuple[list[int], tuple[int, int]]:
     has maps of several sizes."""
     assert isinstance(codec, Codec)
     assert isinstance(codec, Codebooks)
-    place = next(codec.parameters()).device
-    x = torch.zeros(1, shape.channels, shape.size, shape.size, dtype=torch.uint8, device=place)
-    label = torch.full((1,), -1, device=place)
-    with torch.no_grad():
-        latents = codec.encode(Batch(x, label, torch.full((1, shape.attributes), torch.nan, device=place), label))
-    sizes = {tuple(one.shape[1:]) for one in latents}
+    sizes = {tuple(one.shape[1:]) for one in blank_latents(codec, shape)}
     if len(sizes) > 1:
         raise ValueError(f"model.tokenizer has maps of codes of several sizes, {sorted(sizes)}, which no prior models")
     height, length = sizes.pop()

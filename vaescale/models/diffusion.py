@@ -150,13 +150,13 @@ class Diffusion(Model):
         if self.config.weighting == "flow":
             return self._flow_step(x, given, batch.sample, dropout)
         keys = (self.seed,)
-        time = noise.spread(batch.sample, self.seed, TIME)
-        rates = self._rates(x, negentropy, given, batch.sample, time, keys, dropout)
+        time, last = noise.spread(batch.sample, self.seed, TIME), self._last(batch.sample, keys)
+        rates = self._rates(x, negentropy, last, given, batch.sample, time, keys, dropout)
         rate = rates.mean(1)
         metrics = {"rate": rate.sum().detach(), **by_level("rate", self._bits(rate.detach()).unbind())}
         nats = rate.sum()
         if self.config.over == PIXELS:  # else it does not depend on this network
-            distortion = self.data.distortion(batch, x, self._last(batch.sample, keys), self.ends()[0]).mean()
+            distortion = self.data.distortion(batch, x, last, self.ends()[0]).mean()
             nats = nats + distortion
             metrics |= {"distortion": distortion.detach(), "bits_per_dim": self._bits(nats.detach())}
         return Output(nats / x[0].numel(), metrics, None)
@@ -219,6 +219,7 @@ class Diffusion(Model):
         self,
         x: Tensor,
         negentropy: Tensor,
+        last: Tensor,
         given: Tensor,
         sample: Tensor,
         time: Tensor,
@@ -226,7 +227,7 @@ class Diffusion(Model):
         dropout: Dropout | None = None,
     ) -> Tensor:
         """Returns the rate in nats by parts, fp32 [parts, B]: of z_1, of the steps in parts by γ, and over latents of
-        the last step. time: fp64 [B] in (0, 1); the costs there stand for all steps."""
+        the last step. last: the noise of z_0; time: fp64 [B] in (0, 1); the costs there stand for all steps."""
         lowest, highest = self.ends()
         steps, parts = self.config.timesteps, self.config.levels
         if steps:
@@ -247,7 +248,7 @@ class Diffusion(Model):
         first = diffusion.prior_kl(x, highest)[None]
         if not self.data.continuous:
             return torch.cat([first, levels])
-        rest = negentropy + diffusion.density(self._last(sample, keys), lowest)
+        rest = negentropy + diffusion.density(last, lowest)
         return torch.cat([first, levels, rest[None]])
 
     def _last(self, sample: Tensor, keys: tuple[int, ...]) -> Tensor:
@@ -307,8 +308,8 @@ class WithBound(Diffusion):
         x, negentropy = self.data.drawn(batch, *keys, LATENT)
         time = (noise.spread(batch.sample, self.seed, BOUND, TIME) + draw * SILVER) % 1
         time = time.clamp(min=2.0**-53)  # 0 is no step
-        rate = self._rates(x, negentropy, self._given(batch.condition, len(x)), batch.sample, time, keys)
-        last = self._last(batch.sample, keys)
+        last, given = self._last(batch.sample, keys), self._given(batch.condition, len(x))
+        rate = self._rates(x, negentropy, last, given, batch.sample, time, keys)
         return Bound(self.data.distortion(batch, x, last, self.ends()[0]), rate, None)
 
 

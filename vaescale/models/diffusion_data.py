@@ -18,7 +18,7 @@ from ..interfaces import (
     Shape,
 )
 from ..nn import diffusion, noise
-from ..nn.frozen import Frozen
+from ..nn.frozen import Frozen, blank_latents
 from ..nn.likelihood import gaussian_log_prob
 
 UNFIT = "model.over must be the run of a model with one level of continuous latents, a vae or kl"
@@ -80,11 +80,7 @@ class Latents:
         self.frozen = Frozen(codec)
         self.fixed = fixed
         self.continuous = not fixed
-        device = next(codec.parameters()).device
-        x = torch.zeros(1, shape.channels, shape.size, shape.size, dtype=torch.uint8, device=device)
-        label = torch.full((1,), -1, device=device)
-        with torch.no_grad():
-            found = codec.encode(Batch(x, label, torch.full((1, shape.attributes), torch.nan, device=device), label))
+        found = blank_latents(codec, shape)
         if len(found) != 1:
             raise ValueError(UNFIT)
         self.own = tuple(found[0].shape[1:])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-from ..interfaces import Calibrated, Model
+from ..interfaces import Batch, Calibrated, Codec, Model, Shape
 
 Tensors = dict[str, Tensor]
 
@@ -30,6 +30,16 @@ class Frozen:
         if next(self.model.parameters()).device != device:
             self.model.to(device)
         return self.model
+
+
+def blank_latents(codec: Codec, shape: Shape) -> list[Tensor]:
+    """Returns the latents of one blank image without a condition, for their shapes. codec: a module."""
+    assert isinstance(codec, nn.Module)
+    device = next(codec.parameters()).device
+    x = torch.zeros(1, shape.channels, shape.size, shape.size, dtype=torch.uint8, device=device)
+    label = torch.full((1,), -1, device=device)
+    with torch.no_grad():
+        return codec.encode(Batch(x, label, torch.full((1, shape.attributes), torch.nan, device=device), label))
 
 
 def weights_hash(model: nn.Module) -> str:
