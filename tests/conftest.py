@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.warm import Warm
+from vaescale import distributed
 from vaescale.data.shards import Sample, write
 
 ROOT = Path(__file__).parent.parent
+Command = Callable[..., tuple[int, str]]
 KINDS = {
     "integration": "launch",
     "browser": "browser",
@@ -31,6 +34,19 @@ KINDS = {
 # inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Returns command(module, words) → (exit code, output), which runs in this process without a process group."""
+    monkeypatch.setattr(distributed, "init", lambda: torch.device("cpu"))
+
+    def command(module: object, *words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        code = module.main(module.parse())  # type: ignore[attr-defined]
+        return code, "".join(capsys.readouterr())
+
+    return command
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,6 @@ other processes hardly change them. For samples it says how many images a second
 """
 
 import argparse
-import copy
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from statistics import median
 
 import torch
 from paired import Work, clock_of, paired
+from plain import plain_learner
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from vaescale import distributed
@@ -79,9 +79,7 @@ def our_step(given: argparse.Namespace, device: torch.device) -> Work:
 def plain_step(given: argparse.Namespace, device: torch.device) -> Work:
     """As one would write it by hand: the same loss, and averaged weights."""
     model, batch, config = build(given, device).train(), images(given, device), settings_of(given)
-    averaged = copy.deepcopy(model)
-    one = config.optimizer
-    adam = torch.optim.AdamW(model.parameters(), one.lr, one.betas, weight_decay=one.weight_decay, fused=True)
+    learn = plain_learner(model, config)
     lowest, highest = model.ends()
 
     def work() -> None:
@@ -95,12 +93,7 @@ def plain_step(given: argparse.Namespace, device: torch.device) -> Work:
         error = (noise - z - model._output(z, gamma, given, None)).square().flatten(1).sum(1)
         rate = (highest - lowest).float() / 2 * error + prior_kl(x, highest)
         distortion = model.data.distortion(batch, x, torch.randn_like(x), lowest)
-        ((rate + distortion).mean() / x[0].numel()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), one.grad_clip)
-        adam.step()
-        adam.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - config.ema_decay)
+        learn((rate + distortion).mean() / x[0].numel())
 
     return work
 

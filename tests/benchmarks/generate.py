@@ -8,7 +8,6 @@ those of the process, so that other processes hardly change them.
 """
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from paired import Work, clock_of, paired
+from plain import plain_learner
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -201,9 +201,7 @@ def our_step(given: argparse.Namespace, device: torch.device) -> Work:
 def plain_step(given: argparse.Namespace, device: torch.device) -> Work:
     """As one would write it by hand, with torch's dropout and cross-entropy, and averaged weights."""
     model, batch, config = build(given, device).train(), batches(given, device), settings_of(given)
-    averaged = copy.deepcopy(model)
-    one = config.optimizer
-    adam = torch.optim.AdamW(model.parameters(), one.lr, one.betas, weight_decay=one.weight_decay, fused=True)
+    learn = plain_learner(model, config)
     codes = batch.x.flatten(2)[:, 0]
 
     def dropout(x: Tensor, place: int) -> Tensor:
@@ -213,12 +211,7 @@ def plain_step(given: argparse.Namespace, device: torch.device) -> Work:
         label = batch.label.masked_fill(torch.rand(len(codes), device=device) < model.config.label_dropout, -1)
         condition = model.projected(model.conditioner(batch.condition._replace(label=label)))
         h = model.trunk(model.levels.embeddings[0](codes), condition, None, dropout)
-        F.cross_entropy(model.levels.outputs[0](h).flatten(0, 1), codes.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), one.grad_clip)
-        adam.step()
-        adam.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - config.ema_decay)
+        learn(F.cross_entropy(model.levels.outputs[0](h).flatten(0, 1), codes.flatten()))
 
     return work
 

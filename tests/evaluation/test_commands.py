@@ -1,37 +1,18 @@
 """launch/evaluate.py and launch/sample.py: which numbers and pictures a run directory keeps."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from launch import evaluate, sample
-from tests.conftest import samples
+from tests.conftest import Command, samples
 from tests.evaluation.test_codecs import page_file, saved
 from tests.test_library import untrained
-from vaescale import distributed
 from vaescale.data import DataError, index
 from vaescale.data.shards import write
 from vaescale.evaluation import candidate, nearest
-
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Returns command(module, words) → (exit code, output), which runs in this process without a process group."""
-    monkeypatch.setattr(distributed, "init", lambda: torch.device("cpu"))
-
-    def command(module: object, *words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-        code = module.main(module.parse())  # type: ignore[attr-defined]
-        return code, "".join(capsys.readouterr())
-
-    return command
 
 
 def test_the_record_of_a_run_is_its_own(pictures: Path, tmp_path: Path, command: Command) -> None:

@@ -16,9 +16,10 @@ from safetensors import safe_open
 
 import vaescale
 from launch import evaluate, export
+from tests.conftest import Command
 from tests.formats.test_export import VQ, make_run
 from tests.test_library import untrained
-from vaescale import distributed, settings, trained
+from vaescale import settings, trained
 from vaescale.config import FILE, ConfigError
 from vaescale.formats import hub
 from vaescale.hub import CONFIG
@@ -28,22 +29,8 @@ from vaescale.matching import check_encoder
 from vaescale.nn.frozen import latents_hash
 from vaescale.training import resume
 
-Command = Callable[..., tuple[int, str]]
 X = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
 FILES = ["README.md", "config.json", "manifest.json", "model.safetensors", "state.json"]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Returns command(module, words) → (exit code, output), which runs in this process."""
-    monkeypatch.setattr(distributed, "init", lambda: torch.device("cpu"))
-
-    def command(module: object, *words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-        code = module.main(module.parse())  # type: ignore[attr-defined]
-        return code, "".join(capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture(scope="module")
