@@ -189,7 +189,7 @@ def refused(runs: Path, longer: Path, tmp_path_factory: pytest.TempPathFactory) 
         ("missing", "model.tokenizer=.*none is not a run directory: set it to the run= of a training"),
         ("uniform", "model.net=uniform has nothing to train: evaluate the tokenizer itself"),
         ("heads", "model.width=24 .* model.heads=5"),
-        ("size", "data.size=32 is not that of .*, whose codes are modelled: set data.size=16"),
+        ("size", "data.size=32 is not that of .*, whose latents are modelled: set data.size=16"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(refused: dict[str, End], name: str, sentence: str) -> None:
