@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from launch import evaluate as measure
-from tests.evaluation.test_commands import Command, command
+from tests.conftest import Command
 from tests.evaluation.test_metrics import Halves
 from tests.test_library import untrained
 from vaescale import settings, trained
@@ -17,8 +17,6 @@ from vaescale.data import stream
 from vaescale.evaluation import tables
 from vaescale.evaluation.evaluate import evaluate
 from vaescale.nn.perceptual import KINDS, drawn
-
-__all__ = ["command"]  # a fixture
 
 
 @pytest.fixture
