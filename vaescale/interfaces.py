@@ -62,6 +62,12 @@ class Bound(NamedTuple):
     # fp32 [B]: log p(z) − log q(z|x) of the draw, over all levels; None: the rate is a random estimate, without weights
     log_ratio: Tensor | None
 
+    @staticmethod
+    def exact(distortion: Tensor) -> "Bound":
+        """Returns that of an image whose latents are all given."""
+        nothing = torch.zeros_like(distortion)
+        return Bound(distortion, nothing[None][:0], nothing)
+
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -146,14 +152,16 @@ class Codebooks(Protocol):
 class PixelLikelihood(Protocol):
     """A codec with the probability p(x|z) of images: with any prior of its latents, it has a bound on p(x)."""
 
-    def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
-        """Returns −log p(x|z) of the 8-bit images in nats, fp32 [B]; infinite until it is measured."""
+    def bound_given(self, batch: Batch, latents: list[Tensor], draw: int = 0) -> Bound:
+        """Returns the bound on log p(x|latents), given the latents of all levels or the coarsest; its distortion is
+        infinite until it is measured. Its rates are those of the levels that are not given: L = 0 if all are, and the
+        bound is exact. draw: as in `Bounded.bound`."""
         ...
 
 
 @runtime_checkable
 class Posterior(Protocol):
-    """A codec with one level of continuous latents, z ~ q(z|x) = N(mean, diag std²)."""
+    """A codec whose coarsest latents are continuous and depend on the image alone: z ~ q(z|x) = N(mean, diag std²)."""
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns mean and std, fp32 [B, D] or [B, D, h, w] each."""
@@ -300,12 +308,12 @@ def calibrated(model: Calibrated) -> bool:
 
 @runtime_checkable
 class LatentStatistics(Protocol):
-    """A codec with one level of latents, continuous maps, whose mean and standard deviation are measured for each
-    channel. A prior of the latents, such as a diffusion model, is trained on (z − mean) / std."""
+    """A codec whose coarsest latents have a mean and a standard deviation that are measured for each channel. A prior
+    of these latents, such as a diffusion model, is trained on (z − mean) / std."""
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the standard deviation of each channel over the draws z ~ q(z|x), all places of the maps
-        and all training images, fp32 [D]: the statistics of Calibrated."""
+        """Returns the mean and the standard deviation of each channel over the draws z ~ q(z|x), all places of maps and
+        all training images, fp32 [D]: the statistics of Calibrated."""
         ...
 
 

@@ -50,11 +50,11 @@ def check_classes(config: Config, training: Index, validation: Index) -> None:
             )
 
 
-def check_tokenizer(run: Path, begun: str, now: str) -> None:
-    """Raises ConfigError if the hash of the tokenizer that the run began with is not that of today's."""
+def check_codec(run: Path, begun: str, now: str) -> None:
+    """Raises ConfigError if the hash of the codec that the run was built on is not that of today's."""
     if begun != now:
         raise ConfigError(
-            f"the tokenizer that {run} was started with has changed (weights {now}, were {begun}): restore it, or "
+            f"the frozen model that {run} was started with has changed (weights {now}, were {begun}): restore it, or "
             f"train a new run"
         )
 

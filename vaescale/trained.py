@@ -26,7 +26,7 @@ from .interfaces import (
 )
 from .lifecycle import checkpoint
 from .lifecycle import state as states
-from .matching import check_tokenizer
+from .matching import check_codec
 from .models import MODELS
 from .models.code_prior import uniform
 from .models.generative import generative
@@ -70,7 +70,7 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
     path, step = _read_averaged(model, place)
     if codec := read_base(model, config):
         begun = states.read_checked(path, ["order"])["order"].get("codec")
-        check_tokenizer(run_of(place), str(begun), codec)
+        check_codec(run_of(place), str(begun), codec)
     return model.to(device).eval(), step
 
 

@@ -92,7 +92,7 @@ def plain_step(given: argparse.Namespace, device: torch.device) -> Work:
         z = noised(x, noise, gamma)
         error = (noise - z - model._output(z, gamma, given, None)).square().flatten(1).sum(1)
         rate = (highest - lowest).float() / 2 * error + prior_kl(x, highest)
-        distortion = model.data.distortion(batch, x, torch.randn_like(x), lowest)
+        distortion = model.data.bound_given(batch, x, torch.randn_like(x), lowest).distortion
         learn((rate + distortion).mean() / x[0].numel())
 
     return work

@@ -166,7 +166,7 @@ def test_a_changed_tokenizer_or_file_is_refused(runs: dict[str, Path], tmp_path:
     with pytest.raises(ConfigError, match=r"model.tokenizer=.*out/tokenizer is not a run directory"):
         vaescale.load(out)
     (tmp_path / "other").rename(out / "tokenizer")
-    with pytest.raises(ConfigError, match=r"the tokenizer that .* was started with has changed"):
+    with pytest.raises(ConfigError, match=r"the frozen model that .* was started with has changed"):
         vaescale.load(out)
     weights = out / "model.safetensors"
     *content, last = weights.read_bytes()

@@ -124,7 +124,7 @@ def test_old_codes_and_priors_take_the_new_decoder(tuned: Path, pictures: Path, 
     assert shards[0] != shards[1]
     assert call("decode", codes, "--run", other, "--out", tmp_path / "none", "data.workers=0") == 2
     config = runs.read_config(tmp_path / "prior" / "run", [f"model.tokenizer={other}"])
-    with pytest.raises(ConfigError, match=r"the tokenizer that .* was started with has changed"):
+    with pytest.raises(ConfigError, match=r"the frozen model that .* was started with has changed"):
         runs.read_model(tmp_path / "prior" / "run", config, torch.device("cpu"))
 
 

@@ -19,7 +19,11 @@ from vaescale import trained
 from vaescale.data import stream
 
 CONFIG = ROOT / "tests" / "integration" / "tiny_diffusion.yaml"
-BASES = {"kl": "tiny_kl.yaml", "vae": "tiny_vae.yaml"}
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "kl": ("tiny_kl.yaml", {}),
+    "vae": ("tiny_vae.yaml", {}),
+    "hvae": ("tiny_hvae.yaml", {"model.posterior": "top-down", "data.channels": 3}),
+}
 LATENTS: dict[str, Any] = {"model.over": "kl", "model.patch": 2}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {  # name → ranks, settings
     "pixels": (1, {}),
@@ -35,7 +39,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # name → ranks, settings
     "latents_two": (2, LATENTS),
     "flow": (1, {**LATENTS, "model.weighting": "flow"}),
     "flow_two": (2, {**LATENTS, "model.weighting": "flow"}),
+    "fixed": (1, {**LATENTS, "model.encoder_noise": 5}),
     "vectors": (1, {"model.over": "vae", "model.patch": 1, "data.channels": 1}),
+    "coarsest": (1, {"model.over": "hvae", "model.patch": 1}),
 }
 RESUMED = ("pixels", "two", "zero1", "zero2", "ends", "latents", "flow")
 KILLED = ("latents", "zero1")  # while the checkpoint of step 8 is written
@@ -54,8 +60,12 @@ def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bases and the diffusions, each in NAME/run."""
     folder = tmp_path_factory.mktemp("diffusions")
     jobs = [
-        training(folder / name, CONFIG.parent / config, written({"run": folder / name / "run", "data.root": pictures}))
-        for name, config in BASES.items()
+        training(
+            folder / name,
+            CONFIG.parent / config,
+            written({"run": folder / name / "run", "data.root": pictures, **given}),
+        )
+        for name, (config, given) in BASES.items()
     ]
     jobs += [
         training(folder / name, CONFIG, settings_of(folder, pictures, name), world)
@@ -128,19 +138,20 @@ def test_resumed_or_killed_it_goes_on_to_the_same_bits(runs: Path, resumed: Path
 def test_evaluation_and_validation_agree(runs: Path, tmp_path: Path) -> None:
     """And a diffusion over latents has the reconstructions and the distortion of its base, in the mean over draws."""
     out = tmp_path / "found.json"
-    names = ["pixels", "latents", "flow", "kl"]
+    names = ["pixels", "latents", "flow", "fixed", "kl", "coarsest", "hvae"]
     places = [runs / name / "run" for name in names]
     assert called(evaluate, "evaluate", "--run", *places, "--out", out) == 0
     found = dict(zip(names, json.loads(out.read_text()), strict=True))
     for name in names:
         assert found[name]["bits_per_dim"] == pytest.approx(values(runs / name / "run", BITS)[-1], rel=1e-5)
-    for name in ("latents", "flow"):
-        assert found[name]["psnr"] == pytest.approx(found["kl"]["psnr"], rel=1e-6)
-        assert found[name]["distortion"] == pytest.approx(found["kl"]["distortion"], rel=0.02)
+    for name, base in (("latents", "kl"), ("flow", "kl"), ("coarsest", "hvae")):
+        assert found[name]["psnr"] == pytest.approx(found[base]["psnr"], rel=1e-6)
+        assert found[name]["distortion"] == pytest.approx(found[base]["distortion"], rel=0.02)
         assert found[name]["bits_per_dim"] == pytest.approx(found[name]["rate"] + found[name]["distortion"], rel=1e-6)
-    parts = [value for name, value in found["pixels"].items() if name.startswith("rate/")]
-    assert sum(parts) == pytest.approx(found["pixels"]["rate"], rel=1e-6)
-    assert len(parts) == 4
+    for name, count in (("pixels", 4), ("latents", 5), ("fixed", 4), ("coarsest", 6)):  # the last has that of z1, too
+        parts = [value for part, value in found[name].items() if part.startswith("rate/")]
+        assert sum(parts) == pytest.approx(found[name]["rate"], rel=1e-6)
+        assert len(parts) == count
     assert "psnr" not in found["pixels"]  # an image is its own latent
 
 
@@ -162,7 +173,7 @@ def test_many_draws_are_averaged(runs: Path, tmp_path: Path) -> None:
 
 
 def test_samples_are_drawn(runs: Path, tmp_path: Path) -> None:
-    for name in ("pixels", "latents", "vectors"):
+    for name in ("pixels", "latents", "vectors", "coarsest"):
         words = ["--run", runs / name / "run", "generate", "--count", 7, "--guidance", 2]
         assert called(sample, "sample", *words, "--out", tmp_path / name) == 0
         assert (tmp_path / name / "sample_generate.png").exists()
@@ -194,7 +205,7 @@ def refused(runs: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
     [
         ("missing", "model.over=.*none is not a run directory: set it to the run= of a training"),
         ("size", "data.size=32 is not that of .*, whose latents are modelled: set data.size=16"),
-        ("stranger", "model.over must be the run of a model with one level of continuous latents, a vae or kl"),
+        ("stranger", "model.over must be the run of a model whose coarsest latents are continuous"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(refused: dict[str, End], name: str, sentence: str) -> None:

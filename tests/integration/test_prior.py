@@ -184,7 +184,7 @@ def refused(runs: Path, longer: Path, tmp_path_factory: pytest.TempPathFactory) 
     ("name", "sentence"),
     [
         ("stranger", "were made by another tokenizer"),
-        ("changed", "the tokenizer that .* was started with has changed"),
+        ("changed", "the frozen model that .* was started with has changed"),
         ("no prior", "holds codes, which a model of kind vqvae does not read: set data.root to pictures"),
         ("missing", "model.tokenizer=.*none is not a run directory: set it to the run= of a training"),
         ("uniform", "model.net=uniform has nothing to train: evaluate the tokenizer itself"),
@@ -237,7 +237,7 @@ def test_a_changed_tokenizer_is_refused(
     for module in (command, sample):
         words = ["--run", runs / "pictures" / "run", "--out", tmp_path / "out", f"model.tokenizer={longer}"]
         assert called(module, "command", *words) == 2
-        assert re.search("the tokenizer that .* was started with has changed", capsys.readouterr().err)
+        assert re.search("the frozen model that .* was started with has changed", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

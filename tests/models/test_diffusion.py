@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vaescale.interfaces import Batch, Bounded, Codec, Condition, Diffused, Model, Output, Sampling, Shape
-from vaescale.models import diffusion, hvae, kl, pca, vae, variational, vqvae
+from vaescale.interfaces import Batch, Bound, Bounded, Codec, Condition, Diffused, Model, Output, Sampling, Shape
+from vaescale.models import diffusion, hvae, kl, pca, vae, variational, vdvae, vqvae
 from vaescale.models.diffusion_data import Latents
 from vaescale.nn import diffusion as steps
 from vaescale.nn import gaussian, noise
 from vaescale.nn import likelihood as likelihoods
 from vaescale.nn.blocks import Network
 from vaescale.nn.condition import dropped
+from vaescale.nn.frozen import weights_hash
 from vaescale.nn.gaussian import Normal
 from vaescale.nn.likelihood import gaussian_log_prob
 from vaescale.nn.vqgan import Config as Net
@@ -48,19 +49,38 @@ def nothing(count: int) -> Condition:
     return Condition(torch.full((count,), -1), torch.zeros(count, 0))
 
 
-def small_vae(**given: Any) -> variational.Variational:
+def measured(model: Any) -> Any:
+    """Statistics that its latents do not have, so that a mistake shows."""
+    channels = torch.arange(len(model.latent_mean))
+    model.latent_mean.copy_(torch.tensor([0.5, -1.0, 2.0])[channels % 3])
+    model.latent_std.copy_(torch.tensor([0.5, 1.0, 3.0])[channels % 3])
+    return model.eval()
+
+
+def small_vae(**given: Any) -> Any:
     torch.manual_seed(1)
     network = Network(width=8, halvings=1, hidden=16)
-    return vae.build(vae.Config(latent_dim=6, network=network, **given), SHAPE).eval()
+    return measured(vae.build(vae.Config(latent_dim=6, network=network, **given), SHAPE))
+
+
+def small_hvae(posterior: Any = "top-down") -> Any:
+    torch.manual_seed(1)
+    network = Network(width=8, halvings=1, hidden=16)
+    return hvae.build(hvae.Config(latent_dim=6, top_latent_dim=3, posterior=posterior, network=network), SHAPE)
+
+
+def small_vdvae() -> Any:
+    """p of its coarsest latents, maps of 2 × 2, is N(0, I), as in all untrained ones."""
+    torch.manual_seed(1)
+    down, up = [vdvae.Stage(8, 1), vdvae.Stage(2, 1)], [vdvae.Stage(2, 2), vdvae.Stage(8, 1)]
+    config = vdvae.Config(width=8, bottleneck=4, latent_dim=3, encoder=down, decoder=up)
+    return measured(vdvae.build(config, SHAPE))
 
 
 def small_kl() -> Any:
     torch.manual_seed(2)
     net = Net(channels=32, multipliers=[1, 1], blocks=1, attention=[])
-    model = kl.build(kl.Config(latent_dim=3, network=net, likelihood=likelihoods.Config()), SHAPE).eval()
-    model.latent_mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
-    model.latent_std.copy_(torch.tensor([0.5, 1.0, 3.0]))
-    return model
+    return measured(kl.build(kl.Config(latent_dim=3, network=net, likelihood=likelihoods.Config()), SHAPE))
 
 
 def telling(model: Any, x: Any) -> None:
@@ -127,7 +147,7 @@ def test_it_is_a_hierarchical_vae_with_a_fixed_encoder() -> None:
             own = (z - steps.alpha(gamma, z) * data) / steps.sigma(gamma, z)
             predicted = model._predict(z, gamma, torch.zeros(6, 32)).noise
             expected.append(steps.step_kl(own, predicted, down))
-        distortion = model.data.distortion(x, data, own, net.gammas[2])
+        distortion = model.data.bound_given(x, data, own, net.gammas[2]).distortion
     torch.testing.assert_close(found.rate, torch.stack(expected[:3]), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.distortion, distortion, rtol=1e-3, atol=1e-3)
     # And the means of both bounds over many draws are the same, within 5 standard errors.
@@ -328,9 +348,9 @@ class Linear(Model):
     def decode(self, latents: list[Tensor], *_: Any, **__: Any) -> Tensor:
         return (latents[0] * self.w).view(-1, 1, 2, 2)
 
-    def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
+    def bound_given(self, batch: Batch, latents: list[Tensor], draw: int = 0) -> Bound:
         std = torch.full((4,), math.log(self.tau))
-        return -Normal(latents[0] * self.w, std).log_density(self._y(batch)).sum(1)
+        return Bound.exact(-Normal(latents[0] * self.w, std).log_density(self._y(batch)).sum(1))
 
     def _y(self, batch: Batch) -> Tensor:
         return batch.x.float().flatten(1) / 100 - 1
@@ -370,14 +390,14 @@ def test_latents_are_measured_in_their_standard_deviations() -> None:
     torch.testing.assert_close(negentropy, -scaled.entropy().flatten(1).sum(1))
 
 
-@pytest.mark.parametrize("make", [small_vae, small_kl])
+@pytest.mark.parametrize("make", [small_vae, small_kl, lambda: measured(small_hvae()), small_vdvae])
 def test_the_bound_of_latents_is_that_of_the_codec_with_another_prior(make: Any) -> None:
-    """If the network says that latents are N(0, I), hence x = (latents − m) / s is N(−m/s, 1/s²), the mean of the bound
-    is that of the VAE with its own prior, up to the ends of γ: within 5 standard errors of the difference, as the
-    latents of both are drawn with other noise."""
+    """If the network says that the coarsest latents are N(0, I), hence x = (latents − m) / s is N(−m/s, 1/s²), the mean
+    of the bound is that of the VAE with its own prior, up to the ends of γ: within 5 standard errors of the difference,
+    as the latents of both are drawn with other noise. The rates of finer latents are reported behind."""
     codec = make()
     model = built(codec, patch=1, gamma_min=-13.3, gamma_max=9.0)
-    mean, std = codec.latent_statistics() if make is small_kl else (torch.zeros(1), torch.ones(1))
+    mean, std = codec.latent_statistics()
     mean, variance = (-mean / std)[:, None, None], std[:, None, None] ** -2
 
     def prediction(z: Tensor, gamma: Tensor) -> Tensor:
@@ -390,9 +410,46 @@ def test_the_bound_of_latents_is_that_of_the_codec_with_another_prior(make: Any)
     many = Batch(one.x.expand(count, -1, -1, -1), torch.full((count,), -1), torch.zeros(count, 0), torch.arange(count))
     with torch.no_grad():
         ours, theirs = model.bound(many), codec.bound(many)
-    for a, b in ((ours.rate.sum(0), theirs.rate.sum(0)), (ours.distortion, theirs.distortion)):
+    own = 2 + model.config.levels
+    assert len(ours.rate) == own + len(theirs.rate) - 1
+    rates = torch.cat([ours.rate[:own].sum(0, keepdim=True), ours.rate[own:]])
+    for a, b in (*zip(rates, theirs.rate, strict=True), (ours.distortion, theirs.distortion)):
         error = float(a.std() + b.std()) / math.sqrt(count)
         assert float(a.mean()) == pytest.approx(float(b.mean()), abs=5 * error + 1e-3)
+
+
+@pytest.mark.parametrize("make", [small_vae, small_vdvae, lambda: small_hvae()])
+def test_the_statistics_are_those_of_draws_of_the_coarsest_latents(make: Any) -> None:
+    """Against fp64 draws, over all places of maps and in any batches; the hash of the latents stays as it is."""
+    model, given = make(), batch(8)
+    before = weights_hash(model)
+    model.calibrate(
+        sum(model.calibration_sums(Batch(*(part[some] for part in given))) for some in ([0, 1, 2], slice(3, 8)))
+    )
+    assert weights_hash(model) == before
+    with torch.no_grad():
+        mean, std = (part.double() for part in model.posterior(given))
+        torch.testing.assert_close(model.encode(given)[0], mean.float())
+    draws = mean + std * torch.randn(4000, *mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    channels = draws.movedim(2, 0).flatten(1)
+    count = 4000 * len(mean)  # of independent draws, at least
+    found, deviation = (part.double() for part in model.latent_statistics())
+    assert ((channels.mean(1) - found).abs() < 5 * deviation / count**0.5).all()
+    torch.testing.assert_close(channels.std(1), deviation, rtol=5 / count**0.5, atol=0)
+
+
+def test_finer_latents_are_drawn_by_the_other_model() -> None:
+    """Those of an image depend only on its number, and all that are given are decoded as there."""
+    codec = small_vdvae()
+    model, said, sample = built(codec, sample_steps=2), nothing(3), torch.arange(5, 8)
+    images = model.decode([], said, sample=sample)
+    torch.testing.assert_close(model.decode([], nothing(1), sample=sample[1:2]), images[1:2], rtol=1e-4, atol=1e-5)
+    x = model._sampled(said, sample)
+    assert torch.equal(codec.decode(model.data.latents(x), said, sample=sample), images)
+    assert not torch.equal(codec.decode(model.data.latents(x), said, sample=sample + 1), images)
+    latents = model.encode(batch(3))
+    assert len(latents) == 3
+    assert torch.equal(model.decode(latents, said), codec.decode(latents, said))
 
 
 def test_fixed_noise_of_the_encoder_replaces_its_own() -> None:
@@ -405,7 +462,7 @@ def test_fixed_noise_of_the_encoder_replaces_its_own() -> None:
     x = (codec.posterior(batch(3))[0] - codec.latent_mean[:, None, None]) / codec.latent_std[:, None, None]
     own = noise.normal(batch(3).sample, (3, 4, 4), 3, diffusion.BOUND, 0, diffusion.LAST)
     z = (x + math.exp(-2.5) * own) * codec.latent_std[:, None, None] + codec.latent_mean[:, None, None]
-    torch.testing.assert_close(bound.distortion, codec.distortion(batch(3), [z]), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(bound.distortion, codec.bound_given(batch(3), [z]).distortion, rtol=1e-4, atol=1e-2)
 
 
 def test_the_other_model_stays_as_it_is() -> None:
@@ -507,10 +564,10 @@ def test_settings_that_do_not_fit_are_one_sentence(given: dict[str, Any], words:
 
 
 def test_models_without_continuous_latents_are_refused() -> None:
+    """Bottom-up, z2 is drawn given z1, so that its distribution given the image alone is not known."""
     torch.manual_seed(0)
-    two = hvae.build(hvae.Config(network=Network(width=8, halvings=1, hidden=16)), SHAPE)
-    for codec in (vqvae.VQVAE(vqvae.Config(), Shape(1, 8, 0)), two, pca.PCA(pca.Config(), SHAPE)):
-        with pytest.raises(ValueError, match="one level of continuous latents"):
+    for codec in (vqvae.VQVAE(vqvae.Config(), Shape(1, 8, 0)), small_hvae("bottom-up"), pca.PCA(pca.Config(), SHAPE)):
+        with pytest.raises(ValueError, match="model whose coarsest latents are continuous"):
             built(codec)
 
 

@@ -99,7 +99,7 @@ def test_it_cannot_sample_without_a_prior() -> None:
 def test_the_error_is_calibrated_and_decides_the_distortion() -> None:
     """Against fp64 over all images at once, and the bins' probabilities by the error function."""
     vqvae, images = model().eval(), batch(6)
-    assert vqvae.distortion(images, vqvae.encode(images)).isinf().all()
+    assert vqvae.bound_given(images, vqvae.encode(images)).distortion.isinf().all()
     sums = sum(
         vqvae.calibration_sums(batch) for batch in (Batch(*(t[:4] for t in images)), Batch(*(t[4:] for t in images)))
     )
@@ -112,7 +112,9 @@ def test_the_error_is_calibrated_and_decides_the_distortion() -> None:
     high = torch.where(x == 255, 1.0, normal.cdf((x + 0.5) / 255))
     low = torch.where(x == 0, 0.0, normal.cdf((x - 0.5) / 255))
     expected = -(high - low).log().sum((1, 2, 3))
-    torch.testing.assert_close(vqvae.distortion(images, vqvae.encode(images)).double(), expected, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(
+        vqvae.bound_given(images, vqvae.encode(images)).distortion.double(), expected, rtol=1e-4, atol=0.0
+    )
 
 
 @torch.no_grad()
@@ -120,7 +122,7 @@ def test_no_other_deviation_gives_a_smaller_distortion() -> None:
     vqvae, images = model().eval(), batch(6)
     vqvae.calibrate(vqvae.calibration_sums(images))
     codes, best = vqvae.encode(images), vqvae.error_std.clone()
-    least = float(vqvae.distortion(images, codes).sum())
+    least = float(vqvae.bound_given(images, codes).distortion.sum())
     for factor in (0.9, 1.1):
         vqvae.error_std.copy_(best * factor)
-        assert float(vqvae.distortion(images, codes).sum()) > least
+        assert float(vqvae.bound_given(images, codes).distortion.sum()) > least

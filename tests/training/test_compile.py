@@ -63,6 +63,8 @@ def check(name: str, *overrides: str) -> None:
         ("tiny_kl", []),
         ("tiny_vae", ["accumulation=3"]),
         ("tiny_hvae", []),
+        ("tiny_diffusion", []),
+        ("tiny_diffusion", ["model.weighting=flow", "model.net=unet", "model.width=32"]),
     ],
 )
 def test_a_captured_model_trains_as_before(

@@ -93,7 +93,8 @@ def generate(subject: Subject) -> dict[str, Picture]:
         blocks = []
         for draw, name in kinds:
             images = from_prior(subject.codec, condition, subject.seed, temperature, draw)
-            blocks.append(grid(images, per_row, list(classes.values()), title=f"{name}, temperature {temperature:g}"))
+            title = name if isinstance(subject.codec, Diffused) else f"{name}, temperature {temperature:g}"
+            blocks.append(grid(images, per_row, list(classes.values()), title=title))
         rows.append(joined(blocks, axis=1))
     return {"generate": joined(rows, axis=0)}
 

@@ -13,7 +13,8 @@ levels. It is reported in a few parts by γ, as the rates of so many levels: whe
 
 over: pixels. x is the image, and p(x|z_0) a discretised Gaussian around z_0 / α_0.
 over: RUN. x are the latents of that run's model, which stays as it is: a prior in place of its N(0, I). Then
-−log p(image) ≤ −log p(image|x) + rate, with the rate −H(q(x|image)) + the bound above of a density. With
+−log p(image) ≤ −log p(image|x) + rate, with the rate −H(q(x|image)) + the bound above of a density. If the model has
+several levels, x are the coarsest, and −log p(image|x) is the model's bound with the finer ones, given x. With
 `encoder_noise` x is the mean of q(x|image), z_0 takes the place of the latents, and the rate is that of z_0, as in
 Unified Latents (2026).
 
@@ -53,7 +54,7 @@ UNCONDITIONAL, DROPOUT, LATENT, TIME, NOISE, LAST, BOUND, DRAW = range(8)
 @dataclass(frozen=True)
 class Config:
     kind: str = "diffusion"
-    over: str = PIXELS  # or the run over whose latents: a vae or kl
+    over: str = PIXELS  # or the run over whose coarsest latents: a vae, kl, vdvae, or an hvae that infers top-down
     weighting: Literal["elbo", "flow"] = "elbo"  # of the loss: for bits/dim, or for samples
     net: Literal["transformer", "unet"] = "transformer"
     width: int = ranged(384, least=4, most=2**16)  # of the transformer; channels of the U-Net at full resolution
@@ -156,13 +157,13 @@ class Diffusion(Model):
         metrics = {"rate": rate.sum().detach(), **by_level("rate", self._bits(rate.detach()).unbind())}
         nats = rate.sum()
         if self.config.over == PIXELS:  # else it does not depend on this network
-            distortion = self.data.distortion(batch, x, last, self.ends()[0]).mean()
+            distortion = self.data.bound_given(batch, x, last, self.ends()[0]).distortion.mean()
             nats = nats + distortion
             metrics |= {"distortion": distortion.detach(), "bits_per_dim": self._bits(nats.detach())}
         return Output(nats / x[0].numel(), metrics, None)
 
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
-        """Returns x as one level: the image in [−1, 1], fp32 [B, C, H, W], or the latents of the other model."""
+        """Returns the image in [−1, 1] as one level, fp32 [B, C, H, W], or all latents of the other model."""
         return self.data.encode(batch, temperature)
 
     def decode(
@@ -173,9 +174,9 @@ class Diffusion(Model):
         draw: bool = False,
         sample: Tensor | None = None,
     ) -> Tensor:
-        """Decodes x; if it is not given, it is sampled. Raises ValueError if it is to be sampled without a condition,
-        which says how many images, or at another temperature than 1."""
-        del draw
+        """Decodes latents; if none are given, x is sampled. Finer latents that are not given are drawn by the other
+        model. Raises ValueError if x is to be sampled without a condition, which says how many images, or at another
+        temperature than 1."""
         if not latents:
             if condition is None:
                 raise ValueError("decode needs latents, or a condition that says how many images to draw")
@@ -184,7 +185,7 @@ class Diffusion(Model):
             if sample is None:
                 sample = torch.randint(2**62, condition.label.shape, device=condition.label.device)
             latents = self.data.latents(self._sampled(condition, sample))
-        return self.data.decode(latents, condition)
+        return self.data.decode(latents, condition, temperature, draw, sample)
 
     @torch.no_grad()
     def _sampled(self, condition: Condition, sample: Tensor) -> Tensor:
@@ -310,7 +311,8 @@ class WithBound(Diffusion):
         time = time.clamp(min=2.0**-53)  # 0 is no step
         last, given = self._last(batch.sample, keys), self._given(batch.condition, len(x))
         rate = self._rates(x, negentropy, last, given, batch.sample, time, keys)
-        return Bound(self.data.distortion(batch, x, last, self.ends()[0]), rate, None)
+        rest = self.data.bound_given(batch, x, last, self.ends()[0], draw)
+        return Bound(rest.distortion, torch.cat([rate, rest.rate]), None)
 
 
 def build(config: Config, shape: Shape, seed: int, codec: Model | None = None) -> Diffusion:

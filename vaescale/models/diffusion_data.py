@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..interfaces import (
     Batch,
+    Bound,
     Codec,
     Condition,
     LatentStatistics,
@@ -21,7 +22,10 @@ from ..nn import diffusion, noise
 from ..nn.frozen import Frozen, blank_latents
 from ..nn.likelihood import gaussian_log_prob
 
-UNFIT = "model.over must be the run of a model with one level of continuous latents, a vae or kl"
+UNFIT = (
+    "model.over must be the run of a model whose coarsest latents are continuous and depend on the image alone: a vae, "
+    "kl or vdvae, or an hvae with model.posterior=top-down"
+)
 
 
 class Pixels:
@@ -38,10 +42,11 @@ class Pixels:
         del keys
         return self.encode(batch, 0.0)[0], torch.zeros(len(batch.x), device=batch.x.device)
 
-    def distortion(self, batch: Batch, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-        """Returns −log p(image|…) in nats, fp32 [B]. noise, γ []: those of z_0."""
+    def bound_given(self, batch: Batch, x: Tensor, noise: Tensor, gamma: Tensor, draw: int = 0) -> Bound:
+        """Returns the bound on log p(image|…), as in PixelLikelihood. noise, γ []: those of z_0."""
+        del draw
         std = (gamma / 2).exp().float() / 2  # σ_0 / α_0, of pixels in [0, 1]
-        return -gaussian_log_prob((x + 1) / 2 + std * noise, std, batch.x)
+        return Bound.exact(-gaussian_log_prob((x + 1) / 2 + std * noise, std, batch.x))
 
     def codec(self, device: torch.device) -> None:
         """Returns the model whose latents are x, on the device; None: there is none."""
@@ -51,24 +56,24 @@ class Pixels:
         del temperature
         return [batch.x / 127.5 - 1]
 
-    def decode(self, latents: list[Tensor], condition: Condition | None) -> Tensor:
-        del condition
+    def decode(self, latents: list[Tensor], condition: Condition | None, *rest: Any) -> Tensor:
+        """As `Codec.decode`, whose further arguments are `rest`."""
+        del condition, rest
         return (latents[0] + 1) / 2
 
     def latents(self, x: Tensor) -> list[Tensor]:
-        """Returns the latents of x, as `encode` returns them."""
+        """Returns the coarsest latents, whose standardised values are x."""
         return [x]
 
 
 class Latents:
-    """x = the latents of a frozen model, less their mean and divided by their standard deviation if the model has
-    measured them.
+    """x = the coarsest latents of a frozen model, less their mean and divided by their standard deviation if the model
+    has measured them. Finer ones are left to that model.
 
     fixed: whether x is the mean of q, and the image is decoded from z_0 / α_0 instead of from x."""
 
     def __init__(self, codec: Model, shape: Shape, classes: int, fixed: bool) -> None:
-        """classes: of the diffusion. Raises ValueError for a model without one level of continuous latents, or with
-        another condition."""
+        """classes: of the diffusion. Raises ValueError for a model without such latents, or with another condition."""
         if not (isinstance(codec, Posterior) and isinstance(codec, Codec)):
             raise ValueError(UNFIT)
         own = getattr(codec, "conditioner", None)
@@ -80,10 +85,7 @@ class Latents:
         self.frozen = Frozen(codec)
         self.fixed = fixed
         self.continuous = not fixed
-        found = blank_latents(codec, shape)
-        if len(found) != 1:
-            raise ValueError(UNFIT)
-        self.own = tuple(found[0].shape[1:])
+        self.own = tuple(blank_latents(codec, shape)[0].shape[1:])
         self.shape = (*self.own, 1, 1)[:3]
 
     def codec(self, device: torch.device) -> Any:
@@ -92,32 +94,30 @@ class Latents:
     def drawn(self, batch: Batch, *keys: int) -> tuple[Tensor, Tensor]:
         codec = self.codec(batch.x.device)
         with torch.no_grad(), torch.autocast(batch.x.device.type, enabled=False):
-            mean, std = codec.posterior(batch)
+            centre, scale = self._scales(codec)
+            mean, std = (part.view(-1, *self.shape) for part in codec.posterior(batch))
+            mean, std = (mean - centre) / scale, std / scale
             if self.fixed:
-                return self._standard(mean), torch.zeros(len(mean), device=mean.device)
-            z = mean + std * noise.normal(batch.sample, self.own, *keys)
-            return self._standard(z), -diffusion.entropy((std / self._scales(codec)[1]).log())
+                return mean, torch.zeros(len(mean), device=mean.device)
+            return mean + std * noise.normal(batch.sample, self.shape, *keys), -diffusion.entropy(std.log())
 
-    def distortion(self, batch: Batch, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+    def bound_given(self, batch: Batch, x: Tensor, noise: Tensor, gamma: Tensor, draw: int = 0) -> Bound:
         decoded = x + (gamma / 2).exp().float() * noise if self.fixed else x
-        return self.codec(x.device).distortion(batch, self.latents(decoded))
+        given: Bound = self.codec(x.device).bound_given(batch, self.latents(decoded), draw)
+        return given
 
     def encode(self, batch: Batch, temperature: float) -> list[Tensor]:
         return self.codec(batch.x.device).encode(batch, temperature)
 
-    def decode(self, latents: list[Tensor], condition: Condition | None) -> Tensor:
-        return self.codec(latents[0].device).decode(latents, condition)
+    def decode(self, latents: list[Tensor], condition: Condition | None, *rest: Any) -> Tensor:
+        return self.codec(latents[0].device).decode(latents, condition, *rest)
 
     def latents(self, x: Tensor) -> list[Tensor]:
         mean, std = self._scales(self.codec(x.device))
-        return [x.view(-1, *self.own) * std + mean]
-
-    def _standard(self, z: Tensor) -> Tensor:
-        mean, std = self._scales(self.codec(z.device))
-        return ((z - mean) / std).view(-1, *self.shape)
+        return [(x * std + mean).view(-1, *self.own)]
 
     def _scales(self, codec: Any) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """The mean and standard deviation of each channel: of N(0, I) for a model that measures none."""
+        """The mean and standard deviation of each channel, [D, 1, 1]; of N(0, I) for a model that measures none."""
         if not isinstance(codec, LatentStatistics):
             return 0.0, 1.0
         mean, std = codec.latent_statistics()

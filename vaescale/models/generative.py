@@ -83,7 +83,8 @@ class GenerativeWithBound(Generative):
         latents = self.codec.encode(batch)
         rates = self.prior.rates(torch.stack(latents, dim=1), batch.condition, batch.sample, draw)
         rate = rates.sum((2, 3)).T
-        return Bound(cast(PixelLikelihood, self.codec).distortion(batch, latents), rate, -rate.sum(0))
+        given = cast(PixelLikelihood, self.codec).bound_given(batch, latents)
+        return Bound(given.distortion, rate, -rate.sum(0))
 
 
 def generative(prior: Prior, sampling: Sampling = Sampling()) -> Generative:

@@ -22,7 +22,7 @@ from ..nn.blocks import Network, decoder, encoder, he_, with_condition
 from ..nn.likelihood import Likelihood
 from ..ranges import ranged
 from . import variational
-from .variational import Draw, Level, Net, Variational
+from .variational import Draw, Level, MeasuredVariational, Net, Variational
 
 TOP, LOW = 0, 1  # levels, coarse to fine: z2 and z1
 
@@ -87,7 +87,8 @@ class TwoLevels(Net):
 
 def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
     """Builds the model. Raises ValueError for invalid settings."""
-    return Variational(config, shape, seed, partial(TwoLevels, config, shape))
+    kind = MeasuredVariational if config.posterior == "top-down" else Variational
+    return kind(config, shape, seed, partial(TwoLevels, config, shape))
 
 
 def _map(network: Network, dim: int, out: int) -> nn.Module:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interfaces import Batch, Condition, Shape, Tensors
+from ..interfaces import Condition, Shape, Tensors
 from ..nn import gaussian, networks, vqgan
 from ..nn import likelihood as likelihoods
 from ..nn import reconstruction as losses
@@ -29,7 +29,7 @@ from ..nn.likelihood import Likelihood
 from ..nn.reconstruction import Reconstruction
 from ..ranges import ranged, require
 from . import variational
-from .variational import Draw, Latent, Level, Net, Variational
+from .variational import Draw, Latent, Level, Measured, Net, Variational
 
 LOG_VARIANCE = -30.0, 20.0  # the range of log σ², as in the authors' code
 
@@ -70,37 +70,13 @@ class Maps(Net):
         return self.decoder(h.to(self.dtype))
 
 
-class Spatial(Latent):
+class Spatial(Measured):
     """What both variants share."""
 
     net: Maps
-    latent_mean: Tensor
-    latent_std: Tensor
 
     def __init__(self, config: Config, shape: Shape, seed: int) -> None:
         super().__init__(config, shape, seed, partial(Maps, config, shape))
-        for name in ("latent_mean", "latent_std"):
-            self.register_buffer(name, torch.full((config.latent_dim,), torch.inf))
-
-    def latent_statistics(self) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the standard deviation of each channel of z, fp32 [D]; infinite until measured."""
-        return self.latent_mean, self.latent_std
-
-    def calibration(self) -> dict[str, Tensor]:
-        return {"means of the latents": self.latent_mean, "their standard deviations": self.latent_std}
-
-    def calibration_sums(self, batch: Batch) -> Tensor:
-        """Sums of μ and of μ² + σ² over the images and places, with mean μ and deviation σ of q, and the number of
-        places. Nothing is drawn: E z = E μ and Var z = E (μ² + σ²) − (E μ)²."""
-        mean, std = (part.double().transpose(0, 1).flatten(1) for part in self.posterior(batch))
-        places = torch.full((1,), mean.shape[1], dtype=mean.dtype, device=mean.device)
-        return torch.cat([mean.sum(1), (mean.square() + std.square()).sum(1), places])
-
-    def calibrate(self, sums: Tensor) -> None:
-        size = len(self.latent_mean)
-        first, second = sums[:size] / sums[-1], sums[size:-1] / sums[-1]
-        self.latent_mean.copy_(first)
-        self.latent_std.copy_((second - first.square()).clamp(min=0).sqrt())
 
     def freeze_encoder(self) -> None:
         self.net.encoder.requires_grad_(False)

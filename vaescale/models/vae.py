@@ -18,7 +18,7 @@ from ..nn.blocks import Network, decoder, encoder, with_condition
 from ..nn.likelihood import Likelihood
 from ..ranges import ranged
 from . import variational
-from .variational import Draw, Level, Net, Variational
+from .variational import Draw, Level, MeasuredVariational, Net
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,5 @@ class OneLevel(Net):
         return self.decoder(with_condition(h.to(self.dtype), embedded))
 
 
-def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
-    return Variational(config, shape, seed, partial(OneLevel, config, shape))
+def build(config: Config, shape: Shape, seed: int = 0) -> MeasuredVariational:
+    return MeasuredVariational(config, shape, seed, partial(OneLevel, config, shape))

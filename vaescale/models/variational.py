@@ -140,13 +140,6 @@ class Latent(Model):
             self._note(mean)
         return Output(loss, metrics, reconstruction)
 
-    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the standard deviation of q(z|x) of a model with one level, fp32 [B, D] or [B, D, h, w]
-        each."""
-        x, embedded = self._given(batch, batch.condition)
-        _, (level,) = self.net.infer(x, embedded, lambda _, q: q.mean)
-        return level.q.mean, level.q.log_std.exp()
-
     def encode(self, batch: Batch, temperature: float = 0.0) -> list[Tensor]:
         """Returns each level's means of q(z|x), fp32 [B, D] or [B, D, h, w], or with a temperature draws around them
         from torch's default generator. Each level is conditioned on the values chosen at the levels before it."""
@@ -249,22 +242,68 @@ class Latent(Model):
         return nats / (self.subpixels * math.log(2))
 
 
+class Measured(Latent):
+    """A model whose coarsest latents follow a distribution q(z|x) that is computed from the image alone. The mean and
+    the deviation of each channel of these z are measured when training ends (interfaces.Calibrated), for another model
+    that is trained as their prior."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self, config: Config, shape: Shape, seed: int, net: Callable[[int, likelihoods.Likelihood], Net]
+    ) -> None:
+        super().__init__(config, shape, seed, net)
+        for name in ("latent_mean", "latent_std"):
+            self.register_buffer(name, torch.full((self.net.sizes[0],), torch.inf))
+
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the standard deviation of q(z|x) of the coarsest latents, fp32 [B, D] or [B, D, h, w]
+        each."""
+        x, embedded = self._given(batch, batch.condition)
+        _, levels = self.net.infer(x, embedded, lambda _, q: q.mean)
+        return levels[0].q.mean, levels[0].q.log_std.exp()
+
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the standard deviation of each channel of z, fp32 [D]; infinite until measured."""
+        return self.latent_mean, self.latent_std
+
+    def calibration(self) -> dict[str, Tensor]:
+        return {"means of the latents": self.latent_mean, "their standard deviations": self.latent_std}
+
+    def calibration_sums(self, batch: Batch) -> Tensor:
+        """Sums of μ and of μ² + σ² over the images and places, with mean μ and deviation σ of q, and the number of
+        places. Nothing is drawn: E z = E μ and Var z = E (μ² + σ²) − (E μ)²."""
+        mean, std = (part.double().transpose(0, 1).flatten(1) for part in self.posterior(batch))
+        places = torch.full((1,), mean.shape[1], dtype=mean.dtype, device=mean.device)
+        return torch.cat([mean.sum(1), (mean.square() + std.square()).sum(1), places])
+
+    def calibrate(self, sums: Tensor) -> None:
+        size = len(self.latent_mean)
+        first, second = sums[:size] / sums[-1], sums[size:-1] / sums[-1]
+        self.latent_mean.copy_(first)
+        self.latent_std.copy_((second - first.square()).clamp(min=0).sqrt())
+
+
 class Variational(Latent):
     """Its distortion is −log p(x|z), so that the loss is −ELBO."""
 
     def bound(self, batch: Batch, draw: int = 0) -> Bound:
-        output, levels = self._infer(batch, batch.condition, self._noise(batch.sample, BOUND, draw))
+        return self.bound_given(batch, [], draw)
+
+    def bound_given(self, batch: Batch, latents: list[Tensor], draw: int = 0) -> Bound:
+        """Returns the bound on log p(x|latents), given all levels or the coarsest; the finer ones are drawn from q."""
+        own, given = self._noise(batch.sample, BOUND, draw), len(latents)
+
+        def given_or_drawn(level: int, q: Normal) -> Tensor:
+            return latents[level] if level < given else own(level, q)
+
+        output, levels = self._infer(batch, batch.condition, given_or_drawn)
         return Bound(
             -self.likelihood.log_prob(output, batch.x),
-            torch.stack([level.rates().sum(1) for level in levels]),
-            torch.stack([level.log_ratio() for level in levels]).sum(0),
+            torch.stack([level.rates().sum(1) for level in levels])[given:],
+            torch.stack([level.log_ratio() for level in levels])[given:].sum(0),
         )
-
-    def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
-        """Returns −log p(x|z) in nats, fp32 [B]."""
-        embedded = self._embedded(batch.condition, len(batch.x))
-        h = self.net.generate(embedded, len(batch.x), lambda level, _: latents[level])
-        return -self.likelihood.log_prob(self.net.output(h, embedded), batch.x)
 
     def kl_settings(self) -> Config:
         return self.config
@@ -277,6 +316,10 @@ class Variational(Latent):
 
     def _bound(self, nats: Tensor) -> Tensors:
         return {"bits_per_dim": self._bits(nats)}
+
+
+class MeasuredVariational(Measured, Variational):
+    """A Variational whose coarsest latents follow a distribution of the image alone."""
 
 
 def _drawn(distribution: Normal, temperature: float, own: Tensor | None = None) -> Tensor:

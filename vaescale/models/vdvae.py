@@ -35,7 +35,7 @@ from ..nn.gaussian import Normal
 from ..nn.likelihood import Likelihood
 from ..ranges import ranged
 from . import variational
-from .variational import Draw, Level, Net, Variational
+from .variational import Draw, Level, MeasuredVariational, Net
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ class TopDown(Net):
         return start if embedded is None else start + self.conditions[str(size)](embedded)[:, :, None, None]
 
 
-def build(config: Config, shape: Shape, seed: int = 0) -> Variational:
+def build(config: Config, shape: Shape, seed: int = 0) -> MeasuredVariational:
     """Builds the model. Raises ValueError for invalid settings."""
-    return Variational(config, shape, seed, partial(TopDown, config, shape))
+    return MeasuredVariational(config, shape, seed, partial(TopDown, config, shape))
 
 
 def _conv(channels: int, out: int, size: int, scale: float = 1.0) -> nn.Conv2d:

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..interfaces import Batch, Condition, Model, Output, Shape, Usage
+from ..interfaces import Batch, Bound, Condition, Model, Output, Shape, Usage
 from ..nn import conv, networks, quantize
 from ..nn import reconstruction as losses
 from ..nn.likelihood import gaussian_log_prob
@@ -95,11 +95,12 @@ class VQVAE(Model):
         codes = torch.stack(latents, dim=-1) if len(latents) > 1 else latents[0]
         return self._images(self.quantizer.lookup(codes)).float()
 
-    def distortion(self, batch: Batch, latents: list[Tensor]) -> Tensor:
+    def bound_given(self, batch: Batch, latents: list[Tensor], draw: int = 0) -> Bound:
         """Returns −log p(x|z) in nats, fp32 [B], where p is a discretised Gaussian around the decoded image. Its
         standard deviation in each channel is `error_std`, which the likelihood of the undiscretised Gaussian has at its
         maximum over the training set."""
-        return -gaussian_log_prob(self.decode(latents), self.error_std[:, None, None], batch.x)
+        del draw
+        return Bound.exact(-gaussian_log_prob(self.decode(latents), self.error_std[:, None, None], batch.x))
 
     def calibration(self) -> dict[str, Tensor]:
         return {"root mean square error of the channels": self.error_std}

@@ -11,7 +11,7 @@ from ..data.stream import TrainSlices
 from ..lifecycle import checkpoint
 from ..lifecycle import state as states
 from ..lifecycle.checkpoint import CheckpointError
-from ..matching import check_encoder, check_tokenizer
+from ..matching import check_codec, check_encoder
 from ..nn.frozen import latents_hash
 from ..nn.noise import VERSION
 from ..settings import Config
@@ -91,7 +91,7 @@ def resume(config: Config, learner: Learner, slices: TrainSlices, codec: str | N
                 f"{begun.get(key)}): restore data.root, or give another run=…"
             )
         if key == "codec":
-            check_tokenizer(Path(config.run), str(begun.get(key)), str(value))
+            check_codec(Path(config.run), str(begun.get(key)), str(value))
         raise ConfigError(
             f"{config.run} was started with {key}={begun.get(key)} and now has {value}, which would change the order "
             f"of samples: set it back, or give another run=…"
