@@ -199,7 +199,8 @@ def test_each_part_of_the_rate_has_as_many_levels(timesteps: int, levels: int) -
     x = torch.zeros(timesteps, 1, 8, 8)
     with torch.no_grad():
         given = torch.zeros(timesteps, 32)
-        rates = model._rates(x, torch.zeros(timesteps), x, given, torch.arange(timesteps), time, (1,))
+        noises = model._noises(torch.arange(timesteps), 1)
+        rates = model._rates(x, torch.zeros(timesteps), noises, given, time)
     assert rates.shape == (1 + parts, timesteps)
     assert (rates[1:] > 0).sum(1).tolist() == [timesteps // parts] * parts
     coarse = (rates[1:] > 0).double().argmax(0)  # the part of each level, from the least noise on

@@ -150,14 +150,12 @@ class Diffusion(Model):
         given = self._given(condition, len(x))
         if self.config.weighting == "flow":
             return self._flow_step(x, given, batch.sample, dropout)
-        keys = (self.seed,)
-        time, last = noise.spread(batch.sample, self.seed, TIME), self._last(batch.sample, keys)
-        rates = self._rates(x, negentropy, last, given, batch.sample, time, keys, dropout)
-        rate = rates.mean(1)
+        noises, time = self._noises(batch.sample, self.seed), noise.spread(batch.sample, self.seed, TIME)
+        rate = self._rates(x, negentropy, noises, given, time, dropout).mean(1)
         metrics = {"rate": rate.sum().detach(), **by_level("rate", self._bits(rate.detach()).unbind())}
         nats = rate.sum()
         if self.config.over == PIXELS:  # else it does not depend on this network
-            distortion = self.data.bound_given(batch, x, last, self.ends()[0]).distortion.mean()
+            distortion = self.data.bound_given(batch, x, noises[1], self.ends()[0]).distortion.mean()
             nats = nats + distortion
             metrics |= {"distortion": distortion.detach(), "bits_per_dim": self._bits(nats.detach())}
         return Output(nats / x[0].numel(), metrics, None)
@@ -220,15 +218,14 @@ class Diffusion(Model):
         self,
         x: Tensor,
         negentropy: Tensor,
-        last: Tensor,
+        noises: tuple[Tensor, Tensor],
         given: Tensor,
-        sample: Tensor,
         time: Tensor,
-        keys: tuple[int, ...],
         dropout: Dropout | None = None,
     ) -> Tensor:
         """Returns the rate in nats by parts, fp32 [parts, B]: of z_1, of the steps in parts by γ, and over latents of
-        the last step. last: the noise of z_0; time: fp64 [B] in (0, 1); the costs there stand for all steps."""
+        the last step. noises: of z_t and of z_0; time: t, fp64 [B] in (0, 1); the costs there stand for all steps."""
+        own, last = noises
         lowest, highest = self.ends()
         steps, parts = self.config.timesteps, self.config.levels
         if steps:
@@ -239,7 +236,6 @@ class Diffusion(Model):
         else:
             part = ((1 - time) * parts).long().clamp(max=parts - 1)
         gamma = lowest + (highest - lowest) * time
-        own = noise.normal(sample, self.data.shape, *keys, NOISE)
         predicted = self._predict(diffusion.noised(x, own, gamma), gamma, given, dropout).noise
         if steps:
             cost = steps * diffusion.step_kl(own, predicted, (highest - lowest) / steps)
@@ -252,9 +248,10 @@ class Diffusion(Model):
         rest = negentropy + diffusion.density(last, lowest)
         return torch.cat([first, levels, rest[None]])
 
-    def _last(self, sample: Tensor, keys: tuple[int, ...]) -> Tensor:
-        """The noise of z_0."""
-        return noise.normal(sample, self.data.shape, *keys, LAST)
+    def _noises(self, sample: Tensor, *keys: int) -> tuple[Tensor, Tensor]:
+        """The noise of z_t, at the one t of an image, and of z_0."""
+        own, last = (noise.normal(sample, self.data.shape, *keys, purpose) for purpose in (NOISE, LAST))
+        return own, last
 
     def _predict(self, z: Tensor, gamma: Tensor, given: Tensor, dropout: Dropout | None = None) -> Prediction:
         output = self._output(z, gamma, given, dropout)
@@ -309,9 +306,9 @@ class WithBound(Diffusion):
         x, negentropy = self.data.drawn(batch, *keys, LATENT)
         time = (noise.spread(batch.sample, self.seed, BOUND, TIME) + draw * SILVER) % 1
         time = time.clamp(min=2.0**-53)  # 0 is no step
-        last, given = self._last(batch.sample, keys), self._given(batch.condition, len(x))
-        rate = self._rates(x, negentropy, last, given, batch.sample, time, keys)
-        rest = self.data.bound_given(batch, x, last, self.ends()[0], draw)
+        noises, given = self._noises(batch.sample, *keys), self._given(batch.condition, len(x))
+        rate = self._rates(x, negentropy, noises, given, time)
+        rest = self.data.bound_given(batch, x, noises[1], self.ends()[0], draw)
         return Bound(rest.distortion, torch.cat([rate, rest.rate]), None)
 
 
