@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import ROOT, begin, finish
+from tests.test_library import untrained
 
 
 def run(name: str, *arguments: str) -> str:
@@ -109,3 +110,11 @@ def test_diffusion() -> None:
     (row,) = [line.split(" | ") for line in printed.splitlines() if line.startswith("| training step")]
     assert 0.2 < float(row[3]) < 5
     assert "images/s" in printed
+
+
+def test_classes(pictures: Path, tmp_path: Path) -> None:
+    name = str(untrained(tmp_path / "run", "tiny_vae", pictures))
+    held, drawn = run("classes.py", name, "--count", "20").splitlines()
+    assert held.startswith("held-out images: ")
+    assert drawn.startswith("20 samples, guidance 1: ")
+    assert all(0 <= float(line.split()[-1].rstrip("%")) <= 100 for line in (held, drawn))
