@@ -54,4 +54,4 @@ ruff check .
 echo "== types"
 mypy
 echo "== tests"
-pytest -m "${1:-not long}"
+OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m "${1:-not long}" # two files at a time

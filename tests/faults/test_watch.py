@@ -40,7 +40,7 @@ RANK_0 = {"pictures": "draw slowly", "a report": "report slowly"}
 def befallen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watched")
     given = f"hang_timeout={TIMEOUT}"
-    slow = ("steps=80", "every.report=20", "every.validate=1000", "every.checkpoint=1000")
+    slow = ("steps=120", "every.report=20", "every.validate=1000", "every.checkpoint=1000")
     commands = {
         "hung": train(folder / "hung" / "run", pictures, given, world=2),
         "standing": train(folder / "standing" / "run", pictures, given, world=2),
