@@ -111,7 +111,7 @@ def test_there_is_no_alarm_for_healthy_codebooks(config: Config, encoder: Encode
         (FSQ, point, "The encoder uses few of the levels"),
         (LFQ, point, "raise model.quantizer.entropy_weight above 0.1"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # of functions without their addresses
 )
 def test_a_collapse_is_reported_once_with_its_cause(config: Config, encoder: Encoder, cause: str) -> None:
     ((step, sentence),) = heard(config, encoder)
