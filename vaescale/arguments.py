@@ -48,7 +48,7 @@ def add_plugin(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds the options of samples from a prior, see interfaces.Sampling."""
-    group = parser.add_argument_group("samples from a prior over codes, or, with guidance, from a diffusion")
+    group = parser.add_argument_group("samples from a prior over codes (of a diffusion: guidance only)")
     group.add_argument(
         "--guidance", type=_from(0.0, float), default=1.0, metavar="G", help="classifier-free guidance; 1: none (1)"
     )

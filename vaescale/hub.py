@@ -5,7 +5,7 @@ model.safetensors       the averaged weights, with our names; a run's checkpoint
 critic.safetensors      a critic's, if there is one
 state.json, manifest.json       as in every checkpoint
 README.md               the model card
-tokenizer/              of a prior over codes: such a folder of its tokenizer
+tokenizer/              of a prior or a diffusion over latents: such a folder of the model that it is built on
 """
 
 from pathlib import Path

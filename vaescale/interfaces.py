@@ -286,7 +286,7 @@ class WithPrior(Protocol):
 class Calibrated(Protocol):
     """A model with statistics of the training set that are measured once, at the end of training, with the averaged
     weights: over all training images, each as validation would see it. They are buffers, infinite until then, and
-    nothing that is trained depends on them."""
+    nothing in the model's own training depends on them."""
 
     def calibration(self) -> dict[str, Tensor]:
         """Returns the statistics by name, for people: fp32 [D], one for each channel."""

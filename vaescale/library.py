@@ -33,8 +33,8 @@ from .interfaces import (
     Codebooks,
     Condition,
     Model,
+    OnCodec,
     PixelLikelihood,
-    Prior,
     Sampled,
     Sampling,
     WithPrior,
@@ -200,13 +200,14 @@ class Trained:
         """Returns a sentence on why there is no bound."""
         if reason := settings.without_bound(self.config):
             return reason
-        codec = self.model.codec if isinstance(self.model, Prior) else self.model
+        codec = self.model.codec if isinstance(self.model, OnCodec) else self.model
         if isinstance(codec, PixelLikelihood):
             return (
                 "the bits/dim of a tokenizer need its error, which is measured when its training ends: run the "
                 "training to its end"
             )
-        return f"a model of kind {self.config.model.kind} has no likelihood, hence no bits/dim"
+        kind = (settings.base_of(self.config) or self.config).model.kind
+        return f"a model of kind {kind} has no likelihood, hence no bits/dim"
 
     def _squares(self, pictures: Any) -> Iterator[Pixels]:
         """Yields each picture as uint8 [size, size, 3]."""

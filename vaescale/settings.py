@@ -241,14 +241,14 @@ def base_run(config: Config) -> Path | None:
 
 def base_of(config: Config) -> Config | None:
     """Returns the settings of the run whose codec the model is built on, if it is built on one. Raises ConfigError if
-    there is no such run, or if it was trained on images of another size."""
+    there is no such run, or if it was trained on images of another size or with other attributes."""
     run = base_run(config)
     if run is None:
         return None
     base, _ = load_saved(hub.settings_of(run), [])
-    for name in ("size", "channels"):
+    for name in ("size", "channels", "attributes"):  # a model may have attributes on a codec without
         ours, its = getattr(config.data, name), getattr(base.data, name)
-        if ours != its:
+        if ours and its and ours != its:
             raise ConfigError(
                 f"data.{name}={ours} is not that of {run}, whose latents are modelled: set data.{name}={its}"
             )

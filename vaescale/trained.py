@@ -30,7 +30,7 @@ from .matching import check_codec
 from .models import MODELS
 from .models.code_prior import uniform
 from .models.generative import generative
-from .nn.frozen import latents_hash, weights_hash
+from .nn.frozen import base_hash, weights_hash
 from .settings import Config
 
 
@@ -76,7 +76,7 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
 
 def read_base(model: Model, config: Config) -> str | None:
     """Reads the averaged weights of the codec that the model is built on, if it is built on one. Returns the hash of
-    its latents, or None. Raises ConfigError, CheckpointError. Collective."""
+    frozen.base_hash, or None. Raises ConfigError, CheckpointError. Collective."""
     run = settings.base_run(config)
     if run is None:
         return None
@@ -86,10 +86,10 @@ def read_base(model: Model, config: Config) -> str | None:
     _read_averaged(codec, run)
     if isinstance(codec, LatentStatistics) and isinstance(codec, Calibrated) and not calibrated(codec):
         raise ConfigError(
-            f"the latents of {run} have not been measured: finish its training, which does so at its end, or if its "
-            f"weights were imported, import them with --measure"
+            f"the latents of {run} have not been measured: run its training command again, which measures them at its "
+            f"end, also if it has finished; if its weights were imported, import them with --measure"
         )
-    return latents_hash(codec)
+    return base_hash(codec)
 
 
 def codec_of(model: Model, sampling: Sampling = Sampling()) -> Codec:
@@ -132,7 +132,7 @@ def weights_of(model: Model) -> str:
     """Returns the hash of the model's weights, and that of the codec it is built on, if it is built on one."""
     hashes = [weights_hash(model)]
     if isinstance(model, OnCodec) and isinstance(codec := model.codec, Model):
-        hashes.append(weights_hash(codec))
+        hashes += [weights_hash(codec), base_hash(codec)]
     return " ".join(hashes)
 
 

@@ -9,7 +9,7 @@ from tests.device.kernels import Kernels
 from tests.device.pretended import batch_on, moved, pretended
 from tests.device.test_step import REFUSED
 from vaescale.interfaces import Batch, Sampling, Shape
-from vaescale.models import diffusion, kl
+from vaescale.models import diffusion, kl, vdvae
 from vaescale.nn import conv
 
 IMAGES, SHAPE = 4, Shape(3, 16, 2)
@@ -19,14 +19,30 @@ CASES: dict[str, dict[str, Any]] = {  # name → settings
     "unet": {"net": "unet", "width": 32},
     "flow": {"weighting": "flow", "sampler": "heun"},
     "levels": {"timesteps": 10, "learned_ends": True, "sampler": "ancestral"},
-    "latents": {"over": "run"},
-    "fixed": {"over": "run", "encoder_noise": 5.0, "weighting": "flow"},
+    "latents": {"over": "kl"},
+    "coarsest": {"over": "vdvae"},
+    "fixed": {"over": "kl", "encoder_noise": 5.0, "weighting": "flow"},
 }
-MOST = {"transformer": 740, "unet": 1000, "flow": 660, "levels": 880, "latents": 740, "fixed": 680}  # kernels of a step
+MOST = {  # kernels of a step
+    "transformer": 740,
+    "unet": 1000,
+    "flow": 660,
+    "levels": 880,
+    "latents": 740,
+    "coarsest": 800,
+    "fixed": 680,
+}
+
+
+def base(kind: str) -> Any:
+    if kind == "kl":
+        return kl.build(kl.Config(latent_dim=3, network=conv.Config(width=8)), SHAPE)
+    down, up = [vdvae.Stage(16, 1), vdvae.Stage(4, 1)], [vdvae.Stage(4, 2), vdvae.Stage(16, 1)]
+    return vdvae.build(vdvae.Config(width=8, bottleneck=4, latent_dim=3, encoder=down, decoder=up), SHAPE)
 
 
 def build(depth: int = DEPTH, **given: Any) -> Any:
-    codec = kl.build(kl.Config(latent_dim=3, network=conv.Config(width=8)), SHAPE) if "over" in given else None
+    codec = base(given["over"]) if "over" in given else None
     settings = {"width": 16, "depth": depth, "heads": 2, "classes": 3, "dropout": 0.1, "sample_steps": 3, **given}
     return diffusion.build(diffusion.Config(**settings), SHAPE, 0, codec)
 

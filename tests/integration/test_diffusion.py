@@ -3,11 +3,13 @@ and measured."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from launch import evaluate, sample
 from tests.conftest import ROOT
@@ -15,7 +17,10 @@ from tests.faults.test_checkpoints import POINTS, End, end, job
 from tests.integration.conftest import forked, losses, training, written
 from tests.integration.test_prior import called, values
 from tests.integration.test_resume import rewind, same_bits
+from tests.lifecycle.test_checkpoint import forge
+from tests.test_library import untrained
 from vaescale import trained
+from vaescale.config import ConfigError
 from vaescale.data import stream
 
 CONFIG = ROOT / "tests" / "integration" / "tiny_diffusion.yaml"
@@ -191,7 +196,9 @@ def test_what_means_nothing_is_refused(runs: Path, tmp_path: Path, capsys: pytes
 def refused(runs: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
     folder = tmp_path_factory.mktemp("refused")
     start = ["launch/train.py", "--config", str(CONFIG), *settings_of(runs, pictures, "latents")]
+    unmeasured = untrained(folder / "base", "tiny_kl", pictures)
     commands = {
+        "unmeasured": [*start, f"run={folder / 'd'}", f"model.over={unmeasured}"],
         "missing": [*start, f"run={folder / 'a'}", f"model.over={folder / 'none'}"],
         "size": [*start, f"run={folder / 'b'}", "data.size=32"],
         "stranger": [*start, f"run={folder / 'c'}", f"model.over={runs / 'pixels' / 'run'}"],
@@ -203,6 +210,7 @@ def refused(runs: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
+        ("unmeasured", "the latents of .*base have not been measured: run its training command again"),
         ("missing", "model.over=.*none is not a run directory: set it to the run= of a training"),
         ("size", "data.size=32 is not that of .*, whose latents are modelled: set data.size=16"),
         ("stranger", "model.over must be the run of a model whose coarsest latents are continuous"),
@@ -213,3 +221,17 @@ def test_what_does_not_fit_is_one_sentence(refused: dict[str, End], name: str, s
     assert codes == [2]
     line = next(line for line in output.splitlines() if line.startswith("error: "))
     assert re.search(sentence, line), line
+
+
+def test_other_statistics_of_the_latents_are_another_base(runs: Path, tmp_path: Path) -> None:
+    """They decide what a diffusion's data are, although they change neither latents nor images."""
+    for name in ("kl", "latents"):
+        shutil.copytree(runs / name, tmp_path / name)
+    config = trained.read_config(tmp_path / "latents" / "run", [f"model.over={tmp_path / 'kl' / 'run'}"])
+    trained.read_model(tmp_path / "latents" / "run", config, torch.device("cpu"))
+    (checkpoint,) = (tmp_path / "kl" / "run" / "checkpoints").glob("step-*12")
+    tensors = load_file(checkpoint / "ema.safetensors")
+    tensors["latent_std"] *= 2
+    forge(checkpoint, "ema.safetensors", save(tensors))
+    with pytest.raises(ConfigError, match=r"the frozen model that .* was started with has changed"):
+        trained.read_model(tmp_path / "latents" / "run", config, torch.device("cpu"))

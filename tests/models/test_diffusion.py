@@ -430,7 +430,7 @@ def test_the_statistics_are_those_of_draws_of_the_coarsest_latents(make: Any) ->
     assert weights_hash(model) == before
     with torch.no_grad():
         mean, std = (part.double() for part in model.posterior(given))
-        torch.testing.assert_close(model.encode(given)[0], mean.float())
+        assert torch.equal(model.encode(given)[0], mean.float())
     draws = mean + std * torch.randn(4000, *mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     channels = draws.movedim(2, 0).flatten(1)
     count = 4000 * len(mean)  # of independent draws, at least
@@ -451,6 +451,19 @@ def test_finer_latents_are_drawn_by_the_other_model() -> None:
     latents = model.encode(batch(3))
     assert len(latents) == 3
     assert torch.equal(model.decode(latents, said), codec.decode(latents, said))
+
+
+def test_a_conditional_base_is_given_the_condition() -> None:
+    codec = small_vae(classes=4)
+    model = built(codec, classes=4, patch=1, sample_steps=2)
+    said, sample = batch(8, classes=4).condition, torch.arange(8)
+    images = model.decode([], said, sample=sample)
+    x = model._sampled(said, sample)
+    assert torch.equal(images, codec.decode(model.data.latents(x), said))
+    assert not torch.equal(images, codec.decode(model.data.latents(x), nothing(8)))
+    given = batch(8, classes=4)
+    z = model.data.latents(model.data.drawn(given, 3, diffusion.BOUND, 0, diffusion.LATENT)[0])
+    torch.testing.assert_close(model.bound(given).distortion, codec.bound_given(given, z).distortion)
 
 
 def test_fixed_noise_of_the_encoder_replaces_its_own() -> None:
@@ -557,6 +570,7 @@ def test_pixels_are_their_own_latents() -> None:
         ({"net": "unet", "halvings": 4}, "model.halvings=4 does not fit"),
         ({"net": "unet", "width": 40}, "multiple of the 32 groups"),
         ({"heads": 5}, "must be a multiple"),
+        ({"codec": small_kl(), "encoder_noise": 5.0, "learned_ends": True}, "learned_ends does not apply"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence(given: dict[str, Any], words: str) -> None:

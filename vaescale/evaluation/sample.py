@@ -218,7 +218,8 @@ def swap(subject: Subject) -> dict[str, Picture]:
     from its mean. Raises Unsupported if the model has no condition or ignores it."""
     if not subject.classes and not subject.attributes:
         raise Unsupported("the model has neither class nor attributes as input, so there is nothing to swap")
-    if isinstance(subject.codec, Sampled):
+    below = getattr(subject.codec, "codec", None)  # of a prior
+    if isinstance(subject.codec, Sampled) and getattr(below, "conditioner", None) is None:
         raise Unsupported("the condition decides which latents are drawn, not how they are decoded")
     x = subject.shown
     latents = subject.codec.encode(x)

@@ -26,8 +26,9 @@ NAMES = frozenset((*FILES, CARD, TOKENIZER))
 
 
 def export_hub(run: Path, out: Path, licence: str) -> list[Path]:
-    """Writes the averaged weights of a run, its settings and a model card; for a prior those of its codec, too. run: a
-    run directory or a checkpoint. Returns the files. Raises ConfigError, CheckpointError, OSError."""
+    """Writes the averaged weights of a run, its settings and a model card; for a prior or a diffusion over latents
+    those of its codec, too. run: a run directory or a checkpoint. Returns the files. Raises ConfigError,
+    CheckpointError, OSError."""
     out = out.resolve()
     write.require_free(out, WEIGHTS, NAMES)
     place = checkpoint.agreed(run).path or run  # a training may go on meanwhile

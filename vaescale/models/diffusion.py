@@ -12,7 +12,7 @@ The sum is estimated at one level for each image, chosen so that consecutive sam
 levels. It is reported in a few parts by γ, as the rates of so many levels: where the bits go.
 
 over: pixels. x is the image, and p(x|z_0) a discretised Gaussian around z_0 / α_0.
-over: RUN. x are the latents of that run's model, which stays as it is: a prior in place of its N(0, I). Then
+over: RUN. x are the latents of that run's model, which stays as it is: a prior in place of its own. Then
 −log p(image) ≤ −log p(image|x) + rate, with the rate −H(q(x|image)) + the bound above of a density. If the model has
 several levels, x are the coarsest, and −log p(image|x) is the model's bound with the finer ones, given x. With
 `encoder_noise` x is the mean of q(x|image), z_0 takes the place of the latents, and the rate is that of z_0, as in
@@ -340,5 +340,7 @@ def _check(config: Config, codec: Model | None) -> None:
         raise ValueError(
             f"model.gamma_max={config.gamma_max} must be above {-config.encoder_noise}, the γ of model.encoder_noise"
         )
+    if config.learned_ends and config.encoder_noise:
+        raise ValueError("model.learned_ends does not apply to model.encoder_noise, which is fixed: set either off")
     if config.learned_ends and config.weighting == "flow":
         raise ValueError("model.learned_ends needs the weights of the bound: set model.weighting=elbo")

@@ -67,8 +67,8 @@ class Pixels:
 
 
 class Latents:
-    """x = the coarsest latents of a frozen model, less their mean and divided by their standard deviation if the model
-    has measured them. Finer ones are left to that model.
+    """x = the coarsest latents of a frozen model, less their mean and divided by their standard deviation, which must
+    have been measured, if it is a model that measures them. Finer ones are left to that model.
 
     fixed: whether x is the mean of q, and the image is decoded from z_0 / α_0 instead of from x."""
 

@@ -75,6 +75,11 @@ class Net(nn.Module, ABC):
     def infer(self, x: Tensor, embedded: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
         """x [B, C, H, W] in [−0.5, 0.5] → (h, levels from coarse to fine), with z drawn from q."""
 
+    def coarsest(self, x: Tensor, embedded: Tensor | None) -> Normal:
+        """Returns q of the coarsest latents, if it depends on the image alone."""
+        _, levels = self.infer(x, embedded, lambda _, q: q.mean)
+        return levels[0].q
+
     @abstractmethod
     def generate(self, embedded: Tensor | None, images: int, draw: Draw) -> Tensor:
         """Returns h for this number of images, with z drawn from p, from the coarsest level to the finest."""
@@ -260,9 +265,8 @@ class Measured(Latent):
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the mean and the standard deviation of q(z|x) of the coarsest latents, fp32 [B, D] or [B, D, h, w]
         each."""
-        x, embedded = self._given(batch, batch.condition)
-        _, levels = self.net.infer(x, embedded, lambda _, q: q.mean)
-        return levels[0].q.mean, levels[0].q.log_std.exp()
+        q = self.net.coarsest(*self._given(batch, batch.condition))
+        return q.mean, q.log_std.exp()
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Returns the mean and the standard deviation of each channel of z, fp32 [D]; infinite until measured."""
@@ -294,6 +298,10 @@ class Variational(Latent):
     def bound_given(self, batch: Batch, latents: list[Tensor], draw: int = 0) -> Bound:
         """Returns the bound on log p(x|latents), given all levels or the coarsest; the finer ones are drawn from q."""
         own, given = self._noise(batch.sample, BOUND, draw), len(latents)
+        if given == len(self.net.sizes):  # there is nothing to infer
+            embedded = self._embedded(batch.condition, len(batch.x))
+            h = self.net.generate(embedded, len(batch.x), lambda level, _: latents[level])
+            return Bound.exact(-self.likelihood.log_prob(self.net.output(h, embedded), batch.x))
 
         def given_or_drawn(level: int, q: Normal) -> Tensor:
             return latents[level] if level < given else own(level, q)

@@ -101,10 +101,14 @@ class Stochastic(nn.Module):
         p = gaussian.normal(parameters)
         q: Normal | None = None
         if features is not None:
-            q = gaussian.normal(self.posterior(torch.cat([h, features.to(h.dtype)], dim=1)))
+            q = self.inferred(h, features)
         z = draw(self.number, q or p)
         h = h + certain + self.project(z.to(certain.dtype))
         return h + self.residual(h), Level(z, q, p) if q else None
+
+    def inferred(self, h: Tensor, features: Tensor) -> Normal:
+        """Returns q of the level."""
+        return gaussian.normal(self.posterior(torch.cat([h, features.to(h.dtype)], dim=1)))
 
 
 class Encoder(nn.Module):
@@ -156,6 +160,11 @@ class TopDown(Net):
     def infer(self, x: Tensor, embedded: Tensor | None, draw: Draw) -> tuple[Tensor, list[Level]]:
         h, levels = self._walk(self.encoder(x), embedded, len(x), draw)
         return h, levels
+
+    def coarsest(self, x: Tensor, embedded: Tensor | None) -> Normal:
+        size, block = self.places[0], self.blocks[0]
+        assert isinstance(block, Stochastic)
+        return block.inferred(self._start(size, embedded, len(x)), self.encoder(x)[size])
 
     def generate(self, embedded: Tensor | None, images: int, draw: Draw) -> Tensor:
         h, _ = self._walk({}, embedded, images, draw)

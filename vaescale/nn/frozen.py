@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-from ..interfaces import Batch, Calibrated, Codec, Model, Shape
+from ..interfaces import Batch, Calibrated, Codec, LatentStatistics, Model, Shape
 
 Tensors = dict[str, Tensor]
 
@@ -44,7 +44,7 @@ def blank_latents(codec: Codec, shape: Shape) -> list[Tensor]:
 
 def weights_hash(model: nn.Module) -> str:
     """Returns the hash of all parameters and buffers, 64-bit xxh3 in hexadecimal. Statistics of Calibrated, which are
-    measured later and change nothing else, are left out."""
+    measured later and change neither latents nor images, are left out."""
     digest, measured = xxhash.xxh3_64(), model.calibration().values() if isinstance(model, Calibrated) else ()
     later = {name for name, buffer in model.named_buffers() if any(buffer is one for one in measured)}
     for name, tensor in sorted(model.state_dict().items()):
@@ -59,6 +59,16 @@ def latents_hash(codec: Model) -> str:
     """Returns the hash by which latents are known to be those of a codec: that of its weights. Codecs that differ only
     in a decoder that was trained alone have the same."""
     return codec.latents_of or weights_hash(codec)
+
+
+def base_hash(codec: Model) -> str:
+    """Returns the hash by which a model that is built on a codec knows it again: that of its latents, and of the
+    statistics by which they are standardised, if it has any."""
+    latents = latents_hash(codec)
+    if not isinstance(codec, LatentStatistics):
+        return latents
+    statistics = torch.cat(codec.latent_statistics()).detach().cpu().numpy()
+    return f"{latents}-{xxhash.xxh3_64(statistics.data).hexdigest()}"
 
 
 class Net(NamedTuple):
