@@ -50,7 +50,8 @@ def parse() -> argparse.Namespace:
         type=int,
         default=1,
         metavar="K",
-        help="latents drawn per image; more give a tighter bound on bits/dim and take K times as long (1)",
+        help="latents drawn per image; more give a tighter bound on bits/dim (of a diffusion: a better estimate) and "
+        "take K times as long (1)",
     )
     parser.add_argument(
         "--perceptual", metavar="FILE", help="measure this perceptual distance, too (default: that of the run, if any)"
