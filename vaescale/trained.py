@@ -30,7 +30,7 @@ from .matching import check_codec
 from .models import MODELS
 from .models.code_prior import uniform
 from .models.generative import generative
-from .nn.frozen import base_hash, weights_hash
+from .nn.frozen import base_hash, statistics_hash, weights_hash
 from .settings import Config
 
 
@@ -75,7 +75,7 @@ def read_model(place: Path, config: Config, device: torch.device) -> tuple[Model
 
 
 def read_base(model: Model, config: Config) -> str | None:
-    """Reads the averaged weights of the codec that the model is built on, if it is built on one. Returns the hash of
+    """Reads the averaged weights of the codec that the model is built on, if it is built on one. Returns its
     frozen.base_hash, or None. Raises ConfigError, CheckpointError. Collective."""
     run = settings.base_run(config)
     if run is None:
@@ -129,10 +129,10 @@ def pictures_of(config: Config) -> stream.Config:
 
 
 def weights_of(model: Model) -> str:
-    """Returns the hash of the model's weights, and that of the codec it is built on, if it is built on one."""
+    """Returns the hash of the model's weights, and if it is built on a codec, those of its weights and statistics."""
     hashes = [weights_hash(model)]
     if isinstance(model, OnCodec) and isinstance(codec := model.codec, Model):
-        hashes += [weights_hash(codec), base_hash(codec)]
+        hashes += [weights_hash(codec), *statistics_hash(codec)]
     return " ".join(hashes)
 
 

@@ -64,11 +64,15 @@ def latents_hash(codec: Model) -> str:
 def base_hash(codec: Model) -> str:
     """Returns the hash by which a model that is built on a codec knows it again: that of its latents, and of the
     statistics by which they are standardised, if it has any."""
-    latents = latents_hash(codec)
+    return "-".join([latents_hash(codec), *statistics_hash(codec)])
+
+
+def statistics_hash(codec: Model) -> list[str]:
+    """Returns the hash of the codec's latent statistics, if it has any."""
     if not isinstance(codec, LatentStatistics):
-        return latents
+        return []
     statistics = torch.cat(codec.latent_statistics()).detach().cpu().numpy()
-    return f"{latents}-{xxhash.xxh3_64(statistics.data).hexdigest()}"
+    return [xxhash.xxh3_64(statistics.data).hexdigest()]
 
 
 class Net(NamedTuple):
